@@ -1,0 +1,18 @@
+"""Batch size."""
+
+from __future__ import annotations
+
+from optuna.distributions import CategoricalDistribution
+
+from optuna_nnhp.hyperparameters.record import Hyperparameter
+
+BATCH_SIZE = Hyperparameter(
+    name="batch_size",
+    distribution=CategoricalDistribution((16, 32, 64, 128, 256, 512, 1024)),
+    default=64,
+    levels=(16, 32, 64, 128, 256, 512, 1024),
+    domain=(1, 2**20),
+    static=True,
+    help="Examples per step; smaller ones take more steps per epoch and add noise, larger ones "
+    "use the machine better and want a larger rate. Never more than there are examples.",
+)

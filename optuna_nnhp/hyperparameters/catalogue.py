@@ -1,0 +1,201 @@
+"""The whole catalogue: as a table, as a search space, and checked against a user's wishes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+import pandas as pd
+
+from optuna_nnhp.hyperparameters.activation import ACTIVATION
+from optuna_nnhp.hyperparameters.batch_size import BATCH_SIZE
+from optuna_nnhp.hyperparameters.depth import HIDDEN_LAYERS
+from optuna_nnhp.hyperparameters.epochs import EPOCHS
+from optuna_nnhp.hyperparameters.epochs import ITERATIONS
+from optuna_nnhp.hyperparameters.learning_rate import FINAL_FRACTION
+from optuna_nnhp.hyperparameters.learning_rate import LEARNING_RATE
+from optuna_nnhp.hyperparameters.learning_rate import LEARNING_RATE_DECAY
+from optuna_nnhp.hyperparameters.learning_rate import WARMUP
+from optuna_nnhp.hyperparameters.loss import FOCAL_GAMMA
+from optuna_nnhp.hyperparameters.loss import HUBER_DELTA
+from optuna_nnhp.hyperparameters.loss import LOSS_CLASSIFICATION
+from optuna_nnhp.hyperparameters.loss import LOSS_REGRESSION
+from optuna_nnhp.hyperparameters.optimizer import MOMENTUM
+from optuna_nnhp.hyperparameters.optimizer import OPTIMIZER
+from optuna_nnhp.hyperparameters.optimizer import SQUARED_DECAY
+from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.regularization import CLIP_NORM
+from optuna_nnhp.hyperparameters.regularization import DROPOUT
+from optuna_nnhp.hyperparameters.regularization import L1
+from optuna_nnhp.hyperparameters.regularization import LABEL_SMOOTHING
+from optuna_nnhp.hyperparameters.regularization import MIN_IMPROVEMENT
+from optuna_nnhp.hyperparameters.regularization import NORMALIZATION
+from optuna_nnhp.hyperparameters.regularization import PATIENCE
+from optuna_nnhp.hyperparameters.regularization import WEIGHT_DECAY
+from optuna_nnhp.hyperparameters.weight_init import WEIGHT_INIT
+from optuna_nnhp.hyperparameters.width import WIDTH
+from optuna_nnhp.hyperparameters.width import WIDTH_SHAPE
+from optuna_nnhp.messages import unknown
+
+CATALOGUE: tuple[Hyperparameter, ...] = (
+    WEIGHT_INIT,
+    HIDDEN_LAYERS,
+    WIDTH,
+    WIDTH_SHAPE,
+    ACTIVATION,
+    LOSS_CLASSIFICATION,
+    FOCAL_GAMMA,
+    LOSS_REGRESSION,
+    HUBER_DELTA,
+    OPTIMIZER,
+    MOMENTUM,
+    SQUARED_DECAY,
+    LEARNING_RATE,
+    LEARNING_RATE_DECAY,
+    WARMUP,
+    FINAL_FRACTION,
+    BATCH_SIZE,
+    EPOCHS,
+    ITERATIONS,
+    DROPOUT,
+    WEIGHT_DECAY,
+    L1,
+    NORMALIZATION,
+    LABEL_SMOOTHING,
+    CLIP_NORM,
+    PATIENCE,
+    MIN_IMPROVEMENT,
+)
+
+
+def records(task: str) -> dict[str, Hyperparameter]:
+    """The hyperparameters that a task has, by name.
+
+    Args:
+        task:
+            ``"binary"``, ``"multiclass"`` or ``"regression"``.
+
+    Example:
+        >>> records("regression")["loss"].default
+        'mse'
+    """
+    kind = "regression" if task == "regression" else "classification"
+    return {h.name: h for h in CATALOGUE if h.task in ("any", kind)}
+
+
+def catalogue() -> pd.DataFrame:
+    """Every hyperparameter with its range, default, grid levels and effect.
+
+    Returns:
+        A frame with a row for each hyperparameter and the columns ``name``, ``task`` (any,
+        classification or regression), ``range``, ``default``, ``levels`` (what a grid visits),
+        ``static`` (whether trials must share it to be trained as one stack), ``tuned`` (whether
+        the default space holds it) and ``help``.
+
+    Example:
+        >>> catalogue().set_index("name").loc["hidden_layers", "range"]
+        '1 to 8'
+    """
+    return pd.DataFrame(
+        {
+            "name": h.name,
+            "task": h.task,
+            "range": h.describe_range(),
+            "default": h.describe_value(h.default),
+            "levels": ", ".join(h.describe_value(level) for level in h.levels),
+            "static": h.static,
+            "tuned": h.tuned,
+            "help": h.help,
+        }
+        for h in CATALOGUE
+    )
+
+
+def choose(
+    task: str,
+    space: Mapping[str, BaseDistribution] | None = None,
+    fixed: Mapping[str, Value] | None = None,
+) -> tuple[dict[str, BaseDistribution], dict[str, Value]]:
+    """The search space and the pinned values of a study.
+
+    Args:
+        task:
+            ``"binary"``, ``"multiclass"`` or ``"regression"``.
+        space:
+            Distributions that replace the default ones, or add hyperparameters that are not
+            tuned by default.
+        fixed:
+            Values that are not to be tuned. 0 switches off whatever can be off.
+
+    Returns:
+        What is tuned, and the values of all the rest; together they name every hyperparameter
+        of the task once.
+
+    Raises:
+        ValueError: If a name is unknown or given twice, or a value or range makes no sense.
+
+    Example:
+        >>> space, fixed = choose("regression", fixed={"batch_size": 128})
+        >>> "batch_size" in space, fixed["batch_size"], fixed["epochs"]
+        (False, 128, 50)
+    """
+    known = records(task)
+    space, fixed = dict(space or {}), dict(fixed or {})
+    for name in (*space, *fixed):
+        if name not in known:
+            raise unknown(f"a hyperparameter of {task} networks", name, known)
+        if name in space and name in fixed:
+            raise ValueError(f"`{name}` must be in `space` or in `fixed`, but is in both.")
+    for name, distribution in space.items():
+        known[name].check_distribution(distribution)
+    for name, value in fixed.items():
+        known[name].check(value)
+    if fixed.get("epochs") is not None and fixed.get("iterations"):
+        raise ValueError(
+            "The budget must be `epochs` or `iterations`, but both are pinned: "
+            f"{fixed['epochs']} and {fixed['iterations']}."
+        )
+    tuned = {
+        name: space.get(name, h.distribution)
+        for name, h in known.items()
+        if name in space or (h.tuned and name not in fixed)
+    }
+    rest = {name: fixed.get(name, h.default) for name, h in known.items() if name not in tuned}
+    return tuned, rest
+
+
+def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str, Value]:
+    """The catalogue's defaults for the parameters of a space.
+
+    A default outside a user's range is moved to its nearest end; one that is not among a
+    user's choices is left out, for the sampler to fill.
+
+    Example:
+        >>> from optuna.distributions import FloatDistribution
+        >>> default_params("binary", {"learning_rate": FloatDistribution(0.01, 0.1)})
+        {'learning_rate': 0.01}
+    """
+    known = records(task)
+    defaults: dict[str, Value] = {}
+    for name, distribution in space.items():
+        value = known[name].default
+        if isinstance(distribution, CategoricalDistribution):
+            if value not in distribution.choices:
+                continue
+        else:
+            value = min(max(value, distribution.low), distribution.high)  # type: ignore
+        defaults[name] = value
+    return defaults
+
+
+def effective(task: str, params: Mapping[str, Value]) -> dict[str, Value]:
+    """Parameters as training uses them: what is "off" is exactly 0 (or infinity).
+
+    Example:
+        >>> effective("binary", {"dropout": 0.01, "clip_norm": 50.0})
+        {'dropout': 0.0, 'clip_norm': inf}
+    """
+    known = records(task)
+    return {name: known[name].effective(value) for name, value in params.items()}

@@ -1,0 +1,19 @@
+"""Number of hidden layers."""
+
+from __future__ import annotations
+
+from optuna.distributions import IntDistribution
+
+from optuna_nnhp.hyperparameters.record import Hyperparameter
+
+# Tuned multilayer perceptrons on 86 tables: 8, 18, 12, 13, 21, 14 of them with 1 to 6 layers
+# (Gorishniy et al. 2024, arXiv:2410.24210, published tuning results), so no narrow bound.
+HIDDEN_LAYERS = Hyperparameter(
+    name="hidden_layers",
+    distribution=IntDistribution(1, 8),
+    default=2,
+    levels=(1, 2, 4, 8),
+    domain=(1, 64),
+    static=True,
+    help="Number of hidden layers; more can express more and are harder to train.",
+)

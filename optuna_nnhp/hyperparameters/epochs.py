@@ -1,0 +1,58 @@
+"""Epochs and iterations: how long a trial may train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+
+from optuna.distributions import IntDistribution
+
+from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.record import Value
+
+EPOCHS = Hyperparameter(
+    name="epochs",
+    distribution=IntDistribution(1, 100, log=True),
+    default=50,
+    levels=(1, 10, 50, 100),
+    domain=(1, 1_000_000),
+    tuned=False,
+    help="Passes over the training data, the budget of a trial: iterations = ceil(examples / "
+    "batch size) * epochs. Early stopping and pruning may end it sooner.",
+)
+ITERATIONS = Hyperparameter(
+    name="iterations",
+    distribution=IntDistribution(0, 1_000_000),
+    default=0,
+    levels=(100, 1000, 10000),
+    domain=(0, 1_000_000_000),
+    static=True,
+    tuned=False,
+    help="Steps of the optimizer as the budget instead of epochs; 0 means that `epochs` rules.",
+)
+
+
+def iterations_per_epoch(examples: int, batch_size: int) -> int:
+    """Steps of one pass over the data; the last batch may be smaller.
+
+    Example:
+        >>> iterations_per_epoch(1437, 64)
+        23
+    """
+    return math.ceil(examples / batch_size)
+
+
+def total_iterations(params: Mapping[str, Value], examples: int) -> int:
+    """Steps of a trial's whole budget.
+
+    Example:
+        >>> total_iterations({"batch_size": 64, "epochs": 50, "iterations": 0}, 1437)
+        1150
+        >>> total_iterations({"batch_size": 64, "epochs": 50, "iterations": 100}, 1437)
+        100
+    """
+    if params["iterations"]:
+        return int(params["iterations"])
+    return iterations_per_epoch(examples, int(params["batch_size"] or 1)) * int(
+        params["epochs"] or 1
+    )

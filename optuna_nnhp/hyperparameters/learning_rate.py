@@ -1,0 +1,125 @@
+"""Learning rate: its size, its warm-up and its decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import math
+
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+import torch
+from torch import Tensor
+
+from optuna_nnhp.hyperparameters.record import Hyperparameter
+
+# Tuned AdamW rates on 86 tables lay between 3.4e-5 and 9.2e-4, piled up against a bound of
+# 1e-3 (arXiv:2410.24210); sgd wants up to a hundred times that.
+LEARNING_RATE = Hyperparameter(
+    name="learning_rate",
+    distribution=FloatDistribution(1e-4, 0.5, log=True),
+    default=2e-3,
+    levels=(0.1, 0.01, 0.001),
+    domain=(1e-10, 100.0),
+    help="Size of the steps, the most important number: too small does not arrive in time, too "
+    "large diverges; at its peak, after warm-up.",
+)
+LEARNING_RATE_DECAY = Hyperparameter(
+    name="learning_rate_decay",
+    distribution=CategoricalDistribution(
+        ("constant", "step", "exponential", "linear", "cosine", "one_cycle")
+    ),
+    default="cosine",
+    levels=("constant", "step", "cosine"),
+    help="How the rate falls over the trial's own budget, to `final_fraction` of its peak; "
+    "one_cycle first climbs for 30 % of the time and has no other warm-up.",
+)
+WARMUP = Hyperparameter(
+    name="warmup",
+    distribution=FloatDistribution(0.0, 0.3),
+    default=0.05,
+    levels=(0.0, 0.1),
+    domain=(0.0, 0.9),
+    help="Share of the budget over which the rate climbs linearly from near zero.",
+)
+FINAL_FRACTION = Hyperparameter(
+    name="final_fraction",
+    distribution=FloatDistribution(1e-3, 1.0, log=True),
+    default=1e-2,
+    levels=(0.001, 0.1),
+    domain=(1e-9, 1.0),
+    help="Rate at the end as a share of its peak; 1 is no decay.",
+)
+STEP_DROPS = 3  # the step schedule's equal drops, a quarter of the budget apart
+CYCLE_START = 1 / 25  # torch.optim.lr_scheduler.OneCycleLR's defaults
+CYCLE_PEAK = 0.3
+
+# The share of the peak rate, given progress q in [0, 1] after warm-up and the final share f.
+_DECAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "constant": lambda q, f: torch.ones_like(q),
+    "step": lambda q, f: f ** ((q * (STEP_DROPS + 1)).floor().clamp(max=STEP_DROPS) / STEP_DROPS),
+    "exponential": lambda q, f: f**q,
+    "linear": lambda q, f: 1 - (1 - f) * q,
+    "cosine": lambda q, f: f + (1 - f) * (1 + torch.cos(math.pi * q)) / 2,
+    "one_cycle": lambda q, f: torch.where(
+        q < CYCLE_PEAK, _anneal(CYCLE_START, 1.0, q / CYCLE_PEAK), _anneal(1.0, f, _late(q))
+    ),
+}
+
+
+def _anneal(start: float, end: Tensor | float, share: Tensor) -> Tensor:
+    return end + (start - end) * (1 + torch.cos(math.pi * share)) / 2
+
+
+def _late(q: Tensor) -> Tensor:
+    return (q - CYCLE_PEAK) / (1 - CYCLE_PEAK)
+
+
+def learning_rates(
+    peak: Tensor,
+    decay: Sequence[str],
+    warmup: Tensor,
+    final_fraction: Tensor,
+    step: Tensor,
+    total: Tensor,
+) -> Tensor:
+    """The learning rate of each member at each of its steps.
+
+    Args:
+        peak:
+            `learning_rate` of each member.
+        decay:
+            `learning_rate_decay` of each member, k names.
+        warmup:
+            Share of the budget spent climbing.
+        final_fraction:
+            Share of the peak at the last step.
+        step:
+            Steps done before, so 0 is the first; steps from ``total`` on have the rate 0.
+        total:
+            Steps of the member's whole budget.
+
+    Shape:
+        - peak, warmup, final_fraction, total: ``(k,)``.
+        - step, Output: ``(k, s)``, the output in float64.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> learning_rates(0.1 * one, ["linear"], 0 * one, 0 * one, torch.arange(4)[None], 3 * one)
+        tensor([[0.1000, 0.0500, 0.0000, 0.0000]], dtype=torch.float64)
+
+    Source:
+        `torch.optim.lr_scheduler` (the oracle in the tests); Smith and Topin 2017
+        (arXiv:1708.07120) for one-cycle.
+    """
+    peak, warmup, final, step, total = (
+        x.double() for x in (peak, warmup, final_fraction, step, total)
+    )
+    one_cycle = torch.tensor([name == "one_cycle" for name in decay], device=peak.device)
+    climb = torch.where(one_cycle, 0.0, (warmup * total).floor())[:, None]
+    q = ((step - climb) / (total[:, None] - 1 - climb).clamp_min(1)).clamp(0, 1)
+    share = torch.empty_like(q)
+    for i, name in enumerate(decay):
+        share[i] = _DECAYS[name](q[i], final[i])
+    share = torch.where(step < climb, (step + 1) / climb.clamp_min(1), share)
+    return torch.where(step < total[:, None], peak[:, None] * share, 0.0)

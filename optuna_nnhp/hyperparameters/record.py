@@ -1,0 +1,140 @@
+"""The record that declares one hyperparameter: everything about it that is not its effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import math
+
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalChoiceType
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+
+from optuna_nnhp.messages import unknown
+
+Value = CategoricalChoiceType  # None, bool, int, float or str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameter:
+    """One hyperparameter of the catalogue; its effect stands beside it in the same file.
+
+    Args:
+        name:
+            The parameter's name in every Optuna trial.
+        distribution:
+            The default range. Its kind (numbers or choices) is kept when a user replaces it.
+        default:
+            The value of the first trial, and of every trial where the parameter is not tuned.
+        levels:
+            The values a grid visits.
+        help:
+            One line: what it does and when to change it.
+        domain:
+            Lowest and highest value that makes sense at all, both included; a range or a pinned
+            value given by a user must lie inside. Choices are checked against the choices.
+        static:
+            Whether it fixes shapes or the graph, so that trials must share it to be stacked.
+        tuned:
+            Whether the default space holds it; otherwise it is pinned to its default.
+        task:
+            ``"any"``, ``"classification"`` or ``"regression"``.
+        off_below:
+            Values under this one switch the effect off, so that "off or log-uniform" is one
+            continuous parameter and stays in the joint model of Optuna's TPE.
+        off_above:
+            The same from above, for a bound that stops binding (gradient clipping).
+
+    Example:
+        >>> from optuna_nnhp.hyperparameters.regularization import WEIGHT_DECAY
+        >>> WEIGHT_DECAY.effective(1e-6), WEIGHT_DECAY.effective(1e-3)
+        (0.0, 0.001)
+    """
+
+    name: str
+    distribution: BaseDistribution
+    default: Value
+    levels: tuple[Value, ...]
+    help: str
+    domain: tuple[float, float] | None = None
+    static: bool = False
+    tuned: bool = True
+    task: str = "any"
+    off_below: float | None = None
+    off_above: float | None = None
+
+    def __post_init__(self) -> None:
+        for value in (self.default, *self.levels):
+            self.check(value)
+
+    def effective(self, value: Value) -> Value:
+        """The value that training uses: 0 (or infinity, from above) where it means "off"."""
+        if self.off_below is not None and float(value or 0) < self.off_below:
+            return 0.0
+        if self.off_above is not None and float(value or 0) > self.off_above:
+            return math.inf
+        return value
+
+    def check(self, value: Value) -> None:
+        """Raise unless ``value`` is one the effect can work with.
+
+        Raises:
+            ValueError: If it is not a known choice, not a number, or outside the domain.
+        """
+        if isinstance(self.distribution, CategoricalDistribution) and self.domain is None:
+            if value not in self.distribution.choices:
+                raise unknown(f"a choice of `{self.name}`", value, map(str, self._choices()))
+            return
+        low, high = self.domain or (-math.inf, math.inf)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= float(value or 0) <= high:
+            raise ValueError(
+                f"`{self.name}` must be a number between {low:g} and {high:g}, but got {value!r}."
+            )
+        if self.is_integer and int(value or 0) != value:
+            raise ValueError(f"`{self.name}` must be a whole number, but got {value!r}.")
+
+    def check_distribution(self, distribution: object) -> None:
+        """Raise unless ``distribution`` is an Optuna distribution whose values all make sense."""
+        if not isinstance(distribution, BaseDistribution):
+            raise ValueError(
+                f"`space[{self.name!r}]` must be an Optuna distribution such as "
+                f"{self.distribution}, but got {distribution!r}."
+            )
+        if isinstance(distribution, CategoricalDistribution):
+            ends = distribution.choices
+        else:
+            assert isinstance(distribution, IntDistribution | FloatDistribution)
+            ends = (distribution.low, distribution.high)
+        for end in ends:
+            self.check(end)
+        if self.is_integer and isinstance(distribution, FloatDistribution):
+            raise ValueError(
+                f"`{self.name}` must be a whole number, but `space` gives {distribution}."
+            )
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether its values are whole numbers."""
+        return isinstance(self.default, int) and not isinstance(self.default, bool)
+
+    def describe_range(self) -> str:
+        """The default range in words, as the catalogue's table shows it."""
+        if isinstance(self.distribution, CategoricalDistribution):
+            return ", ".join(map(str, self._choices()))
+        assert isinstance(self.distribution, IntDistribution | FloatDistribution)
+        text = f"{self.distribution.low:g} to {self.distribution.high:g}"
+        text += ", log" if self.distribution.log else ""
+        text += f"; off below {self.off_below:g}" if self.off_below is not None else ""
+        return text + (f"; off above {self.off_above:g}" if self.off_above is not None else "")
+
+    def describe_value(self, value: Value) -> str:
+        """A value in words: ``"off"`` where it switches the effect off."""
+        if self.effective(value) != value:
+            return "off"
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    def _choices(self) -> tuple[Value, ...]:
+        assert isinstance(self.distribution, CategoricalDistribution)
+        return tuple(self.distribution.choices)

@@ -1,0 +1,84 @@
+"""Weight initialization: where training starts."""
+
+from __future__ import annotations
+
+from optuna.distributions import CategoricalDistribution
+import torch
+from torch import Generator
+from torch import Tensor
+from torch.nn import init
+
+from optuna_nnhp.hyperparameters.record import Hyperparameter
+
+PLAIN_SCALE = 0.05  # of the two classic schemes that look at neither fan-in nor activation
+
+WEIGHT_INIT = Hyperparameter(
+    name="weight_init",
+    distribution=CategoricalDistribution(
+        (
+            "normal",
+            "uniform",
+            "xavier_normal",
+            "xavier_uniform",
+            "he_normal",
+            "he_uniform",
+            "orthogonal",
+        )
+    ),
+    default="he_normal",
+    levels=("xavier_uniform", "he_normal", "orthogonal"),
+    help="Distribution of the first weights; Xavier, He and orthogonal keep the signal's size "
+    "over the layers, plain normal and uniform (scale 0.05) do so by luck only.",
+)
+
+
+def initial_weight(
+    scheme: str, fan_in: int, fan_out: int, gain: float, generator: Generator
+) -> Tensor:
+    """Draw the first weights of one linear layer.
+
+    Args:
+        scheme:
+            A choice of `weight_init`.
+        fan_in:
+            Number of inputs.
+        fan_out:
+            Number of outputs.
+        gain:
+            Factor that follows from the activation (`activation.ACTIVATIONS[...].gain`); the
+            plain schemes do not use it.
+        generator:
+            The member's own source of random numbers.
+
+    Shape:
+        - Output: ``(fan_in, fan_out)``, so that ``x @ weight`` is the layer.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> initial_weight("orthogonal", 8, 4, 1.0, generator).shape
+        torch.Size([8, 4])
+
+    Sources:
+        Glorot and Bengio 2010 (Xavier), He et al. 2015 (arXiv:1502.01852), Saxe et al. 2013
+        (arXiv:1312.6120, orthogonal); drawn by `torch.nn.init`.
+    """
+    weight = torch.empty(fan_out, fan_in)
+    match scheme:
+        case "normal":
+            init.normal_(weight, std=PLAIN_SCALE, generator=generator)
+        case "uniform":
+            init.uniform_(weight, -PLAIN_SCALE, PLAIN_SCALE, generator=generator)
+        case "xavier_normal":
+            init.xavier_normal_(weight, gain, generator=generator)
+        case "xavier_uniform":
+            init.xavier_uniform_(weight, gain, generator=generator)
+        case "he_normal":
+            init.normal_(weight, std=gain / fan_in**0.5, generator=generator)
+        case "he_uniform":
+            bound = gain * (3 / fan_in) ** 0.5
+            init.uniform_(weight, -bound, bound, generator=generator)
+        case "orthogonal":
+            init.orthogonal_(weight, gain, generator=generator)
+        case _:
+            WEIGHT_INIT.check(scheme)
+    return weight.T

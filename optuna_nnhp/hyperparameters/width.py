@@ -1,0 +1,74 @@
+"""Neurons per layer: one width, and how it changes with depth."""
+
+from __future__ import annotations
+
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import IntDistribution
+
+from optuna_nnhp.hyperparameters.record import Hyperparameter
+
+# Tuned widths on 86 tables: quartiles 320, 592, 800 against a bound of 1024 (same source as
+# in depth.py); small tables and small machines want the low end.
+WIDTH = Hyperparameter(
+    name="width",
+    distribution=IntDistribution(16, 1024, log=True),
+    default=256,
+    levels=(32, 64, 128, 256, 512),
+    domain=(1, 65536),
+    help="Neurons of the first hidden layer; trials are stacked when their widths round up to "
+    "the same power of two.",
+)
+WIDTH_SHAPE = Hyperparameter(
+    name="width_shape",
+    distribution=CategoricalDistribution(("constant", "funnel")),
+    default="constant",
+    levels=("constant", "funnel"),
+    help="constant: all hidden layers have `width` neurons; funnel: they shrink evenly, the "
+    "last one to a quarter.",
+)
+FUNNEL_END = 0.25
+
+
+def layer_widths(width: int, shape: str, hidden_layers: int) -> list[int]:
+    """Neurons of each hidden layer.
+
+    Example:
+        >>> layer_widths(128, "constant", 3)
+        [128, 128, 128]
+        >>> layer_widths(128, "funnel", 4)
+        [128, 96, 64, 32]
+    """
+    if shape == "constant" or hidden_layers == 1:
+        return [width] * hidden_layers
+    slope = (1 - FUNNEL_END) / (hidden_layers - 1)
+    return [max(1, round(width * (1 - slope * layer))) for layer in range(hidden_layers)]
+
+
+def padded_width(width: int) -> int:
+    """The width that a stack gives its layers: the next power of two, at least 16.
+
+    Trials of different widths share a stack; the units beyond a trial's own width are held at
+    zero, which is exact (see `networks.layers`).
+
+    Example:
+        >>> padded_width(100), padded_width(128), padded_width(3)
+        (128, 128, 16)
+    """
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def fold_width(width: int, padded: int) -> int:
+    """Move a width by whole octaves into ``(padded / 2, padded]``.
+
+    So a width that was proposed freely joins a stack of another size, and its place within
+    the octave is kept.
+
+    Example:
+        >>> fold_width(100, 512), fold_width(700, 64), fold_width(20, 16)
+        (400, 44, 10)
+    """
+    while width > padded:
+        width = max(1, round(width / 2))
+    while width <= padded // 2:
+        width *= 2
+    return width

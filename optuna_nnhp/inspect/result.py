@@ -1,0 +1,127 @@
+"""What a study found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+import optuna
+from optuna import Study
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+import pandas as pd
+from torch import nn
+
+from optuna_nnhp.templates.dnn import DNN
+from optuna_nnhp.templates.predictor import TabularPredictor
+from optuna_nnhp.training.checkpoint import BestWeights
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+
+class Result:
+    """A study's best trial as a model, and the study itself.
+
+    Args:
+        study:
+            The Optuna study.
+        problem:
+            What was tuned.
+        weights:
+            The best trials' weights.
+
+    Example:
+        >>> import numpy as np
+        >>> from optuna_nnhp import optimize
+        >>> X = np.random.default_rng(0).normal(size=(200, 3))
+        >>> y = np.where(X[:, 0] > 0, "up", "down")
+        >>> fixed = {"epochs": 20, "width": 16}
+        >>> result = optimize("dnn", X, y, n_trials=2, storage=None, fixed=fixed)
+        >>> sorted(set(result.predict(X).tolist()))
+        ['down', 'up']
+        >>> result.best_value > 0.8
+        True
+    """
+
+    def __init__(self, study: Study, problem: DNN, weights: BestWeights) -> None:
+        self.study = study
+        self._problem, self._weights = problem, weights
+
+    @property
+    def best_trial(self) -> FrozenTrial:
+        """The best trial; of equal ones the first."""
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if not complete:
+            raise RuntimeError(
+                "A best trial must have finished, but none of the study's "
+                f"{len(self.study.get_trials(deepcopy=False))} has: give it more time or trials."
+            )
+        sign = 1 if self._problem.maximize else -1
+        return max(complete, key=lambda t: (sign * (t.value or 0.0), -t.number))
+
+    @property
+    def best_params(self) -> dict[str, Any]:
+        """What was tuned, as the best trial had it."""
+        return dict(self.best_trial.params)
+
+    @property
+    def best_value(self) -> float:
+        """The metric on the validation part."""
+        value = self.best_trial.value
+        assert value is not None
+        return value
+
+    @property
+    def model(self) -> nn.Module:
+        """The best trial's network at its best epoch: from features to logits, or to standardized
+        numbers for a regression.
+
+        Shape:
+            - Input: ``(rows, features)``; output: ``(rows, classes)`` or ``(rows, 1)``.
+        """
+        return self.predictor.model
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Predicted labels, or numbers in the target's units; see `TabularPredictor`."""
+        return self.predictor.predict(X)
+
+    def predict_proba(self, X: Any) -> NDArray[Any]:
+        """Predicted probability of each class, ``(rows, classes)``."""
+        return self.predictor.predict_proba(X)
+
+    def score(self, X: Any, y: Any) -> float:
+        """The study's metric on other data."""
+        return self.predictor.score(X, y)
+
+    def trials_dataframe(self) -> pd.DataFrame:
+        """One row per trial: value, parameters, curves and all attributes."""
+        return self.study.trials_dataframe()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model to a folder (safetensors and JSON) for `optuna_nnhp.load`."""
+        return self.predictor.save(folder)
+
+    @property
+    def predictor(self) -> TabularPredictor:
+        """The best trial as something that predicts from tables."""
+        return self._predictor(self.best_trial.number)
+
+    def _predictor(self, number: int) -> TabularPredictor:
+        trial = self.study.get_trials(deepcopy=False)[number]
+        member = self._problem.member(number, trial.params)
+        if number in self._weights:
+            network = self._weights.fill(number, self._problem.network(member))
+        else:
+            network = self._retrain(trial)
+        return self._problem.predictor(network, member, dict(trial.params), trial.value or 0.0)
+
+    def _retrain(self, trial: FrozenTrial) -> nn.Module:
+        """Train a trial again, whose weights are not here: same seed, same data, same course."""
+        _logger.warning(f"The weights of trial {trial.number} are not here: training it again.")
+        cohort = self._problem.cohort([self._problem.member(trial.number, trial.params)])
+        for _ in range(int(trial.user_attrs["best_epoch"])):
+            cohort.train_epoch()
+        network = cohort.best_network(0)
+        self._weights.put(trial.number, network)
+        return network

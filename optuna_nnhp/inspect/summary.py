@@ -1,0 +1,222 @@
+"""What a study says about itself, as plain text rows.
+
+The figures, the HTML page and the notes for optuna-dashboard all show these rows; each
+escapes them for its own medium. Only the study is read: no torch, no training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.distributions import json_to_distribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+# What a short label of a trial shows first; what else the study tunes fills the rest.
+MAIN_PARAMETERS = (
+    "learning_rate",
+    "optimizer",
+    "hidden_layers",
+    "width",
+    "activation",
+    "batch_size",
+    "dropout",
+    "weight_decay",
+)
+
+
+def shown(value: object) -> str:
+    """A value as a reader wants it: floats with four digits, everything else as ``str``.
+
+    Example:
+        >>> shown(0.0123456), shown(1e-05), shown(64), shown("adam"), shown(None)
+        ('0.01235', '1e-05', '64', 'adam', 'None')
+    """
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def is_maximized(study: optuna.Study) -> bool:
+    """Whether larger values are better.
+
+    Raises:
+        RuntimeError: If the study has several objectives (from Optuna).
+
+    Example:
+        >>> is_maximized(optuna.create_study(direction="maximize"))
+        True
+    """
+    return study.direction == StudyDirection.MAXIMIZE
+
+
+def metric_name(study: optuna.Study) -> str:
+    """The name of what is optimised, or ``"value"`` where the study does not say.
+
+    Example:
+        >>> study = optuna.create_study()
+        >>> study.set_user_attr("metric", "accuracy")
+        >>> metric_name(study)
+        'accuracy'
+    """
+    names = study.metric_names
+    return str(study.user_attrs.get("metric") or (names[0] if names else "value"))
+
+
+def reported(trial: FrozenTrial) -> dict[int, float]:
+    """The finite values that a trial reported, by epoch, in order of the epochs.
+
+    A diverged trial reports NaN or infinity; those are left out.
+
+    Example:
+        >>> trial = optuna.trial.create_trial(
+        ...     value=0.5, intermediate_values={2: 0.5, 1: 0.25, 3: float("nan")}
+        ... )
+        >>> reported(trial)
+        {1: 0.25, 2: 0.5}
+    """
+    values = trial.intermediate_values
+    return {step: values[step] for step in sorted(values) if math.isfinite(values[step])}
+
+
+def best_value(trial: FrozenTrial, maximized: bool) -> float | None:
+    """The best value a trial reached: also of a pruned one, whose ``value`` is only its last.
+
+    Returns:
+        For complete trials their value; for others the attribute ``best_value``, else the
+        best reported value. None where there is no finite one.
+
+    Example:
+        >>> pruned = optuna.trial.create_trial(
+        ...     state=TrialState.PRUNED, intermediate_values={1: 0.8, 2: 0.6}
+        ... )
+        >>> best_value(pruned, maximized=True), best_value(pruned, maximized=False)
+        (0.8, 0.6)
+    """
+    if trial.state == TrialState.COMPLETE:
+        value = trial.value
+    else:
+        values = reported(trial).values()
+        found = (max if maximized else min)(values) if values else None
+        value = trial.user_attrs.get("best_value", found)
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def ranked(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list[FrozenTrial]:
+    """The trials of one state that reached a value, best first.
+
+    Trials that break a constraint are left out, as in ``study.best_trial``.
+
+    Example:
+        >>> study = optuna.create_study(direction="maximize")
+        >>> study.add_trials([optuna.trial.create_trial(value=v) for v in (0.5, 0.9, 0.7)])
+        >>> [trial.value for trial in ranked(study)]
+        [0.9, 0.7, 0.5]
+    """
+    maximized = is_maximized(study)
+    found = [
+        (value, trial)
+        for trial in study.get_trials(deepcopy=False, states=(state,))
+        if (value := best_value(trial, maximized)) is not None
+        and all(constraint <= 0.0 for constraint in trial.constraints.values())
+    ]
+    sign = -1.0 if maximized else 1.0
+    return [trial for _, trial in sorted(found, key=lambda it: (sign * it[0], it[1].number))]
+
+
+def main_parameters(params: Mapping[str, Any], count: int = 8) -> dict[str, Any]:
+    """The first ``count`` parameters, those of :data:`MAIN_PARAMETERS` before all others.
+
+    Example:
+        >>> main_parameters({"l1": 0.0, "width": 64, "learning_rate": 0.1}, count=2)
+        {'learning_rate': 0.1, 'width': 64}
+    """
+    names = [name for name in MAIN_PARAMETERS if name in params]
+    names += [name for name in params if name not in MAIN_PARAMETERS]
+    return {name: params[name] for name in names[:count]}
+
+
+def range_text(distribution: BaseDistribution) -> str:
+    """What a parameter may be, in words.
+
+    Example:
+        >>> range_text(FloatDistribution(1e-5, 0.1, log=True)), range_text(IntDistribution(1, 4))
+        ('1e-05 to 0.1, logarithmic', '1 to 4')
+        >>> range_text(CategoricalDistribution(["adam", "sgd"]))
+        'adam, sgd'
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        return ", ".join(map(shown, distribution.choices))
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    step = distribution.step
+    return (
+        f"{shown(distribution.low)} to {shown(distribution.high)}"
+        + (", logarithmic" if distribution.log else "")
+        + (f", in steps of {shown(step)}" if step is not None and step != 1 else "")
+    )
+
+
+def search_space(study: optuna.Study) -> dict[str, BaseDistribution]:
+    """The distributions of the study: those it was started with, else those of its trials.
+
+    Example:
+        >>> study = optuna.create_study()
+        >>> text = optuna.distributions.distribution_to_json(IntDistribution(1, 4))
+        >>> study.set_user_attr("space", {"hidden_layers": text})
+        >>> search_space(study)
+        {'hidden_layers': IntDistribution(high=4, log=False, low=1, step=1)}
+    """
+    if "space" in study.user_attrs:
+        space = study.user_attrs["space"]
+        return {name: json_to_distribution(text) for name, text in space.items()}
+    found: dict[str, BaseDistribution] = {}
+    for trial in study.get_trials(deepcopy=False):
+        found |= trial.distributions
+    return found
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())
+
+
+def summary(study: optuna.Study) -> dict[str, str]:
+    """What is tuned, on what, for how long, and how far it got; plain text, not escaped.
+
+    Returns:
+        Label -> text, in the order to show; what the study does not say is left out.
+
+    Example:
+        >>> study = optuna.create_study(direction="maximize", study_name="digits")
+        >>> study.set_user_attr("metric", "accuracy")
+        >>> study.add_trial(optuna.trial.create_trial(value=0.97))
+        >>> summary(study)["best"], summary(study)["trials"]
+        ('accuracy 0.97 in trial 0', '1 in all: 1 complete')
+    """
+    attrs = study.user_attrs
+    trials = study.get_trials(deepcopy=False)
+    states = Counter(trial.state.name.lower() for trial in trials)
+    causes = Counter(str(t.user_attrs["cause"]) for t in trials if "cause" in t.user_attrs)
+    complete = ranked(study)
+    metric = metric_name(study)
+    best = f"{metric} {shown(complete[0].value)} in trial {complete[0].number}" if complete else ""
+    rows = {
+        "study": study.study_name,
+        "template": attrs.get("template"),
+        "task": attrs.get("task"),
+        "metric": f"{metric}, {'maximised' if is_maximized(study) else 'minimised'}",
+        "data": attrs.get("data"),
+        "budget": attrs.get("budget"),
+        "seed": attrs.get("seed"),
+        "optuna_nnhp": attrs.get("version"),
+        "best": best or "no trial has completed yet",
+        "trials": f"{len(trials)} in all" + (f": {_counts(states)}" if trials else ""),
+        "ended by": _counts(causes) or None,
+    }
+    return {label: shown(text) for label, text in rows.items() if text is not None}

@@ -1,0 +1,186 @@
+"""Layers of k networks at once: every parameter and buffer has the member as its first axis."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch import nn
+
+Noise = Callable[[int, int], Tensor]  # (batch, width) -> uniform numbers of that shape
+
+EPSILON = 1e-5  # of torch.nn.BatchNorm1d and torch.nn.LayerNorm
+RUNNING_MOMENTUM = 0.1  # of torch.nn.BatchNorm1d
+
+
+class StackedModule(nn.Module):
+    """k networks of one signature; the member is the first axis of everything it holds.
+
+    Shape:
+        - Input: ``(batch, ...)``, shared, or ``(k, batch, ...)``; output: ``(k, batch, outputs)``.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """Outputs of all members; ``noise`` feeds dropout, without it nothing is dropped."""
+
+    @abstractmethod
+    def keep(self, members: Tensor) -> None:
+        """Go on with some members ``(m,)`` only."""
+
+    @abstractmethod
+    def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """One member as a plain network, from its present weights or a `state_dict`."""
+
+
+class StackedLinear(nn.Module):
+    """k linear layers side by side.
+
+    Args:
+        weight:
+            First weights.
+        bias:
+            Whether there is a bias. Before batch normalization there must be none: it would
+            change nothing, and Adam would turn the rounding errors of its gradient into steps.
+
+    Shape:
+        - weight: ``(k, in, out)``; bias: ``(k, out)``, zero at the start.
+        - Input: ``(k, batch, in)``, or ``(batch, in)`` when the members share it.
+        - Output: ``(k, batch, out)``.
+
+    Example:
+        >>> StackedLinear(torch.ones(3, 2, 5))(torch.ones(7, 2)).shape
+        torch.Size([3, 7, 5])
+    """
+
+    def __init__(self, weight: Tensor, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        zeros = weight.new_zeros(weight.shape[0], weight.shape[2])
+        self.bias = nn.Parameter(zeros) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply each member's layer."""
+        x = x.expand(self.weight.shape[0], *x.shape[-2:])
+        if self.bias is None:
+            return torch.bmm(x, self.weight)
+        return torch.baddbmm(self.bias[:, None], x, self.weight)
+
+
+class StackedBatchNorm(nn.Module):
+    """k batch normalizations side by side, as `torch.nn.BatchNorm1d`.
+
+    Padded units stay zero: they are zero before, and their bias gets no gradient.
+
+    Args:
+        members:
+            k.
+        width:
+            Units, padding included.
+
+    Shape:
+        - weight, bias, running_mean, running_var: ``(k, width)``.
+        - Input, output: ``(k, batch, width)``.
+
+    Example:
+        >>> y = StackedBatchNorm(2, 3)(torch.randn(2, 8, 3))
+        >>> bool(y.mean(1).abs().max() < 1e-5)
+        True
+
+    Source:
+        Ioffe and Szegedy 2015 (arXiv:1502.03167).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(members, width))
+        self.bias = nn.Parameter(torch.zeros(members, width))
+        self.register_buffer("running_mean", torch.zeros(members, width))
+        self.register_buffer("running_var", torch.ones(members, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize over the batch in training, by the running estimates in evaluation."""
+        if self.training:
+            variance, mean = torch.var_mean(x, dim=1, correction=0)
+            self._follow(mean.detach(), variance.detach(), x.shape[1])
+        else:
+            mean, variance = self.running_mean, self.running_var
+        scale = self.weight * torch.rsqrt(variance + EPSILON)
+        return torch.addcmul(self.bias[:, None], x - mean[:, None], scale[:, None])
+
+    def _follow(self, mean: Tensor, variance: Tensor, batch: int) -> None:
+        # A batch of one has no spread to learn from; torch.nn refuses it, we keep the estimate.
+        if batch == 1:
+            return
+        self.running_mean.lerp_(mean, RUNNING_MOMENTUM)
+        self.running_var.lerp_(variance * (batch / (batch - 1)), RUNNING_MOMENTUM)
+
+
+class StackedLayerNorm(nn.Module):
+    """k layer normalizations side by side, as `torch.nn.LayerNorm` over the true width.
+
+    Args:
+        mask:
+            1 for a member's true units, 0 for its padding.
+
+    Shape:
+        - mask: ``(k, 1, width)``; weight, bias: ``(k, width)``.
+        - Input, output: ``(k, batch, width)``, padded units zero.
+
+    Example:
+        >>> norm = StackedLayerNorm(torch.tensor([[[1.0, 1.0, 0.0]]]))
+        >>> norm(torch.tensor([[[1.0, 3.0, 0.0]]])).detach().round(decimals=3)
+        tensor([[[-1.,  1.,  0.]]])
+
+    Source:
+        Ba et al. 2016 (arXiv:1607.06450).
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(mask.shape[0], mask.shape[2]))
+        self.bias = nn.Parameter(torch.zeros(mask.shape[0], mask.shape[2]))
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize each example over the member's own units."""
+        width = self.mask.sum(-1, keepdim=True)
+        x = x * self.mask  # nothing flows back into the padding either
+        centred = (x - x.sum(-1, keepdim=True) / width) * self.mask
+        variance = centred.square().sum(-1, keepdim=True) / width
+        normal = centred * torch.rsqrt(variance + EPSILON)
+        return torch.addcmul(self.bias[:, None], normal, self.weight[:, None])
+
+
+def keep_members(module: nn.Module, members: Tensor) -> None:
+    """Keep some members of a stack, in place.
+
+    Args:
+        module:
+            Any module whose parameters and buffers all have the member as their first axis.
+        members:
+            Which to keep, in their new order.
+
+    Shape:
+        - members: ``(m,)``.
+
+    Example:
+        >>> layer = StackedLinear(torch.arange(3.0).view(3, 1, 1))
+        >>> keep_members(layer, torch.tensor([2]))
+        >>> layer.weight
+        Parameter containing:
+        tensor([[[2.]]], requires_grad=True)
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.detach()[members]))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer[members])

@@ -1,0 +1,272 @@
+"""The multilayer perceptron: one plain network, or k of them stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Generator
+from torch import Tensor
+from torch import nn
+
+from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
+from optuna_nnhp.hyperparameters.activation import activate
+from optuna_nnhp.hyperparameters.activation import activation_groups
+from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.regularization import dropout
+from optuna_nnhp.hyperparameters.weight_init import initial_weight
+from optuna_nnhp.hyperparameters.width import layer_widths
+from optuna_nnhp.hyperparameters.width import padded_width
+from optuna_nnhp.networks.layers import Noise
+from optuna_nnhp.networks.layers import StackedBatchNorm
+from optuna_nnhp.networks.layers import StackedLayerNorm
+from optuna_nnhp.networks.layers import StackedLinear
+from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.networks.layers import keep_members
+
+Params = Mapping[str, Value]
+
+
+def widths(params: Params) -> list[int]:
+    """Neurons of each hidden layer of one trial."""
+    return layer_widths(
+        int(params["width"] or 1), str(params["width_shape"]), int(params["hidden_layers"] or 1)
+    )
+
+
+def mlp_signature(params: Params) -> Hashable:
+    """What trials must have in common to be stacked.
+
+    Example:
+        >>> mlp_signature({"hidden_layers": 2, "width": 100, "normalization": "none"})
+        (2, 128, 'none')
+    """
+    padded = padded_width(int(params["width"] or 1))
+    return params["hidden_layers"], padded, params["normalization"]
+
+
+def count_weights(params: Params, inputs: int, outputs: int) -> int:
+    """Number of trained weights of one trial's network, biases included.
+
+    Example:
+        >>> params = {"hidden_layers": 1, "width": 8, "width_shape": "constant"}
+        >>> count_weights({**params, "normalization": "none"}, inputs=4, outputs=2)
+        58
+    """
+    sizes = [inputs, *widths(params), outputs]
+    weights, units = sum(a * b for a, b in pairwise(sizes)), sum(sizes[1:-1])
+    # Per hidden unit a bias, a scale and a shift, or the last two; see `_has_bias`.
+    per_unit = {"none": 1, "batch": 2, "layer": 3}[str(params["normalization"])]
+    return weights + per_unit * units + outputs
+
+
+def build_mlp(params: Params, inputs: int, outputs: int) -> nn.Sequential:
+    """One trial's network as plain `torch.nn` modules, weights not yet loaded.
+
+    Args:
+        params:
+            The trial's hyperparameters.
+        inputs:
+            Features of an example.
+        outputs:
+            Classes, or 1 for a number.
+
+    Shape:
+        - Input of the network: ``(batch, inputs)``; output: ``(batch, outputs)``, logits or
+          standardized numbers.
+
+    Example:
+        >>> params = {"hidden_layers": 1, "width": 8, "width_shape": "constant"}
+        >>> params |= {"normalization": "batch", "activation": "tanh", "dropout": 0.0}
+        >>> [type(layer).__name__ for layer in build_mlp(params, 4, 2)]
+        ['Linear', 'BatchNorm1d', 'Tanh', 'Linear']
+    """
+    layers: list[nn.Module] = []
+    size = inputs
+    for width in widths(params):
+        layers.append(nn.Linear(size, width, bias=_has_bias(params)))
+        if params["normalization"] == "batch":
+            layers.append(nn.BatchNorm1d(width))
+        elif params["normalization"] == "layer":
+            layers.append(nn.LayerNorm(width))
+        layers.append(ACTIVATIONS[str(params["activation"])].module())
+        if params["dropout"]:
+            layers.append(nn.Dropout(float(params["dropout"])))
+        size = width
+    return nn.Sequential(*layers, nn.Linear(size, outputs))
+
+
+class StackedMLP(StackedModule):
+    """k multilayer perceptrons with one signature, trained side by side.
+
+    Each member has its own initialization, activation, dropout and widths; widths are padded
+    with units whose weights are zero. That is exact: such a unit outputs zero (where the
+    activation maps zero elsewhere, or layer normalization moves it, a mask holds it), so it
+    gets no gradient, and every update rule of the catalogue leaves a zero weight with zero
+    gradient at zero.
+
+    Args:
+        params:
+            Hyperparameters of each member; equal `mlp_signature`.
+        inputs:
+            Features of an example.
+        outputs:
+            Classes, or 1 for a number.
+        generators:
+            Each member's own source of random numbers, for its first weights.
+
+    Shape:
+        - Input: ``(batch, inputs)``, or ``(k, batch, inputs)``.
+        - Output: ``(k, batch, outputs)``.
+
+    Raises:
+        ValueError: If the members' signatures differ.
+
+    Example:
+        >>> params = {"hidden_layers": 1, "width": 8, "width_shape": "constant"}
+        >>> params |= {"normalization": "batch", "activation": "tanh", "dropout": 0.0}
+        >>> params |= {"weight_init": "he_normal"}
+        >>> stack = StackedMLP([params, {**params, "width": 5}], 4, 2, [torch.Generator()] * 2)
+        >>> stack(torch.zeros(7, 4)).shape
+        torch.Size([2, 7, 2])
+    """
+
+    def __init__(
+        self, params: Sequence[Params], inputs: int, outputs: int, generators: Sequence[Generator]
+    ) -> None:
+        super().__init__()
+        signatures = {mlp_signature(p) for p in params}
+        if len(signatures) != 1:
+            raise ValueError(f"Stacked networks must share a signature, but got {signatures}.")
+        self.params = list(params)
+        self.inputs, self.outputs = inputs, outputs
+        depth, padded = len(widths(params[0])), padded_width(int(params[0]["width"] or 1))
+        k, kind = len(params), params[0]["normalization"]
+        self.linears, self.norms = nn.ModuleList(), nn.ModuleList()
+        for layer, weight in enumerate(
+            _first_weights(params, inputs, outputs, padded, generators)
+        ):
+            self.linears.append(StackedLinear(weight, layer == depth or _has_bias(params[0])))
+            if layer < depth:
+                self.register_buffer(f"mask{layer}", _mask(params, layer, padded))
+                if kind == "batch":
+                    self.norms.append(StackedBatchNorm(k, padded))
+                elif kind == "layer":
+                    self.norms.append(StackedLayerNorm(self.get_buffer(f"mask{layer}")))
+        self.register_buffer("dropout", torch.tensor([float(p["dropout"] or 0) for p in params]))
+        self._group()
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """Compute every member's output.
+
+        Args:
+            x:
+                Examples.
+            noise:
+                Uniform random numbers for dropout, drawn once per hidden layer; without it
+                nothing is dropped.
+        """
+        h = x
+        for layer, linear in enumerate(list(self.linears)[:-1]):
+            h = linear(h)
+            if self.norms:
+                h = self.norms[layer](h)
+            h = activate(h, self.groups)
+            if self.masked:
+                h = h * self.get_buffer(f"mask{layer}")
+            if noise is not None and self.drops:
+                u = noise(h.shape[-2], h.shape[-1])
+                h = dropout(h, u, self.get_buffer("dropout")[:, None, None])
+        return self.linears[-1](h)  # type: ignore[no-any-return]
+
+    def keep(self, members: Tensor) -> None:
+        """Go on with some members ``(m,)`` only."""
+        keep_members(self, members)
+        self.params = [self.params[i] for i in members.tolist()]
+        self._group()
+
+    def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Sequential:
+        """One member as a plain network, without its padding.
+
+        Args:
+            i:
+                Which member.
+            weights:
+                A `state_dict` of the stack to read from instead of its present weights.
+        """
+        source = weights if weights is not None else self.state_dict()
+        network = build_mlp(self.params[i], self.inputs, self.outputs)
+        sizes = [self.inputs, *widths(self.params[i]), self.outputs]
+        linears = [m for m in network if isinstance(m, nn.Linear)]
+        norms = [m for m in network if isinstance(m, nn.BatchNorm1d | nn.LayerNorm)]
+        with torch.no_grad():
+            for n, linear in enumerate(linears):
+                rows, columns = sizes[n], sizes[n + 1]
+                linear.weight.copy_(source[f"linears.{n}.weight"][i, :rows, :columns].T)
+                if linear.bias is not None:
+                    linear.bias.copy_(source[f"linears.{n}.bias"][i, :columns])
+            for n, norm in enumerate(norms):
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    if hasattr(norm, name):
+                        getattr(norm, name).copy_(source[f"norms.{n}.{name}"][i, : sizes[n + 1]])
+        return network.eval()
+
+    def _group(self) -> None:
+        names = [str(p["activation"]) for p in self.params]
+        device = self.get_buffer("dropout").device
+        self.groups = [
+            (name, torch.tensor(members, device=device))
+            for name, members in activation_groups(names)
+        ]
+        self.drops = bool((self.get_buffer("dropout") > 0).any())
+        padded = any(
+            not bool(self.get_buffer(f"mask{layer}").all())
+            for layer in range(len(self.linears) - 1)
+        )
+        self.masked = padded and "sigmoid" in names
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedMLP:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # a move to another device takes the groups along
+        self._group()
+        return self
+
+
+def _has_bias(params: Params) -> bool:
+    return params["normalization"] != "batch"  # which has a shift of its own
+
+
+def _mask(params: Sequence[Params], layer: int, padded: int) -> Tensor:
+    """1 for each member's true units of a layer: ``(k, 1, padded)``."""
+    true = torch.tensor([widths(p)[layer] for p in params])
+    return (torch.arange(padded) < true[:, None]).to(torch.get_default_dtype())[:, None]
+
+
+def _first_weights(
+    params: Sequence[Params],
+    inputs: int,
+    outputs: int,
+    padded: int,
+    generators: Sequence[Generator],
+) -> list[Tensor]:
+    """Zero-padded first weights of each layer, ``(k, in, out)``.
+
+    They are drawn at their true size, layer after layer, so that neither the padding nor the
+    other members have a say in them.
+    """
+    depth = len(widths(params[0]))
+    sizes = [inputs, *[padded] * depth, outputs]
+    weights = [torch.zeros(len(params), a, b) for a, b in pairwise(sizes)]
+    for i, (p, generator) in enumerate(zip(params, generators, strict=True)):
+        true = [inputs, *widths(p), outputs]
+        for layer in range(depth + 1):
+            hidden = layer < depth
+            gain = ACTIVATIONS[str(p["activation"])].gain if hidden else 1.0
+            drawn = initial_weight(
+                str(p["weight_init"]), true[layer], true[layer + 1], gain, generator
+            )
+            weights[layer][i, : true[layer], : true[layer + 1]] = drawn
+    return weights

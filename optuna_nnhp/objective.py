@@ -1,0 +1,104 @@
+"""Plain Optuna: the same networks and space as an objective function."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna import Trial
+
+from optuna_nnhp.inspect.result import Result
+from optuna_nnhp.messages import unknown
+from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.study.trials import suggest
+from optuna_nnhp.templates import TEMPLATES
+from optuna_nnhp.training.checkpoint import BestWeights
+
+
+class Objective:
+    """An objective function for `optuna.Study.optimize`.
+
+    Each trial is a cohort of one: the same space, networks and training as in `optimize`, one
+    after the other, with whatever sampler, pruner, storage, callbacks and ``n_jobs`` the study
+    has. A pruner is asked after every epoch.
+
+    Args:
+        template:
+            As in `optimize`, like all the others.
+        X:
+            The table.
+        y:
+            What to predict.
+        options:
+            Any of ``target``, ``task``, ``validation``, ``metric``, ``direction``, ``space``,
+            ``fixed``, ``seed`` and ``device``. The sampler has its own seed.
+
+    Attributes:
+        direction: ``"maximize"`` or ``"minimize"``: what to create the study with.
+        space: What is tuned.
+
+    Shape:
+        - X: ``(rows, columns)``; y: ``(rows,)``.
+
+    Raises:
+        ValueError: If anything in the data or the arguments makes no sense.
+        optuna.TrialPruned: When called, if the study's pruner ends the trial.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> objective = Objective("dnn", *load_iris(return_X_y=True), fixed={"epochs": 5})
+        >>> study = optuna.create_study(direction=objective.direction)
+        >>> study.optimize(objective, n_trials=2)
+        >>> objective.result(study).predict([[5.1, 3.5, 1.4, 0.2]]).shape
+        (1,)
+    """
+
+    def __init__(
+        self, template: str = "dnn", X: Any = None, y: Any = None, **options: Any
+    ) -> None:
+        if template not in TEMPLATES:
+            raise unknown("a template", template, TEMPLATES)
+        self._problem = TEMPLATES[template](X, y, **options)
+        self.direction = self._problem.metric.direction
+        self.space = dict(self._problem.space)
+        self.defaults = self._problem.defaults()
+        self._weights, self._lock = BestWeights(None), threading.Lock()
+        self._best: float | None = None
+
+    def __call__(self, trial: Trial) -> float:
+        """Train one trial and return its best value."""
+        problem = self._problem
+        self._check_direction(trial.study)
+        member = problem.member(trial.number, suggest(trial, problem.space))
+        running = RunningTrial(trial, member, problem.maximize)
+        cohort = problem.cohort([member])
+        cause: str | None = None
+        while cause is None:
+            scores = cohort.train_epoch()
+            assert scores is not None
+            running.take(scores.train_loss[0], scores.validation_loss[0], scores.value[0])
+            running.report()
+            cause = scores.ended[0] or ("pruned" if trial.should_prune() else None)
+        running.describe(problem, cohort.iterations, cause)
+        if cause in ("pruned", "diverged"):
+            raise optuna.TrialPruned(f"Trial {trial.number}: {cause}.")
+        assert running.best is not None
+        with self._lock:
+            if running.is_better(running.best, self._best):
+                self._best = running.best
+                self._weights.put(trial.number, cohort.best_network(0))
+                self._weights.drop_others([trial.number])
+        return running.best
+
+    def result(self, study: Study) -> Result:
+        """The study's best trial as a model, as `optimize` returns it."""
+        return Result(study, self._problem, self._weights)
+
+    def _check_direction(self, study: Study) -> None:
+        if study.direction.name.lower() != self.direction:
+            raise ValueError(
+                f"The study's direction must be {self.direction!r} for "
+                f"{self._problem.metric.name}, but is {study.direction.name.lower()!r}."
+            )

@@ -1,0 +1,197 @@
+"""The public call: tune a network on data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+import torch
+
+from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.inspect.result import Result
+from optuna_nnhp.messages import unknown
+from optuna_nnhp.search.halving import CohortHalvingPruner
+from optuna_nnhp.search.methods import make_sampler
+from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.scheduler import Callback
+from optuna_nnhp.study.scheduler import Scheduler
+from optuna_nnhp.study.storage import DEFAULT_STORAGE
+from optuna_nnhp.study.storage import models_folder
+from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.study.storage import open_study
+from optuna_nnhp.study.storage import without_password
+from optuna_nnhp.templates import TEMPLATES
+from optuna_nnhp.training.checkpoint import BestWeights
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+
+def optimize(
+    template: str = "dnn",
+    X: Any = None,
+    y: Any = None,
+    *,
+    target: str | None = None,
+    task: str | None = None,
+    validation: float | tuple[Any, Any] = 0.2,
+    metric: str | Callable[[Any, Any], float] | None = None,
+    direction: str | None = None,
+    space: Mapping[str, BaseDistribution] | None = None,
+    fixed: Mapping[str, Value] | None = None,
+    n_trials: int | None = None,
+    timeout: float | None = None,
+    method: str = "bayes",
+    sampler: BaseSampler | None = None,
+    pruner: BasePruner | None = None,
+    storage: str | Path | BaseStorage | None = DEFAULT_STORAGE,
+    study_name: str | None = None,
+    callbacks: Sequence[Callback] | None = None,
+    show_progress_bar: bool = False,
+    cohort_size: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> Result:
+    """Tune a network on data, many trials at once.
+
+    The first trial is the catalogue's default configuration. The same call again continues the
+    same study, and does nothing more once it has its ``n_trials``.
+
+    Args:
+        template:
+            ``"dnn"``: a multilayer perceptron on a table.
+        X:
+            A numpy array, pandas frame or torch tensor, or the path of a CSV file.
+        y:
+            What to predict; with a CSV file, give ``target`` instead.
+        target:
+            Column of the CSV file that is to be predicted.
+        task:
+            ``"classification"``, ``"binary"``, ``"multiclass"`` or ``"regression"``; inferred
+            from the target if None.
+        validation:
+            Share of the rows that judges trials (stratified for classes), or ``(X, y)``.
+        metric:
+            ``"accuracy"`` (default for classes), ``"balanced_accuracy"``, ``"roc_auc"``,
+            ``"log_loss"``, ``"f1"``; ``"rmse"`` (default for numbers), ``"mae"``, ``"r2"``; or a
+            function ``f(y_true, y_pred)``, whose greater value is better unless ``direction``
+            says otherwise.
+        direction:
+            ``"maximize"`` or ``"minimize"``; follows from the metric if None.
+        space:
+            Distributions that replace the catalogue's, by name.
+        fixed:
+            Values that are not to be tuned, by name.
+        n_trials:
+            Trials of the whole study, those of earlier calls included.
+        timeout:
+            Seconds of this call; trials are stopped within a training step of it.
+        method:
+            ``"bayes"``, ``"bayes-gp"``, ``"random"`` or ``"quasi-random"``.
+        sampler:
+            An Optuna sampler, instead of ``method``.
+        pruner:
+            An Optuna pruner, asked trial by trial after every epoch; successive halving over
+            whole cohorts if None, no pruning with `optuna.pruners.NopPruner`.
+        storage:
+            The path of a journal file, a URL (``"sqlite:///study.db"``), an Optuna storage, or
+            None to keep the study in memory only.
+        study_name:
+            Name of the study; made of the template, the metric and the data if None.
+        callbacks:
+            Called with the study and the trial after each trial, as in Optuna.
+        show_progress_bar:
+            Whether to show a progress bar.
+        cohort_size:
+            Trials that are trained at once; chosen by size and memory if None.
+        seed:
+            Seed of everything: with one worker, the same seed gives the same study.
+        device:
+            Where to train; CUDA if there is any, else the CPU, if None.
+
+    Returns:
+        The best model and the study.
+
+    Shape:
+        - X: ``(rows, columns)``; y: ``(rows,)``.
+
+    Raises:
+        ValueError: If anything in the data or the arguments makes no sense; nothing has been
+            trained then.
+        FileNotFoundError: If there is no such file.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> fixed = {"epochs": 10}
+        >>> result = optimize("dnn", X, y, n_trials=3, storage=None, fixed=fixed)
+        >>> len(result.study.trials)
+        3
+    """
+    if template not in TEMPLATES:
+        raise unknown("a template", template, TEMPLATES)
+    _check_budget(n_trials, timeout, cohort_size)
+    sampler = _check_sampler(sampler) if sampler is not None else make_sampler(method, seed)
+    pruner = _check_pruner(pruner) if pruner is not None else CohortHalvingPruner()
+    problem = TEMPLATES[template](
+        X,
+        y,
+        target=target,
+        task=task,
+        validation=validation,
+        metric=metric,
+        direction=direction,
+        space=space,
+        fixed=fixed,
+        seed=seed,
+        device=device,
+    )
+    opened = open_storage(storage)
+    study = open_study(problem, opened, study_name, sampler, pruner)
+    if storage is not None:
+        where = (
+            without_password(str(storage)) if isinstance(storage, str | Path) else "its storage"
+        )
+        _logger.info(f"The study {study.study_name!r} is kept in {where}.")
+    folder = models_folder(opened, None if isinstance(storage, BaseStorage) else storage)
+    weights = BestWeights(folder / study.study_name if folder else None)
+    scheduler = Scheduler(
+        study=study,
+        problem=problem,
+        budget=Budget(n_trials, timeout),
+        weights=weights,
+        callbacks=callbacks or (),
+        cohort_size=cohort_size,
+        show_progress_bar=show_progress_bar,
+    )
+    scheduler.run()
+    return Result(study, problem, weights)
+
+
+def _check_budget(n_trials: int | None, timeout: float | None, cohort_size: int | None) -> None:
+    if n_trials is None and timeout is None:
+        raise ValueError("`n_trials` or `timeout` must be given, but both are None.")
+    for name, count in (("n_trials", n_trials), ("cohort_size", cohort_size)):
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"`{name}` must be at least 1, but got {count!r}.")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"`timeout` must be more than 0 seconds, but got {timeout!r}.")
+
+
+def _check_sampler(sampler: object) -> BaseSampler:
+    if not isinstance(sampler, BaseSampler):
+        raise ValueError(f"`sampler` must be an Optuna sampler, but got {sampler!r}.")
+    return sampler
+
+
+def _check_pruner(pruner: object) -> BasePruner:
+    if not isinstance(pruner, BasePruner):
+        raise ValueError(f"`pruner` must be an Optuna pruner, but got {pruner!r}.")
+    return pruner

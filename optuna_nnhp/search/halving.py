@@ -1,0 +1,104 @@
+"""Successive halving for trials that train in lockstep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+
+from optuna import Study
+from optuna.pruners import BasePruner
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+
+
+class CohortHalvingPruner(BasePruner):
+    """At each rung, go on with the best 1/eta of all values ever reported there.
+
+    Rungs lie at ``first_rung * eta ** i`` epochs. A trial is judged by its best value so far,
+    against every trial of the study that has reached the rung, finished or not: Optuna's own
+    pruners look at finished trials only, or depend on the order inside a batch, and so cannot
+    judge trials that are trained together. Survivors carry on; nothing is trained twice.
+
+    The scheduler asks `keep` once for a whole cohort; `prune` is the same rule for one trial,
+    so the pruner works in plain Optuna too.
+
+    Args:
+        eta:
+            One of how many goes on.
+        first_rung:
+            Epochs before the first decision.
+
+    Raises:
+        ValueError: If ``eta`` is under 2 or ``first_rung`` under 1.
+
+    Example:
+        >>> pruner = CohortHalvingPruner(eta=3)
+        >>> pruner.keep({7: 0.5, 8: 0.9, 9: 0.7}, maximize=True)
+        {8}
+        >>> [step for step in range(1, 30) if pruner.is_rung(step)]
+        [1, 3, 9, 27]
+
+    Source:
+        Li et al. 2020 (ASHA, arXiv:1810.05934), without its promotion of paused trials.
+    """
+
+    def __init__(self, *, eta: int = 3, first_rung: int = 1) -> None:
+        if eta < 2:
+            raise ValueError(f"`eta` must be at least 2, but got {eta}.")
+        if first_rung < 1:
+            raise ValueError(f"`first_rung` must be at least 1, but got {first_rung}.")
+        self.eta, self.first_rung = eta, first_rung
+
+    def is_rung(self, step: int) -> bool:
+        """Whether trials are judged after this epoch."""
+        rung = self.first_rung
+        while rung < step:
+            rung *= self.eta
+        return rung == step
+
+    def keep(self, values: Mapping[int, float], *, maximize: bool) -> set[int]:
+        """The trials that go on.
+
+        Args:
+            values:
+                Best value so far of every trial that has reached the rung, by trial number.
+            maximize:
+                Whether a greater value is better.
+
+        Returns:
+            The numbers of the best 1/eta, rounded up, ties included; all of them while fewer
+            than ``eta`` have reached the rung.
+        """
+        finite = {n: v if maximize else -v for n, v in values.items() if not math.isnan(v)}
+        if len(values) < self.eta or not finite:
+            return set(finite)
+        place = min(math.ceil(len(values) / self.eta), len(finite))
+        threshold = sorted(finite.values(), reverse=True)[place - 1]
+        return {n for n, v in finite.items() if v >= threshold}
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether one trial should end; Optuna's interface."""
+        step = trial.last_step
+        if step is None or not self.is_rung(step):
+            return False
+        maximize = study.direction == StudyDirection.MAXIMIZE
+        values = rung_values(study.get_trials(deepcopy=False), step, maximize=maximize)
+        values |= rung_values([trial], step, maximize=maximize)
+        return trial.number not in self.keep(values, maximize=maximize)
+
+
+def rung_values(trials: list[FrozenTrial], step: int, *, maximize: bool) -> dict[int, float]:
+    """Best value up to a step of each trial that has reported there, by trial number.
+
+    Example:
+        >>> import optuna
+        >>> trial = optuna.trial.create_trial(value=1.0, intermediate_values={1: 0.4, 2: 0.3})
+        >>> rung_values([trial], 2, maximize=True)
+        {-1: 0.4}
+    """
+    best = max if maximize else min
+    return {
+        t.number: best(v for s, v in t.intermediate_values.items() if s <= step)
+        for t in trials
+        if step in t.intermediate_values
+    }

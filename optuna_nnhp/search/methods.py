@@ -1,0 +1,44 @@
+"""Tuning methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from optuna.samplers import BaseSampler
+from optuna.samplers import GPSampler
+from optuna.samplers import QMCSampler
+from optuna.samplers import RandomSampler
+from optuna.samplers import TPESampler
+
+from optuna_nnhp.messages import unknown
+
+METHODS: dict[str, Callable[[int | None], BaseSampler]] = {
+    "bayes": lambda seed: TPESampler(seed=seed),
+    "bayes-gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
+    "random": lambda seed: RandomSampler(seed=seed),
+    "quasi-random": lambda seed: QMCSampler(
+        seed=seed, scramble=True, warn_independent_sampling=False
+    ),
+}
+
+
+def make_sampler(method: str, seed: int | None) -> BaseSampler:
+    """The Optuna sampler of a method.
+
+    Args:
+        method:
+            ``"bayes"`` (Optuna's TPE), ``"bayes-gp"`` (its Gaussian process), ``"random"`` or
+            ``"quasi-random"`` (scrambled Sobol points).
+        seed:
+            Seed of the sampler.
+
+    Raises:
+        ValueError: If there is no such method.
+
+    Example:
+        >>> type(make_sampler("bayes", seed=0)).__name__
+        'TPESampler'
+    """
+    if method not in METHODS:
+        raise unknown("a method", method, METHODS)
+    return METHODS[method](seed)

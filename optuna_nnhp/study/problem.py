@@ -1,0 +1,63 @@
+"""What the study's machinery needs to know of a template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import Protocol
+
+from optuna.distributions import BaseDistribution
+from torch import nn
+
+from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+
+
+class Problem(Protocol):
+    """A template with its data: what is tuned, on what, and how trials are trained.
+
+    Attributes:
+        name: Default name of its study; another data set has another name.
+        space: What is tuned.
+        fixed: Values of all other hyperparameters.
+        maximize: Whether a greater metric is better.
+        seed: Seed of everything.
+        description: What a reader of the study should know, as JSON; kept as its attributes.
+            Two studies with different ``"template"``, ``"task"``, ``"metric"`` or
+            ``"fingerprint"`` must not be mixed.
+    """
+
+    name: str
+    space: dict[str, BaseDistribution]
+    fixed: dict[str, Value]
+    maximize: bool
+    seed: int
+    description: dict[str, Any]
+
+    def defaults(self) -> dict[str, Value]:
+        """The configuration of the first trial, as far as it lies in the space."""
+
+    def member(self, number: int, params: Mapping[str, Any]) -> Member:
+        """A trial, given its number and the values of what is tuned."""
+
+    def signature(self, member: Member) -> Hashable:
+        """What trials must have in common to be trained as one cohort."""
+
+    def pin(self, leader: Member) -> Callable[[str, Any], Any]:
+        """How a proposed value is moved so that the trial can join a leader's cohort."""
+
+    def cohort_size(self, leader: Member) -> int:
+        """How many trials of a leader's signature to train at once."""
+
+    def cohort(self, members: Sequence[Member]) -> Cohort:
+        """A cohort of members with one signature."""
+
+    def count_weights(self, member: Member) -> int:
+        """Number of trained weights."""
+
+    def network(self, member: Member) -> nn.Module:
+        """A trial's network as a plain module, weights not yet loaded."""

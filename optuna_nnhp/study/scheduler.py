@@ -1,0 +1,281 @@
+"""The scheduler: ask for trials, train them as cohorts, report, prune, tell."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+import math
+import time
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.pruners import BasePruner
+from optuna.samplers import BruteForceSampler
+from optuna.samplers import GridSampler
+from optuna.samplers import QMCSampler
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from optuna_nnhp.search.follower import FollowerSampler
+from optuna_nnhp.search.halving import CohortHalvingPruner
+from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.loop import Progress
+from optuna_nnhp.study.loop import inside_optimize
+from optuna_nnhp.study.loop import tidy_interrupts
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.storage import WORKER
+from optuna_nnhp.study.storage import worker_name
+from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.study.trials import suggest
+from optuna_nnhp.training.checkpoint import BestWeights
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Scores
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+Callback = Callable[[Study, FrozenTrial], None]
+
+# These decide every value themselves: trials are grouped as they come.
+PLANNERS = (GridSampler, QMCSampler, BruteForceSampler)
+REPORT_EVERY = 2.0  # seconds between reports of running trials, unless a pruner reads them
+GENERATIONS = 5  # a study of n trials learns from its results at least this often
+CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
+
+
+@dataclass
+class Scheduler:
+    """Runs a study.
+
+    Args:
+        study:
+            The opened study.
+        problem:
+            What is tuned.
+        budget:
+            How long.
+        weights:
+            Where the best trials' weights go.
+        callbacks:
+            Called after every trial with the study and the trial, as by Optuna.
+        cohort_size:
+            Trials in a cohort; None to let the problem choose.
+        show_progress_bar:
+            Whether to draw a progress bar.
+
+    Attributes:
+        history: Best value so far of every trial, by epoch and trial number, of the whole study.
+        finished: Number of trials that have ended.
+        best: Best value of the study.
+    """
+
+    study: Study
+    problem: Problem
+    budget: Budget
+    weights: BestWeights
+    callbacks: Sequence[Callback] = ()
+    cohort_size: int | None = None
+    show_progress_bar: bool = False
+    history: dict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    finished: int = 0
+    best: float | None = None
+    reported_at: float = 0.0
+
+    def run(self) -> None:
+        """Train cohort after cohort until the budget is spent, or somebody stops the study."""
+        self._recall()
+        with (
+            inside_optimize(self.study),
+            tidy_interrupts(self.budget),
+            Progress(self.show_progress_bar, self.budget, self.finished) as self.progress,
+        ):
+            while not self.budget.out_of_time() and not self.study._stop_flag:
+                trials = self._ask()
+                if not trials:
+                    break
+                groups: dict[Hashable, list[RunningTrial]] = defaultdict(list)
+                for running in trials:
+                    groups[self.problem.signature(running.member)].append(running)
+                while groups:
+                    _, group = groups.popitem()
+                    try:
+                        self._train(group)
+                    except BaseException:
+                        self._end_all([r for rest in groups.values() for r in rest], "error")
+                        raise
+
+    def _recall(self) -> None:
+        """Take in what the study holds already; begin a new one with the defaults."""
+        trials = self.study.get_trials(deepcopy=False)
+        if not trials:
+            self.study.enqueue_trial(self.problem.defaults())
+        for trial in trials:
+            self.finished += (
+                trial.state.is_finished() and trial.user_attrs.get("cause") != "killed"
+            )
+            best: float | None = None
+            for step, value in sorted(trial.intermediate_values.items()):
+                best = value if best is None or self._is_better(value, best) else best
+                self.history[step][trial.number] = best
+            if trial.state == TrialState.COMPLETE and self._is_better(trial.value, self.best):
+                self.best = trial.value
+
+    def _ask(self) -> list[RunningTrial]:
+        """The next trials: a leader, and followers that can be stacked with it."""
+        left = self._left()
+        if left == 0:
+            return []
+        leader = self._ask_one()
+        size = self.cohort_size or self._default_size(leader)
+        size = size if left is None else min(size, left)
+        sampler = self.study.sampler
+        trials = [leader]
+        try:
+            if not isinstance(sampler, PLANNERS):
+                self.study.sampler = FollowerSampler(sampler, self.problem.pin(leader.member))
+            while len(trials) < size and not self.budget.out_of_time():
+                trials.append(self._ask_one())
+        except BaseException:
+            self._end_all(trials, "error")
+            raise
+        finally:
+            self.study.sampler = sampler
+        return trials
+
+    def _ask_one(self) -> RunningTrial:
+        trial = self.study.ask()
+        try:
+            trial.set_user_attr(WORKER, worker_name())
+            member = self.problem.member(trial.number, suggest(trial, self.problem.space))
+        except BaseException:
+            trial.set_user_attr("cause", "error")
+            self.study.tell(trial, state=TrialState.FAIL)
+            raise
+        return RunningTrial(trial, member, self.problem.maximize)
+
+    def _default_size(self, leader: RunningTrial) -> int:
+        size = self.problem.cohort_size(leader.member)
+        if self.budget.n_trials is None:
+            return size
+        return min(size, math.ceil(self.budget.n_trials / GENERATIONS))
+
+    def _left(self) -> int | None:
+        """Trials still to start; a grid ends by itself."""
+        left = self.budget.left(self.finished)
+        if isinstance(self.study.sampler, GridSampler):
+            points = math.prod(len(v) for v in self.study.sampler._search_space.values())
+            rest = max(0, points - self.finished)
+            return rest if left is None else min(left, rest)
+        return left
+
+    def _train(self, group: list[RunningTrial]) -> None:
+        """Train one cohort to its end."""
+        running = {r.member.number: r for r in group}
+        try:
+            cohort = self.problem.cohort([r.member for r in group])
+            _logger.debug(f"A cohort of {len(group)}: {self.problem.signature(group[0].member)}.")
+            while running:
+                scores = cohort.train_epoch(self.budget.out_of_time)
+                if scores is None:
+                    cause = "interrupted" if self.budget.interrupted else "timeout"
+                    self._end_cohort(cohort, running, [cause] * len(running))
+                else:
+                    self._end_cohort(cohort, running, self._judge(cohort, running, scores))
+                self.progress.show(self.finished, len(running), self.best)
+        except BaseException:
+            self._end_all(list(running.values()), "error")
+            raise
+
+    def _judge(
+        self, cohort: Cohort, running: dict[int, RunningTrial], scores: Scores
+    ) -> list[str | None]:
+        """Note one epoch's scores; say who ends, and why."""
+        order = [running[m.number] for m in cohort.members]
+        curves = zip(order, scores.train_loss, scores.validation_loss, scores.value, strict=True)
+        for trial, train_loss, validation_loss, value in curves:
+            trial.take(train_loss, validation_loss, value)
+            if trial.best is not None:
+                self.history[cohort.epoch][trial.member.number] = trial.best
+        now = time.monotonic()
+        by_rule = isinstance(self.study.pruner, CohortHalvingPruner)
+        if not by_rule or now - self.reported_at > REPORT_EVERY:
+            self.reported_at = now
+            for trial in order:
+                trial.report()
+        kept = self._kept(cohort.epoch, order, self.study.pruner)
+        return [
+            ended or (None if trial.member.number in kept else "pruned")
+            for ended, trial in zip(scores.ended, order, strict=True)
+        ]
+
+    def _kept(self, epoch: int, order: list[RunningTrial], pruner: BasePruner) -> set[int]:
+        """Numbers of the trials that the pruner lets go on."""
+        if isinstance(pruner, CohortHalvingPruner):
+            if pruner.is_rung(epoch):
+                return pruner.keep(self.history[epoch], maximize=self.problem.maximize)
+            return {t.member.number for t in order}
+        return {t.member.number for t in order if not t.trial.should_prune()}
+
+    def _end_cohort(
+        self, cohort: Cohort, running: dict[int, RunningTrial], causes: Sequence[str | None]
+    ) -> None:
+        """End the members that have a cause, and shrink the cohort to the others."""
+        for place, (member, cause) in enumerate(zip(cohort.members, causes, strict=True)):
+            if cause is not None:
+                self._end(running.pop(member.number), cause, cohort, place)
+        stay = [place for place, cause in enumerate(causes) if cause is None]
+        if stay and len(stay) < len(causes):
+            cohort.keep(stay)
+
+    def _end(self, running: RunningTrial, cause: str, cohort: Cohort, place: int) -> None:
+        """Tell Optuna of one trial's end, its best weights kept first if it leads."""
+        running.describe(self.problem, cohort.iterations, cause)
+        state = self._state(running, cause)
+        value = running.best
+        if state == TrialState.COMPLETE and not self._is_better(self.best, value):
+            self.weights.put(running.member.number, cohort.best_network(place))
+            if self._is_better(value, self.best):
+                self.weights.drop_others([running.member.number])
+                self.best = value
+        self._tell(running, state)
+
+    def _state(self, running: RunningTrial, cause: str) -> TrialState:
+        """What an end means to Optuna."""
+        if cause in ("finished", "early stopping"):
+            return TrialState.COMPLETE
+        if cause in CUT_SHORT:
+            # Cut short it says little of its configuration, unless it is the best already.
+            if running.best is None:
+                return TrialState.FAIL
+            if self._is_better(running.best, self.best):
+                return TrialState.COMPLETE
+        return TrialState.PRUNED
+
+    def _end_all(self, trials: Sequence[RunningTrial], cause: str) -> None:
+        """Fail all of these, whatever they have."""
+        for running in trials:
+            running.describe(self.problem, 0, cause)
+            self._tell(running, TrialState.FAIL)
+
+    def _tell(self, running: RunningTrial, state: TrialState) -> None:
+        running.tell(self.study, state)
+        self.finished += 1
+        if self.callbacks:
+            frozen = self.study.get_trials(deepcopy=False)[running.member.number]
+            for callback in self.callbacks:
+                callback(self.study, frozen)
+
+    def _is_better(self, value: Any, than: Any) -> bool:
+        if value is None or than is None:
+            return value is not None
+        return bool(value > than if self.problem.maximize else value < than)
+
+
+def _never_trained(trial: FrozenTrial) -> bool:
+    """Whether a trial failed through no fault of its own, and so does not count."""
+    cause = trial.user_attrs.get("cause")
+    return trial.state == TrialState.FAIL and cause in ("killed", *CUT_SHORT)

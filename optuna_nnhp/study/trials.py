@@ -1,0 +1,125 @@
+"""One running trial: asking for its values, keeping its curves, ending it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+import math
+import time
+from typing import Any
+
+from optuna import Study
+from optuna import Trial
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.training.cohort import Member
+
+
+def suggest(trial: Trial, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    """Ask a trial for every value of a space, through Optuna's public calls.
+
+    Example:
+        >>> import optuna
+        >>> trial = optuna.create_study().ask()
+        >>> suggest(trial, {"depth": IntDistribution(2, 2)})
+        {'depth': 2}
+    """
+    values: dict[str, Any] = {}
+    for name, distribution in space.items():
+        match distribution:
+            case FloatDistribution(low=low, high=high, step=step, log=log):
+                values[name] = trial.suggest_float(name, low, high, step=step, log=log)
+            case IntDistribution(low=low, high=high, step=step, log=log):
+                values[name] = trial.suggest_int(name, low, high, step=step, log=log)
+            case CategoricalDistribution(choices=choices):
+                values[name] = trial.suggest_categorical(name, choices)
+            case _:
+                raise TypeError(f"`{name}` must have a known distribution, not {distribution}.")
+    return values
+
+
+@dataclass
+class RunningTrial:
+    """A trial while it trains.
+
+    Args:
+        trial:
+            Optuna's trial.
+        member:
+            The same trial as the cohort knows it.
+        maximize:
+            Whether a greater metric is better.
+        train_loss:
+            One number per epoch.
+        validation_loss:
+            One number per epoch.
+        values:
+            The metric, one number per epoch.
+        best_epoch:
+            Epoch of the best value, 0 before the first.
+        reported:
+            How many of `values` the storage has seen.
+        started:
+            Clock at the start, seconds.
+    """
+
+    trial: Trial
+    member: Member
+    maximize: bool
+    train_loss: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    reported: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def take(self, train_loss: float, validation_loss: float, value: float) -> None:
+        """Note one epoch."""
+        self.train_loss.append(train_loss)
+        self.validation_loss.append(validation_loss)
+        self.values.append(value)
+        if math.isfinite(value) and self.is_better(value, self.best):
+            self.best_epoch = len(self.values)
+
+    @property
+    def best(self) -> float | None:
+        """Best value so far, None before the first."""
+        return self.values[self.best_epoch - 1] if self.best_epoch else None
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """Whether a value beats another one."""
+        return than is None or (value > than if self.maximize else value < than)
+
+    def report(self) -> None:
+        """Hand the values that are new to the storage; a NaN is nobody's value."""
+        for epoch in range(self.reported + 1, len(self.values) + 1):
+            if math.isfinite(self.values[epoch - 1]):
+                self.trial.report(self.values[epoch - 1], epoch)
+        self.reported = len(self.values)
+
+    def describe(self, problem: Problem, iterations: int, cause: str) -> None:
+        """Write what a reader should know of the trial, as its attributes."""
+        attributes = {
+            "train_loss": self.train_loss,
+            "validation_loss": self.validation_loss,
+            "epochs": len(self.values),
+            "iterations": iterations,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "weights": problem.count_weights(self.member),
+            "cause": cause,
+        }
+        if self.best_epoch:
+            attributes |= {"best_epoch": self.best_epoch, "best_value": self.best}
+        for name, value in attributes.items():
+            self.trial.set_user_attr(name, value)
+
+    def tell(self, study: Study, state: TrialState) -> None:
+        """End the trial: with its best value if COMPLETE, with the last one if PRUNED."""
+        self.report()
+        study.tell(self.trial, self.best if state == TrialState.COMPLETE else None, state)

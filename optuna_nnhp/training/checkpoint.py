@@ -1,0 +1,123 @@
+"""Weights on disk, without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+import torch
+from torch import Tensor
+from torch import nn
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write a network's weights, whole or not at all.
+
+    Args:
+        network:
+            A plain module.
+        path:
+            A ``.safetensors`` file; its folder is made.
+
+    Source:
+        https://huggingface.co/docs/safetensors: tensors only, no code.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file({n: w.cpu().contiguous() for n, w in network.state_dict().items()}, unfinished)
+    os.replace(unfinished, path)
+
+
+def load_weights(network: nn.Module, path: Path) -> nn.Module:
+    """Fill a network with weights from a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or belongs to another network.
+    """
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path.name} must hold this network's weights, but: {reason}") from error
+    return network.eval()
+
+
+class BestWeights:
+    """The weights of the best trials of a study, in a folder or in memory.
+
+    Args:
+        folder:
+            Where to keep them; None for memory.
+
+    Example:
+        >>> weights = BestWeights(None)
+        >>> weights.put(3, nn.Linear(1, 1))
+        >>> 3 in weights, 4 in weights
+        (True, False)
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._memory: dict[int, dict[str, Tensor]] = {}
+        files = folder.glob("trial-*.safetensors") if folder else ()
+        self._files = {int(file.stem.removeprefix("trial-")) for file in files}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._memory or (self.folder is not None and self._path(number).exists())
+
+    def put(self, number: int, network: nn.Module) -> None:
+        """Keep a trial's weights."""
+        if self.folder is None:
+            state = network.state_dict()
+            self._memory[number] = {n: w.detach().cpu().clone() for n, w in state.items()}
+        else:
+            save_weights(network, self._path(number))
+            self._files.add(number)
+
+    def fill(self, number: int, network: nn.Module) -> nn.Module:
+        """Load a trial's weights into its network."""
+        if number in self._memory:
+            network.load_state_dict(self._memory[number])
+            return network.eval()
+        return load_weights(network, self._path(number))
+
+    def drop_others(self, keep: Iterable[int]) -> None:
+        """Forget other trials: what this object kept, and what it found when it was made.
+
+        What another process has written since is left alone: it may be about to be the best.
+        """
+        kept = set(keep)
+        self._memory = {n: state for n, state in self._memory.items() if n in kept}
+        for number in self._files - kept:
+            self._path(number).unlink(missing_ok=True)
+        self._files &= kept
+
+    def _path(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"trial-{number}.safetensors"
+
+
+def to_device(name: str | torch.device | None) -> torch.device:
+    """The device to train on: the one named, or CUDA if there is any, or the CPU.
+
+    Raises:
+        ValueError: If the named device does not exist here.
+
+    Example:
+        >>> to_device("cpu")
+        device(type='cpu')
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`device` must be usable here, but {name} is not: {reason}") from error
+    return device

@@ -1,0 +1,307 @@
+"""A cohort: many trials trained in lockstep as one stacked network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from optuna_nnhp import seeds
+from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
+from optuna_nnhp.hyperparameters.epochs import total_iterations
+from optuna_nnhp.hyperparameters.learning_rate import learning_rates
+from optuna_nnhp.hyperparameters.loss import Loss
+from optuna_nnhp.hyperparameters.loss import take
+from optuna_nnhp.hyperparameters.optimizer import UPDATES
+from optuna_nnhp.hyperparameters.optimizer import Coefficients
+from optuna_nnhp.hyperparameters.optimizer import update
+from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.regularization import EarlyStopping
+from optuna_nnhp.hyperparameters.regularization import add_l1
+from optuna_nnhp.hyperparameters.regularization import clip_gradients
+from optuna_nnhp.networks.layers import StackedModule
+
+EVALUATED_AT_ONCE = 2**22  # numbers of one layer's output in evaluation, to bound memory
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trial in a cohort.
+
+    Args:
+        number:
+            The trial's number, by which the caller knows it.
+        seed:
+            Where its first weights come from.
+        params:
+            All its hyperparameters, "off" as 0 (see `hyperparameters.effective`).
+    """
+
+    number: int
+    seed: int
+    params: dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """The data of a study, on the device it is trained on; held once for all cohorts.
+
+    Shape:
+        - train_x: ``(n, features)``; train_y: ``(n,)``.
+        - valid_x: ``(m, features)``; valid_y: ``(m,)``.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    valid_x: Tensor
+    valid_y: Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a cohort trains on and is judged by.
+
+    Args:
+        arrays:
+            The data.
+        build:
+            Makes the stacked network of some members.
+        loss:
+            Makes their loss.
+        metric:
+            Value of each member, ``(k,)``, from the outputs on the validation part,
+            ``(k, m, outputs)``.
+        maximize:
+            Whether a greater metric is better.
+        seed:
+            The study's seed: batch order and dropout noise, which all members share, so that
+            trials differ by their hyperparameters and not by their luck.
+    """
+
+    arrays: Arrays
+    build: Callable[[Sequence[Member]], StackedModule]
+    loss: Callable[[Sequence[Member]], Loss]
+    metric: Callable[[Tensor], Tensor]
+    maximize: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one epoch brought, in the order of ``cohort.members``.
+
+    Args:
+        train_loss:
+            Mean loss over the epoch's batches, while training.
+        validation_loss:
+            Loss on the validation part after it.
+        value:
+            Metric on the validation part after it.
+        ended:
+            Why a member has ended: ``"finished"``, ``"early stopping"``, ``"diverged"``; None
+            while it goes on.
+    """
+
+    train_loss: list[float]
+    validation_loss: list[float]
+    value: list[float]
+    ended: list[str | None]
+
+
+class Cohort:
+    """k trials with one signature and one batch size, trained as one network.
+
+    A member's course does not depend on its mates: its weights start from its own seed, batch
+    order and noise from the study's seed and the epoch, and nothing is shared across the
+    first axis.
+
+    Args:
+        members:
+            The trials. They are kept sorted by optimizer, so that each update works on one
+            contiguous slice; see the attribute `members` for the order of all results.
+        task:
+            What they train on.
+
+    Attributes:
+        members: Those still training.
+        epoch: Epochs done.
+        iterations: Steps done.
+        stopping: Best values and epochs, per member.
+    """
+
+    def __init__(self, members: Sequence[Member], task: Task) -> None:
+        families = list(UPDATES)
+        self.members = sorted(members, key=lambda m: families.index(str(m.params["optimizer"])))
+        self.task, self.epoch, self.iterations = task, 0, 0
+        self.network = task.build(self.members)
+        self.loss = task.loss(self.members)
+        self.parameters = list(self.network.parameters())
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) for p in self.parameters]
+        self.best_weights = {n: w.clone() for n, w in self.network.state_dict().items()}
+        self.stopping = EarlyStopping.start(
+            [int(m.params["patience"] or 1) for m in self.members],
+            [float(m.params["min_improvement"] or 0) for m in self.members],
+        )
+        examples = len(task.arrays.train_y)
+        self.batch = min(int(self.members[0].params["batch_size"] or 1), examples)
+        self.total = torch.tensor([total_iterations(m.params, examples) for m in self.members])
+        self._tabulate()
+
+    def train_epoch(self, out_of_time: Callable[[], bool] = lambda: False) -> Scores | None:
+        """Train every member for one epoch, then evaluate.
+
+        Args:
+            out_of_time:
+                Asked before every step; once it says yes, training stops.
+
+        Returns:
+            The scores, or None if time ran out.
+        """
+        data = self.task.arrays
+        rows = len(data.train_y)
+        steps = iterations_per_epoch(rows, self.batch)
+        if self.members[0].params["iterations"]:
+            steps = min(steps, int(self.total.max()) - self.iterations)
+        order = seeds.order(rows, self.task.seed, seeds.ORDER, self.epoch).to(data.train_x.device)
+        noise = self._noise()
+        rates = self._rates(steps)
+        self.network.train()
+        loss_sum, seen = torch.zeros(len(self.members), device=order.device), 0
+        for step, batch in enumerate(order.split(self.batch)[:steps]):
+            if out_of_time():
+                return None
+            losses = self.loss(self.network(data.train_x[batch], noise), data.train_y[batch])
+            gradients = torch.autograd.grad(losses.sum(), self.parameters)
+            self.iterations += 1
+            self._update(list(gradients), rates[:, step])
+            loss_sum += losses.detach() * len(batch)
+            seen += len(batch)
+        self.epoch += 1
+        return self._score(loss_sum / seen)
+
+    def keep(self, members: Sequence[int]) -> None:
+        """Go on with some members only, given by their places in ``self.members``."""
+        index = torch.tensor(members, dtype=torch.long)
+        self.members = [self.members[i] for i in members]
+        self.total = self.total[index]
+        self.stopping.keep(index)
+        index = index.to(self.task.arrays.train_x.device)
+        self.network.keep(index)
+        self.loss = take(self.loss, index)
+        self.parameters = list(self.network.parameters())
+        self.first = [x[index] for x in self.first]
+        self.second = [x[index] for x in self.second]
+        self.best_weights = {n: w[index] for n, w in self.best_weights.items()}
+        self._tabulate()
+
+    @property
+    def best_values(self) -> list[float]:
+        """Best value of each member so far; infinite, on the bad side, before the first."""
+        best = self.stopping.best if self.task.maximize else -self.stopping.best
+        return best.tolist()
+
+    def best_network(self, place: int) -> nn.Module:
+        """A member's network as it was at its best epoch, plain."""
+        return self.network.member(place, self.best_weights)
+
+    def _tabulate(self) -> None:
+        """Hyperparameters as ``(k, 1)`` tensors, and each optimizer's slice of members."""
+        device = self.task.arrays.train_x.device
+
+        def column(name: str) -> Tensor:
+            values = [float(m.params[name] or 0) for m in self.members]
+            return torch.tensor(values, device=device)[:, None]
+
+        zero = torch.zeros(len(self.members), 1, device=device)
+        self.l1, self.clip_norm = column("l1"), column("clip_norm").squeeze(1)
+        self.coefficients = Coefficients(
+            zero, column("momentum"), column("squared_decay"), column("weight_decay"), zero
+        )
+        names = [str(m.params["optimizer"]) for m in self.members]
+        self.families = [
+            (name, slice(names.index(name), names.index(name) + names.count(name)))
+            for name in dict.fromkeys(names)
+        ]
+
+    def _rates(self, steps: int) -> Tensor:
+        """Learning rate of each member at each step of this epoch: ``(k, steps)``."""
+
+        def column(name: str) -> Tensor:
+            return torch.tensor([float(m.params[name] or 0) for m in self.members])
+
+        rates = learning_rates(
+            column("learning_rate"),
+            [str(m.params["learning_rate_decay"]) for m in self.members],
+            column("warmup"),
+            column("final_fraction"),
+            torch.arange(self.iterations, self.iterations + steps).expand(len(self.members), -1),
+            self.total,
+        )
+        return rates.to(self.task.arrays.train_x)
+
+    def _noise(self) -> Callable[[int, int], Tensor]:
+        """Uniform numbers for dropout, the same for all members, new for every epoch."""
+        device = self.task.arrays.train_x.device
+        source = seeds.generator(self.task.seed, seeds.NOISE, self.epoch, device=device)
+        return lambda batch, width: torch.rand(batch, width, generator=source, device=device)
+
+    @torch.no_grad()
+    def _update(self, gradients: list[Tensor], rate: Tensor) -> None:
+        """Regularize and clip the gradients, then step each member by its own optimizer."""
+        step = torch.full_like(rate, self.iterations)
+        now = replace(self.coefficients, rate=rate[:, None], step=step[:, None])
+        weights = [p.dim() == 3 for p in self.parameters]  # not biases, not normalization
+        if bool((self.l1 > 0).any()):
+            for p, g, is_weight in zip(self.parameters, gradients, weights, strict=True):
+                if is_weight:
+                    add_l1(p, g, self.l1[:, :, None])
+        clip_gradients(gradients, self.clip_norm)
+        for name, part in self.families:
+            of_weights = _part(now, part, deeper=True)
+            of_others = _part(now, part, deeper=False)
+            for n, is_weight in enumerate(weights):
+                weight, gradient = self.parameters[n][part], gradients[n][part]
+                first, second = self.first[n][part], self.second[n][part]
+                update(
+                    name, weight, gradient, first, second, of_weights if is_weight else of_others
+                )
+
+    @torch.no_grad()
+    def _score(self, train_loss: Tensor) -> Scores:
+        """Evaluate all members, note who is at its best, and say who has ended."""
+        outputs = self._evaluate()
+        validation_loss = self.loss(outputs, self.task.arrays.valid_y)
+        value = self.task.metric(outputs).double().cpu()
+        broken = ~(torch.isfinite(train_loss).cpu() & torch.isfinite(value))
+        greater = torch.where(broken, torch.nan, value if self.task.maximize else -value)
+        waited_long = self.stopping.update(greater, self.epoch)
+        best = (self.stopping.best_epoch == self.epoch).nonzero().squeeze(1)
+        for name, tensor in self.network.state_dict().items():
+            self.best_weights[name][best] = tensor[best]
+        over = self.iterations >= self.total
+        ended = [
+            "diverged" if b else "finished" if o else "early stopping" if w else None
+            for b, o, w in zip(broken.tolist(), over.tolist(), waited_long.tolist(), strict=True)
+        ]
+        return Scores(train_loss.tolist(), validation_loss.tolist(), value.tolist(), ended)
+
+    def _evaluate(self) -> Tensor:
+        """Outputs on the validation part: ``(k, m, outputs)``."""
+        self.network.eval()
+        widest = max(p.shape[-1] for p in self.parameters)
+        rows = max(1, EVALUATED_AT_ONCE // (len(self.members) * widest))
+        return torch.cat([self.network(x) for x in self.task.arrays.valid_x.split(rows)], dim=1)
+
+
+def _part(all_members: Coefficients, part: slice, *, deeper: bool) -> Coefficients:
+    """The coefficients of some members, shaped for weights ``(k, in, out)`` or the rest."""
+    cut = {name: x[part] for name, x in vars(all_members).items()}
+    if deeper:
+        return Coefficients(**{name: x[:, :, None] for name, x in cut.items()})
+    return replace(Coefficients(**cut), weight_decay=torch.zeros_like(cut["rate"]))

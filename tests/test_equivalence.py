@@ -1,0 +1,262 @@
+"""Stacked training is torch's training: k networks at once equal k networks one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optuna_nnhp import seeds
+from optuna_nnhp.hyperparameters import width
+from optuna_nnhp.hyperparameters.learning_rate import learning_rates
+from optuna_nnhp.hyperparameters.optimizer import Coefficients
+from optuna_nnhp.hyperparameters.optimizer import update
+from optuna_nnhp.networks import mlp
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import Scores
+from tests.members import PLAIN
+from tests.members import task
+from tests.members import varied
+from tests.tolerance import EXACT
+from tests.tolerance import FLOAT32
+from tests.tolerance import FLOAT64
+from tests.tolerance import assert_close
+
+NORMALIZATIONS = ("none", "batch", "layer")
+K = 9  # every activation occurs
+
+
+@pytest.fixture(autouse=True)
+def precision() -> Iterator[None]:
+    """Float64, so that a wrong formula cannot hide behind rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def run(cohort: Cohort, epochs: int) -> dict[int, list[tuple[float, float, float]]]:
+    """Curves of each member, by trial number."""
+    curves: dict[int, list[tuple[float, float, float]]] = {m.number: [] for m in cohort.members}
+    for _ in range(epochs):
+        scores = cohort.train_epoch()
+        assert isinstance(scores, Scores)
+        rows = zip(scores.train_loss, scores.validation_loss, scores.value, strict=True)
+        for member, row in zip(cohort.members, rows, strict=True):
+            curves[member.number].append(row)
+    return curves
+
+
+def optimizer(network: nn.Module, params: dict[str, Any]) -> torch.optim.Optimizer:
+    """torch.optim's own for these hyperparameters; weights are decayed, the rest is not."""
+    weights = [p for p in network.parameters() if p.dim() == 2]
+    others = [p for p in network.parameters() if p.dim() == 1]
+    groups = [
+        {"params": weights, "weight_decay": params["weight_decay"]},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    rate, momentum, squared = (
+        params[name] for name in ("learning_rate", "momentum", "squared_decay")
+    )
+    match params["optimizer"]:
+        case "sgd":
+            return torch.optim.SGD(groups, rate, momentum)
+        case "nesterov":
+            return torch.optim.SGD(groups, rate, momentum, nesterov=True)
+        case "adam":
+            return torch.optim.Adam(groups, rate, (momentum, squared))
+        case "adamw":
+            return torch.optim.AdamW(groups, rate, (momentum, squared))
+        case _:
+            return torch.optim.RMSprop(groups, rate, alpha=squared, momentum=momentum)
+
+
+def plain_run(member: Member, *, regression: bool) -> nn.Module:
+    """A trial's whole training with torch alone, from the same first weights."""
+    chosen, params = task(regression=regression), member.params
+    network = chosen.build([member]).member(0).train()
+    arrays, loss = chosen.arrays, chosen.loss([member])
+    stepper = optimizer(network, params)
+    rows, batch = len(arrays.train_y), int(params["batch_size"])
+    total = -(-rows // batch) * int(params["epochs"])
+    rates = learning_rates(
+        *(torch.tensor([params["learning_rate"]]), [params["learning_rate_decay"]]),
+        *(torch.tensor([params["warmup"]]), torch.tensor([params["final_fraction"]])),
+        *(torch.arange(total)[None], torch.tensor([total])),
+    )[0].tolist()
+    for epoch in range(int(params["epochs"])):
+        for index in seeds.order(rows, chosen.seed, seeds.ORDER, epoch).split(batch):
+            rate = rates.pop(0)
+            for group in stepper.param_groups:
+                group["lr"] = rate
+            stepper.zero_grad()
+            value = loss(network(arrays.train_x[index])[None], arrays.train_y[index]).sum()
+            penalty = sum(p.abs().sum() for p in network.parameters() if p.dim() == 2)
+            (value + params["l1"] * penalty).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), float(params["clip_norm"]))
+            stepper.step()
+    return network.eval()
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_stacked_outputs_and_gradients_are_those_of_separate_networks(
+    normalization: str, training: bool
+) -> None:
+    members = varied(K, normalization=normalization, hidden_layers=3)
+    stack = task().build(members).train(training)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    outputs = stack(x)
+    outputs.square().sum().backward()
+    for i in range(K):
+        plain = stack.member(i).train(training)
+        for layer in plain:
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+        expected = plain(x)
+        expected.square().sum().backward()
+        assert_close(outputs[i], expected, FLOAT64)
+        linears = [layer for layer in plain if isinstance(layer, nn.Linear)]
+        for stacked, linear in zip(stack.linears, linears, strict=True):
+            rows, columns = linear.weight.shape[1], linear.weight.shape[0]
+            gradient = stacked.weight.grad[i]
+            assert_close(gradient[:rows, :columns], linear.weight.grad.T, FLOAT64)
+            assert float(gradient[rows:].abs().sum() + gradient[:, columns:].abs().sum()) == 0
+        norms = [m for m in plain if isinstance(m, nn.BatchNorm1d | nn.LayerNorm)]
+        for stacked, norm in zip(stack.norms, norms, strict=True):
+            units = len(norm.weight)
+            assert_close(stacked.weight.grad[i, :units], norm.weight.grad, FLOAT64)
+            assert_close(stacked.bias.grad[i, :units], norm.bias.grad, FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_updates_are_those_of_torch_optim(name: str, weight_decay: float, momentum: float) -> None:
+    params = PLAIN | {"optimizer": name, "weight_decay": weight_decay, "momentum": momentum}
+    source = torch.Generator().manual_seed(0)
+    layer = nn.Linear(5, 4, bias=False)
+    weight = layer.weight.detach().clone()[None]
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    stepper = optimizer(layer, params)
+
+    def number(value: float) -> torch.Tensor:
+        return torch.full((1, 1, 1), value)
+
+    for step in range(1, 8):
+        gradient = torch.randn(4, 5, generator=source)
+        layer.weight.grad = gradient.clone()
+        stepper.step()
+        now = Coefficients(
+            number(params["learning_rate"]),
+            number(momentum),
+            number(params["squared_decay"]),
+            number(weight_decay),
+            number(step),
+        )
+        update(name, weight, gradient.clone()[None], first, second, now)
+        assert_close(weight[0], layer.weight.detach(), FLOAT64)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("regression", [False, True])
+def test_a_whole_run_is_that_of_plain_torch(normalization: str, regression: bool) -> None:
+    # Without dropout, whose noise torch draws from its own global state.
+    members = varied(10, regression=regression, normalization=normalization, dropout=0.0, epochs=3)
+    chosen = task(regression=regression)
+    cohort = Cohort(members, chosen)
+    run(cohort, 3)
+    for i, member in enumerate(cohort.members):
+        expected = plain_run(member, regression=regression)
+        outputs = cohort.network.member(i)(chosen.arrays.valid_x)
+        assert_close(outputs, expected(chosen.arrays.valid_x), FLOAT64)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("regression", [False, True])
+def test_a_trial_does_not_depend_on_its_mates(normalization: str, regression: bool) -> None:
+    members = varied(K, regression=regression, normalization=normalization)
+    together = run(Cohort(members, task(regression=regression)), 3)
+    for member in members:
+        alone = run(Cohort([member], task(regression=regression)), 3)
+        assert_close(together[member.number], alone[member.number], FLOAT64)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_trial_does_not_depend_on_its_mates_in_the_precision_of_studies(
+    normalization: str,
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    members = varied(K, regression=True, normalization=normalization)
+    together = run(Cohort(members, task(regression=True)), 3)
+    for member in members:
+        alone = run(Cohort([member], task(regression=True)), 3)
+        assert_close(together[member.number], alone[member.number], FLOAT32)
+
+
+def test_a_trial_goes_on_unchanged_when_mates_leave() -> None:
+    members = varied(K)
+    cohort, alone = Cohort(members, task()), Cohort([members[4]], task())
+    run(cohort, 1)
+    place = [m.number for m in cohort.members].index(4)
+    cohort.keep([place, (place + 1) % K])
+    run(alone, 1)
+    assert cohort.members[0].number == 4
+    assert_close(run(cohort, 2)[4], run(alone, 2)[4], FLOAT64)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_padding_changes_nothing(normalization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (member,) = varied(1, normalization=normalization, width=21, dropout=0.0, activation="sigmoid")
+    padded = run(Cohort([member], task()), 3)
+    assert width.padded_width(21) == 32
+    monkeypatch.setattr(mlp, "padded_width", lambda width: width)
+    assert_close(padded[0], run(Cohort([member], task()), 3)[0], FLOAT64)
+
+
+@pytest.mark.parametrize("optimizer_name", ["sgd", "nesterov", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_padded_units_stay_at_zero(optimizer_name: str, normalization: str) -> None:
+    members = varied(
+        K, normalization=normalization, width=20, width_shape="constant", optimizer=optimizer_name
+    )
+    cohort = Cohort(members, task())
+    run(cohort, 2)
+    weights = cohort.network.state_dict()
+    assert float(weights["linears.0.weight"][:, :, 20:].abs().max()) == 0
+    if normalization != "batch":
+        assert float(weights["linears.0.bias"][:, 20:].abs().max()) == 0
+    else:
+        assert float(weights["norms.0.bias"][:, 20:].abs().max()) == 0
+    assert float(weights["linears.1.weight"][:, 20:].abs().max()) == 0
+
+
+def test_a_diverging_mate_changes_no_bit() -> None:
+    members = varied(K, optimizer="sgd", clip_norm=float("inf"))
+    wild = Member(99, 99, members[0].params | {"learning_rate": 1e12})
+    calm_wild = Member(99, 99, members[0].params)
+    disturbed = run(Cohort([*members, wild], task()), 3)
+    calm = run(Cohort([*members, calm_wild], task()), 3)
+    assert not torch.isfinite(torch.tensor(disturbed.pop(99))).all()
+    calm.pop(99)
+    for number, curve in calm.items():
+        assert_close(disturbed[number], curve, EXACT)
+
+
+def test_a_diverged_member_is_said_to_have_ended() -> None:
+    members = varied(3, optimizer="sgd", clip_norm=float("inf"))
+    wild = Member(99, 99, members[0].params | {"learning_rate": 1e20})
+    cohort = Cohort([*members, wild], task())
+    ended: dict[int, str | None] = {}
+    for _ in range(2):
+        scores = cohort.train_epoch()
+        assert scores is not None
+        ended = {m.number: e for m, e in zip(cohort.members, scores.ended, strict=True)}
+    assert ended == {0: None, 1: None, 2: None, 99: "diverged"}
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    assert run(Cohort(varied(K), task()), 2) == run(Cohort(varied(K), task()), 2)
