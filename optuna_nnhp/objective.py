@@ -78,7 +78,7 @@ class Objective:
         while cause is None:
             scores = cohort.train_epoch()
             assert scores is not None
-            running.take(scores.train_loss[0], scores.validation_loss[0], scores.value[0])
+            running.take(scores, 0)
             running.report()
             cause = scores.ended[0] or ("pruned" if trial.should_prune() else None)
         running.describe(problem, cohort.iterations, cause)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Generator
 
-INITIALIZATION, NOISE, ORDER = 1, 2, 3  # what the numbers are for: the second key
+INITIALIZATION, NOISE = 1, 2  # what the numbers are for: the second key
 
 
 def generator(*keys: int, device: torch.device | str = "cpu") -> Generator:
@@ -30,13 +30,3 @@ def generator(*keys: int, device: torch.device | str = "cpu") -> Generator:
     """
     state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)  # torch takes 63 bits
-
-
-def order(count: int, *keys: int) -> torch.Tensor:
-    """A permutation ``(count,)`` that depends on its keys alone.
-
-    Example:
-        >>> sorted(order(4, 0, ORDER, 7).tolist())
-        [0, 1, 2, 3]
-    """
-    return torch.randperm(count, generator=generator(*keys))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from optuna_nnhp import seeds
+from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters import width
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.hyperparameters.optimizer import Coefficients
@@ -88,7 +88,7 @@ def plain_run(member: Member, *, regression: bool) -> nn.Module:
         *(torch.arange(total)[None], torch.tensor([total])),
     )[0].tolist()
     for epoch in range(int(params["epochs"])):
-        for index in seeds.order(rows, chosen.seed, seeds.ORDER, epoch).split(batch):
+        for index in torch.from_numpy(batch_order(rows, chosen.seed, epoch)).split(batch):
             rate = rates.pop(0)
             for group in stepper.param_groups:
                 group["lr"] = rate

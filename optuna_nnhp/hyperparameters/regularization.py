@@ -179,6 +179,9 @@ class EarlyStopping:
             What counts as an improvement.
         best:
             Best value so far, the greater the better; minus infinity at the start.
+        best_loss:
+            Validation loss at the best epoch: of epochs with equal values, which a coarse metric
+            such as accuracy has many of, the one with the lowest loss is the best.
         best_epoch:
             Epoch of the best value; 0 at the start.
         reference:
@@ -191,7 +194,7 @@ class EarlyStopping:
 
     Example:
         >>> stopping = EarlyStopping.start(patience=[1], min_improvement=[0.0])
-        >>> [bool(stopping.update(torch.tensor([v]), e + 1)) for e, v in enumerate([0.5, 0.4])]
+        >>> [bool(stopping.update([v], [0.7], epoch)) for epoch, v in [(1, 0.5), (2, 0.4)]]
         [False, True]
         >>> stopping.best, stopping.best_epoch
         (tensor([0.5000], dtype=torch.float64), tensor([1]))
@@ -203,6 +206,7 @@ class EarlyStopping:
     patience: Tensor
     min_improvement: Tensor
     best: Tensor
+    best_loss: Tensor
     best_epoch: Tensor
     reference: Tensor
     waited: Tensor
@@ -216,22 +220,34 @@ class EarlyStopping:
             patience=torch.tensor(patience),
             min_improvement=torch.tensor(min_improvement, dtype=torch.float64),
             best=lowest,
+            best_loss=-lowest,
             best_epoch=torch.zeros(k, dtype=torch.long),
             reference=lowest.clone(),
             waited=torch.zeros(k, dtype=torch.long),
         )
 
-    def update(self, values: Tensor, epoch: Tensor | int) -> Tensor:
-        """Take in the values of one epoch, the greater the better; NaN improves nothing.
+    def update(
+        self, values: Tensor | Sequence[float], losses: Tensor | Sequence[float], epoch: int
+    ) -> Tensor:
+        """Take in one epoch.
+
+        Args:
+            values:
+                The greater the better; NaN improves nothing.
+            losses:
+                Validation losses.
+            epoch:
+                Number of the epoch, from 1.
 
         Shape:
-            - values, Output: ``(k,)``; the output tells who stops.
-            - epoch: ``(k,)`` or one number.
+            - values, losses, Output: ``(k,)``; the output tells who stops.
         """
-        values = values.double().cpu()
-        better = values > self.best
+        values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+        losses = torch.as_tensor(losses, dtype=torch.float64, device="cpu")
+        better = (values > self.best) | ((values == self.best) & (losses < self.best_loss))
         self.best = torch.where(better, values, self.best)
-        self.best_epoch = torch.where(better, torch.as_tensor(epoch), self.best_epoch)
+        self.best_loss = torch.where(better, losses, self.best_loss)
+        self.best_epoch = torch.where(better, epoch, self.best_epoch)
         improved = values > self.reference + self.min_improvement
         self.reference = torch.where(improved, values, self.reference)
         self.waited = torch.where(improved, 0, self.waited + 1)

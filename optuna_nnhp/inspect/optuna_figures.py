@@ -121,7 +121,7 @@ def optuna_figures(study: optuna.Study) -> dict[str, go.Figure]:
             plots.plot_slice(study, params=names[:6], target_name=metric),
             f"{metric} by parameter",
         )
-        found["slice"].update_yaxes(range=bounds)
+        found["slice"].update_layout(width=None).update_yaxes(range=bounds)
         found["parallel_coordinate"] = styled(
             plots.plot_parallel_coordinate(study, params=names[:8], target_name=metric),
             f"Parameters of the trials and {metric}",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from html import escape
 
 import optuna
+import plotly.graph_objects as go
 
 from optuna_nnhp.inspect.summary import range_text
 from optuna_nnhp.inspect.summary import ranked
@@ -18,18 +19,25 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, "Segoe UI", sans-serif; color: #2b2f36; margin: 0 auto;
        max-width: 1160px; padding: 24px; }
 h1 { font-size: 24px; margin: 0 0 16px; }
-h2 { font-size: 17px; margin: 28px 0 8px; }
+h2 { font-size: 17px; margin: 0 0 8px; }
+section { max-width: 640px; margin-bottom: 24px; }
 table { border-collapse: collapse; }
 th, td { padding: 4px 24px 4px 0; text-align: left; vertical-align: top;
          border-bottom: 1px solid #eceef1; font-weight: 400; overflow-wrap: anywhere; }
 th { color: #6b7280; white-space: nowrap; }
 thead th { font-size: 13px; }
 .tables { display: flex; flex-wrap: wrap; gap: 0 64px; }
-iframe { width: 100%; height: 520px; border: 1px solid #eceef1; border-radius: 6px; }
-figure { margin: 20px 0; }
+figure { margin: 20px 0; border: 1px solid #eceef1; border-radius: 6px; padding: 0 8px 8px; }
 figcaption { font-size: 13px; text-align: right; }
 a { color: #0072b2; }
 """
+# The page loads plotly.js once, from the file that `Figure.write_html` puts beside it.
+_FIGURE = {
+    "full_html": False,
+    "include_plotlyjs": False,
+    "default_height": "500px",
+    "config": {"displaylogo": False, "responsive": True},
+}
 
 
 def _table(rows: Mapping[str, object], heads: tuple[str, str] | None = None) -> str:
@@ -41,42 +49,45 @@ def _table(rows: Mapping[str, object], heads: tuple[str, str] | None = None) -> 
     return f"<table>{head}<tbody>{body}</tbody></table>"
 
 
-def index_html(study: optuna.Study, files: Iterable[str]) -> str:
+def _side_by_side(sections: Iterable[str]) -> str:
+    return (
+        f'<div class="tables">{"".join(f"<section>{text}</section>" for text in sections)}</div>'
+    )
+
+
+def index_html(study: optuna.Study, figures: Mapping[str, go.Figure]) -> str:
     """The page with the summary, the best parameters, the search space and the figures.
 
     Args:
         study:
             A study of one objective.
-        files:
-            Names of the figures' HTML files in the page's folder.
+        figures:
+            The figures by name; ``name.html`` and ``plotly.min.js`` are in the page's folder.
 
     Returns:
         The whole page; every name and value in it is escaped.
 
     Example:
         >>> study = optuna.create_study(study_name="<b>")
-        >>> "<h1>&lt;b&gt;</h1>" in index_html(study, [])
+        >>> "<h1>&lt;b&gt;</h1>" in index_html(study, {})
         True
     """
-    tables = []
+    top, bottom = [_table(summary(study))], []
     if complete := ranked(study):
-        heads = ("parameter", "value")
-        title = f"<h2>Best trial: {complete[0].number}</h2>"
-        tables.append(title + _table(complete[0].params, heads))
+        best = _table(complete[0].params, ("parameter", "value"))
+        top.append(f"<h2>Best trial: {complete[0].number}</h2>{best}")
     if space := {name: range_text(found) for name, found in search_space(study).items()}:
-        tables.append("<h2>What is tuned</h2>" + _table(space, ("parameter", "range")))
+        bottom.append("<h2>What is tuned</h2>" + _table(space, ("parameter", "range")))
     if fixed := study.user_attrs.get("fixed"):
-        tables.append("<h2>What is fixed</h2>" + _table(fixed, ("parameter", "value")))
-    frames = "".join(
-        f'<figure><iframe src="{escape(file)}" title="{escape(file)}" loading="lazy"></iframe>'
-        f'<figcaption><a href="{escape(file)}">{escape(file)}</a></figcaption></figure>'
-        for file in files
+        bottom.append("<h2>What is fixed</h2>" + _table(fixed, ("parameter", "value")))
+    drawn = "".join(
+        f'<figure id="{name}">{figure.to_html(**_FIGURE, div_id=f"{name}-plot")}'
+        f'<figcaption><a href="{name}.html">{name}.html</a></figcaption></figure>'
+        for name, figure in figures.items()
     )
     name = escape(study.study_name)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{name}</title><style>{_STYLE}</style></head>"
-        f"<body><h1>{name}</h1>{_table(summary(study))}{frames}"
-        f'<div class="tables">{"".join(f"<section>{t}</section>" for t in tables)}</div>'
-        "</body></html>\n"
+        f'<title>{name}</title><style>{_STYLE}</style><script src="plotly.min.js"></script></head>'
+        f"<body><h1>{name}</h1>{_side_by_side(top)}{drawn}{_side_by_side(bottom)}</body></html>\n"
     )

@@ -201,7 +201,7 @@ def summary(study: optuna.Study) -> dict[str, str]:
     """
     attrs = study.user_attrs
     trials = study.get_trials(deepcopy=False)
-    states = Counter(trial.state.name.lower() for trial in trials)
+    states = Counter(trial.state.name.lower().replace("fail", "failed") for trial in trials)
     causes = Counter(str(t.user_attrs["cause"]) for t in trials if "cause" in t.user_attrs)
     complete = ranked(study)
     metric = metric_name(study)

@@ -195,9 +195,8 @@ class Scheduler:
     ) -> list[str | None]:
         """Note one epoch's scores; say who ends, and why."""
         order = [running[m.number] for m in cohort.members]
-        curves = zip(order, scores.train_loss, scores.validation_loss, scores.value, strict=True)
-        for trial, train_loss, validation_loss, value in curves:
-            trial.take(train_loss, validation_loss, value)
+        for place, trial in enumerate(order):
+            trial.take(scores, place)
             if trial.best is not None:
                 self.history[cohort.epoch][trial.member.number] = trial.best
         now = time.monotonic()

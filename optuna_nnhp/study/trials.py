@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import Scores
 
 
 def suggest(trial: Trial, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
@@ -79,13 +80,12 @@ class RunningTrial:
     reported: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def take(self, train_loss: float, validation_loss: float, value: float) -> None:
-        """Note one epoch."""
-        self.train_loss.append(train_loss)
-        self.validation_loss.append(validation_loss)
-        self.values.append(value)
-        if math.isfinite(value) and self.is_better(value, self.best):
-            self.best_epoch = len(self.values)
+    def take(self, scores: Scores, place: int) -> None:
+        """Note one epoch, from the trial's place in the cohort."""
+        self.train_loss.append(scores.train_loss[place])
+        self.validation_loss.append(scores.validation_loss[place])
+        self.values.append(scores.value[place])
+        self.best_epoch = scores.best_epoch[place]
 
     @property
     def best(self) -> float | None:

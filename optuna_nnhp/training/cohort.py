@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import nn
 
 from optuna_nnhp import seeds
+from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
 from optuna_nnhp.hyperparameters.epochs import total_iterations
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
@@ -102,6 +103,8 @@ class Scores:
             Loss on the validation part after it.
         value:
             Metric on the validation part after it.
+        best_epoch:
+            Epoch with the best value so far, 0 while there is none.
         ended:
             Why a member has ended: ``"finished"``, ``"early stopping"``, ``"diverged"``; None
             while it goes on.
@@ -110,6 +113,7 @@ class Scores:
     train_loss: list[float]
     validation_loss: list[float]
     value: list[float]
+    best_epoch: list[int]
     ended: list[str | None]
 
 
@@ -168,7 +172,8 @@ class Cohort:
         steps = iterations_per_epoch(rows, self.batch)
         if self.members[0].params["iterations"]:
             steps = min(steps, int(self.total.max()) - self.iterations)
-        order = seeds.order(rows, self.task.seed, seeds.ORDER, self.epoch).to(data.train_x.device)
+        order = torch.from_numpy(batch_order(rows, self.task.seed, self.epoch))
+        order = order.to(data.train_x.device)
         noise = self._noise()
         rates = self._rates(steps)
         self.network.train()
@@ -280,7 +285,7 @@ class Cohort:
         value = self.task.metric(outputs).double().cpu()
         broken = ~(torch.isfinite(train_loss).cpu() & torch.isfinite(value))
         greater = torch.where(broken, torch.nan, value if self.task.maximize else -value)
-        waited_long = self.stopping.update(greater, self.epoch)
+        waited_long = self.stopping.update(greater, validation_loss, self.epoch)
         best = (self.stopping.best_epoch == self.epoch).nonzero().squeeze(1)
         for name, tensor in self.network.state_dict().items():
             self.best_weights[name][best] = tensor[best]
@@ -289,7 +294,13 @@ class Cohort:
             "diverged" if b else "finished" if o else "early stopping" if w else None
             for b, o, w in zip(broken.tolist(), over.tolist(), waited_long.tolist(), strict=True)
         ]
-        return Scores(train_loss.tolist(), validation_loss.tolist(), value.tolist(), ended)
+        return Scores(
+            train_loss=train_loss.tolist(),
+            validation_loss=validation_loss.tolist(),
+            value=value.tolist(),
+            best_epoch=self.stopping.best_epoch.tolist(),
+            ended=ended,
+        )
 
     def _evaluate(self) -> Tensor:
         """Outputs on the validation part: ``(k, m, outputs)``."""

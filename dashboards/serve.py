@@ -1,0 +1,229 @@
+"""Open a study's storage in optuna-dashboard, with the notes and figures of optuna_nnhp.
+
+Run it beside a running study, or afterwards:
+
+    python dashboards/serve.py
+    python dashboards/serve.py results/digits.journal --port 8081
+    python dashboards/serve.py sqlite:///studies.db --study-name digits
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+import re
+from socketserver import ThreadingMixIn
+import sys
+from threading import Event
+from threading import Thread
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import make_server
+from wsgiref.simple_server import WSGIRequestHandler
+from wsgiref.simple_server import WSGIServer
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.storages import JournalStorage
+from optuna.storages import RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.engine import make_url
+
+from optuna_nnhp.inspect.dashboard import annotate
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
+
+STORAGE = "optuna_nnhp.journal"
+HOST = "127.0.0.1"  # this machine only: the dashboard has no log-in, and it can delete studies
+PORT = 8080
+REFRESH_SECONDS = 30.0
+
+EPILOG = """\
+What you see: the study list; per study its history, importances and curves (History), slices
+and contours (Analytics), all trials (Trials), and our note (Note). Our two figures, learning
+curves and learning rates, are at the bottom of History. The best trial has a note too.
+
+Notes and figures are refreshed while the study runs. Text of your own in a note stays, if it is
+below the line that says so.
+
+Where a study is kept: what `optimize(..., storage=...)` was given. SQLite needs three slashes
+for a file in this folder (sqlite:///studies.db) and four for a full path.
+
+On another machine, use an SSH tunnel: ssh -L 8080:127.0.0.1:8080 THAT_MACHINE
+"""
+
+
+class ThreadedServer(ThreadingMixIn, WSGIServer):
+    """Answers each request in its own thread, so that a slow plot does not hold up the page."""
+
+    daemon_threads = True
+    # Otherwise Linux lets a second server share the port, and requests go to either.
+    allow_reuse_port = False
+
+
+class QuietHandler(WSGIRequestHandler):
+    """Does not write a line for each request; the page polls every few seconds."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Drop the line."""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, with what is left out filled in."""
+    parser = argparse.ArgumentParser(
+        description="Open studies in optuna-dashboard, with the notes and figures of optuna_nnhp.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "storage",
+        nargs="?",
+        default=STORAGE,
+        metavar="STORAGE",
+        help="a journal file, or a URL such as sqlite:///studies.db or "
+        "postgresql://user:password@host/database (default: %(default)s in this folder)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=PORT, help="default: %(default)s; 0 takes any free one"
+    )
+    parser.add_argument(
+        "--host",
+        default=HOST,
+        help="default: %(default)s, this machine only; 0.0.0.0 lets everyone in the network "
+        "read, change and delete the studies",
+    )
+    parser.add_argument("--study-name", help="open this study (default: the list of all)")
+    parser.add_argument(
+        "--no-browser-hint", action="store_true", help="print the address and nothing else"
+    )
+    return parser.parse_args(argv)
+
+
+def without_secrets(text: str, storage: str) -> str:
+    """The first line of a text, without the password and the query that a storage URL holds."""
+    text = str(text).strip().split("\n")[0]
+    for secret in re.findall(r"://[^:/@]*:(.*)@|\?(.*)$", storage):
+        for part in filter(None, secret):
+            text = text.replace(part, "***")
+    return text
+
+
+def open_storage(storage: str) -> BaseStorage:
+    """The storage that a path or URL names; nothing is created.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no journal.
+        Exception: Whatever the database's driver raises.
+    """
+    if "://" in storage:
+        url = make_url(storage)
+        path = url.database if url.get_backend_name() == "sqlite" else None
+        if path and path != ":memory:" and not path.startswith("file:") and not Path(path).exists():
+            raise FileNotFoundError(f"there is no file {path!r}")
+        # Without it, Optuna would make its tables in a database that holds something else.
+        return RDBStorage(storage, skip_table_creation=True)
+    if not Path(storage).is_file():
+        raise FileNotFoundError(f"there is no file {storage!r}")
+    with open(storage, "rb") as file:
+        if file.read(15) == b"SQLite format 3":
+            raise ValueError(f"it is an SQLite database: say sqlite:///{storage}")
+    try:
+        return JournalStorage(JournalFileBackend(storage))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError("it is not a journal of Optuna") from error
+
+
+def our_studies(storage: BaseStorage, name: str | None) -> list[optuna.Study]:
+    """The studies that optuna_nnhp tuned, or the named one if it is such.
+
+    Raises:
+        LookupError: If the storage holds no study, or not the named one.
+    """
+    found = storage.get_all_studies()
+    if not found:
+        raise LookupError("it holds no study yet")
+    if name is not None and name not in {study.study_name for study in found}:
+        names = ", ".join(repr(study.study_name) for study in found)
+        raise LookupError(f"it holds no study {name!r}; it has {names}")
+    return [
+        optuna.load_study(study_name=study.study_name, storage=storage)
+        for study in found
+        if "template" in study.user_attrs and name in (None, study.study_name)
+    ]
+
+
+def refresh(storage: BaseStorage, name: str | None, text: str, stop: Event) -> None:
+    """Annotate the studies again and again until ``stop`` is set; new ones are found as well."""
+    said = ""
+    while not stop.is_set():
+        try:
+            for study in our_studies(storage, name):
+                annotate(study)
+        # Whatever a storage's driver raises, such as a locked database: the dashboard stays up.
+        except Exception as error:
+            line = without_secrets(str(error) or type(error).__name__, text)
+            if line != said:
+                print(f"The notes could not be refreshed: {line}", file=sys.stderr)
+            said = line
+        stop.wait(REFRESH_SECONDS)
+
+
+def start(app: WSGIApplication, host: str, port: int) -> ThreadedServer:
+    """A server that listens, but does not answer before ``serve_forever``.
+
+    Raises:
+        OSError: If the port is taken, or the host is none of this machine's.
+        OverflowError: If there is no such port.
+    """
+    return make_server(host, port, app, server_class=ThreadedServer, handler_class=QuietHandler)
+
+
+def address(server: ThreadedServer, storage: BaseStorage, name: str | None) -> str:
+    """The page to open: the named study, or the list."""
+    host = server.server_address[0]
+    page = f"studies/{storage.get_study_id_from_name(name)}" if name else ""
+    return f"http://{host if host != '0.0.0.0' else 'localhost'}:{server.server_port}/dashboard/{page}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until Ctrl-C.
+
+    Returns:
+        0 after Ctrl-C, 2 if the storage or the port cannot be opened.
+    """
+    args = parse(argv)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        from optuna_dashboard import wsgi
+
+        storage = open_storage(args.storage)
+        ours = our_studies(storage, args.study_name)
+    # Each driver has its own errors, and ImportError where it is missing: one line for all.
+    except Exception as error:
+        line = without_secrets(str(error) or type(error).__name__, args.storage)
+        print(f"{shown_storage(args.storage)} cannot be opened: {line}.", file=sys.stderr)
+        return 2
+    try:
+        server = start(wsgi(storage), args.host, args.port)
+    except (OSError, OverflowError) as error:
+        print(f"{args.host}:{args.port} cannot be opened: {error}.", file=sys.stderr)
+        return 2
+    print(address(server, storage, args.study_name), flush=True)
+    if not args.no_browser_hint:
+        names = ", ".join(repr(study.study_name) for study in ours) or "none of optuna_nnhp"
+        print(f"Open it in a browser; Ctrl-C ends it. Studies: {names}.", flush=True)
+    stop = Event()
+    Thread(target=refresh, args=(storage, args.study_name, args.storage, stop), daemon=True).start()
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stop.set()
+        server.server_close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

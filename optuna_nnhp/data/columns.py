@@ -1,0 +1,324 @@
+"""One column of a table: which kind it is, and how it becomes numbers or category codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import replace
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import pandas as pd
+from pandas.api import types
+
+from optuna_nnhp.data.cells import date_parts
+from optuna_nnhp.data.cells import holds_texts
+from optuna_nnhp.data.cells import parse_dates
+from optuna_nnhp.data.cells import parse_numbers
+from optuna_nnhp.data.cells import texts
+from optuna_nnhp.data.cells import to_moments
+from optuna_nnhp.data.cells import to_numbers
+from optuna_nnhp.data.frames import listing
+
+logger = logging.getLogger(f"optuna.{__name__}")
+
+MAX_CATEGORIES = 100
+KINDS = ("numeric", "boolean", "categorical", "date", "constant")
+DATE_PARTS = ("year", "month", "day", "weekday", "hour", "days")
+# Tried in this order; all texts of a column must follow one of them. Where day and month cannot
+# be told apart (no day above 12), the month is taken to come first.
+DATE_FORMATS = (
+    *("ISO8601", "%Y/%m/%d", "%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S"),
+    *("%m/%d/%Y", "%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S"),
+    *("%d/%m/%Y", "%d/%m/%Y %H:%M", "%d/%m/%Y %H:%M:%S"),
+    *("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d-%m-%Y"),
+    *("%d %b %Y", "%d-%b-%Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y"),
+)
+# Squares of numbers beyond 1e154 leave float64's range; nothing measured is beyond 1e100.
+LARGEST = 1e100
+SAMPLE = 100
+
+
+@dataclass(frozen=True)
+class Column:
+    """What is known of a column after looking at the training part.
+
+    Args:
+        name:
+            Its name.
+        kind:
+            One of ``KINDS``; a constant one gives no features.
+        parts:
+            Its number features: ``("",)`` for a number or boolean, names from ``DATE_PARTS`` for a
+            date; without those that are constant.
+        missing:
+            Whether a 0/1 feature says that the cell is missing.
+        categories:
+            The texts that have a feature each, sorted.
+        infrequent:
+            Whether the other texts, unseen ones included, share one more feature.
+        date_format:
+            How a date's texts are written, one of ``DATE_FORMATS``.
+
+    Example:
+        >>> Column("town", "categorical", categories=("Rome", "Ulm"), missing=True).width
+        3
+    """
+
+    name: str
+    kind: str
+    parts: tuple[str, ...] = ()
+    missing: bool = False
+    categories: tuple[str, ...] = ()
+    infrequent: bool = False
+    date_format: str = ""
+
+    @property
+    def width(self) -> int:
+        """How many 0/1 features a categorical column has.
+
+        Example:
+            >>> Column("town", "categorical", categories=("Rome", "Ulm")).width
+            2
+        """
+        return len(self.categories) + self.infrequent + self.missing
+
+
+def check_values(frame: pd.DataFrame, name: str = "X") -> None:
+    """Checks that no column is all missing or holds infinity.
+
+    Args:
+        frame:
+            The table, **shape** (rows, columns).
+        name:
+            What the errors call it.
+
+    Raises:
+        ValueError:
+            If a column has no value at all, or an infinite one.
+
+    Example:
+        >>> check_values(pd.DataFrame({"a": [1.0, None], "b": ["x", "y"]}))
+    """
+    empty = [str(column) for column in frame if _all_missing(frame[column])]
+    if empty:
+        raise ValueError(
+            f"Every column of {name} must have a value, but these have none: {listing(empty)}."
+        )
+    check_finite(frame, name)
+
+
+def check_finite(frame: pd.DataFrame, name: str = "X") -> None:
+    """Checks that no number is infinite.
+
+    Args:
+        frame:
+            The table, **shape** (rows, columns).
+        name:
+            What the error calls it.
+
+    Raises:
+        ValueError:
+            If one is.
+
+    Example:
+        >>> check_finite(pd.DataFrame({"a": [1.0, float("inf")]}))
+        Traceback (most recent call last):
+        ...
+        ValueError: Numbers must be finite, but column 'a' of X has 1 infinite, the first in row 1.
+    """
+    for column in frame:
+        if types.is_float_dtype(frame[column].dtype):
+            values = frame[column].to_numpy(np.float64, na_value=np.nan)
+            _check_finite(values, str(column), name)
+
+
+def learn_column(series: pd.Series[Any]) -> Column:
+    """Finds a column's kind and features in the training part.
+
+    Args:
+        series:
+            The column, **shape** (rows,).
+
+    Raises:
+        ValueError:
+            If it holds infinity, or cells that are no number, text, boolean or date.
+
+    Example:
+        >>> learn_column(pd.Series(["1", "2.5", None], name="size"))
+        Column(name='size', kind='numeric', parts=('',), missing=True, categories=(), \
+infrequent=False, date_format='')
+    """
+    kind, date_format = detect(series)
+    if kind == "categorical":
+        return _learn_categories(series)
+    parts = DATE_PARTS if kind == "date" else ("",)
+    column = Column(str(series.name), kind, parts, date_format=date_format)
+    values, absent = read_numbers(column, series)
+    if absent.all():
+        return replace(column, kind="constant", parts=())
+    present = values[~absent]
+    varying = present.min(axis=0) != present.max(axis=0)
+    kept = tuple(part for part, varies in zip(parts, varying, strict=True) if varies)
+    missing = bool(absent.any())
+    if not kept and not missing:
+        return replace(column, kind="constant", parts=())
+    return replace(column, parts=kept, missing=missing)
+
+
+def detect(series: pd.Series[Any]) -> tuple[str, str]:
+    """The kind of a column, and how its dates are written.
+
+    Texts count as what they all spell: true/false, numbers, or dates in one of
+    ``DATE_FORMATS``; pandas categoricals are always categorical.
+
+    Args:
+        series:
+            The column, **shape** (rows,).
+
+    Returns:
+        One of ``KINDS`` but "constant", and one of ``DATE_FORMATS`` or "".
+
+    Example:
+        >>> detect(pd.Series(["31.12.2024", "1.1.2025"]))
+        ('date', '%d.%m.%Y')
+    """
+    dtype = series.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        return "categorical", ""
+    if types.is_datetime64_any_dtype(dtype) or isinstance(dtype, pd.PeriodDtype):
+        return "date", DATE_FORMATS[0]
+    if not holds_texts(series):
+        return ("boolean" if types.is_bool_dtype(dtype) else "numeric"), ""
+    _, values = texts(series)
+    if not len(values):
+        return "numeric", ""
+    if len(values) <= 4 and {text.lower() for text in values} <= {"true", "false"}:
+        return "boolean", ""
+    # Most columns of words are found out by their first texts.
+    head = values[:SAMPLE]
+    if not np.isnan(parse_numbers(head)).any() and not np.isnan(parse_numbers(values)).any():
+        return "numeric", ""
+    if any(character.isdigit() for character in head[0]):
+        for date_format in DATE_FORMATS:
+            if parse_dates(head, date_format).notna().all() and (
+                parse_dates(values, date_format).notna().all()
+            ):
+                return "date", date_format
+    return "categorical", ""
+
+
+def read_numbers(
+    column: Column, series: pd.Series[Any], name: str = "X"
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The number features of a numeric, boolean or date column.
+
+    A cell that cannot be read (a word among numbers) counts as missing, and one warning is logged.
+
+    Args:
+        column:
+            What was learnt.
+        series:
+            The cells, **shape** (rows,).
+        name:
+            What the errors call the table.
+
+    Returns:
+        Numbers, **shape** (rows, parts), NaN where missing; and where they are missing,
+        **shape** (rows,). Dates count ``days`` since 1970 in UTC; time spans are in seconds.
+
+    Raises:
+        ValueError:
+            If a number is infinite.
+
+    Example:
+        >>> column = Column("size", "numeric", parts=("",))
+        >>> values, absent = read_numbers(column, pd.Series(["2", None]))
+        >>> values.tolist(), absent.tolist()
+        ([[2.0], [nan]], [False, True])
+    """
+    if column.kind == "date":
+        moments, present = to_moments(series, column.date_format, name)
+        values = date_parts(moments, column.parts)
+        absent = np.asarray(moments.isna())
+    else:
+        flat, present = to_numbers(series, column.kind == "boolean", name)
+        _check_finite(flat, column.name, name)
+        absent = np.isnan(flat)
+        values = np.repeat(np.clip(flat, -LARGEST, LARGEST)[:, None], len(column.parts), axis=1)
+    lost = absent & present
+    if lost.any():
+        logger.warning(
+            f"Column {column.name!r} of {name} is {column.kind}, but {lost.sum():,} of its cells "
+            f"are not; they count as missing. The first is {series.iloc[int(lost.argmax())]!r}."
+        )
+    return values, absent
+
+
+def read_codes(column: Column, series: pd.Series[Any], name: str = "X") -> NDArray[np.int64]:
+    """The category of each cell of a categorical column.
+
+    Args:
+        column:
+            What was learnt.
+        series:
+            The cells, **shape** (rows,).
+        name:
+            What the errors call the table.
+
+    Returns:
+        Positions among categories, infrequent, missing (in this order, those the column has),
+        **shape** (rows,). What was not seen in training is infrequent, or -1 where nothing was.
+
+    Example:
+        >>> column = Column("town", "categorical", categories=("Rome", "Ulm"), missing=True)
+        >>> read_codes(column, pd.Series(["Ulm", None, "Oslo"])).tolist()
+        [1, 2, -1]
+    """
+    codes, values = texts(series, name)
+    known = pd.Index(column.categories, dtype=object).get_indexer(pd.Index(values, dtype=object))
+    other = len(column.categories) if column.infrequent else -1
+    missing = column.width - 1 if column.missing else other
+    return np.append(np.where(known < 0, other, known), missing)[codes].astype(np.int64)
+
+
+def _learn_categories(series: pd.Series[Any]) -> Column:
+    """The categories of a column, at most ``MAX_CATEGORIES`` with the infrequent one."""
+    name = str(series.name)
+    codes, values = texts(series)
+    missing = bool((codes < 0).any())
+    if len(values) <= MAX_CATEGORIES:
+        if len(values) + missing < 2:
+            return Column(name, "constant")
+        return Column(name, "categorical", missing=missing, categories=tuple(sorted(values)))
+    counts = np.bincount(codes[codes >= 0], minlength=len(values))
+    room = MAX_CATEGORIES - 1
+    # A text seen once teaches nothing, and sorting a million of them takes a second.
+    least = max(2, int(np.partition(counts, -room)[-room]))
+    often = [(int(counts[i]), str(values[i])) for i in np.flatnonzero(counts >= least)]
+    kept = tuple(sorted(text for _, text in sorted(often)[-room:]))
+    logger.warning(
+        f"Column {name!r} has {len(values):,} distinct texts: the {len(kept)} most frequent that "
+        "occur at least twice are categories, all others count as one."
+    )
+    if not kept and not missing:
+        return Column(name, "constant")
+    return Column(name, "categorical", missing=missing, categories=kept, infrequent=True)
+
+
+def _all_missing(series: pd.Series[Any]) -> bool:
+    """Whether no cell has a value; reads all texts only where the first thousand are markers."""
+    present = series.dropna()
+    if present.empty or not holds_texts(series):
+        return present.empty
+    return not len(texts(present.iloc[:1000])[1]) and not len(texts(present)[1])
+
+
+def _check_finite(values: NDArray[np.float64], column: str, name: str) -> None:
+    infinite = np.isinf(values)
+    if infinite.any():
+        raise ValueError(
+            f"Numbers must be finite, but column {column!r} of {name} has {infinite.sum():,} "
+            f"infinite, the first in row {infinite.argmax():,}."
+        )

@@ -1,0 +1,299 @@
+"""Whatever a user holds (CSV file, array, DataFrame, tensor, lists) as pandas objects."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence
+from difflib import get_close_matches
+import os
+from pathlib import Path
+from typing import Any
+import warnings
+import zlib
+
+import numpy as np
+import pandas as pd
+
+# pandas' own list plus "?" (the UCI repository's marker). In a categorical column this loses
+# nothing: missing becomes a category of its own there.
+MISSING_MARKERS = (
+    *("", "?", "#N/A", "#N/A N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA"),
+    *("NULL", "NaN", "None", "n/a", "nan", "null", "NaT"),
+)
+MAX_NAMES = 10
+
+
+def listing(names: Iterable[object], quote: bool = True) -> str:
+    """Names for an error or log line, at most ``MAX_NAMES`` of them.
+
+    Args:
+        names:
+            What to list.
+        quote:
+            Whether to write each one as Python would.
+
+    Example:
+        >>> listing(["a", "b"])
+        "'a', 'b'"
+        >>> listing(range(12), quote=False)
+        '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
+    """
+    items = list(names)
+    # A cell can hold a novel: one line stays one line.
+    shown = [repr(item) if quote else str(item) for item in items[:MAX_NAMES]]
+    shown = [text if len(text) <= 60 else text[:57] + "..." for text in shown]
+    more = f" and {len(items) - MAX_NAMES:,} more" if len(items) > MAX_NAMES else ""
+    return ", ".join(shown) + more
+
+
+def read_csv(path: str | os.PathLike[str], target: str) -> tuple[pd.DataFrame, pd.Series[Any]]:
+    """Reads a comma-separated file whose first line names the columns.
+
+    Args:
+        path:
+            The file, UTF-8; may be compressed in any way pandas knows by its ending.
+        target:
+            The column to predict.
+
+    Returns:
+        The other columns, **shape** (rows, columns - 1), and the target, **shape** (rows,).
+        The texts in ``MISSING_MARKERS`` are missing values; blanks after a comma are dropped.
+
+    Raises:
+        FileNotFoundError:
+            If there is no such file.
+        ValueError:
+            If the file is empty, is not UTF-8, is not a table, names a column twice, lacks the
+            target, or has no other column or no row.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "homes.csv"
+        ...     _ = file.write_text("rooms, town, price\\n3, Ulm, 200\\n?, Rome, 500\\n")
+        ...     X, y = read_csv(file, "price")
+        >>> X["rooms"].tolist(), X["town"].tolist(), y.tolist()
+        ([3.0, nan], ['Ulm', 'Rome'], [200, 500])
+    """
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"The CSV file {str(file)!r} does not exist.")
+    if file.is_dir():
+        raise ValueError(f"A CSV file is needed, but {str(file)!r} is a folder.")
+    # The header first: a wrong target is said before a large file is read.
+    header = _parse(file, header=None, nrows=1, dtype=str, keep_default_na=False)
+    names = [str(name).strip() for name in header.iloc[0]]
+    _check_header(names, target, file)
+    frame = _parse(
+        file, header=0, names=names, index_col=False, na_values=list(MISSING_MARKERS)
+    ).reset_index(drop=True)
+    if frame.empty:
+        raise ValueError(f"The CSV file {str(file)!r} has a header, but no rows.")
+    return frame.drop(columns=target), frame[target]
+
+
+def _parse(file: Path, **options: Any) -> pd.DataFrame:
+    """``pandas.read_csv`` with one-line errors."""
+    name = repr(str(file))
+    try:
+        with warnings.catch_warnings():
+            # Rows longer than the header only warn, and lose their last fields.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            # low_memory=True guesses types chunk by chunk and can mix them in one column.
+            frame: pd.DataFrame = pd.read_csv(
+                file, skipinitialspace=True, encoding="utf-8-sig", low_memory=False, **options
+            )
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"The CSV file {name} is empty.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"A CSV file must be UTF-8 text, but {name} has the byte "
+            f"0x{error.object[error.start]:02x} at position {error.start}."
+        ) from None
+    except pd.errors.ParserWarning:
+        raise ValueError(
+            f"The rows of a CSV file must not be longer than its header, but those of {name} are."
+        ) from None
+    except (pd.errors.ParserError, ValueError, OSError, EOFError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The CSV file {name} cannot be read: {reason}") from error
+    return frame
+
+
+def _check_header(names: list[str], target: str, file: Path) -> None:
+    """Raises ValueError unless the names are unique and hold the target and one more."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"Column names must be unique, but {str(file)!r} repeats {listing(twice)}."
+        )
+    if target not in names:
+        near = get_close_matches(str(target), names, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        raise ValueError(
+            f"The target {target!r} is not a column of {str(file)!r}{hint} "
+            f"Columns: {listing(names)}."
+        )
+    if len(names) == 1:
+        raise ValueError(f"{str(file)!r} has no column besides the target {target!r}.")
+
+
+def as_frame(X: Any, name: str = "X") -> pd.DataFrame:
+    """A table as a DataFrame with unique text names and rows counted from 0.
+
+    Args:
+        X:
+            DataFrame, NumPy array, tensor or list of rows, **shape** (rows, columns). Columns
+            without names are called ``x0``, ``x1``, ...
+        name:
+            What the errors call it.
+
+    Returns:
+        The table, **shape** (rows, columns); cells are not copied where pandas can avoid it.
+
+    Raises:
+        ValueError:
+            If it is not two-dimensional, is empty, or two columns share a name.
+
+    Example:
+        >>> as_frame([[1, "a"], [2, "b"]]).columns.tolist()
+        ['x0', 'x1']
+    """
+    if isinstance(X, pd.DataFrame):
+        frame = X.set_axis([str(column) for column in X.columns], axis=1).reset_index(drop=True)
+        twice = frame.columns[frame.columns.duplicated()].unique()
+        if len(twice):
+            raise ValueError(f"Column names must be unique, but {name} repeats {listing(twice)}.")
+    else:
+        values = _array_or_list(X)
+        shape = _shape(values, name)
+        if len(shape) != 2:
+            raise ValueError(f"{name} must be 2-D (rows, columns), but has shape {shape}.")
+        frame = pd.DataFrame(values, columns=pd.Index([f"x{i}" for i in range(shape[1])]))
+    if 0 in frame.shape:
+        raise ValueError(
+            f"{name} must have at least one row and one column, but has shape {frame.shape}."
+        )
+    objects = {str(c): frame[c].infer_objects() for c in frame if frame[c].dtype == object}
+    return frame.assign(**objects) if objects else frame
+
+
+def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
+    """Labels or numbers as a Series with rows counted from 0.
+
+    Args:
+        y:
+            Series, one-column DataFrame, NumPy array, tensor or list, **shape** (rows,) or
+            (rows, 1).
+        name:
+            What the errors call it.
+
+    Returns:
+        The values, **shape** (rows,).
+
+    Raises:
+        ValueError:
+            If it has another shape or is empty.
+
+    Example:
+        >>> as_target([[1], [0]]).tolist()
+        [1, 0]
+    """
+    values = _array_or_list(y)
+    shape = _shape(values, name)
+    if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
+        raise ValueError(f"{name} must be 1-D (rows,), but has shape {shape}.")
+    if shape[0] == 0:
+        raise ValueError(f"{name} must have at least one row, but has shape {shape}.")
+    if isinstance(values, pd.DataFrame):
+        series = values.iloc[:, 0]
+    elif isinstance(values, np.ndarray):
+        series = pd.Series(values.reshape(-1))
+    elif isinstance(values, list) and len(shape) == 2:
+        series = pd.Series([row[0] for row in values])
+    else:
+        series = pd.Series(values)
+    return series.reset_index(drop=True).infer_objects()
+
+
+def check_lengths(X: pd.DataFrame, y: pd.Series[Any], names: Sequence[str] = ("X", "y")) -> None:
+    """Checks that there is one label for each row.
+
+    Args:
+        X:
+            The table, **shape** (rows, columns).
+        y:
+            The labels, **shape** (rows,).
+        names:
+            What the error calls the two.
+
+    Raises:
+        ValueError:
+            If the lengths differ.
+
+    Example:
+        >>> check_lengths(as_frame([[1], [2]]), as_target([0, 1]))
+    """
+    if len(X) != len(y):
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same number of rows, "
+            f"but have {len(X):,} and {len(y):,}."
+        )
+
+
+def match_columns(
+    X: Any, columns: Sequence[str], needed: Iterable[str], name: str = "X"
+) -> pd.DataFrame:
+    """A table brought to the columns that another one had.
+
+    Args:
+        X:
+            The table, **shape** (rows, columns). A DataFrame is matched by names (extra columns
+            are dropped, the order is free), anything else by position.
+        columns:
+            The names to bring it to.
+        needed:
+            Those that may not be absent; others that are absent stay so.
+        name:
+            What the errors call the table.
+
+    Raises:
+        ValueError:
+            If a needed column is absent, or the number of unnamed columns differs.
+
+    Example:
+        >>> match_columns([[1, 2]], ["a", "b"], ["a", "b"]).columns.tolist()
+        ['a', 'b']
+    """
+    frame = as_frame(X, name)
+    if not isinstance(X, pd.DataFrame):
+        if frame.shape[1] != len(columns):
+            raise ValueError(
+                f"{name} must have {len(columns):,} columns, but has {frame.shape[1]:,}."
+            )
+        return frame.set_axis(list(columns), axis=1)
+    absent = [column for column in needed if column not in frame.columns]
+    if absent:
+        raise ValueError(
+            f"{name} must have the columns of the training data, but lacks {listing(absent)}."
+        )
+    return frame[[column for column in columns if column in frame.columns]]
+
+
+def _array_or_list(values: Any) -> Any:
+    """Tensors become arrays, other sequences lists; what pandas and NumPy own is kept."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().numpy()
+    if isinstance(values, tuple | range):
+        return list(values)
+    return values
+
+
+def _shape(values: Any, name: str) -> tuple[int, ...]:
+    """The shape, or a ValueError for rows of different lengths."""
+    try:
+        return tuple(np.shape(values))
+    except ValueError:
+        raise ValueError(f"The rows of {name} must all have the same length.") from None

@@ -1,0 +1,263 @@
+"""A table as a float32 array, by rules learnt from the training part alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from dataclasses import dataclass
+from functools import cached_property
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import pandas as pd
+from sklearn.preprocessing import OneHotEncoder
+
+from optuna_nnhp.data.columns import KINDS
+from optuna_nnhp.data.columns import Column
+from optuna_nnhp.data.columns import check_values
+from optuna_nnhp.data.columns import learn_column
+from optuna_nnhp.data.columns import read_codes
+from optuna_nnhp.data.columns import read_numbers
+from optuna_nnhp.data.frames import as_frame
+from optuna_nnhp.data.frames import listing
+from optuna_nnhp.data.frames import match_columns
+from optuna_nnhp.data.scaling import Scaler
+
+logger = logging.getLogger(f"optuna.{__name__}")
+
+# Rows in work at a time: bounds the float64 and sparse copies beside the result.
+CHUNK = 65536
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocessor:
+    """Turns tables like the training part into arrays without missing values.
+
+    Features come in three blocks: numbers (numeric and boolean columns, parts of dates; see
+    ``Scaler``), 0/1 for "this number is missing" where the training part lacks some, and 0/1 for
+    each category (``OneHotEncoder``), with missing as a category of its own.
+
+    Args:
+        columns:
+            What was learnt of each column, in the table's order.
+        scaler:
+            What was learnt of the numbers, or None without any.
+
+    Example:
+        >>> frame = pd.DataFrame({"size": [1.0, None, 3.0], "town": ["Ulm", "Rome", "Ulm"]})
+        >>> preprocessor = Preprocessor.fit(frame)
+        >>> preprocessor.feature_names
+        ['size', 'size=<missing>', 'town=Rome', 'town=Ulm']
+        >>> preprocessor.transform(frame).round(1).tolist()[1]
+        [0.0, 1.0, 1.0, 0.0]
+        >>> preprocessor.describe()
+        '2 columns: 1 numeric, 1 categorical -> 4 features'
+    """
+
+    columns: tuple[Column, ...]
+    scaler: Scaler | None
+
+    @classmethod
+    def fit(cls, X: Any) -> Preprocessor:
+        """Learns from the training part.
+
+        Args:
+            X:
+                The table, **shape** (rows, columns); anything that ``as_frame`` takes.
+
+        Raises:
+            ValueError:
+                If a column is all missing, holds infinity or unreadable cells, or none varies.
+
+        Example:
+            >>> Preprocessor.fit([[1, "a"], [2, "b"]]).feature_names
+            ['x0', 'x1=a', 'x1=b']
+        """
+        frame = as_frame(X)
+        check_values(frame)
+        return learn(frame)
+
+    @cached_property
+    def numbers(self) -> tuple[Column, ...]:
+        """The columns with number features."""
+        return tuple(c for c in self.columns if c.kind in ("numeric", "boolean", "date"))
+
+    @cached_property
+    def categoricals(self) -> tuple[Column, ...]:
+        """The columns with categories."""
+        return tuple(c for c in self.columns if c.kind == "categorical")
+
+    @cached_property
+    def feature_names(self) -> list[str]:
+        """One name for each feature: ``size``, ``day.month``, ``size=<missing>``, ``town=Ulm``."""
+        names = [f"{c.name}.{p}" if p else c.name for c in self.numbers for p in c.parts]
+        names += [f"{c.name}=<missing>" for c in self.numbers if c.missing]
+        for column in self.categoricals:
+            values = [*column.categories, *["<infrequent>"] * column.infrequent]
+            names += [f"{column.name}={v}" for v in [*values, *["<missing>"] * column.missing]]
+        return names
+
+    @cached_property
+    def _encoder(self) -> OneHotEncoder:
+        """Codes to 0/1 columns; -1, the code of what training never saw, to zeros."""
+        widths = [column.width for column in self.categoricals]
+        encoder = OneHotEncoder(
+            categories=[np.arange(width) for width in widths],
+            handle_unknown="ignore",
+            sparse_output=False,
+            dtype=np.float32,
+        )
+        return encoder.fit(np.zeros((1, len(widths)), dtype=np.int64))
+
+    def transform(self, X: Any, name: str = "X") -> NDArray[np.float32]:
+        """Features of any rows.
+
+        Args:
+            X:
+                A table, **shape** (rows, columns). A DataFrame is matched by names: extra columns
+                are ignored, the order is free, constant columns may be absent. Anything else is
+                matched by position.
+            name:
+                What the errors call it.
+
+        Returns:
+            **Shape** (rows, features), without NaN. A row's features do not depend on the other
+            rows.
+
+        Raises:
+            ValueError:
+                If a column is absent, or holds infinity or unreadable cells.
+
+        Example:
+            >>> preprocessor = Preprocessor.fit([[0.0, "a"], [2.0, "b"]])
+            >>> preprocessor.transform([[4.0, "never seen"]]).tolist()
+            [[3.0, 0.0, 0.0]]
+        """
+        needed = [column.name for column in (*self.numbers, *self.categoricals)]
+        frame = match_columns(X, [column.name for column in self.columns], needed, name)
+        values, absent = number_block(self.numbers, frame, name)
+        codes = [read_codes(c, frame[c.name], name) for c in self.categoricals]
+        features = np.empty((len(frame), len(self.feature_names)), dtype=np.float32)
+        first, second = values.shape[1], values.shape[1] + absent.shape[1]
+        features[:, first:second] = absent
+        for start in range(0, len(frame), CHUNK):
+            rows = slice(start, start + CHUNK)
+            if self.scaler is not None:
+                features[rows, :first] = self.scaler.transform(values[rows])
+            if codes:
+                block = np.column_stack([column[rows] for column in codes])
+                features[rows, second:] = self._encoder.transform(block)
+        return features
+
+    def describe(self) -> str:
+        """One line for a person: how many columns of which kind, and how many features.
+
+        Example:
+            >>> Preprocessor.fit([[1, 5], [2, 5]]).describe()
+            '2 columns: 1 numeric, 1 constant -> 1 features'
+        """
+        counts = Counter(column.kind for column in self.columns)
+        kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in KINDS if counts[kind])
+        return f"{len(self.columns):,} columns: {kinds} -> {len(self.feature_names):,} features"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fitted state as plain JSON.
+
+        Example:
+            >>> Preprocessor.fit([["a"], ["b"]]).to_json()["scaler"] is None
+            True
+        """
+        columns = [
+            {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(column).items()}
+            for column in self.columns
+        ]
+        scaler = None if self.scaler is None else self.scaler.to_json()
+        return {"columns": columns, "scaler": scaler}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Preprocessor:
+        """Restores what ``to_json`` gave; ``transform`` gives the same bits.
+
+        Args:
+            state:
+                That dict.
+
+        Example:
+            >>> preprocessor = Preprocessor.fit([["a"], ["b"]])
+            >>> Preprocessor.from_json(preprocessor.to_json()).columns == preprocessor.columns
+            True
+        """
+        columns = []
+        for column in state["columns"]:
+            fields: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in column.items()
+            }
+            columns.append(Column(**fields))
+        scaler = None if state["scaler"] is None else Scaler.from_json(state["scaler"])
+        return cls(tuple(columns), scaler)
+
+
+def learn(frame: pd.DataFrame) -> Preprocessor:
+    """``Preprocessor.fit`` for a table that is part of a checked one.
+
+    A column without a value in this part is constant here, and dropped like one.
+
+    Args:
+        frame:
+            The training part, **shape** (rows, columns).
+
+    Raises:
+        ValueError:
+            If no column varies.
+
+    Example:
+        >>> learn(pd.DataFrame({"a": [1, 2], "b": [None, None]})).feature_names
+        ['a']
+    """
+    columns = tuple(learn_column(frame[name]) for name in frame)
+    constant = [column.name for column in columns if column.kind == "constant"]
+    if len(constant) == len(columns):
+        raise ValueError(
+            f"At least one column of X must vary in the training part, but none of "
+            f"{listing(constant)} does."
+        )
+    if constant:
+        logger.info(f"Dropped, for they do not vary in the training part: {listing(constant)}.")
+    preprocessor = Preprocessor(columns, None)
+    values, _ = number_block(preprocessor.numbers, frame)
+    return Preprocessor(columns, Scaler.fit(values) if values.shape[1] else None)
+
+
+def number_block(
+    columns: tuple[Column, ...], frame: pd.DataFrame, name: str = "X"
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Number features before scaling, and the missing indicators.
+
+    Args:
+        columns:
+            The columns with number features.
+        frame:
+            The table, **shape** (rows, columns).
+        name:
+            What the errors call it.
+
+    Returns:
+        Numbers, **shape** (rows, number features), NaN where missing; and 0/1, **shape**
+        (rows, columns that lacked values in training).
+
+    Example:
+        >>> number_block((Column("a", "numeric", ("",)),), pd.DataFrame({"a": [7]}))[0].tolist()
+        [[7.0]]
+    """
+    values = [np.empty((len(frame), 0))]
+    absent = [np.empty((len(frame), 0), dtype=bool)]
+    for column in columns:
+        numbers, missing = read_numbers(column, frame[column.name], name)
+        values.append(numbers)
+        if column.missing:
+            absent.append(missing[:, None])
+    return np.hstack(values), np.hstack(absent)

@@ -1,0 +1,183 @@
+"""Training and validation parts, and the order in which the training rows are visited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import pandas as pd
+from sklearn.model_selection import train_test_split
+
+from optuna_nnhp.data.frames import as_frame
+from optuna_nnhp.data.frames import as_target
+from optuna_nnhp.data.frames import check_lengths
+from optuna_nnhp.data.frames import listing
+
+Parts = tuple[pd.DataFrame, "pd.Series[Any]", pd.DataFrame, "pd.Series[Any]"]
+SEEDS = 2**32
+
+
+def is_pair(validation: object) -> bool:
+    """Whether the validation part is given as (X_val, y_val) rather than as a fraction.
+
+    Args:
+        validation:
+            A pair, or a fraction in (0, 1).
+
+    Raises:
+        ValueError:
+            If it is neither.
+
+    Example:
+        >>> is_pair(0.2), is_pair(([[1]], [0]))
+        (False, True)
+    """
+    if isinstance(validation, tuple | list):
+        if len(validation) != 2:
+            raise ValueError(
+                f"`validation` must be a fraction or (X_val, y_val), "
+                f"but got a {type(validation).__name__} of {len(validation)}."
+            )
+        return True
+    if isinstance(validation, bool) or not isinstance(validation, int | float | np.floating):
+        raise ValueError(
+            "`validation` must be a fraction or (X_val, y_val), "
+            f"but got {type(validation).__name__}."
+        )
+    if not 0 < validation < 1:
+        raise ValueError(f"`validation` must be between 0 and 1, but got {validation}.")
+    return False
+
+
+def split(
+    X: pd.DataFrame,
+    y: pd.Series[Any],
+    validation: float | Sequence[Any],
+    task: str,
+    seed: int,
+) -> Parts:
+    """Divides the rows into a training and a validation part.
+
+    A fraction is drawn at random, stratified for classification: every class is in both parts.
+
+    Args:
+        X:
+            The table, **shape** (rows, columns).
+        y:
+            The labels, **shape** (rows,).
+        validation:
+            The fraction of rows to validate on, rounded up to whole rows, or the validation part
+            (X_val, y_val) itself.
+        task:
+            ``"binary"``, ``"multiclass"`` or ``"regression"``.
+        seed:
+            Decides the rows, from 0 to 2**32 - 1.
+
+    Returns:
+        Training table and labels, validation table and labels, rows counted from 0.
+
+    Raises:
+        ValueError:
+            If ``validation`` is neither, or the rows do not suffice for both parts.
+
+    Example:
+        >>> X, y = pd.DataFrame({"a": range(10)}), pd.Series([0, 1] * 5)
+        >>> [len(part) for part in split(X, y, 0.25, "binary", seed=0)]
+        [7, 7, 3, 3]
+    """
+    if is_pair(validation):
+        X_val, y_val = validation  # type: ignore[misc]
+        valid_X, valid_y = as_frame(X_val, "X_val"), as_target(y_val, "y_val")
+        check_lengths(valid_X, valid_y, ("X_val", "y_val"))
+        return X, y, valid_X, valid_y
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"`seed` must be from 0 to 2**32 - 1, but got {seed}.")
+    valid = ceil(len(y) * validation)  # type: ignore[operator]
+    codes = None if task == "regression" else pd.factorize(y)[0]
+    _check_sizes(y, codes, valid)
+    train_rows, valid_rows = train_test_split(
+        np.arange(len(y)), test_size=valid, random_state=seed, stratify=codes
+    )
+    if codes is not None:
+        # scikit-learn keeps proportions, but rounds small classes away.
+        _exchange(train_rows, valid_rows, codes)
+        _exchange(valid_rows, train_rows, codes)
+    tables = [X.iloc[rows].reset_index(drop=True) for rows in (train_rows, valid_rows)]
+    labels = [y.iloc[rows].reset_index(drop=True) for rows in (train_rows, valid_rows)]
+    return tables[0], labels[0], tables[1], labels[1]
+
+
+def batch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which an epoch visits the training rows.
+
+    It is a function of seed and epoch alone, so a resumed or replayed training visits the same
+    rows. Source: NumPy's SeedSequence with the epoch as spawn key, and PCG64
+    (https://numpy.org/doc/stable/reference/random/parallel.html).
+
+    Args:
+        n:
+            How many rows there are.
+        seed:
+            Not negative.
+        epoch:
+            Counted from 0.
+
+    Returns:
+        A permutation of the rows, **shape** (n,).
+
+    Raises:
+        ValueError:
+            If ``n`` is below 1, or seed or epoch is negative.
+
+    Example:
+        >>> sorted(batch_order(4, seed=0, epoch=1).tolist())
+        [0, 1, 2, 3]
+    """
+    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("epoch", epoch, 0)):
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
+    # A spawn key, not seed + epoch: seeds 1, 2, ... would share each other's orders.
+    sequence = np.random.SeedSequence(seed, spawn_key=(epoch,))
+    return np.random.Generator(np.random.PCG64(sequence)).permutation(n)
+
+
+def _check_sizes(y: pd.Series[Any], codes: NDArray[np.int64] | None, valid: int) -> None:
+    """Raises ValueError unless both parts can be filled, with every class in both."""
+    train = len(y) - valid
+    if codes is None:
+        if train < 2:
+            raise ValueError(
+                f"The training part must have at least 2 rows, but of {len(y):,} rows "
+                f"{valid:,} are for validation."
+            )
+        return
+    counts = np.bincount(codes)
+    if counts.min() < 2:
+        alone = pd.unique(y[counts[codes] == 1]).tolist()
+        raise ValueError(
+            f"Every class must have at least 2 rows, one for each part, but {listing(alone)} "
+            "has 1 (task='regression' if y is a quantity)."
+        )
+    if min(train, valid) < len(counts):
+        raise ValueError(
+            f"Each part must have a row for each of the {len(counts):,} classes, but {len(y):,} "
+            f"rows give {train:,} for training and {valid:,} for validation."
+        )
+
+
+def _exchange(have: NDArray[np.int64], lack: NDArray[np.int64], codes: NDArray[np.int64]) -> None:
+    """Gives ``lack`` a row of each class it lacks, for one of a class it has several of.
+
+    Stratified drawing rounds: of a class with two rows, a fifth may be none. In place; both parts
+    keep their sizes, and ``have`` loses no class, since of a class that ``lack`` has none of, it
+    holds at least two rows.
+    """
+    classes = int(codes.max()) + 1
+    for absent in np.flatnonzero(np.bincount(codes[lack], minlength=classes) == 0):
+        commonest = np.bincount(codes[lack], minlength=classes).argmax()
+        give = int(np.flatnonzero(codes[have] == absent)[0])
+        take = int(np.flatnonzero(codes[lack] == commonest)[0])
+        have[give], lack[take] = lack[take], have[give]

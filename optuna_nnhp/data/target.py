@@ -1,0 +1,310 @@
+"""What is predicted: classes as codes, numbers standardised, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from dataclasses import dataclass
+from typing import Any
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+from numpy.typing import NDArray
+import pandas as pd
+
+from optuna_nnhp.data.frames import listing
+from optuna_nnhp.messages import unknown
+
+Label: TypeAlias = str | int | float | bool
+
+TASKS = ("binary", "multiclass", "regression")
+MAX_INTEGER_CLASSES = 20
+# Far beyond any unit, and its square is far within float64.
+LARGEST = 1e30
+
+
+def check_target(y: pd.Series[Any], name: str = "y") -> None:
+    """Checks that every value is there, finite, and of one kind.
+
+    Args:
+        y:
+            The labels, **shape** (rows,).
+        name:
+            What the errors call them.
+
+    Raises:
+        ValueError:
+            If a value is missing or infinite, or the labels mix types or are of a type that JSON
+            lacks (dates, tuples).
+
+    Example:
+        >>> check_target(pd.Series(["yes", None, "no"]))
+        Traceback (most recent call last):
+        ...
+        ValueError: y must have no missing values, but has 1, the first in row 1.
+    """
+    missing = y.isna().to_numpy()
+    if missing.any():
+        raise ValueError(
+            f"{name} must have no missing values, but has {missing.sum():,}, "
+            f"the first in row {missing.argmax():,}."
+        )
+    values = _plain(y)
+    if values.dtype.kind == "f":
+        wild = ~(np.abs(values.astype(np.float64)) <= LARGEST)
+        if wild.any():
+            raise ValueError(
+                f"{name} must be finite and within ±{LARGEST:g}, but {wild.sum():,} values are "
+                f"not, the first in row {wild.argmax():,}: {values[wild][0]}."
+            )
+    elif values.dtype.kind == "O":
+        kinds = sorted({type(value).__name__ for value in values})  # also integers beyond int64
+        if kinds != ["str"]:
+            raise ValueError(
+                f"{name} must hold numbers, texts or booleans of one type, "
+                f"but holds {listing(kinds, quote=False)}."
+            )
+    elif values.dtype.kind not in "biu":
+        raise ValueError(f"{name} must hold numbers, texts or booleans, but holds {y.dtype}.")
+
+
+def infer_task(y: pd.Series[Any]) -> str:
+    """The task that the labels suggest.
+
+    Texts, booleans and pandas categoricals are classes. Numbers are classes if all are whole and
+    there are two of them, or at most ``MAX_INTEGER_CLASSES`` and at least two rows for each on
+    average; all else is regression.
+
+    Args:
+        y:
+            The labels, **shape** (rows,), without missing values.
+
+    Returns:
+        ``"binary"``, ``"multiclass"`` or ``"regression"``.
+
+    Example:
+        >>> infer_task(pd.Series([0, 1, 1, 0]))
+        'binary'
+        >>> infer_task(pd.Series([0.5, 1.5, 2.5]))
+        'regression'
+    """
+    values = _plain(y)
+    distinct = len(pd.unique(values))
+    if values.dtype.kind in "iuf" and not isinstance(y.dtype, pd.CategoricalDtype):
+        whole = values.dtype.kind != "f" or bool((values == np.floor(values)).all())
+        few = distinct <= MAX_INTEGER_CLASSES and len(values) >= 2 * distinct
+        if not whole or not (few or distinct == 2):
+            return "regression"
+    return "binary" if distinct == 2 else "multiclass"
+
+
+def resolve_task(y: pd.Series[Any], task: str | None, name: str = "y") -> str:
+    """The task asked for, or inferred, checked against the labels.
+
+    Args:
+        y:
+            The labels, **shape** (rows,), without missing values.
+        task:
+            One of ``TASKS``, ``"classification"``, or None to infer it.
+        name:
+            What the errors call the labels.
+
+    Returns:
+        ``"binary"``, ``"multiclass"`` or ``"regression"``.
+
+    Raises:
+        ValueError:
+            If there is no such task, it does not suit the labels, or all labels are equal.
+
+    Example:
+        >>> resolve_task(pd.Series(["a", "b", "c"]), "classification")
+        'multiclass'
+    """
+    if task is not None and task not in (*TASKS, "classification"):
+        raise unknown("a task", task, (*TASKS, "classification"))
+    values = _plain(y)
+    distinct = pd.unique(values)
+    if len(distinct) == 1:
+        raise ValueError(
+            f"{name} must have at least two distinct values, "
+            f"but every row is {np.asarray(distinct).tolist()[0]!r}."
+        )
+    if task is None:
+        return infer_task(y)
+    if task == "regression" and values.dtype.kind not in "iuf":
+        held = "texts" if values.dtype.kind == "O" else "booleans"
+        raise ValueError(f"Regression needs numbers, but {name} holds {held}.")
+    if task == "binary" and len(distinct) != 2:
+        raise ValueError(
+            f"The task 'binary' needs 2 classes, but {name} has {len(distinct):,}: "
+            f"{listing(np.asarray(distinct).tolist())}."
+        )
+    if task == "classification":
+        return "binary" if len(distinct) == 2 else "multiclass"
+    return task
+
+
+@dataclass(frozen=True)
+class Target:
+    """How labels become numbers for a network, learnt from the training part.
+
+    Args:
+        task:
+            ``"binary"``, ``"multiclass"`` or ``"regression"``.
+        classes:
+            The labels in order, as they were given; empty for regression.
+        mean:
+            Mean of the training part, in the target's unit; 0 for classes.
+        scale:
+            Standard deviation of the training part, in the target's unit; 1 for classes.
+
+    Example:
+        >>> target = Target.fit(pd.Series(["no", "yes", "no"]), "binary")
+        >>> target.encode(pd.Series(["yes", "no"])).tolist()
+        [1, 0]
+        >>> target.decode([1, 0]).tolist()
+        ['yes', 'no']
+    """
+
+    task: str
+    classes: tuple[Label, ...] = ()
+    mean: float = 0.0
+    scale: float = 1.0
+
+    @classmethod
+    def fit(cls, y: pd.Series[Any], task: str) -> Target:
+        """Learns the classes, or mean and standard deviation.
+
+        Args:
+            y:
+                The training part's labels, **shape** (rows,).
+            task:
+                One of ``TASKS``.
+
+        Example:
+            >>> Target.fit(pd.Series([1.0, 3.0]), "regression")
+            Target(task='regression', classes=(), mean=2.0, scale=1.0)
+        """
+        values = _plain(y)
+        if task == "regression":
+            numbers = values.astype(np.float64)
+            # A constant training part predicts its constant.
+            return cls(task, mean=float(numbers.mean()), scale=float(numbers.std()) or 1.0)
+        return cls(task, classes=tuple(np.sort(pd.unique(values)).tolist()))
+
+    def encode(self, y: pd.Series[Any], name: str = "y") -> NDArray[np.int64 | np.float32]:
+        """Labels as the network wants them.
+
+        Args:
+            y:
+                The labels, **shape** (rows,), without missing values.
+            name:
+                What the errors call them.
+
+        Returns:
+            Codes (int64) or standardised numbers (float32), **shape** (rows,).
+
+        Raises:
+            ValueError:
+                If a label is not one of ``classes``, or no number for regression.
+
+        Example:
+            >>> Target("regression", mean=2.0, scale=4.0).encode(pd.Series([10, 2])).tolist()
+            [2.0, 0.0]
+        """
+        values = _plain(y)
+        if self.task != "regression":
+            codes = pd.Index(self._labels()).get_indexer(pd.Index(values))
+            strange = pd.unique(values[codes < 0]).tolist()
+            if strange:
+                raise ValueError(
+                    f"The labels of {name} must be among {listing(self.classes)}, "
+                    f"but {(codes < 0).sum():,} rows have {listing(strange)}."
+                )
+            return np.asarray(codes, dtype=np.int64)
+        if values.dtype.kind not in "iuf":
+            raise ValueError(f"Regression needs numbers, but {name} holds {y.dtype}.")
+        with np.errstate(over="ignore"):
+            scaled = ((values.astype(np.float64) - self.mean) / self.scale).astype(np.float32)
+        wild = ~np.isfinite(scaled)
+        if wild.any():
+            raise ValueError(
+                f"{name} must be within float32's range once divided by the training part's "
+                f"standard deviation {self.scale:g}, but {values[wild][0]} is not."
+            )
+        return np.asarray(scaled)
+
+    def decode(self, encoded: ArrayLike) -> NDArray[Any]:
+        """The way back from ``encode``.
+
+        Args:
+            encoded:
+                Codes or standardised numbers, of any **shape**.
+
+        Returns:
+            The labels with the type they were given in (texts as ``object``), or numbers in the
+            target's unit (float64); same **shape**.
+
+        Example:
+            >>> Target("binary", classes=(False, True)).decode([0, 1]).tolist()
+            [False, True]
+        """
+        if self.task == "regression":
+            return np.asarray(encoded, dtype=np.float64) * self.scale + self.mean
+        return np.asarray(self._labels()[np.asarray(encoded)])
+
+    def describe(self) -> str:
+        """One line for a person.
+
+        Example:
+            >>> Target("binary", classes=("no", "yes")).describe()
+            "binary ('no', 'yes')"
+        """
+        if self.task == "regression":
+            return f"regression (mean {self.mean:.4g}, standard deviation {self.scale:.4g})"
+        return f"{self.task} ({listing(self.classes)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON.
+
+        Example:
+            >>> Target("binary", classes=(0, 1)).to_json()
+            {'task': 'binary', 'classes': [0, 1], 'mean': 0.0, 'scale': 1.0}
+        """
+        return {**asdict(self), "classes": list(self.classes)}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Target:
+        """Restores what ``to_json`` gave.
+
+        Args:
+            state:
+                That dict.
+
+        Example:
+            >>> target = Target("regression", mean=0.1, scale=3.0)
+            >>> Target.from_json(target.to_json()) == target
+            True
+        """
+        return cls(state["task"], tuple(state["classes"]), state["mean"], state["scale"])
+
+    def _labels(self) -> NDArray[Any]:
+        """The classes as an array, **shape** (classes,)."""
+        text = isinstance(self.classes[0], str)
+        return np.array(self.classes, dtype=object if text else None)
+
+
+def _plain(y: pd.Series[Any]) -> NDArray[Any]:
+    """The values without pandas' extension types: bool, int, float, datetime or object.
+
+    pandas' nullable and categorical types say the same in other words; labels from a CSV file and
+    from a DataFrame must meet.
+    """
+    if isinstance(y.dtype, pd.CategoricalDtype | pd.StringDtype):
+        y = y.astype(object).infer_objects()
+    if isinstance(y.dtype, pd.StringDtype):
+        return np.array([str(text) for text in y], dtype=object)  # not NumPy's str_
+    if pd.api.types.is_extension_array_dtype(y.dtype) and y.dtype.kind in "biuf":
+        return y.to_numpy(dtype=np.dtype(y.dtype.kind + "8" if y.dtype.kind != "b" else "?"))
+    return y.to_numpy()
