@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-import re
 from socketserver import ThreadingMixIn
 import sys
 from threading import Event
 from threading import Thread
 from typing import TYPE_CHECKING
-from wsgiref.simple_server import make_server
+from urllib.parse import unquote
 from wsgiref.simple_server import WSGIRequestHandler
 from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import make_server
 
 import optuna
 from optuna.storages import BaseStorage
@@ -99,13 +99,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def without_secrets(text: str, storage: str) -> str:
-    """The first line of a text, without the password and the query that a storage URL holds."""
-    text = str(text).strip().split("\n")[0]
-    for secret in re.findall(r"://[^:/@]*:(.*)@|\?(.*)$", storage):
-        for part in filter(None, secret):
-            text = text.replace(part, "***")
-    return text
+def secrets(storage: str) -> set[str]:
+    """The password and the values of the query in a storage URL, as written and decoded."""
+    if "://" not in storage:
+        return set()
+    before, _, query = storage.partition("?")
+    user = before.partition("://")[2].rpartition("@")[0]
+    raw = {user.partition(":")[2], *(pair.partition("=")[2] for pair in query.split("&"))}
+    return {text for part in raw for text in (part, unquote(part)) if text}
+
+
+def without_secrets(text: object, storage: str) -> str:
+    """The first line of a text, with what is secret in the storage's URL as ``***``."""
+    line = (str(text).strip() or type(text).__name__).splitlines()[0].rstrip(".")
+    for secret in sorted(secrets(storage), key=len, reverse=True):
+        line = line.replace(secret, "***")
+    return line
 
 
 def open_storage(storage: str) -> BaseStorage:
@@ -119,7 +128,7 @@ def open_storage(storage: str) -> BaseStorage:
     if "://" in storage:
         url = make_url(storage)
         path = url.database if url.get_backend_name() == "sqlite" else None
-        if path and path != ":memory:" and not path.startswith("file:") and not Path(path).exists():
+        if path and not path.startswith("file:") and not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path!r}")
         # Without it, Optuna would make its tables in a database that holds something else.
         return RDBStorage(storage, skip_table_creation=True)
@@ -130,8 +139,8 @@ def open_storage(storage: str) -> BaseStorage:
             raise ValueError(f"it is an SQLite database: say sqlite:///{storage}")
     try:
         return JournalStorage(JournalFileBackend(storage))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError("it is not a journal of Optuna") from error
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError("it is not a journal of Optuna") from None
 
 
 def our_studies(storage: BaseStorage, name: str | None) -> list[optuna.Study]:
@@ -155,14 +164,15 @@ def our_studies(storage: BaseStorage, name: str | None) -> list[optuna.Study]:
 
 def refresh(storage: BaseStorage, name: str | None, text: str, stop: Event) -> None:
     """Annotate the studies again and again until ``stop`` is set; new ones are found as well."""
+    cached = optuna.storages.get_storage(storage)  # reads a database's ended trials only once
     said = ""
     while not stop.is_set():
         try:
-            for study in our_studies(storage, name):
+            for study in our_studies(cached, name):
                 annotate(study)
         # Whatever a storage's driver raises, such as a locked database: the dashboard stays up.
         except Exception as error:
-            line = without_secrets(str(error) or type(error).__name__, text)
+            line = without_secrets(error, text)
             if line != said:
                 print(f"The notes could not be refreshed: {line}", file=sys.stderr)
             said = line
@@ -181,9 +191,9 @@ def start(app: WSGIApplication, host: str, port: int) -> ThreadedServer:
 
 def address(server: ThreadedServer, storage: BaseStorage, name: str | None) -> str:
     """The page to open: the named study, or the list."""
-    host = server.server_address[0]
+    host = str(server.server_address[0]).replace("0.0.0.0", "localhost")
     page = f"studies/{storage.get_study_id_from_name(name)}" if name else ""
-    return f"http://{host if host != '0.0.0.0' else 'localhost'}:{server.server_port}/dashboard/{page}"
+    return f"http://{host}:{server.server_port}/dashboard/{page}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,25 +206,37 @@ def main(argv: list[str] | None = None) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         from optuna_dashboard import wsgi
-
+    except ModuleNotFoundError as error:
+        print(f"{error}: pip install 'optuna-nnhp[dashboard]'", file=sys.stderr)
+        return 2
+    try:
         storage = open_storage(args.storage)
         ours = our_studies(storage, args.study_name)
     # Each driver has its own errors, and ImportError where it is missing: one line for all.
     except Exception as error:
-        line = without_secrets(str(error) or type(error).__name__, args.storage)
-        print(f"{shown_storage(args.storage)} cannot be opened: {line}.", file=sys.stderr)
+        name, why = (
+            # What Optuna wraps says more: no such table, no driver, no answer.
+            without_secrets(text, args.storage)
+            for text in (args.storage, error.__cause__ or error)
+        )
+        print(f"{name} cannot be opened: {why}.", file=sys.stderr)
         return 2
     try:
         server = start(wsgi(storage), args.host, args.port)
     except (OSError, OverflowError) as error:
-        print(f"{args.host}:{args.port} cannot be opened: {error}.", file=sys.stderr)
+        print(
+            f"{args.host}:{args.port} cannot be opened: {without_secrets(error, '')}.",
+            file=sys.stderr,
+        )
         return 2
     print(address(server, storage, args.study_name), flush=True)
     if not args.no_browser_hint:
         names = ", ".join(repr(study.study_name) for study in ours) or "none of optuna_nnhp"
         print(f"Open it in a browser; Ctrl-C ends it. Studies: {names}.", flush=True)
     stop = Event()
-    Thread(target=refresh, args=(storage, args.study_name, args.storage, stop), daemon=True).start()
+    watcher = Thread(target=refresh, args=(storage, args.study_name, args.storage, stop))
+    watcher.daemon = True
+    watcher.start()
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -222,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         stop.set()
         server.server_close()
+        # A write that is cut off leaves a journal's lock behind, which then blocks the study.
+        watcher.join(timeout=10.0)
     return 0
 
 

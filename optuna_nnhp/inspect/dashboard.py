@@ -146,10 +146,12 @@ def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
 def _fingerprint(study: optuna.Study) -> str:
     """A digest of all that the notes and figures are made of; running trials count by state."""
     trials = [
-        (trial.number, trial.state.name, trial.values, trial.user_attrs.get("cause"))
+        (trial.number, trial.state.name, trial.values, len(trial.user_attrs))
         for trial in study.get_trials(deepcopy=False)
     ]
-    return _digest(json.dumps([__version__, study.study_name, study.user_attrs, trials]))
+    return _digest(
+        json.dumps([__version__, study.study_name, study.user_attrs, trials], default=str)
+    )
 
 
 def _digest(text: str) -> str:

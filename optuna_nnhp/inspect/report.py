@@ -1,0 +1,54 @@
+"""The last words of a study script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+import shlex
+
+from optuna_nnhp.inspect.figures import save_html
+from optuna_nnhp.inspect.result import Result
+from optuna_nnhp.inspect.summary import main_parameters
+from optuna_nnhp.inspect.summary import shown
+from optuna_nnhp.inspect.summary import summary
+from optuna_nnhp.study.storage import without_password
+
+ROWS = ("data", "budget", "trials", "ended by", "best")
+
+
+def closing_report(result: Result, storage: str, extra: Mapping[str, object] | None = None) -> str:
+    """Save the figures beside the study, and sum up in a few lines.
+
+    Args:
+        result:
+            What the study found.
+        storage:
+            Where it is kept: the path of a journal file, or a URL.
+        extra:
+            More rows, such as the accuracy on data that the study has not seen.
+
+    Returns:
+        Lines for a person, the last one opens the dashboard.
+    """
+    rows = {name: text for name, text in summary(result.study).items() if name in ROWS}
+    trial = result.best_trial
+    rows["parameters"] = ", ".join(
+        f"{name}={shown(value)}" for name, value in main_parameters(trial.params).items()
+    )
+    rows |= {name: shown(value) for name, value in (extra or {}).items()}
+    folder = figures_folder(storage)
+    save_html(result.study, folder)
+    rows["figures"] = str(folder / "index.html")
+    rows["dashboard"] = f"python dashboards/serve.py {shlex.quote(without_password(storage))}"
+    return "\n".join(f"{name + ':':12s}{text}" for name, text in rows.items())
+
+
+def figures_folder(storage: str) -> Path:
+    """Where the figures of a study go: beside its file, or here for a database.
+
+    Example:
+        >>> figures_folder("digits.journal").name, figures_folder("sqlite:///a/b.db").name
+        ('digits.figures', 'optuna_nnhp.figures')
+    """
+    path = Path("optuna_nnhp") if "://" in storage else Path(storage)
+    return path.with_suffix(".figures")
