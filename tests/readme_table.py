@@ -9,8 +9,7 @@ import optuna_nnhp
 from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
 
 README = Path(__file__).parent.parent / "README.md"
-CATALOGUE = re.compile(r"(<!-- catalogue:[^\n]*-->\n)(.*?)(<!-- end of catalogue -->)", re.DOTALL)
-ACTIVATION = re.compile(r"(\|---\|---\|---\|\n)(.*?)(<!-- activations -->)", re.DOTALL)
+MARKED = r"(<!-- {0}:[^\n]*-->\n)(.*?)(<!-- end of {0} -->)"
 
 
 def catalogue_table() -> str:
@@ -23,12 +22,15 @@ def catalogue_table() -> str:
 
 
 def activation_table() -> str:
-    return "".join(f"| {name} | {a.pros} | {a.cons} |\n" for name, a in ACTIVATIONS.items())
+    rows = [f"| {name} | {a.pros} | {a.cons} |\n" for name, a in ACTIVATIONS.items()]
+    return "| activation | for it | against it |\n|---|---|---|\n" + "".join(rows)
 
 
 def with_tables(text: str) -> str:
-    text = CATALOGUE.sub(lambda m: m[1] + catalogue_table() + m[3], text)
-    return ACTIVATION.sub(lambda m: m[1] + activation_table() + m[3], text)
+    for name, table in (("catalogue", catalogue_table()), ("activations", activation_table())):
+        marked = re.compile(MARKED.format(name), re.DOTALL)
+        text = marked.sub(lambda m, table=table: m[1] + table + m[3], text)  # type: ignore[misc]
+    return text
 
 
 if __name__ == "__main__":

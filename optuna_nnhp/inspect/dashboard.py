@@ -67,7 +67,8 @@ def _name(name: str) -> str:
 
 def _table(rows: Mapping[str, object], heads: tuple[str, str]) -> str:
     lines = [f"| {heads[0]} | {heads[1]} |", "| --- | --- |"]
-    lines += [f"| {_name(name)} | {_escaped(value)} |" for name, value in rows.items()]
+    # The dashboard's tables have no padding: the space keeps the columns apart.
+    lines += [f"| {_name(name)}&emsp; | {_escaped(value)} |" for name, value in rows.items()]
     return "\n".join(lines)
 
 
