@@ -24,6 +24,7 @@ from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.scheduler import Callback
 from optuna_nnhp.study.scheduler import Scheduler
 from optuna_nnhp.study.storage import DEFAULT_STORAGE
+from optuna_nnhp.study.storage import MODELS
 from optuna_nnhp.study.storage import models_folder
 from optuna_nnhp.study.storage import open_storage
 from optuna_nnhp.study.storage import open_study
@@ -161,7 +162,7 @@ def optimize(
         )
         _logger.info(f"The study {study.study_name!r} is kept in {where}.")
     folder = models_folder(opened, None if isinstance(storage, BaseStorage) else storage)
-    weights = BestWeights(folder / study.study_name if folder else None)
+    weights = BestWeights(folder / study.user_attrs[MODELS] if folder else None)
     scheduler = Scheduler(
         study=study,
         problem=problem,

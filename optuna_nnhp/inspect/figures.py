@@ -7,6 +7,7 @@ wherever plotly or a browser would read them as markup.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -103,33 +104,15 @@ def learning_curves(
     top = [t for t in ranked(study) if reported(t)][:best]
     figure = go.Figure()
     for trial in reversed(grey):
-        x, y = _curve(trial, points, _best_epoch(trial, maximized))
-        figure.add_scatter(
-            x=x,
-            y=y,
-            mode="lines+markers" if len(x) == 1 else "lines",
-            line={"color": GREY, "width": 1},
-            marker={"size": 4},
-            name="pruned",
-            legendgroup="pruned",
-            legendrank=1002,
-            showlegend=trial is grey[0],
-            text=_hover(trial, ", pruned"),
-            hovertemplate="%{text}<br>epoch %{x}: <b>%{y}</b><extra></extra>",
-        )
+        trace = _curve_trace(trial, maximized, points, ", pruned", {"color": GREY, "width": 1})
+        trace.update(name="pruned", legendgroup="pruned", legendrank=1002)
+        figure.add_trace(trace.update(showlegend=trial is grey[0]))
     # The best is drawn last, on top of the others, and comes first in the legend.
     for place, trial in reversed(list(enumerate(top))):
-        x, y = _curve(trial, points, _best_epoch(trial, maximized))
-        figure.add_scatter(
-            x=x,
-            y=y,
-            mode="lines+markers" if len(x) == 1 else "lines",
-            line={"color": COLORS[place % len(COLORS)], "width": 1.8 if place else 3},
-            name=f"trial {trial.number}: {shown(trial.value)}",
-            legendrank=place + 1,
-            text=_hover(trial),
-            hovertemplate="%{text}<br>epoch %{x}: <b>%{y}</b><extra></extra>",
-        )
+        line = {"color": COLORS[place % len(COLORS)], "width": 1.8 if place else 3}
+        trace = _curve_trace(trial, maximized, points, "", line)
+        trace.update(name=f"trial {trial.number}: {shown(trial.value)}", legendrank=place + 1)
+        figure.add_trace(trace)
     _mark_best_epochs(figure, top, maximized)
     metric = escaped(metric_name(study))
     styled(
@@ -143,6 +126,21 @@ def learning_curves(
     if values:
         figure.update_yaxes(range=list(robust_range(values, maximized)))
     return figure
+
+
+def _curve_trace(
+    trial: FrozenTrial, maximized: bool, points: int, state: str, line: dict[str, Any]
+) -> go.Scatter:
+    x, y = _curve(trial, points, _best_epoch(trial, maximized))
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="lines+markers" if len(x) == 1 else "lines",
+        line=line,
+        marker={"size": 4},
+        text=_hover(trial, state),
+        hovertemplate="%{text}<br>epoch %{x}: <b>%{y}</b><extra></extra>",
+    )
 
 
 def _mark_best_epochs(figure: go.Figure, trials: list[FrozenTrial], maximized: bool) -> None:

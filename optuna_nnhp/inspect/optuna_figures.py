@@ -22,6 +22,9 @@ from optuna_nnhp.inspect.summary import ranked
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
+# PED-ANOVA compares the best tenth with all; a tenth of fewer trials is a single one.
+FEWEST_FOR_IMPORTANCES = 20
+
 
 def _with_escaped_names(study: optuna.Study) -> optuna.Study:
     """The study itself or, where a name or category holds markup, a copy with these escaped.
@@ -80,8 +83,8 @@ def optuna_figures(study: optuna.Study) -> dict[str, go.Figure]:
     """Optuna's figures that the study has data for, by name.
 
     ``optimization_history`` needs a complete trial, ``slice`` and ``parallel_coordinate`` two
-    (they show the six and eight most important parameters), and ``param_importances`` enough
-    of them to tell the parameters apart.
+    (they show the six and eight most important parameters), and ``param_importances`` 20, of
+    which the best tenth tells which parameters matter.
 
     Args:
         study:
@@ -108,7 +111,7 @@ def optuna_figures(study: optuna.Study) -> dict[str, go.Figure]:
         yaxis_range=bounds,
     )
     params = sorted({name for trial in ranked(study) for name in trial.params})
-    importances = _importances(study) if len(complete) > 1 and params else {}
+    importances = _importances(study) if len(complete) >= FEWEST_FOR_IMPORTANCES else {}
     if importances:
         found["param_importances"] = styled(
             plots.plot_param_importances(study, target_name=metric),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ class Result:
         cohort = self._problem.cohort([self._problem.member(trial.number, trial.params)])
         for _ in range(int(trial.user_attrs["best_epoch"])):
             cohort.train_epoch()
+        value = cohort.best_values[0]
+        if not math.isclose(value, trial.value or 0.0, rel_tol=1e-3, abs_tol=1e-6):
+            # Another machine, or a study that was continued with another seed.
+            _logger.warning(
+                f"Trial {trial.number} reached {trial.value:.6g}, but {value:.6g} this time."
+            )
         network = cohort.best_network(0)
         self._weights.put(trial.number, network)
         return network

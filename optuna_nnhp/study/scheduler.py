@@ -17,12 +17,16 @@ from optuna import Study
 from optuna.pruners import BasePruner
 from optuna.samplers import BruteForceSampler
 from optuna.samplers import GridSampler
+from optuna.samplers import PartialFixedSampler
 from optuna.samplers import QMCSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.search.follower import FollowerSampler
 from optuna_nnhp.search.halving import CohortHalvingPruner
+from optuna_nnhp.study.grid import enqueue_default
+from optuna_nnhp.study.grid import points_left
+from optuna_nnhp.study.grid import prepare_grid
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.loop import Progress
 from optuna_nnhp.study.loop import inside_optimize
@@ -41,7 +45,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 Callback = Callable[[Study, FrozenTrial], None]
 
 # These decide every value themselves: trials are grouped as they come.
-PLANNERS = (GridSampler, QMCSampler, BruteForceSampler)
+PLANNERS = (GridSampler, QMCSampler, BruteForceSampler, PartialFixedSampler)
 REPORT_EVERY = 2.0  # seconds between reports of running trials, unless a pruner reads them
 GENERATIONS = 5  # a study of n trials learns from its results at least this often
 CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
@@ -111,12 +115,15 @@ class Scheduler:
     def _recall(self) -> None:
         """Take in what the study holds already; begin a new one with the defaults."""
         trials = self.study.get_trials(deepcopy=False)
-        if not trials:
-            self.study.enqueue_trial(self.problem.defaults())
+        defaults, sampler = self.problem.defaults(), self.study.sampler
+        if isinstance(sampler, GridSampler):
+            prepare_grid(sampler, self.problem.space, defaults)
+            if not trials:
+                enqueue_default(self.study, sampler, defaults)
+        elif not trials:
+            self.study.enqueue_trial(defaults)
         for trial in trials:
-            self.finished += (
-                trial.state.is_finished() and trial.user_attrs.get("cause") != "killed"
-            )
+            self.finished += trial.state.is_finished() and not _never_trained(trial)
             best: float | None = None
             for step, value in sorted(trial.intermediate_values.items()):
                 best = value if best is None or self._is_better(value, best) else best
@@ -167,8 +174,7 @@ class Scheduler:
         """Trials still to start; a grid ends by itself."""
         left = self.budget.left(self.finished)
         if isinstance(self.study.sampler, GridSampler):
-            points = math.prod(len(v) for v in self.study.sampler._search_space.values())
-            rest = max(0, points - self.finished)
+            rest = points_left(self.study, self.study.sampler)
             return rest if left is None else min(left, rest)
         return left
 
@@ -255,10 +261,11 @@ class Scheduler:
         return TrialState.PRUNED
 
     def _end_all(self, trials: Sequence[RunningTrial], cause: str) -> None:
-        """Fail all of these, whatever they have."""
+        """Fail all of these, whatever they have; an error on its way is not for callbacks."""
         for running in trials:
             running.describe(self.problem, 0, cause)
-            self._tell(running, TrialState.FAIL)
+            running.tell(self.study, TrialState.FAIL)
+            self.finished += 1
 
     def _tell(self, running: RunningTrial, state: TrialState) -> None:
         running.tell(self.study, state)

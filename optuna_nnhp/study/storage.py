@@ -7,6 +7,8 @@ from pathlib import Path
 import re
 import socket
 from typing import TYPE_CHECKING
+import warnings
+from uuid import uuid4
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -28,6 +30,8 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 DEFAULT_STORAGE = "optuna_nnhp.journal"
 IDENTITY = ("template", "task", "metric", "fingerprint")  # what one study cannot mix
 WORKER = "worker"  # trial attribute: who trains it
+MODELS = "models"  # study attribute: the folder of its best weights, inside the storage's
+LAST = "version"  # study attribute that is written last: the others are there
 
 
 def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
@@ -128,16 +132,22 @@ def open_study(
         load_if_exists=True,
     )
     _check_same(study, problem)
-    if "template" not in study.user_attrs:
+    if LAST not in study.user_attrs:
+        plain_name = re.sub(r"[^\w.-]+", "_", study.study_name)
         attributes = {
             **problem.description,
             "space": {n: distribution_to_json(d) for n, d in problem.space.items()},
             "fixed": problem.fixed,
             "seed": problem.seed,
-            "version": __version__,
+            # Studies in other storages may have the same name, and keep their weights here too.
+            MODELS: f"{plain_name}-{uuid4().hex[:8]}",
+            LAST: __version__,
         }
         for name, value in attributes.items():
             study.set_user_attr(name, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([problem.description["metric"]])
     _end_abandoned(study)
     return study
 
@@ -157,7 +167,7 @@ def _check_same(study: optuna.Study, problem: Problem) -> None:
     text = f"The study {study.study_name!r} exists already with another "
     advice = "; choose another `study_name`."
     known = study.user_attrs
-    if "template" not in known:
+    if LAST not in known:
         if study.get_trials(deepcopy=False):
             raise ValueError(f"{text}origin: its trials are not optuna_nnhp's{advice}")
         return

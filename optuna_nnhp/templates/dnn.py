@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
 import torch
 from torch import Tensor
 from torch import nn
@@ -131,7 +132,8 @@ class DNN:
 
     def defaults(self) -> dict[str, Value]:
         """The catalogue's defaults, as far as they lie in the space."""
-        return default_params(self.target.task, self.space)
+        defaults = default_params(self.target.task, self.space)
+        return {n: value for n, value in defaults.items() if _holds(self.space[n], value)}
 
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
         """A trial; its first weights follow from the study's seed and its number."""
@@ -152,8 +154,8 @@ class DNN:
                 return leader.params[name]
             if name != "width":
                 return value
-            folded, distribution = fold_width(value, padded), self.space["width"]
-            known = distribution._contains(distribution.to_internal_repr(folded))
+            folded = fold_width(value, padded)
+            known = _holds(self.space["width"], folded)
             return folded if known else leader.params["width"]
 
         return pin
@@ -245,6 +247,12 @@ class DNN:
         return (
             f"up to {budget}, early stopping after {words('patience')} epochs without improvement"
         )
+
+
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):  # raises where it lacks the value
+        return value in distribution.choices
+    return distribution._contains(distribution.to_internal_repr(value))
 
 
 def _table(X: Any, y: Any, target: str | None) -> tuple[Any, Any]:
