@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from typing import Literal
 
 import optuna
 from optuna import Study
@@ -15,6 +16,8 @@ from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.study.trials import suggest
 from optuna_nnhp.templates import TEMPLATES
 from optuna_nnhp.training.checkpoint import BestWeights
+
+Direction = Literal["maximize", "minimize"]
 
 
 class Objective:
@@ -61,7 +64,7 @@ class Objective:
         if template not in TEMPLATES:
             raise unknown("a template", template, TEMPLATES)
         self._problem = TEMPLATES[template](X, y, **options)
-        self.direction = self._problem.metric.direction
+        self.direction: Direction = "maximize" if self._problem.maximize else "minimize"
         self.space = dict(self._problem.space)
         self.defaults = self._problem.defaults()
         self._weights, self._lock = BestWeights(None), threading.Lock()

@@ -12,6 +12,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
+from optuna.samplers import QMCSampler
 from optuna.storages import BaseStorage
 import torch
 
@@ -30,6 +31,7 @@ from optuna_nnhp.study.storage import open_storage
 from optuna_nnhp.study.storage import open_study
 from optuna_nnhp.study.storage import without_password
 from optuna_nnhp.templates import TEMPLATES
+from optuna_nnhp.templates.dnn import check_seed
 from optuna_nnhp.training.checkpoint import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -139,7 +141,8 @@ def optimize(
     if template not in TEMPLATES:
         raise unknown("a template", template, TEMPLATES)
     _check_budget(n_trials, timeout, cohort_size)
-    sampler = _check_sampler(sampler) if sampler is not None else make_sampler(method, seed)
+    check_seed(seed)
+    chosen = _check_sampler(sampler) if sampler is not None else make_sampler(method, seed)
     pruner = _check_pruner(pruner) if pruner is not None else CohortHalvingPruner()
     problem = TEMPLATES[template](
         X,
@@ -155,7 +158,9 @@ def optimize(
         device=device,
     )
     opened = open_storage(storage)
-    study = open_study(problem, opened, study_name, sampler, pruner)
+    study = open_study(problem, opened, study_name, chosen, pruner)
+    if sampler is None:
+        study.sampler = _continued(chosen, method, seed, study)
     if storage is not None:
         where = (
             without_password(str(storage)) if isinstance(storage, str | Path) else "its storage"
@@ -182,8 +187,16 @@ def _check_budget(n_trials: int | None, timeout: float | None, cohort_size: int 
     for name, count in (("n_trials", n_trials), ("cohort_size", cohort_size)):
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"`{name}` must be at least 1, but got {count!r}.")
-    if timeout is not None and not timeout > 0:
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise ValueError(f"`timeout` must be more than 0 seconds, but got {timeout!r}.")
+
+
+def _continued(sampler: BaseSampler, method: str, seed: int, study: optuna.Study) -> BaseSampler:
+    """The sampler with new random numbers, else a continued study repeats its first trials."""
+    known = len(study.get_trials(deepcopy=False))
+    if not known or isinstance(sampler, QMCSampler):  # one seed is one sequence
+        return sampler
+    return make_sampler(method, (seed + 1_000_003 * known) % 2**32)
 
 
 def _check_sampler(sampler: object) -> BaseSampler:

@@ -138,22 +138,22 @@ def add_l1(weight: Tensor, grad: Tensor, l1: Tensor) -> None:
     grad.addcmul_(weight.sign(), l1)
 
 
-def clip_gradients(grads: Sequence[Tensor], largest_norm: Tensor) -> None:
-    """Scale each member's gradients, in place, so that their joint norm is at most its bound.
+def clip_gradients(grads: Tensor, largest_norm: Tensor) -> None:
+    """Scale each member's gradients, in place, so that their norm is at most its bound.
 
     Args:
         grads:
-            One tensor for each parameter.
+            All gradients, a row for each member.
         largest_norm:
             Bound of each member; infinite where clipping is off.
 
     Shape:
-        - grads: ``(k, ...)`` each.
+        - grads: ``(k, parameters)``.
         - largest_norm: ``(k,)``.
 
     Example:
         >>> grad = torch.tensor([[3.0, 4.0], [3.0, 4.0]])
-        >>> clip_gradients([grad], torch.tensor([1.0, 10.0]))
+        >>> clip_gradients(grad, torch.tensor([1.0, 10.0]))
         >>> grad
         tensor([[0.6000, 0.8000],
                 [3.0000, 4.0000]])
@@ -161,11 +161,10 @@ def clip_gradients(grads: Sequence[Tensor], largest_norm: Tensor) -> None:
     Source:
         Pascanu et al. 2013 (arXiv:1211.5063), as `torch.nn.utils.clip_grad_norm_`.
     """
-    squares = [g.flatten(1).square().sum(1) for g in grads]
-    norm = torch.stack(squares).sum(0).sqrt()
+    norm = torch.linalg.vector_norm(grads, dim=1)
     scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
-    for g in grads:
-        g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
+    if bool((scale != 1).any()):  # also where it is NaN
+        grads.mul_(scale[:, None])
 
 
 @dataclass

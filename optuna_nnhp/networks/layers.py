@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,9 @@ class StackedLinear(nn.Module):
         - Input: ``(k, batch, in)``, or ``(batch, in)`` when the members share it.
         - Output: ``(k, batch, out)``.
 
+    Attributes:
+        sink: Where the gradients of weight and bias are written, if not left to autograd.
+
     Example:
         >>> StackedLinear(torch.ones(3, 2, 5))(torch.ones(7, 2)).shape
         torch.Size([3, 7, 5])
@@ -61,13 +65,49 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(weight)
         zeros = weight.new_zeros(weight.shape[0], weight.shape[2])
         self.bias = nn.Parameter(zeros) if bias else None
+        self.sink: tuple[Tensor, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply each member's layer."""
         x = x.expand(self.weight.shape[0], *x.shape[-2:])
+        if self.sink is not None and torch.is_grad_enabled():
+            out: Tensor = _Linear.apply(x, self.weight, self.bias, *self.sink)  # type: ignore[no-untyped-call]
+            return out
         if self.bias is None:
             return torch.bmm(x, self.weight)
         return torch.baddbmm(self.bias[:, None], x, self.weight)
+
+
+class _Linear(torch.autograd.Function):
+    """A stacked linear layer whose gradients are written where they are wanted.
+
+    Autograd would allocate them anew at every step and then copy them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_sink: Tensor,
+        bias_sink: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sink = weight_sink, bias_sink
+        if bias is None:
+            return torch.bmm(x, weight)
+        return torch.baddbmm(bias[:, None], x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        weight_sink, bias_sink = ctx.sink
+        torch.bmm(x.transpose(1, 2), grad, out=weight_sink)
+        if bias_sink is not None:
+            torch.sum(grad, 1, out=bias_sink)
+        back = torch.bmm(grad, weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+        return back, None, None, None, None
 
 
 class StackedBatchNorm(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -217,22 +216,13 @@ class StackedMLP(StackedModule):
 
     def _group(self) -> None:
         names = [str(p["activation"]) for p in self.params]
-        device = self.get_buffer("dropout").device
-        self.groups = [
-            (name, torch.tensor(members, device=device))
-            for name, members in activation_groups(names)
-        ]
+        self.groups = activation_groups(names)
         self.drops = bool((self.get_buffer("dropout") > 0).any())
         padded = any(
             not bool(self.get_buffer(f"mask{layer}").all())
             for layer in range(len(self.linears) - 1)
         )
         self.masked = padded and "sigmoid" in names
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedMLP:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # a move to another device takes the groups along
-        self._group()
-        return self
 
 
 def _has_bias(params: Params) -> bool:

@@ -89,7 +89,7 @@ def points_left(study: Study, sampler: GridSampler) -> int:
 
     trials = [t for t in study.get_trials(deepcopy=False) if is_of_grid(t)]
     started = {t.system_attrs["grid_id"] for t in trials if t.state != TrialState.WAITING}
-    beside = sum(
+    beside: int = sum(
         t.state == TrialState.WAITING and t.system_attrs["grid_id"] == OFF_GRID for t in trials
     )
     return len(sampler._all_grids) - len(started - {OFF_GRID}) + beside
@@ -103,5 +103,5 @@ def _whole(sampler: GridSampler, defaults: Mapping[str, Value]) -> dict[str, Any
 def _place(sampler: GridSampler, defaults: Mapping[str, Value]) -> int:
     whole = _whole(sampler, defaults)
     point = tuple(whole[name] for name in sampler._param_names)
-    points = list(sampler._all_grids)
+    points: list[tuple[Any, ...]] = list(sampler._all_grids)
     return points.index(point) if point in points else OFF_GRID

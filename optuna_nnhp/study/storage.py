@@ -7,8 +7,8 @@ from pathlib import Path
 import re
 import socket
 from typing import TYPE_CHECKING
-import warnings
 from uuid import uuid4
+import warnings
 
 import optuna
 from optuna.distributions import BaseDistribution

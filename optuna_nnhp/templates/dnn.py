@@ -104,7 +104,7 @@ class DNN:
         seed: int = 0,
         device: str | torch.device | None = None,
     ) -> None:
-        self.seed = _check_seed(seed)
+        self.seed = check_seed(seed)
         self.device = to_device(device)
         X, y = _table(X, y, target)
         self.data = prepare(X, y, task=task, validation=validation, seed=seed)
@@ -272,7 +272,8 @@ def _table(X: Any, y: Any, target: str | None) -> tuple[Any, Any]:
     return read_csv(X, target)
 
 
-def _check_seed(seed: object) -> int:
+def check_seed(seed: object) -> int:
+    """A seed that NumPy, torch and Optuna all take, or a ValueError."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1, but got {seed!r}.")
     return seed

@@ -20,6 +20,7 @@ from optuna_nnhp.data.frames import check_lengths
 from optuna_nnhp.data.preprocessor import Preprocessor
 from optuna_nnhp.data.target import Target
 from optuna_nnhp.data.target import check_target
+from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.networks.mlp import build_mlp
 from optuna_nnhp.training.checkpoint import load_weights
 from optuna_nnhp.training.checkpoint import save_weights
@@ -30,6 +31,7 @@ from optuna_nnhp.version import __version__
 ROWS_AT_ONCE = 65536
 WEIGHTS, RECORD = "model.safetensors", "model.json"
 FORMAT = 1
+SHAPE = ("hidden_layers", "width", "width_shape", "activation", "normalization")
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ def load(folder: str | Path) -> TabularPredictor:
         preprocessor = Preprocessor.from_json(record["preprocessor"])
         target = Target.from_json(record["target"])
         params: Mapping[str, Any] = record["params"]
+        for name in SHAPE:
+            records(target.task)[name].check(params[name])
         inputs = len(preprocessor.feature_names)
         model = build_mlp(params, inputs, max(1, len(target.classes)))
         best = {"best_params": record["best_params"], "best_value": record["best_value"]}

@@ -18,7 +18,6 @@ from optuna_nnhp.hyperparameters.epochs import total_iterations
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.loss import take
-from optuna_nnhp.hyperparameters.optimizer import UPDATES
 from optuna_nnhp.hyperparameters.optimizer import Coefficients
 from optuna_nnhp.hyperparameters.optimizer import update
 from optuna_nnhp.hyperparameters.record import Value
@@ -26,7 +25,11 @@ from optuna_nnhp.hyperparameters.regularization import EarlyStopping
 from optuna_nnhp.hyperparameters.regularization import add_l1
 from optuna_nnhp.hyperparameters.regularization import clip_gradients
 from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.training.machine import keep_freed_memory
+from optuna_nnhp.training.machine import threads_for
+from optuna_nnhp.training.parameters import FlatParameters
 
+SHARED_KNOBS = ("momentum", "squared_decay", "weight_decay")
 EVALUATED_AT_ONCE = 2**22  # numbers of one layer's output in evaluation, to bound memory
 
 
@@ -126,7 +129,7 @@ class Cohort:
 
     Args:
         members:
-            The trials. They are kept sorted by optimizer, so that each update works on one
+            The trials. They are kept sorted by activation, so that each function works on one
             contiguous slice; see the attribute `members` for the order of all results.
         task:
             What they train on.
@@ -139,14 +142,12 @@ class Cohort:
     """
 
     def __init__(self, members: Sequence[Member], task: Task) -> None:
-        families = list(UPDATES)
-        self.members = sorted(members, key=lambda m: families.index(str(m.params["optimizer"])))
+        self.members = sorted(members, key=lambda m: str(m.params["activation"]))
         self.task, self.epoch, self.iterations = task, 0, 0
         self.network = task.build(self.members)
         self.loss = task.loss(self.members)
-        self.parameters = list(self.network.parameters())
-        self.first = [torch.zeros_like(p) for p in self.parameters]
-        self.second = [torch.zeros_like(p) for p in self.parameters]
+        self.flat = FlatParameters(self.network)
+        keep_freed_memory()
         self.best_weights = {n: w.clone() for n, w in self.network.state_dict().items()}
         self.stopping = EarlyStopping.start(
             [int(m.params["patience"] or 1) for m in self.members],
@@ -167,6 +168,12 @@ class Cohort:
         Returns:
             The scores, or None if time ran out.
         """
+        with threads_for(6.0 * self.batch * self.flat.weights.numel()):
+            train_loss = self._train(out_of_time)
+            return None if train_loss is None else self._score(train_loss)
+
+    def _train(self, out_of_time: Callable[[], bool]) -> Tensor | None:
+        """THE loop: every member's steps of one epoch; the mean losses ``(k,)``."""
         data = self.task.arrays
         rows = len(data.train_y)
         steps = iterations_per_epoch(rows, self.batch)
@@ -174,21 +181,20 @@ class Cohort:
             steps = min(steps, int(self.total.max()) - self.iterations)
         order = torch.from_numpy(batch_order(rows, self.task.seed, self.epoch))
         order = order.to(data.train_x.device)
-        noise = self._noise()
-        rates = self._rates(steps)
+        noise, rates = self._noise(), self._rates(steps)
         self.network.train()
         loss_sum, seen = torch.zeros(len(self.members), device=order.device), 0
         for step, batch in enumerate(order.split(self.batch)[:steps]):
             if out_of_time():
                 return None
             losses = self.loss(self.network(data.train_x[batch], noise), data.train_y[batch])
-            gradients = torch.autograd.grad(losses.sum(), self.parameters)
+            self.flat.backward(losses.sum())
+            self._update(rates[step])
             self.iterations += 1
-            self._update(list(gradients), rates[:, step])
             loss_sum += losses.detach() * len(batch)
             seen += len(batch)
         self.epoch += 1
-        return self._score(loss_sum / seen)
+        return loss_sum / seen
 
     def keep(self, members: Sequence[int]) -> None:
         """Go on with some members only, given by their places in ``self.members``."""
@@ -199,9 +205,7 @@ class Cohort:
         index = index.to(self.task.arrays.train_x.device)
         self.network.keep(index)
         self.loss = take(self.loss, index)
-        self.parameters = list(self.network.parameters())
-        self.first = [x[index] for x in self.first]
-        self.second = [x[index] for x in self.second]
+        self.flat.keep(index, self.network)
         self.best_weights = {n: w[index] for n, w in self.best_weights.items()}
         self._tabulate()
 
@@ -216,26 +220,20 @@ class Cohort:
         return self.network.member(place, self.best_weights)
 
     def _tabulate(self) -> None:
-        """Hyperparameters as ``(k, 1)`` tensors, and each optimizer's slice of members."""
-        device = self.task.arrays.train_x.device
+        """Hyperparameters of the step as tensors ``(k,)`` and as numbers."""
+        like = self.flat.weights
 
         def column(name: str) -> Tensor:
-            values = [float(m.params[name] or 0) for m in self.members]
-            return torch.tensor(values, device=device)[:, None]
+            return torch.tensor([float(m.params[name] or 0) for m in self.members]).to(like)
 
-        zero = torch.zeros(len(self.members), 1, device=device)
-        self.l1, self.clip_norm = column("l1"), column("clip_norm").squeeze(1)
-        self.coefficients = Coefficients(
-            zero, column("momentum"), column("squared_decay"), column("weight_decay"), zero
-        )
-        names = [str(m.params["optimizer"]) for m in self.members]
-        self.families = [
-            (name, slice(names.index(name), names.index(name) + names.count(name)))
-            for name in dict.fromkeys(names)
+        self.l1, self.clip_norm = column("l1"), column("clip_norm")
+        self.coefficients = [
+            Coefficients(0.0, *(float(m.params[name] or 0) for name in SHARED_KNOBS))
+            for m in self.members
         ]
 
-    def _rates(self, steps: int) -> Tensor:
-        """Learning rate of each member at each step of this epoch: ``(k, steps)``."""
+    def _rates(self, steps: int) -> list[list[float]]:
+        """Learning rates of this epoch: for each step, of each member."""
 
         def column(name: str) -> Tensor:
             return torch.tensor([float(m.params[name] or 0) for m in self.members])
@@ -248,7 +246,7 @@ class Cohort:
             torch.arange(self.iterations, self.iterations + steps).expand(len(self.members), -1),
             self.total,
         )
-        return rates.to(self.task.arrays.train_x)
+        return rates.T.tolist()
 
     def _noise(self) -> Callable[[int, int], Tensor]:
         """Uniform numbers for dropout, the same for all members, new for every epoch."""
@@ -257,25 +255,19 @@ class Cohort:
         return lambda batch, width: torch.rand(batch, width, generator=source, device=device)
 
     @torch.no_grad()
-    def _update(self, gradients: list[Tensor], rate: Tensor) -> None:
+    def _update(self, rates: list[float]) -> None:
         """Regularize and clip the gradients, then step each member by its own optimizer."""
-        step = torch.full_like(rate, self.iterations)
-        now = replace(self.coefficients, rate=rate[:, None], step=step[:, None])
-        weights = [p.dim() == 3 for p in self.parameters]  # not biases, not normalization
+        flat = self.flat
         if bool((self.l1 > 0).any()):
-            for p, g, is_weight in zip(self.parameters, gradients, weights, strict=True):
-                if is_weight:
-                    add_l1(p, g, self.l1[:, :, None])
-        clip_gradients(gradients, self.clip_norm)
-        for name, part in self.families:
-            of_weights = _part(now, part, deeper=True)
-            of_others = _part(now, part, deeper=False)
-            for n, is_weight in enumerate(weights):
-                weight, gradient = self.parameters[n][part], gradients[n][part]
-                first, second = self.first[n][part], self.second[n][part]
-                update(
-                    name, weight, gradient, first, second, of_weights if is_weight else of_others
-                )
+            matrices = slice(None, flat.decayed)  # not biases, not normalization
+            add_l1(flat.weights[:, matrices], flat.grads[:, matrices], self.l1[:, None])
+        clip_gradients(flat.grads, self.clip_norm)
+        for i, member in enumerate(self.members):
+            now = replace(self.coefficients[i], rate=rates[i])
+            matrices_row, rest = flat.rows[i]
+            name = str(member.params["optimizer"])
+            update(name, matrices_row, now)
+            update(name, rest, replace(now, weight_decay=0.0))
 
     @torch.no_grad()
     def _score(self, train_loss: Tensor) -> Scores:
@@ -305,14 +297,6 @@ class Cohort:
     def _evaluate(self) -> Tensor:
         """Outputs on the validation part: ``(k, m, outputs)``."""
         self.network.eval()
-        widest = max(p.shape[-1] for p in self.parameters)
+        widest = max(p.shape[-1] for p in self.network.parameters())
         rows = max(1, EVALUATED_AT_ONCE // (len(self.members) * widest))
         return torch.cat([self.network(x) for x in self.task.arrays.valid_x.split(rows)], dim=1)
-
-
-def _part(all_members: Coefficients, part: slice, *, deeper: bool) -> Coefficients:
-    """The coefficients of some members, shaped for weights ``(k, in, out)`` or the rest."""
-    cut = {name: x[part] for name, x in vars(all_members).items()}
-    if deeper:
-        return Coefficients(**{name: x[:, :, None] for name, x in cut.items()})
-    return replace(Coefficients(**cut), weight_decay=torch.zeros_like(cut["rate"]))

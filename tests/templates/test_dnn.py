@@ -1,0 +1,162 @@
+"""What the template says of itself, and how it groups trials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import IntDistribution
+import pytest
+import torch
+
+from optuna_nnhp.networks.mlp import StackedMLP
+from optuna_nnhp.templates import DNN
+from optuna_nnhp.templates.dnn import COHORT_BYTES
+from optuna_nnhp.templates.dnn import LARGEST_COHORT
+from tests.tiny import classes
+from tests.tiny import numbers
+
+STATIC = ("hidden_layers", "normalization", "batch_size")
+
+
+def params_of(problem: DNN, **changed: Any) -> dict[str, Any]:
+    return {**problem.defaults(), **changed}
+
+
+def test_other_data_or_another_metric_has_another_name() -> None:
+    X, y = classes()
+    names = {
+        DNN(X, y).name,
+        DNN(X + 1.5 * X**2, y).name,
+        DNN(X, y[::-1]).name,
+        DNN(X, y, metric="f1").name,
+        DNN(X, y, validation=0.3).name,
+        DNN(X, y, seed=1).name,
+    }
+    assert len(names) == 6
+    assert DNN(X, y).name == DNN(X.copy(), y.tolist(), fixed={"epochs": 3}).name
+    assert all(name.startswith("dnn-") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "expected"),
+    [
+        ({}, "up to 50 epochs a trial, early stopping after 16 epochs without improvement"),
+        (
+            {"fixed": {"epochs": 7, "patience": 2}},
+            "up to 7 epochs a trial, early stopping after 2",
+        ),
+        ({"fixed": {"iterations": 300}}, "up to 300 iterations a trial"),
+        ({"space": {"epochs": IntDistribution(1, 9)}}, "up to a tuned number of epochs: epochs"),
+        ({"space": {"iterations": IntDistribution(1, 9)}}, "a tuned number of iterations: iter"),
+    ],
+)
+def test_the_budget_in_words(wishes: dict[str, Any], expected: str) -> None:
+    assert expected in DNN(*classes(), **wishes).description["budget"]
+
+
+def test_members() -> None:
+    problem = DNN(*classes(), fixed={"epochs": 9, "dropout": 0.0})
+    member = problem.member(7, params_of(problem, clip_norm=50.0))
+    assert member.number == 7
+    assert member.params["epochs"] == 9
+    assert member.params["clip_norm"] == float("inf")  # off
+    assert member.params["l1"] == 0.0
+    assert member.params["learning_rate"] == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_equal"),
+    [
+        ({"learning_rate": 0.1, "optimizer": "sgd", "activation": "tanh"}, True),
+        ({"width": 200}, True),
+        ({"width": 300}, False),
+        ({"hidden_layers": 3}, False),
+        ({"normalization": "layer"}, False),
+        ({"batch_size": 128}, False),
+    ],
+)
+def test_signatures(changed: dict[str, Any], is_equal: bool) -> None:
+    problem = DNN(*classes())
+    one = problem.signature(problem.member(0, params_of(problem)))
+    two = problem.signature(problem.member(1, params_of(problem, **changed)))
+    assert (one == two) is is_equal
+
+
+@pytest.mark.parametrize("width", [16, 17, 100, 256, 700, 1024])
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        None,
+        IntDistribution(16, 1024, step=12),
+        CategoricalDistribution((16, 17, 100, 256, 700, 1024)),
+    ],
+)
+def test_a_pinned_proposal_can_join_its_leader(width: int, distribution: Any) -> None:
+    problem = DNN(*classes(), space={"width": distribution} if distribution else None)
+    leader = problem.member(0, params_of(problem, width=width, hidden_layers=5, batch_size=16))
+    pin = problem.pin(leader)
+    for proposed in (16, 17, 30, 100, 257, 700, 1000, 1024):
+        values = {"width": proposed, "hidden_layers": 1, "batch_size": 512, "learning_rate": 0.3}
+        pinned = {name: pin(name, value) for name, value in values.items()}
+        follower = problem.member(1, params_of(problem, **pinned))
+        assert problem.signature(follower) == problem.signature(leader)
+        assert pinned["learning_rate"] == 0.3
+        known = problem.space["width"]
+        in_space = known._contains(known.to_internal_repr(pinned["width"]))
+        assert in_space or pinned["width"] == width
+
+
+@pytest.mark.parametrize(
+    ("rows", "changed", "low", "high"),
+    [
+        (100, {"width": 16}, LARGEST_COHORT, LARGEST_COHORT),
+        (100, {"width": 1024, "hidden_layers": 8}, 2, 16),
+        (20_000, {"width": 1024, "hidden_layers": 8}, 1, 1),
+        (20_000, {"width": 16}, LARGEST_COHORT, LARGEST_COHORT),
+    ],
+)
+def test_cohort_size(rows: int, changed: dict[str, Any], low: int, high: int) -> None:
+    problem = DNN(*numbers(rows))
+    leader = problem.member(0, params_of(problem, **changed))
+    assert low <= problem.cohort_size(leader) <= high
+    weights = problem.count_weights(leader)
+    assert problem.cohort_size(leader) * weights * 4 * 5 < COHORT_BYTES
+
+
+@pytest.mark.parametrize("make", [classes, numbers])
+@pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
+def test_weights_are_those_of_the_network(make: Any, normalization: str) -> None:
+    problem = DNN(*make())
+    changed = {"width": 20, "width_shape": "funnel", "hidden_layers": 3}
+    member = problem.member(0, params_of(problem, **changed, normalization=normalization))
+    network = problem.network(member)
+    assert problem.count_weights(member) == sum(w.numel() for w in network.parameters())
+    outputs = network(torch.zeros(5, problem.inputs))
+    assert outputs.shape == (5, 2 if make is classes else 1)
+
+
+def test_first_weights_follow_from_the_seed_and_the_number() -> None:
+    def first(seed: int, number: int) -> torch.Tensor:
+        problem = DNN(*classes(), seed=seed)
+        network = problem.cohort([problem.member(number, params_of(problem))]).network
+        assert isinstance(network, StackedMLP)
+        return next(network.parameters()).detach().clone()
+
+    assert torch.equal(first(0, 1), first(0, 1))
+    assert not torch.equal(first(0, 1), first(0, 2))
+    assert not torch.equal(first(0, 1), first(1, 1))
+
+
+def test_standardized_numbers_come_back_in_their_unit() -> None:
+    X, y = numbers()
+    problem = DNN(X, y, fixed={"epochs": 30, "width": 32, "learning_rate": 0.03})
+    member = problem.member(0, params_of(problem))
+    cohort = problem.cohort([member])
+    for _ in range(30):
+        cohort.train_epoch()
+    predictor = problem.predictor(cohort.best_network(0), member, {}, cohort.best_values[0])
+    error = np.sqrt(np.mean((predictor.predict(X) - y) ** 2))
+    assert error < 0.3 * y.std()
+    assert predictor.score(X, y) == pytest.approx(error)

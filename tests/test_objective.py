@@ -1,0 +1,138 @@
+"""The same networks in plain Optuna."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+import pytest
+
+from optuna_nnhp import CohortHalvingPruner
+from optuna_nnhp import Objective
+from tests.tiny import DIVERGING
+from tests.tiny import SHAPE
+from tests.tiny import TINY
+from tests.tiny import classes
+from tests.tiny import numbers
+from tests.tiny import trials
+from tests.tiny import tune
+
+X, Y = numbers()
+
+
+def study_of(objective: Objective, **wishes: Any) -> optuna.Study:
+    wishes = {"sampler": optuna.samplers.RandomSampler(seed=0)} | wishes
+    return optuna.create_study(direction=objective.direction, **wishes)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_everything_of_optuna_at_once(n_jobs: int, folder: Any) -> None:
+    held_out = numbers(60, seed=1)
+    objective = Objective("dnn", X, Y, validation=held_out, fixed=TINY)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
+    study = study_of(objective, storage="sqlite:///s.db", pruner=pruner)
+    calls: list[int] = []
+
+    def note(study: optuna.Study, trial: FrozenTrial) -> None:
+        calls.append(trial.number)
+
+    study.optimize(objective, n_trials=14, n_jobs=n_jobs, callbacks=[note])
+    assert sorted(calls) == list(range(14))
+    states = [t.state for t in study.trials]
+    assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
+    for trial in study.trials:
+        attributes, curve = trial.user_attrs, trial.intermediate_values
+        assert list(curve) == list(range(1, attributes["epochs"] + 1))
+        assert attributes["iterations"] == math.ceil(80 / 32) * attributes["epochs"]
+        assert attributes["best_value"] == min(curve.values())
+        if trial.state == TrialState.COMPLETE:
+            assert trial.value == attributes["best_value"]
+    result = objective.result(study)
+    assert result.best_value == study.best_value
+    assert result.score(*held_out) == pytest.approx(study.best_value, rel=1e-4)
+    assert result.predict(X).shape == (80,)
+
+
+@pytest.mark.parametrize(("make", "direction"), [(classes, "maximize"), (numbers, "minimize")])
+def test_the_space_is_that_of_optimize(make: Any, direction: str) -> None:
+    space = {"learning_rate": FloatDistribution(0.01, 0.1), "hidden_layers": IntDistribution(1, 2)}
+    fixed = {name: value for name, value in TINY.items() if name not in space}
+    objective = Objective("dnn", *make(), space=space, fixed=fixed)
+    assert objective.direction == direction
+    study = study_of(objective)
+    study.optimize(objective, n_trials=2)
+    other = tune(*make(), space=space, fixed=fixed, n_trials=2)
+    assert study.trials[0].distributions == trials(other)[0].distributions == objective.space
+
+
+def test_a_trial_is_the_same_as_in_optimize() -> None:
+    objective = Objective("dnn", X, Y, fixed=TINY)
+    study = study_of(objective)
+    study.enqueue_trial(objective.defaults)
+    study.optimize(objective, n_trials=1)
+    other = trials(tune(X, Y, n_trials=1))[0]
+    assert study.trials[0].params == other.params
+    assert study.trials[0].value == other.value
+    assert study.trials[0].intermediate_values == other.intermediate_values
+
+
+def test_weights_that_are_not_here_are_trained_again() -> None:
+    first = Objective("dnn", X, Y, fixed=TINY)
+    study = study_of(first)
+    study.optimize(first, n_trials=4)
+    second = Objective("dnn", X, Y, fixed=TINY)
+    expected = first.result(study).predict(X)
+    np.testing.assert_allclose(second.result(study).predict(X), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_halving_works_in_plain_optuna(n_jobs: int) -> None:
+    objective = Objective("dnn", X, Y, fixed=TINY)
+    study = study_of(objective, pruner=CohortHalvingPruner())
+    study.optimize(objective, n_trials=10, n_jobs=n_jobs)
+    pruned = [t for t in study.trials if t.state == TrialState.PRUNED]
+    assert pruned
+    assert {t.user_attrs["epochs"] for t in pruned} <= {1, 3}
+    assert {t.user_attrs["cause"] for t in pruned} == {"pruned"}
+
+
+def test_early_stopping_completes() -> None:
+    objective = Objective("dnn", X, Y, fixed=SHAPE | {"epochs": 60, "patience": 2})
+    study = study_of(objective)
+    study.optimize(objective, n_trials=4)
+    stopped = [t for t in study.trials if t.user_attrs["cause"] == "early stopping"]
+    assert stopped
+    assert all(t.state == TrialState.COMPLETE for t in stopped)
+
+
+def test_a_diverging_trial_is_pruned() -> None:
+    objective = Objective("dnn", X, Y, fixed=DIVERGING | {"epochs": 50})
+    study = study_of(objective)
+    study.optimize(objective, n_trials=2)
+    assert [t.state for t in study.trials] == [TrialState.PRUNED] * 2
+    assert [t.user_attrs["cause"] for t in study.trials] == ["diverged"] * 2
+    with pytest.raises(RuntimeError, match="A best trial must have finished"):
+        _ = objective.result(study).best_params
+
+
+def test_the_direction_must_be_the_metrics() -> None:
+    objective = Objective("dnn", X, Y, fixed=TINY)
+    study = optuna.create_study(direction="maximize")
+    message = "The study's direction must be 'minimize' for rmse, but is 'maximize'"
+    with pytest.raises(ValueError, match=message):
+        study.optimize(objective, n_trials=1)
+
+
+def test_unknown_templates_and_bad_data() -> None:
+    with pytest.raises(ValueError, match="'dn' is not a template; did you mean 'dnn'"):
+        Objective("dn", X, Y)
+    with pytest.raises(ValueError, match="must have the same number of rows"):
+        Objective("dnn", X, Y[:-1])
+    with pytest.raises(TypeError, match="n_trials"):
+        Objective("dnn", X, Y, n_trials=3)

@@ -1,0 +1,76 @@
+"""The smallest data and budgets that still train, and a call that uses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import optuna
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from optuna_nnhp import Result
+from optuna_nnhp import optimize
+
+Array = NDArray[Any]
+
+# One shape for all trials: every cohort is one stack.
+SHAPE: dict[str, Any] = {
+    "width": 16,
+    "hidden_layers": 1,
+    "batch_size": 32,
+    "normalization": "none",
+}
+TINY = SHAPE | {"epochs": 4}
+DIVERGING = TINY | {"optimizer": "sgd", "learning_rate": 100.0, "clip_norm": 1e12, "warmup": 0.0}
+ROWS, TRAIN_ROWS = 80, 64
+# Of another Python process that imports this file.
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def classes(rows: int = ROWS, seed: int = 0) -> tuple[Array, Array]:
+    """Two classes by the sign of a column, as texts."""
+    X = np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)
+    return X, np.where(X[:, 0] > 0, "up", "down")
+
+
+def numbers(rows: int = ROWS, seed: int = 0) -> tuple[Array, Array]:
+    """A sum of columns, far from standardized."""
+    X = np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)
+    return X, 1000.0 + 50.0 * (X[:, 0] - X[:, 1]).astype(np.float64)
+
+
+def tune(X: Any = None, y: Any = None, **options: Any) -> Result:
+    """`optimize` in memory, without pruning, on two classes: all unless given otherwise."""
+    if X is None:
+        X, y = classes()
+    usual = {
+        "n_trials": 3,
+        "storage": None,
+        "fixed": TINY,
+        "pruner": optuna.pruners.NopPruner(),
+        "device": "cpu",
+    }
+    return optimize("dnn", X, y, **(usual | options))
+
+
+def trials(result: Result) -> list[FrozenTrial]:
+    return result.study.get_trials(deepcopy=False)
+
+
+def states(result: Result) -> list[TrialState]:
+    return [trial.state for trial in trials(result)]
+
+
+def causes(result: Result) -> list[str]:
+    return [trial.user_attrs["cause"] for trial in trials(result)]
+
+
+def courses(result: Result) -> list[Any]:
+    """All that two equal studies have in common, and unequal ones have not."""
+    return [
+        (t.number, t.params, t.value, t.state, t.intermediate_values, t.user_attrs["train_loss"])
+        for t in trials(result)
+    ]
