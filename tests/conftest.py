@@ -5,10 +5,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-import torch
-
-# Two threads on networks this small wait for each other: 40 times slower on a busy machine.
-torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -24,7 +24,17 @@ SHAPE: dict[str, Any] = {
     "normalization": "none",
 }
 TINY = SHAPE | {"epochs": 4}
-DIVERGING = TINY | {"optimizer": "sgd", "learning_rate": 100.0, "clip_norm": 1e12, "warmup": 0.0}
+# For numbers: a squared error and steps that each time go farther past the minimum.
+DIVERGING = TINY | {
+    "epochs": 50,
+    "optimizer": "sgd",
+    "learning_rate": 100.0,
+    "learning_rate_decay": "constant",
+    "warmup": 0.0,
+    "clip_norm": 1e12,
+    "loss": "mse",
+    "activation": "relu",
+}
 ROWS, TRAIN_ROWS = 80, 64
 # Of another Python process that imports this file.
 ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}

@@ -133,8 +133,8 @@ class Preprocessor:
 
         Example:
             >>> preprocessor = Preprocessor.fit([[0.0, "a"], [2.0, "b"]])
-            >>> preprocessor.transform([[4.0, "never seen"]]).tolist()
-            [[3.0, 0.0, 0.0]]
+            >>> preprocessor.transform([[1.0, "never seen"]]).tolist()
+            [[0.0, 0.0, 0.0]]
         """
         needed = [column.name for column in (*self.numbers, *self.categoricals)]
         frame = match_columns(X, [column.name for column in self.columns], needed, name)

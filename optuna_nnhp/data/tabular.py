@@ -37,7 +37,7 @@ class TabularData:
         train_X:
             Features, float32, **shape** (training rows, features), without NaN.
         train_y:
-            Class codes (int64) or standardised numbers (float32), **shape** (training rows,).
+            Class codes (int64) or standardized numbers (float32), **shape** (training rows,).
         valid_X:
             Features, float32, **shape** (validation rows, features).
         valid_y:
@@ -109,7 +109,7 @@ def prepare(
     Example:
         >>> data = prepare([[1.0], [2.0], [3.0]], [0.5, 1.5, 2.5], validation=([[4.0]], [3.5]))
         >>> data.valid_X.round(2).tolist(), data.target.decode(data.valid_y).round(4).tolist()
-        ([[2.450000047683716]], [3.5])
+        ([[1.899999976158142]], [3.5])
     """
     frame, labels = as_frame(X), as_target(y)
     check_lengths(frame, labels)

@@ -1,4 +1,4 @@
-"""What is predicted: classes as codes, numbers standardised, and the way back."""
+"""What is predicted: classes as codes, numbers standardized, and the way back."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class Target:
                 What the errors call them.
 
         Returns:
-            Codes (int64) or standardised numbers (float32), **shape** (rows,).
+            Codes (int64) or standardized numbers (float32), **shape** (rows,).
 
         Raises:
             ValueError:
@@ -240,7 +240,7 @@ class Target:
 
         Args:
             encoded:
-                Codes or standardised numbers, of any **shape**.
+                Codes or standardized numbers, of any **shape**.
 
         Returns:
             The labels with the type they were given in (texts as ``object``), or numbers in the

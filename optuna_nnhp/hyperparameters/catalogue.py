@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
 import pandas as pd
 
 from optuna_nnhp.hyperparameters.activation import ACTIVATION
@@ -127,7 +129,8 @@ def choose(
             Distributions that replace the default ones, or add hyperparameters that are not
             tuned by default.
         fixed:
-            Values that are not to be tuned. 0 switches off whatever can be off.
+            Values that are not to be tuned. 0 switches off whatever has an "off below", infinity
+            what has an "off above".
 
     Returns:
         What is tuned, and the values of all the rest; together they name every hyperparameter
@@ -152,11 +155,10 @@ def choose(
         known[name].check_distribution(distribution)
     for name, value in fixed.items():
         known[name].check(value)
-    if fixed.get("epochs") is not None and fixed.get("iterations"):
-        raise ValueError(
-            "The budget must be `epochs` or `iterations`, but both are pinned: "
-            f"{fixed['epochs']} and {fixed['iterations']}."
-        )
+    if any("epochs" in given for given in (space, fixed)) and (
+        fixed.get("iterations") or "iterations" in space
+    ):
+        raise ValueError("The budget must be `epochs` or `iterations`, but both are given.")
     tuned = {
         name: space.get(name, h.distribution)
         for name, h in known.items()
@@ -185,9 +187,18 @@ def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str
             if value not in distribution.choices:
                 continue
         else:
-            value = min(max(value, distribution.low), distribution.high)  # type: ignore
+            assert isinstance(distribution, IntDistribution | FloatDistribution)
+            value = _nearest(float(value or 0), distribution)
         defaults[name] = value
     return defaults
+
+
+def _nearest(value: float, distribution: IntDistribution | FloatDistribution) -> float:
+    low, high, step = distribution.low, distribution.high, distribution.step
+    value = min(max(value, low), high)
+    if step is not None:
+        value = min(low + round((value - low) / step) * step, high)
+    return int(value) if isinstance(distribution, IntDistribution) else value
 
 
 def effective(task: str, params: Mapping[str, Value]) -> dict[str, Value]:

@@ -131,7 +131,8 @@ class Hyperparameter:
 
     def describe_value(self, value: Value) -> str:
         """A value in words: ``"off"`` where it switches the effect off."""
-        if self.effective(value) != value:
+        effect = self.effective(value)
+        if effect == math.inf or (self.off_below is not None and effect == 0):
             return "off"
         return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -67,8 +67,7 @@ def fold_width(width: int, padded: int) -> int:
         >>> fold_width(100, 512), fold_width(700, 64), fold_width(20, 16)
         (400, 44, 10)
     """
-    while width > padded:
-        width = max(1, round(width / 2))
-    while width <= padded // 2:
-        width *= 2
-    return width
+    if padded_width(width) == padded:
+        return width
+    octave = 1 << (width - 1).bit_length()
+    return max(padded // 2 + 1, round(width * padded / octave))

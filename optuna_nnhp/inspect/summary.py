@@ -58,7 +58,7 @@ def is_maximized(study: optuna.Study) -> bool:
 
 
 def metric_name(study: optuna.Study) -> str:
-    """The name of what is optimised, or ``"value"`` where the study does not say.
+    """The name of what is optimized, or ``"value"`` where the study does not say.
 
     Example:
         >>> study = optuna.create_study()
@@ -210,7 +210,7 @@ def summary(study: optuna.Study) -> dict[str, str]:
         "study": study.study_name,
         "template": attrs.get("template"),
         "task": attrs.get("task"),
-        "metric": f"{metric}, {'maximised' if is_maximized(study) else 'minimised'}",
+        "metric": f"{metric}, {'maximized' if is_maximized(study) else 'minimized'}",
         "data": attrs.get("data"),
         "budget": attrs.get("budget"),
         "seed": attrs.get("seed"),

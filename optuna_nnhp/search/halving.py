@@ -98,7 +98,10 @@ def rung_values(trials: list[FrozenTrial], step: int, *, maximize: bool) -> dict
     """
     best = max if maximize else min
     return {
-        t.number: best(v for s, v in t.intermediate_values.items() if s <= step)
+        t.number: best(
+            (v for s, v in t.intermediate_values.items() if s <= step and not math.isnan(v)),
+            default=math.nan,
+        )
         for t in trials
         if step in t.intermediate_values
     }

@@ -171,8 +171,11 @@ class Scheduler:
         return min(size, math.ceil(self.budget.n_trials / GENERATIONS))
 
     def _left(self) -> int | None:
-        """Trials still to start; a grid ends by itself."""
-        left = self.budget.left(self.finished)
+        """Trials still to start, those of other workers counted; a grid ends by itself."""
+        trials = self.study.get_trials(deepcopy=False)
+        self.finished = sum(t.state.is_finished() and not _never_trained(t) for t in trials)
+        running = sum(t.state == TrialState.RUNNING for t in trials)
+        left = self.budget.left(self.finished + running)
         if isinstance(self.study.sampler, GridSampler):
             rest = points_left(self.study, self.study.sampler)
             return rest if left is None else min(left, rest)

@@ -12,12 +12,14 @@ from sklearn.compose import ColumnTransformer
 from sklearn.impute import MissingIndicator
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.preprocessing import StandardScaler
 
 from optuna_nnhp.data import columns
 from optuna_nnhp.data import preprocessor as module
 from optuna_nnhp.data.preprocessor import Preprocessor
+from optuna_nnhp.data.scaling import bend
 
 
 def mixed(n: int, seed: int) -> pd.DataFrame:
@@ -59,7 +61,13 @@ def test_equals_scikit_learn(monkeypatch: pytest.MonkeyPatch, limit: int) -> Non
     other.iloc[0, 3:] = ["unseen", "unseen"]
     oracle = ColumnTransformer(
         [
-            ("n", make_pipeline(SimpleImputer(strategy="median"), StandardScaler()), numbers),
+            (
+                "n",
+                make_pipeline(
+                    SimpleImputer(strategy="median"), StandardScaler(), FunctionTransformer(bend)
+                ),
+                numbers,
+            ),
             ("m", MissingIndicator(), numbers),
             (
                 "c",

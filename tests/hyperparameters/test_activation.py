@@ -98,13 +98,15 @@ def test_every_call_makes_a_module_of_its_own(name: str) -> None:
 @pytest.mark.parametrize(
     "members, groups",
     [
-        (["relu"], [("relu", [0])]),
-        (["relu", "relu"], [("relu", [0, 1])]),
-        (["tanh", "relu", "tanh"], [("tanh", [0, 2]), ("relu", [1])]),
+        (["relu"], [("relu", 1)]),
+        (["relu", "relu"], [("relu", 2)]),
+        (["tanh", "tanh", "relu"], [("tanh", 2), ("relu", 1)]),
+        # Only neighbours form a group, so that members stay in their order.
+        (["tanh", "relu", "tanh"], [("tanh", 1), ("relu", 1), ("tanh", 1)]),
         ([], []),
     ],
 )
-def test_groups(members: list[str], groups: list[tuple[str, list[int]]]) -> None:
+def test_groups(members: list[str], groups: list[tuple[str, int]]) -> None:
     assert activation_groups(members) == groups
 
 
@@ -124,8 +126,7 @@ def test_mixed_groups_are_members_one_by_one(members: list[str]) -> None:
     h = torch.randn(len(members), 7, 5, generator=source, dtype=torch.float64)
     slopes = torch.randn(len(members), 7, 5, generator=source, dtype=torch.float64)
     mixed, single = h.clone().requires_grad_(), h.clone().requires_grad_()
-    groups = [(name, torch.tensor(places)) for name, places in activation_groups(members)]
-    together = activate(mixed, groups)
+    together = activate(mixed, activation_groups(members))
     alone = torch.stack([ACTIVATIONS[n].module()(single[i]) for i, n in enumerate(members)])
     torch.testing.assert_close(together, alone)
     (together * slopes).sum().backward()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 import math
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_without_dropout_nothing_changes() -> None:
 
 def test_shared_noise_silences_more_where_the_probability_is_greater() -> None:
     silent = dropout(torch.ones(4, 30, 20), uniform(30, 20), PROBABILITIES) == 0
-    for less, more in zip(silent[:-1], silent[1:], strict=True):
+    for less, more in pairwise(silent):
         assert bool((more | ~less).all())
 
 
@@ -117,6 +118,16 @@ def test_a_broken_gradient_breaks_no_mate(bad: float) -> None:
     clip_gradients(grads, torch.tensor([1.0, 1.0, 1.0]))
     torch.testing.assert_close(grads[1:], torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
     assert not bool(torch.isfinite(grads[0]).all())
+
+
+def test_a_broken_gradient_is_broken_whole_as_in_torch() -> None:
+    grads = torch.tensor([[NAN, 1.0], [0.3, 0.4]])
+    clip_gradients(grads, torch.tensor([1.0, 1.0]))
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([NAN, 1.0])
+    nn.utils.clip_grad_norm_([parameter], 1.0)
+    torch.testing.assert_close(grads[0], parameter.grad, equal_nan=True)
+    torch.testing.assert_close(grads[1], torch.tensor([0.3, 0.4]))
 
 
 # --- early stopping ---

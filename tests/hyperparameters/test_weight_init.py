@@ -101,5 +101,7 @@ def test_he_with_the_activations_gain_keeps_the_signal(name: str) -> None:
 
 
 def test_an_unknown_scheme_is_refused() -> None:
-    with pytest.raises(ValueError, match="'kaiming' is not a choice of `weight_init`.*he_normal"):
+    with pytest.raises(
+        ValueError, match=r"^'kaiming' is not a choice of `weight_init`.*he_normal"
+    ):
         draw("kaiming")

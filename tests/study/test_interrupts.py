@@ -69,12 +69,18 @@ def test_an_interrupted_study_goes_on() -> None:
     assert len([t for t in trials(again) if t.state != TrialState.FAIL]) == 6
 
 
-def test_an_interrupt_inside_an_epoch() -> None:
-    timer = threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    result = tune(X, Y, fixed=ENDLESS, n_trials=4, cohort_size=4)
-    timer.join()
+def test_an_interrupt_while_all_trials_run() -> None:
+    class Pressed(optuna.pruners.NopPruner):
+        """Prunes nothing, and presses Ctrl-C after the fifth epoch."""
+
+        def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+            if trial.number == 0 and trial.last_step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().prune(study, trial)
+
+    result = tune(X, Y, fixed=ENDLESS, n_trials=4, cohort_size=4, pruner=Pressed())
     assert causes(result) == ["interrupted"] * 4
+    assert [t.user_attrs["epochs"] for t in trials(result)] == [5] * 4
     assert TrialState.RUNNING not in states(result)
     assert result.best_value == min(t.user_attrs["best_value"] for t in trials(result))
 

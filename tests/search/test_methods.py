@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import GPSampler
+from optuna.samplers import QMCSampler
+from optuna.samplers import RandomSampler
+from optuna.samplers import TPESampler
+import pytest
+
+from optuna_nnhp.hyperparameters.catalogue import choose
+from optuna_nnhp.search.methods import METHODS
+from optuna_nnhp.search.methods import make_sampler
+
+SPACE, _ = choose("binary")
+FEW = 12  # trials; ten of them come before the models
+
+
+def proposals(method: str, seed: int, space: dict[str, BaseDistribution]) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=make_sampler(method, seed))
+    for number in range(FEW):
+        trial = study.ask(space)
+        study.tell(trial, float((7 * number) % 5))
+    return [t.params for t in study.get_trials()]
+
+
+@pytest.mark.parametrize(
+    "method, kind",
+    [
+        ("bayes", TPESampler),
+        ("bayes-gp", GPSampler),
+        ("random", RandomSampler),
+        ("quasi-random", QMCSampler),
+    ],
+)
+def test_what_a_method_is(method: str, kind: type) -> None:
+    assert type(make_sampler(method, seed=0)) is kind
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_proposals_lie_in_the_space_and_follow_from_the_seed(method: str) -> None:
+    names = ["learning_rate", "width", "activation", "hidden_layers", "warmup"]
+    space = {name: SPACE[name] for name in names}
+    found = proposals(method, 0, space)
+    for params in found:
+        assert set(params) == set(space)
+        for name, value in params.items():
+            assert space[name]._contains(space[name].to_internal_repr(value))
+    for name in names:
+        assert len({params[name] for params in found}) > 2
+    assert proposals(method, 0, space) == found
+    assert proposals(method, 1, space) != found
+
+
+@pytest.mark.parametrize("method", ["bayes", "random", "quasi-random"])
+def test_the_whole_catalogue_is_a_space_for_it(method: str) -> None:
+    for params in proposals(method, 3, SPACE):
+        assert set(params) == set(SPACE)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_without_a_seed_runs_differ(method: str) -> None:
+    def first() -> Any:
+        study = optuna.create_study(sampler=make_sampler(method, None))
+        for _ in range(2):  # the first point of a sequence may be fixed
+            study.tell(study.ask({"x": SPACE["learning_rate"]}), 0.0)
+        return study.get_trials()[-1].params
+
+    assert first() != first()
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        ("bayse", "^'bayse' is not a method; did you mean 'bayes'.*Known: bayes, .*random"),
+        ("hyperband", "^'hyperband' is not a method.* Known: bayes, "),
+        ("", "^'' is not a method"),
+        ("Random", "^'Random' is not a method; did you mean 'random'"),
+    ],
+)
+def test_an_unknown_method(method: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_sampler(method, seed=0)

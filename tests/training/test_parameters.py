@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optuna_nnhp.training.parameters import FlatParameters
+from tests.members import task
+from tests.members import varied
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
+def test_gradients_land_in_the_rows(normalization: str) -> None:
+    members, chosen = varied(4, normalization=normalization), task()
+    x, plain, stack = chosen.arrays.valid_x, chosen.build(members), chosen.build(members)
+    plain(x).square().sum().backward()
+    expected = sorted(plain.parameters(), key=lambda p: p.dim() != 3)
+    flat = FlatParameters(stack)
+    for _ in range(2):  # the second time over the first, not added to it
+        flat.backward(stack(x).square().sum())
+    torch.testing.assert_close(
+        flat.grads, torch.cat([p.grad.flatten(1) for p in expected if p.grad is not None], dim=1)
+    )
+    matrices = sum(p[0].numel() for p in expected if p.dim() == 3)
+    assert (flat.decayed, flat.weights.shape[0]) == (matrices, 4)
+
+
+def test_the_network_sees_what_is_done_to_a_row() -> None:
+    stack = task().build(varied(3))
+    flat = FlatParameters(stack)
+    matrices, rest = flat.rows[1]
+    matrices.weight.fill_(7.0)
+    rest.weight.fill_(8.0)
+    for parameter in stack.parameters():
+        assert bool((parameter[1] == (7.0 if parameter.dim() == 3 else 8.0)).all())
+        assert not bool((parameter[0] == 7.0).any() or (parameter[2] == 8.0).any())
+
+
+def test_members_that_stay_keep_weights_and_state() -> None:
+    stack = task().build(varied(3))
+    flat = FlatParameters(stack)
+    for i, rows in enumerate(flat.rows):
+        for row in rows:
+            row.first.fill_(float(i))
+            row.second.fill_(10.0 + i)
+    before = flat.weights.clone()
+    index = torch.tensor([2, 0])
+    stack.keep(index)
+    flat.keep(index, stack)
+    assert bool((flat.weights == before[index]).all())
+    assert [float(rows[0].first[0]) for rows in flat.rows] == [2.0, 0.0]
+    assert [float(rows[1].second[0]) for rows in flat.rows] == [12.0, 10.0]
+    flat.rows[0][0].weight.fill_(5.0)
+    assert bool((stack.linears[0].weight[0] == 5.0).all())
