@@ -79,9 +79,9 @@ class Objective:
         cohort = problem.cohort([member])
         cause: str | None = None
         while cause is None:
-            scores = cohort.train_epoch()
+            scores = cohort.train_round()
             assert scores is not None
-            running.take(scores, 0)
+            running.take(scores, 0, cohort.round)
             running.report()
             cause = scores.ended[0] or ("pruned" if trial.should_prune() else None)
         running.describe(problem, cohort.iterations, cause)

@@ -14,6 +14,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def verbosity() -> Iterator[None]:
+    """Scripts quieten Optuna for their whole process; not for the next test."""
+    before = optuna.logging.get_verbosity()
+    yield
+    optuna.logging.set_verbosity(before)
+
+
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """Lines that the package logs; Optuna's root logger does not propagate to pytest's."""

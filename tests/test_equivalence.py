@@ -43,7 +43,7 @@ def run(cohort: Cohort, epochs: int) -> dict[int, list[tuple[float, float, float
     """Curves of each member, by trial number."""
     curves: dict[int, list[tuple[float, float, float]]] = {m.number: [] for m in cohort.members}
     for _ in range(epochs):
-        scores = cohort.train_epoch()
+        scores = cohort.train_round()
         assert isinstance(scores, Scores)
         rows = zip(scores.train_loss, scores.validation_loss, scores.value, strict=True)
         for member, row in zip(cohort.members, rows, strict=True):
@@ -247,7 +247,7 @@ def test_a_diverged_member_is_said_to_have_ended() -> None:
     cohort = Cohort([*members, wild], task())
     ended: dict[int, str | None] = {}
     for _ in range(2):
-        scores = cohort.train_epoch()
+        scores = cohort.train_round()
         assert scores is not None
         ended = {m.number: e for m, e in zip(cohort.members, scores.ended, strict=True)}
     assert ended == {0: None, 1: None, 2: None, 99: "diverged"}

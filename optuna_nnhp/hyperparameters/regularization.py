@@ -172,7 +172,7 @@ def clip_gradients(grads: Tensor, largest_norm: Tensor) -> None:
 
 @dataclass
 class EarlyStopping:
-    """Best value so far and epochs since, per member.
+    """Best value so far and epochs since, per member; rounds are parts of epochs.
 
     Args:
         patience:
@@ -182,10 +182,10 @@ class EarlyStopping:
         best:
             Best value so far, the greater the better; minus infinity at the start.
         best_loss:
-            Validation loss at the best epoch: of epochs with equal values, which a coarse metric
+            Validation loss at the best round: of rounds with equal values, which a coarse metric
             such as accuracy has many of, the one with the lowest loss is the best.
-        best_epoch:
-            Epoch of the best value; 0 at the start.
+        best_round:
+            Round of the best value; 0 at the start.
         reference:
             Value that the next improvement is measured from.
         waited:
@@ -198,7 +198,7 @@ class EarlyStopping:
         >>> stopping = EarlyStopping.start(patience=[1], min_improvement=[0.0])
         >>> [bool(stopping.update([v], [0.7], epoch)) for epoch, v in [(1, 0.5), (2, 0.4)]]
         [False, True]
-        >>> stopping.best, stopping.best_epoch
+        >>> stopping.best, stopping.best_round
         (tensor([0.5000], dtype=torch.float64), tensor([1]))
 
     Source:
@@ -209,7 +209,7 @@ class EarlyStopping:
     min_improvement: Tensor
     best: Tensor
     best_loss: Tensor
-    best_epoch: Tensor
+    best_round: Tensor
     reference: Tensor
     waited: Tensor
 
@@ -223,23 +223,29 @@ class EarlyStopping:
             min_improvement=torch.tensor(min_improvement, dtype=torch.float64),
             best=lowest,
             best_loss=-lowest,
-            best_epoch=torch.zeros(k, dtype=torch.long),
+            best_round=torch.zeros(k, dtype=torch.long),
             reference=lowest.clone(),
             waited=torch.zeros(k, dtype=torch.long),
         )
 
     def update(
-        self, values: Tensor | Sequence[float], losses: Tensor | Sequence[float], epoch: int
+        self,
+        values: Tensor | Sequence[float],
+        losses: Tensor | Sequence[float],
+        done: int,
+        whole_epoch: bool = True,
     ) -> Tensor:
-        """Take in one epoch.
+        """Take in one evaluation.
 
         Args:
             values:
                 The greater the better; NaN improves nothing.
             losses:
                 Validation losses.
-            epoch:
-                Number of the epoch, from 1.
+            done:
+                Number of the round, from 1.
+            whole_epoch:
+                Whether an epoch has ended with it; patience is counted in epochs.
 
         Shape:
             - values, losses, Output: ``(k,)``; the output tells who stops.
@@ -249,10 +255,10 @@ class EarlyStopping:
         better = (values > self.best) | ((values == self.best) & (losses < self.best_loss))
         self.best = torch.where(better, values, self.best)
         self.best_loss = torch.where(better, losses, self.best_loss)
-        self.best_epoch = torch.where(better, epoch, self.best_epoch)
+        self.best_round = torch.where(better, done, self.best_round)
         improved = values > self.reference + self.min_improvement
         self.reference = torch.where(improved, values, self.reference)
-        self.waited = torch.where(improved, 0, self.waited + 1)
+        self.waited = torch.where(improved, 0, self.waited + int(whole_epoch))
         return self.waited >= self.patience
 
     def keep(self, members: Tensor) -> None:

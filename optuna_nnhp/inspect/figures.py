@@ -38,16 +38,14 @@ def _hover(trial: FrozenTrial, state: str = "") -> str:
     return "<br>".join(lines)
 
 
-def _best_epoch(trial: FrozenTrial, maximized: bool) -> int:
+def _best_step(trial: FrozenTrial, maximized: bool, rounds: int) -> int:
     values = reported(trial)
-    epoch = trial.user_attrs.get("best_epoch")
-    return (
-        epoch if epoch in values else (max if maximized else min)(values, key=values.__getitem__)
-    )
+    step = round(trial.user_attrs.get("best_epoch", 0) * rounds)
+    return step if step in values else (max if maximized else min)(values, key=values.__getitem__)
 
 
 def _curve(trial: FrozenTrial, points: int, keep: int) -> tuple[list[int], list[float]]:
-    """Epochs and values of one trial, thinned evenly to about ``points``; ``keep`` stays."""
+    """Steps and values of one trial, thinned evenly to about ``points``; ``keep`` stays."""
     values = reported(trial)
     epochs = np.asarray(list(values))
     chosen = np.unique(np.linspace(0, len(epochs) - 1, min(points, len(epochs))).round())
@@ -99,21 +97,24 @@ def learning_curves(
     for name, number, least in (("best", best, 0), ("pruned", pruned, 0), ("points", points, 2)):
         if number < least:
             raise ValueError(f"`{name}` must be at least {least}, but got {number}.")
-    maximized = is_maximized(study)
+    maximized, rounds = is_maximized(study), study.user_attrs.get("rounds_per_epoch", 1)
     grey = [t for t in ranked(study, TrialState.PRUNED) if reported(t)][:pruned]
     top = [t for t in ranked(study) if reported(t)][:best]
     figure = go.Figure()
     for trial in reversed(grey):
-        trace = _curve_trace(trial, maximized, points, ", pruned", {"color": GREY, "width": 1})
+        line = {"color": GREY, "width": 1}
+        trace = _curve_trace(trial, maximized, rounds, points, ", pruned", line)
         trace.update(name="pruned", legendgroup="pruned", legendrank=1002)
         figure.add_trace(trace.update(showlegend=trial is grey[0]))
     # The best is drawn last, on top of the others, and comes first in the legend.
     for place, trial in reversed(list(enumerate(top))):
-        line = {"color": COLORS[place % len(COLORS)], "width": 1.8 if place else 3}
-        trace = _curve_trace(trial, maximized, points, "", line)
+        line = {"color": COLORS[place % len(COLORS)], "width": 3 if place == 0 else 1.8}
+        trace = _curve_trace(trial, maximized, rounds, points, "", line)
         trace.update(name=f"trial {trial.number}: {shown(trial.value)}", legendrank=place + 1)
         figure.add_trace(trace)
-    _mark_best_epochs(figure, top, maximized)
+    _mark_best_epochs(figure, top, maximized, rounds)
+    for trace in figure.data if rounds > 1 else ():
+        trace.x = [round(step / rounds, 3) for step in trace.x]
     metric = escaped(metric_name(study))
     styled(
         figure,
@@ -129,9 +130,14 @@ def learning_curves(
 
 
 def _curve_trace(
-    trial: FrozenTrial, maximized: bool, points: int, state: str, line: dict[str, Any]
+    trial: FrozenTrial,
+    maximized: bool,
+    rounds: int,
+    points: int,
+    state: str,
+    line: dict[str, Any],
 ) -> go.Scatter:
-    x, y = _curve(trial, points, _best_epoch(trial, maximized))
+    x, y = _curve(trial, points, _best_step(trial, maximized, rounds))
     return go.Scatter(
         x=x,
         y=y,
@@ -143,10 +149,12 @@ def _curve_trace(
     )
 
 
-def _mark_best_epochs(figure: go.Figure, trials: list[FrozenTrial], maximized: bool) -> None:
+def _mark_best_epochs(
+    figure: go.Figure, trials: list[FrozenTrial], maximized: bool, rounds: int
+) -> None:
     if not trials:
         return
-    epochs = [_best_epoch(trial, maximized) for trial in trials]
+    epochs = [_best_step(trial, maximized, rounds) for trial in trials]
     values = [reported(t)[epoch] for t, epoch in zip(trials, epochs, strict=True)]
     colors = [COLORS[place % len(COLORS)] for place in range(len(trials))]
     figure.add_scatter(

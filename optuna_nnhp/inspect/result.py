@@ -121,8 +121,9 @@ class Result:
         """Train a trial again, whose weights are not here: same seed, same data, same course."""
         _logger.warning(f"The weights of trial {trial.number} are not here: training it again.")
         cohort = self._problem.cohort([self._problem.member(trial.number, trial.params)])
-        for _ in range(int(trial.user_attrs["best_epoch"])):
-            cohort.train_epoch()
+        best_round = round(trial.user_attrs["best_epoch"] * self._problem.rounds_per_epoch)
+        while cohort.round < best_round:
+            cohort.train_round()
         value = cohort.best_values[0]
         if not math.isclose(value, trial.value or 0.0, rel_tol=1e-3, abs_tol=1e-6):
             # Another machine, or a study that was continued with another seed.

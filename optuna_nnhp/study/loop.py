@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
+import math
 import signal
 import threading
 import time
@@ -46,6 +47,11 @@ class Budget:
     def out_of_time(self) -> bool:
         """Whether trials must stop at once."""
         return self.interrupted or (self.timeout is not None and self.seconds >= self.timeout)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the timeout, infinite without one."""
+        return math.inf if self.timeout is None else self.timeout - self.seconds
 
     def left(self, finished: int) -> int | None:
         """Trials still to start; None for any number."""

@@ -26,6 +26,7 @@ class Problem(Protocol):
         fixed: Values of all other hyperparameters.
         maximize: Whether a greater metric is better.
         seed: Seed of everything.
+        rounds_per_epoch: How many of Optuna's steps make an epoch (see `training.rounds`).
         description: What a reader of the study should know, as JSON; kept as its attributes.
             Two studies with different ``"template"``, ``"task"``, ``"metric"`` or
             ``"fingerprint"`` must not be mixed.
@@ -36,6 +37,7 @@ class Problem(Protocol):
     fixed: dict[str, Value]
     maximize: bool
     seed: int
+    rounds_per_epoch: int
     description: dict[str, Any]
 
     def defaults(self) -> dict[str, Value]:

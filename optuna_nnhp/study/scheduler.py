@@ -72,9 +72,10 @@ class Scheduler:
             Whether to draw a progress bar.
 
     Attributes:
-        history: Best value so far of every trial, by epoch and trial number, of the whole study.
+        history: Best value so far of every trial, by round and trial number, of the whole study.
         finished: Number of trials that have ended.
         best: Best value of the study.
+        startup: Seconds from asking for the last cohort to its first scores.
     """
 
     study: Study
@@ -88,6 +89,8 @@ class Scheduler:
     finished: int = 0
     best: float | None = None
     reported_at: float = 0.0
+    started: float = 0.0
+    startup: float = 0.0
 
     def run(self) -> None:
         """Train cohort after cohort until the budget is spent, or somebody stops the study."""
@@ -97,7 +100,8 @@ class Scheduler:
             tidy_interrupts(self.budget),
             Progress(self.show_progress_bar, self.budget, self.finished) as self.progress,
         ):
-            while not self.budget.out_of_time() and not self.study._stop_flag:
+            while not self._must_end():
+                self.started = time.monotonic()
                 trials = self._ask()
                 if not trials:
                     break
@@ -111,6 +115,12 @@ class Scheduler:
                     except BaseException:
                         self._end_all([r for rest in groups.values() for r in rest], "error")
                         raise
+
+    def _must_end(self) -> bool:
+        """Whether no more cohorts start: there would be no time to learn anything from one."""
+        if self.budget.out_of_time() or self.study._stop_flag:
+            return True
+        return self.budget.seconds_left < self.startup
 
     def _recall(self) -> None:
         """Take in what the study holds already; begin a new one with the defaults."""
@@ -188,11 +198,13 @@ class Scheduler:
             cohort = self.problem.cohort([r.member for r in group])
             _logger.debug(f"A cohort of {len(group)}: {self.problem.signature(group[0].member)}.")
             while running:
-                scores = cohort.train_epoch(self.budget.out_of_time)
+                scores = cohort.train_round(self.budget.out_of_time)
                 if scores is None:
                     cause = "interrupted" if self.budget.interrupted else "timeout"
                     self._end_cohort(cohort, running, [cause] * len(running))
                 else:
+                    if cohort.round == 1:
+                        self.startup = time.monotonic() - self.started
                     self._end_cohort(cohort, running, self._judge(cohort, running, scores))
                 self.progress.show(self.finished, len(running), self.best)
         except BaseException:
@@ -202,29 +214,29 @@ class Scheduler:
     def _judge(
         self, cohort: Cohort, running: dict[int, RunningTrial], scores: Scores
     ) -> list[str | None]:
-        """Note one epoch's scores; say who ends, and why."""
+        """Note one evaluation's scores; say who ends, and why."""
         order = [running[m.number] for m in cohort.members]
         for place, trial in enumerate(order):
-            trial.take(scores, place)
+            trial.take(scores, place, cohort.round)
             if trial.best is not None:
-                self.history[cohort.epoch][trial.member.number] = trial.best
+                self.history[cohort.round][trial.member.number] = trial.best
         now = time.monotonic()
         by_rule = isinstance(self.study.pruner, CohortHalvingPruner)
         if not by_rule or now - self.reported_at > REPORT_EVERY:
             self.reported_at = now
             for trial in order:
                 trial.report()
-        kept = self._kept(cohort.epoch, order, self.study.pruner)
+        kept = self._kept(cohort.round, order, self.study.pruner)
         return [
             ended or (None if trial.member.number in kept else "pruned")
             for ended, trial in zip(scores.ended, order, strict=True)
         ]
 
-    def _kept(self, epoch: int, order: list[RunningTrial], pruner: BasePruner) -> set[int]:
+    def _kept(self, done: int, order: list[RunningTrial], pruner: BasePruner) -> set[int]:
         """Numbers of the trials that the pruner lets go on."""
         if isinstance(pruner, CohortHalvingPruner):
-            if pruner.is_rung(epoch):
-                return pruner.keep(self.history[epoch], maximize=self.problem.maximize)
+            if pruner.is_rung(done):
+                return pruner.keep(self.history[done], maximize=self.problem.maximize)
             return {t.member.number for t in order}
         return {t.member.number for t in order if not t.trial.should_prune()}
 
@@ -246,10 +258,11 @@ class Scheduler:
         value = running.best
         if state == TrialState.COMPLETE and not self._is_better(self.best, value):
             self.weights.put(running.member.number, cohort.best_network(place))
-            if self._is_better(value, self.best):
-                self.weights.drop_others([running.member.number])
-                self.best = value
+        leads = state == TrialState.COMPLETE and self._is_better(value, self.best)
         self._tell(running, state)
+        if leads:  # and only now that Optuna knows of it
+            self.best = value
+            self.weights.drop_others([running.member.number])
 
     def _state(self, running: RunningTrial, cause: str) -> TrialState:
         """What an end means to Optuna."""

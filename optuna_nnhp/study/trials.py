@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
+from optuna_nnhp.training.rounds import epochs
 
 
 def suggest(trial: Trial, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
@@ -57,13 +58,13 @@ class RunningTrial:
         maximize:
             Whether a greater metric is better.
         train_loss:
-            One number per epoch.
+            One number per evaluation.
         validation_loss:
-            One number per epoch.
+            One number per evaluation.
         values:
-            The metric, one number per epoch.
-        best_epoch:
-            Epoch of the best value, 0 before the first.
+            The metric, by round: what Optuna calls a step.
+        best_round:
+            Round of the best value, 0 before the first.
         reported:
             How many of `values` the storage has seen.
         started:
@@ -75,22 +76,22 @@ class RunningTrial:
     maximize: bool
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    best_epoch: int = 0
+    values: dict[int, float] = field(default_factory=dict)
+    best_round: int = 0
     reported: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def take(self, scores: Scores, place: int) -> None:
-        """Note one epoch, from the trial's place in the cohort."""
+    def take(self, scores: Scores, place: int, done: int) -> None:
+        """Note one evaluation, from the trial's place in the cohort and its rounds done."""
         self.train_loss.append(scores.train_loss[place])
         self.validation_loss.append(scores.validation_loss[place])
-        self.values.append(scores.value[place])
-        self.best_epoch = scores.best_epoch[place]
+        self.values[done] = scores.value[place]
+        self.best_round = scores.best_round[place]
 
     @property
     def best(self) -> float | None:
         """Best value so far, None before the first."""
-        return self.values[self.best_epoch - 1] if self.best_epoch else None
+        return self.values.get(self.best_round)
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether a value beats another one."""
@@ -98,24 +99,26 @@ class RunningTrial:
 
     def report(self) -> None:
         """Hand the values that are new to the storage; a NaN is nobody's value."""
-        for epoch in range(self.reported + 1, len(self.values) + 1):
-            if math.isfinite(self.values[epoch - 1]):
-                self.trial.report(self.values[epoch - 1], epoch)
+        for step, value in list(self.values.items())[self.reported :]:
+            if math.isfinite(value):
+                self.trial.report(value, step)
         self.reported = len(self.values)
 
     def describe(self, problem: Problem, iterations: int, cause: str) -> None:
         """Write what a reader should know of the trial, as its attributes."""
-        attributes = {
+        rounds = problem.rounds_per_epoch
+        attributes: dict[str, Any] = {
             "train_loss": self.train_loss,
             "validation_loss": self.validation_loss,
-            "epochs": len(self.values),
+            "epochs": epochs(max(self.values, default=0), rounds),
             "iterations": iterations,
             "seconds": round(time.monotonic() - self.started, 3),
             "weights": problem.count_weights(self.member),
             "cause": cause,
         }
-        if self.best_epoch:
-            attributes |= {"best_epoch": self.best_epoch, "best_value": self.best}
+        if self.best_round:
+            best_epoch = epochs(self.best_round, rounds)
+            attributes |= {"best_epoch": best_epoch, "best_value": self.best}
         for name, value in attributes.items():
             self.trial.set_user_attr(name, value)
 

@@ -42,7 +42,7 @@ from optuna_nnhp.training.metrics import resolve_metric
 
 LARGEST_COHORT = 32
 COHORT_BYTES = 2**30  # of weights, gradients, optimizer state and activations
-COHORT_EPOCH_FLOPS = 6e10  # a cohort's epoch: a few seconds on two cores
+COHORT_ROUND_FLOPS = 6e10  # a cohort's round: a few seconds on two cores
 
 
 class DNN:
@@ -120,7 +120,7 @@ class DNN:
         self.inputs: int = self.data.train_X.shape[1]
         self.outputs = max(1, len(self.target.classes))
         self.name = f"dnn-{self.metric.name}-{self.data.fingerprint}"
-        self.description = {
+        self.description: dict[str, Any] = {
             "template": "dnn",
             "task": self.target.task,
             "metric": self.metric.name,
@@ -129,6 +129,8 @@ class DNN:
             "budget": self._describe_budget(),
         }
         self._task = self._make_task()
+        self.rounds_per_epoch = self._task.rounds
+        self.description["rounds_per_epoch"] = self.rounds_per_epoch
 
     def defaults(self) -> dict[str, Value]:
         """The catalogue's defaults, as far as they lie in the space."""
@@ -161,7 +163,7 @@ class DNN:
         return pin
 
     def cohort_size(self, leader: Member) -> int:
-        """As many as memory allows, and as keep an epoch of the whole cohort short."""
+        """As many as memory allows, and as keep a round of the whole cohort short."""
         padded = padded_width(int(leader.params["width"] or 1))
         depth, batch = (
             int(leader.params["hidden_layers"] or 1),
@@ -171,8 +173,8 @@ class DNN:
         rows = len(self.data.train_X)
         # Weights, gradients, two optimizer states, the best weights; five tensors a layer.
         bytes_each = 4 * (5 * weights + 5 * depth * padded * min(batch, rows))
-        flops_each = 6.0 * weights * rows
-        size = min(COHORT_BYTES // bytes_each, int(COHORT_EPOCH_FLOPS / flops_each))
+        flops_each = 6.0 * weights * rows / self.rounds_per_epoch
+        size = min(COHORT_BYTES // bytes_each, int(COHORT_ROUND_FLOPS / flops_each))
         return max(1, min(LARGEST_COHORT, size))
 
     def cohort(self, members: Sequence[Member]) -> Cohort:

@@ -28,6 +28,8 @@ from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.training.machine import keep_freed_memory
 from optuna_nnhp.training.machine import threads_for
 from optuna_nnhp.training.parameters import FlatParameters
+from optuna_nnhp.training.rounds import next_evaluation
+from optuna_nnhp.training.rounds import rounds_per_epoch
 
 SHARED_KNOBS = ("momentum", "squared_decay", "weight_decay")
 EVALUATED_AT_ONCE = 2**22  # numbers of one layer's output in evaluation, to bound memory
@@ -94,20 +96,25 @@ class Task:
     maximize: bool
     seed: int
 
+    @property
+    def rounds(self) -> int:
+        """Rounds in an epoch."""
+        return rounds_per_epoch(len(self.arrays.train_y))
+
 
 @dataclass(frozen=True)
 class Scores:
-    """What one epoch brought, in the order of ``cohort.members``.
+    """What training up to an evaluation brought, in the order of ``cohort.members``.
 
     Args:
         train_loss:
-            Mean loss over the epoch's batches, while training.
+            Mean loss over the batches since the last one, while training.
         validation_loss:
             Loss on the validation part after it.
         value:
             Metric on the validation part after it.
-        best_epoch:
-            Epoch with the best value so far, 0 while there is none.
+        best_round:
+            Round with the best value so far, 0 while there is none.
         ended:
             Why a member has ended: ``"finished"``, ``"early stopping"``, ``"diverged"``; None
             while it goes on.
@@ -116,7 +123,7 @@ class Scores:
     train_loss: list[float]
     validation_loss: list[float]
     value: list[float]
-    best_epoch: list[int]
+    best_round: list[int]
     ended: list[str | None]
 
 
@@ -136,14 +143,14 @@ class Cohort:
 
     Attributes:
         members: Those still training.
-        epoch: Epochs done.
-        iterations: Steps done.
-        stopping: Best values and epochs, per member.
+        round: Rounds done (see `training.rounds`).
+        iterations: Steps of the optimizers done.
+        stopping: Best values and rounds, per member.
     """
 
     def __init__(self, members: Sequence[Member], task: Task) -> None:
         self.members = sorted(members, key=lambda m: str(m.params["activation"]))
-        self.task, self.epoch, self.iterations = task, 0, 0
+        self.task, self.round, self.iterations = task, 0, 0
         self.network = task.build(self.members)
         self.loss = task.loss(self.members)
         self.flat = FlatParameters(self.network)
@@ -155,11 +162,13 @@ class Cohort:
         )
         examples = len(task.arrays.train_y)
         self.batch = min(int(self.members[0].params["batch_size"] or 1), examples)
+        self.per_epoch = iterations_per_epoch(examples, self.batch)
         self.total = torch.tensor([total_iterations(m.params, examples) for m in self.members])
+        self._batches: tuple[Tensor, ...] = ()
         self._tabulate()
 
-    def train_epoch(self, out_of_time: Callable[[], bool] = lambda: False) -> Scores | None:
-        """Train every member for one epoch, then evaluate.
+    def train_round(self, out_of_time: Callable[[], bool] = lambda: False) -> Scores | None:
+        """Train every member up to the next evaluation, and evaluate.
 
         Args:
             out_of_time:
@@ -173,28 +182,39 @@ class Cohort:
             return None if train_loss is None else self._score(train_loss)
 
     def _train(self, out_of_time: Callable[[], bool]) -> Tensor | None:
-        """THE loop: every member's steps of one epoch; the mean losses ``(k,)``."""
-        data = self.task.arrays
-        rows = len(data.train_y)
-        steps = iterations_per_epoch(rows, self.batch)
-        if self.members[0].params["iterations"]:
-            steps = min(steps, int(self.total.max()) - self.iterations)
-        order = torch.from_numpy(batch_order(rows, self.task.seed, self.epoch))
-        order = order.to(data.train_x.device)
-        noise, rates = self._noise(), self._rates(steps)
+        """THE loop: every member's steps up to the next evaluation; the mean losses ``(k,)``."""
+        data, rounds = self.task.arrays, self.task.rounds
+        upto = next_evaluation(self.round, rounds)
+        last = min(-(-upto * self.per_epoch // rounds), int(self.total.max()))
+        rates = self._rates(last - self.iterations)
         self.network.train()
-        loss_sum, seen = torch.zeros(len(self.members), device=order.device), 0
-        for step, batch in enumerate(order.split(self.batch)[:steps]):
+        loss_sum, seen = torch.zeros(len(self.members), device=data.train_x.device), 0
+        for rate in rates:
             if out_of_time():
                 return None
-            losses = self.loss(self.network(data.train_x[batch], noise), data.train_y[batch])
+            batch = self._next_batch()
+            losses = self.loss(self.network(data.train_x[batch], self._noise), data.train_y[batch])
             self.flat.backward(losses.sum())
-            self._update(rates[step])
-            self.iterations += 1
+            self._update(rate)
             loss_sum += losses.detach() * len(batch)
             seen += len(batch)
-        self.epoch += 1
+        self.round = upto
         return loss_sum / seen
+
+    def _next_batch(self) -> Tensor:
+        """Rows of the next step ``(batch,)``; every epoch has a new order and new noise."""
+        epoch, place = divmod(self.iterations, self.per_epoch)
+        if place == 0:
+            seed, device = self.task.seed, self.task.arrays.train_x.device
+            order = torch.from_numpy(batch_order(len(self.task.arrays.train_y), seed, epoch))
+            self._batches = order.to(device).split(self.batch)
+            self._source = seeds.generator(seed, seeds.NOISE, epoch, device=device)
+        self.iterations += 1
+        return self._batches[place]
+
+    def _noise(self, batch: int, width: int) -> Tensor:
+        """Uniform numbers for dropout, the same for all members."""
+        return torch.rand(batch, width, generator=self._source, device=self._source.device)
 
     def keep(self, members: Sequence[int]) -> None:
         """Go on with some members only, given by their places in ``self.members``."""
@@ -216,7 +236,7 @@ class Cohort:
         return best.tolist()
 
     def best_network(self, place: int) -> nn.Module:
-        """A member's network as it was at its best epoch, plain."""
+        """A member's network as it was at its best round, plain."""
         return self.network.member(place, self.best_weights)
 
     def _tabulate(self) -> None:
@@ -233,7 +253,7 @@ class Cohort:
         ]
 
     def _rates(self, steps: int) -> list[list[float]]:
-        """Learning rates of this epoch: for each step, of each member."""
+        """Learning rates of the next steps: for each step, of each member."""
 
         def column(name: str) -> Tensor:
             return torch.tensor([float(m.params[name] or 0) for m in self.members])
@@ -247,12 +267,6 @@ class Cohort:
             self.total,
         )
         return rates.T.tolist()
-
-    def _noise(self) -> Callable[[int, int], Tensor]:
-        """Uniform numbers for dropout, the same for all members, new for every epoch."""
-        device = self.task.arrays.train_x.device
-        source = seeds.generator(self.task.seed, seeds.NOISE, self.epoch, device=device)
-        return lambda batch, width: torch.rand(batch, width, generator=source, device=device)
 
     @torch.no_grad()
     def _update(self, rates: list[float]) -> None:
@@ -277,8 +291,9 @@ class Cohort:
         value = self.task.metric(outputs).double().cpu()
         broken = ~(torch.isfinite(train_loss).cpu() & torch.isfinite(value))
         greater = torch.where(broken, torch.nan, value if self.task.maximize else -value)
-        waited_long = self.stopping.update(greater, validation_loss, self.epoch)
-        best = (self.stopping.best_epoch == self.epoch).nonzero().squeeze(1)
+        whole_epoch = self.round % self.task.rounds == 0
+        waited_long = self.stopping.update(greater, validation_loss, self.round, whole_epoch)
+        best = (self.stopping.best_round == self.round).nonzero().squeeze(1)
         for name, tensor in self.network.state_dict().items():
             self.best_weights[name][best] = tensor[best]
         over = self.iterations >= self.total
@@ -290,7 +305,7 @@ class Cohort:
             train_loss=train_loss.tolist(),
             validation_loss=validation_loss.tolist(),
             value=value.tolist(),
-            best_epoch=self.stopping.best_epoch.tolist(),
+            best_round=self.stopping.best_round.tolist(),
             ended=ended,
         )
 

@@ -140,8 +140,8 @@ def stop(
     stopping = EarlyStopping.start([patience], [min_improvement])
     for epoch, (value, loss) in enumerate(zip(values, losses, strict=True), start=1):
         if bool(stopping.update([value], [loss], epoch)):
-            return epoch, int(stopping.best_epoch), float(stopping.best)
-    return None, int(stopping.best_epoch), float(stopping.best)
+            return epoch, int(stopping.best_round), float(stopping.best)
+    return None, int(stopping.best_round), float(stopping.best)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_members_stop_one_by_one_and_some_go_on() -> None:
     assert stopping.update([0.5, 0.5, 0.5], [1.0, 1.0, 1.0], 1).tolist() == [False] * 3
     assert stopping.update([0.6, 0.4, 0.6], [1.0, 1.0, 1.0], 2).tolist() == [False, False, True]
     stopping.keep(torch.tensor([1, 0]))
-    assert stopping.best.tolist() == [0.5, 0.6] and stopping.best_epoch.tolist() == [1, 2]
+    assert stopping.best.tolist() == [0.5, 0.6] and stopping.best_round.tolist() == [1, 2]
     assert stopping.update([0.4, 0.5], [1.0, 1.0], 3).tolist() == [True, True]
 
 
@@ -226,7 +226,7 @@ def test_early_stopping_is_its_definition(seed: int) -> None:
     seen: dict[str, list[Any]] = {"stops": [], "epochs": []}
     for epoch in range(epochs):
         seen["stops"].append(stopping.update(values[:, epoch], losses[:, epoch], epoch + 1))
-        seen["epochs"].append(stopping.best_epoch)
+        seen["epochs"].append(stopping.best_round)
     for i in range(k):
         best, best_loss, best_epoch, reference, waited = -INF, INF, 0, -INF, 0
         for epoch, (value, loss) in enumerate(

@@ -47,13 +47,13 @@ def journal() -> JournalStorage:
 def epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A number for every epoch that any cohort trains."""
     trained: list[int] = []
-    original = Cohort.train_epoch
+    original = Cohort.train_round
 
     def counted(cohort: Cohort, *args: Any) -> Any:
-        trained.append(cohort.epoch)
+        trained.append(cohort.round)
         return original(cohort, *args)
 
-    monkeypatch.setattr(Cohort, "train_epoch", counted)
+    monkeypatch.setattr(Cohort, "train_round", counted)
     return trained
 
 

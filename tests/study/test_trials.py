@@ -34,9 +34,9 @@ def running(maximize: bool) -> tuple[optuna.Study, RunningTrial]:
     return study, RunningTrial(study.ask(), Member(0, 0, {}), maximize)
 
 
-def scores(value: float, best_epoch: int) -> Scores:
+def scores(value: float, best_round: int) -> Scores:
     """Those of a cohort of two; the trial is the second."""
-    return Scores([9.0, 0.1], [9.0, 0.2], [9.0, value], [9, best_epoch], [None, None])
+    return Scores([9.0, 0.1], [9.0, 0.2], [9.0, value], [9, best_round], [None, None])
 
 
 def test_suggested_values_have_the_distributions_of_the_space() -> None:
@@ -56,29 +56,29 @@ def test_an_unknown_distribution() -> None:
 @pytest.mark.parametrize("maximize", [True, False])
 def test_curves(maximize: bool) -> None:
     study, trial = running(maximize)
-    for value, best_epoch in [(0.5, 1), (math.nan, 1), (0.7, 3)]:
-        trial.take(scores(value, best_epoch), place=1)
+    for done, value, best_round in [(1, 0.5, 1), (3, math.nan, 1), (9, 0.7, 9)]:
+        trial.take(scores(value, best_round), place=1, done=done)
     assert trial.train_loss == [0.1] * 3
     assert trial.validation_loss == [0.2] * 3
     trial.report()
     trial.report()
-    assert study.trials[0].intermediate_values == {1: 0.5, 3: 0.7}  # NaN is nobody's value
+    assert study.trials[0].intermediate_values == {1: 0.5, 9: 0.7}  # NaN is nobody's value
     trial.tell(study, TrialState.COMPLETE)
     assert study.trials[0].value == 0.7
 
 
 def test_a_trial_without_a_value_is_pruned() -> None:
     study, trial = running(maximize=True)
-    trial.take(scores(math.nan, 0), place=1)
+    trial.take(scores(math.nan, 0), place=1, done=1)
     trial.tell(study, TrialState.PRUNED)
     assert study.trials[0].state == TrialState.PRUNED
     assert study.trials[0].intermediate_values == {}
 
 
-@pytest.mark.parametrize(("best_epoch", "best"), [(0, None), (1, 0.5)])
-def test_there_is_no_best_before_the_first_value(best_epoch: int, best: float | None) -> None:
+@pytest.mark.parametrize(("best_round", "best"), [(0, None), (1, 0.5)])
+def test_there_is_no_best_before_the_first_value(best_round: int, best: float | None) -> None:
     _, trial = running(maximize=True)
-    trial.take(scores(0.5, best_epoch), place=1)
+    trial.take(scores(0.5, best_round), place=1, done=1)
     assert trial.best == best
 
 
@@ -98,6 +98,8 @@ def test_is_better(maximize: bool, value: float, than: float | None, expected: b
 
 def test_attributes() -> None:
     class Problem:
+        rounds_per_epoch = 3
+
         def count_weights(self, member: Member) -> int:
             return 7
 
@@ -105,17 +107,18 @@ def test_attributes() -> None:
     study, trial = running(maximize=True)
     trial.describe(problem, 0, "killed")
     assert "best_value" not in study.trials[0].user_attrs
-    trial.take(scores(0.5, 1), place=1)
+    trial.take(scores(0.5, 1), place=1, done=1)
+    trial.take(scores(0.4, 1), place=1, done=3)
     trial.describe(problem, iterations=12, cause="finished")
     attributes = study.trials[0].user_attrs
     assert attributes.pop("seconds") >= 0
     assert attributes == {
-        "train_loss": [0.1],
-        "validation_loss": [0.2],
+        "train_loss": [0.1, 0.1],
+        "validation_loss": [0.2, 0.2],
         "epochs": 1,
         "iterations": 12,
         "weights": 7,
         "cause": "finished",
-        "best_epoch": 1,
+        "best_epoch": 0.3333,
         "best_value": 0.5,
     }

@@ -155,7 +155,7 @@ def test_standardized_numbers_come_back_in_their_unit() -> None:
     member = problem.member(0, params_of(problem))
     cohort = problem.cohort([member])
     for _ in range(30):
-        cohort.train_epoch()
+        cohort.train_round()
     predictor = problem.predictor(cohort.best_network(0), member, {}, cohort.best_values[0])
     error = np.sqrt(np.mean((predictor.predict(X) - y) ** 2))
     assert error < 0.3 * y.std()
