@@ -25,7 +25,8 @@ class Objective:
 
     Each trial is a cohort of one: the same space, networks and training as in `optimize`, one
     after the other, with whatever sampler, pruner, storage, callbacks and ``n_jobs`` the study
-    has. A pruner is asked after every epoch.
+    has. A pruner is asked after every evaluation. `defaults` is the configuration
+    that `optimize` would try first: ``study.enqueue_trial(objective.defaults)``.
 
     Args:
         template:
@@ -41,6 +42,7 @@ class Objective:
     Attributes:
         direction: ``"maximize"`` or ``"minimize"``: what to create the study with.
         space: What is tuned.
+        defaults: The catalogue's default configuration, as far as it lies in the space.
 
     Shape:
         - X: ``(rows, columns)``; y: ``(rows,)``.
@@ -67,8 +69,8 @@ class Objective:
         self.direction: Direction = "maximize" if self._problem.maximize else "minimize"
         self.space = dict(self._problem.space)
         self.defaults = self._problem.defaults()
-        self._weights, self._lock = BestWeights(None), threading.Lock()
-        self._best: float | None = None
+        self._lock = threading.Lock()
+        self._kept: dict[str, tuple[float, BestWeights]] = {}  # of each study the best so far
 
     def __call__(self, trial: Trial) -> float:
         """Train one trial and return its best value."""
@@ -89,15 +91,17 @@ class Objective:
             raise optuna.TrialPruned(f"Trial {trial.number}: {cause}.")
         assert running.best is not None
         with self._lock:
-            if running.is_better(running.best, self._best):
-                self._best = running.best
-                self._weights.put(trial.number, cohort.best_network(0))
-                self._weights.drop_others([trial.number])
+            before = self._kept.get(trial.study.study_name)
+            if before is None or running.is_better(running.best, before[0]):
+                weights = BestWeights(None)
+                weights.put(trial.number, cohort.best_network(0))
+                self._kept[trial.study.study_name] = running.best, weights
         return running.best
 
     def result(self, study: Study) -> Result:
         """The study's best trial as a model, as `optimize` returns it."""
-        return Result(study, self._problem, self._weights)
+        _, weights = self._kept.get(study.study_name, (0.0, BestWeights(None)))
+        return Result(study, self._problem, weights)
 
     def _check_direction(self, study: Study) -> None:
         if study.direction.name.lower() != self.direction:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from numbers import Integral
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,18 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
+from optuna.samplers import GridSampler
 from optuna.samplers import QMCSampler
 from optuna.storages import BaseStorage
 import torch
 
+from optuna_nnhp import seeds
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.messages import unknown
 from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.search.methods import make_sampler
+from optuna_nnhp.study.grid import check_grid
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.scheduler import Callback
 from optuna_nnhp.study.scheduler import Scheduler
@@ -31,7 +36,6 @@ from optuna_nnhp.study.storage import open_storage
 from optuna_nnhp.study.storage import open_study
 from optuna_nnhp.study.storage import without_password
 from optuna_nnhp.templates import TEMPLATES
-from optuna_nnhp.templates.dnn import check_seed
 from optuna_nnhp.training.checkpoint import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -101,7 +105,7 @@ def optimize(
         sampler:
             An Optuna sampler, instead of ``method``.
         pruner:
-            An Optuna pruner, asked trial by trial after every epoch; successive halving over
+            An Optuna pruner, asked trial by trial after every evaluation; successive halving over
             whole cohorts if None, no pruning with `optuna.pruners.NopPruner`.
         storage:
             The path of a journal file, a URL (``"sqlite:///study.db"``), an Optuna storage, or
@@ -109,7 +113,8 @@ def optimize(
         study_name:
             Name of the study; made of the template, the metric and the data if None.
         callbacks:
-            Called with the study and the trial after each trial, as in Optuna.
+            Called with the study and the trial after each trial, as in Optuna. After
+            ``study.stop()`` the trials that are running finish first.
         show_progress_bar:
             Whether to show a progress bar.
         cohort_size:
@@ -141,7 +146,8 @@ def optimize(
     if template not in TEMPLATES:
         raise unknown("a template", template, TEMPLATES)
     _check_budget(n_trials, timeout, cohort_size)
-    check_seed(seed)
+    seeds.check_seed(seed)
+    budget = Budget(n_trials, timeout)
     chosen = _check_sampler(sampler) if sampler is not None else make_sampler(method, seed)
     pruner = _check_pruner(pruner) if pruner is not None else CohortHalvingPruner()
     problem = TEMPLATES[template](
@@ -157,6 +163,8 @@ def optimize(
         seed=seed,
         device=device,
     )
+    if isinstance(chosen, GridSampler):
+        check_grid(chosen, problem.space)
     opened = open_storage(storage)
     study = open_study(problem, opened, study_name, chosen, pruner)
     if sampler is None:
@@ -171,7 +179,7 @@ def optimize(
     scheduler = Scheduler(
         study=study,
         problem=problem,
-        budget=Budget(n_trials, timeout),
+        budget=budget,
         weights=weights,
         callbacks=callbacks or (),
         cohort_size=cohort_size,
@@ -181,14 +189,18 @@ def optimize(
     return Result(study, problem, weights)
 
 
-def _check_budget(n_trials: int | None, timeout: float | None, cohort_size: int | None) -> None:
+def _check_budget(n_trials: Any, timeout: Any, cohort_size: Any) -> None:
     if n_trials is None and timeout is None:
         raise ValueError("`n_trials` or `timeout` must be given, but both are None.")
     for name, count in (("n_trials", n_trials), ("cohort_size", cohort_size)):
-        if count is not None and (not isinstance(count, int) or count < 1):
+        if count is not None and (not _is(count, Integral) or count < 1):
             raise ValueError(f"`{name}` must be at least 1, but got {count!r}.")
-    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+    if timeout is not None and not (_is(timeout, Real) and timeout > 0):
         raise ValueError(f"`timeout` must be more than 0 seconds, but got {timeout!r}.")
+
+
+def _is(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _continued(sampler: BaseSampler, method: str, seed: int, study: optuna.Study) -> BaseSampler:

@@ -30,3 +30,10 @@ def generator(*keys: int, device: torch.device | str = "cpu") -> Generator:
     """
     state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)  # torch takes 63 bits
+
+
+def check_seed(seed: object) -> int:
+    """A seed that NumPy, torch and Optuna all take, or a ValueError."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1, but got {seed!r}.")
+    return seed

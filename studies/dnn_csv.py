@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--seed", type=int, default=SEED, help=f"seed of everything (default {SEED})"
     )
     parser.add_argument(
-        "--out", help="folder for the best model (default: FILE's name with .model, here)"
+        "--out", help="folder for the best model (default: FILE's name with -model, here)"
     )
     return parser.parse_args(argv)
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             seed=options.seed,
             show_progress_bar=True,
         )
-        folder = result.save(options.out or f"{name}.model")
+        folder = result.save(options.out or f"{name}-model")
         print(closing_report(result, storage, {"model": f"{folder} (optuna_nnhp.load)"}))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -276,7 +276,7 @@ SPACE: dict[str, Row] = {
     "two budgets": (
         {"fixed": {"epochs": 3, "iterations": 30}},
         ValueError,
-        "The budget must be `epochs` or `iterations`, but both are pinned: 3 and 30",
+        "The budget must be `epochs` or `iterations`, but both are given",
     ),
 }
 REST: dict[str, Row] = {

@@ -136,3 +136,17 @@ def test_unknown_templates_and_bad_data() -> None:
         Objective("dnn", X, Y[:-1])
     with pytest.raises(TypeError, match="n_trials"):
         Objective("dnn", X, Y, n_trials=3)
+
+
+def test_one_objective_serves_two_studies() -> None:
+    fixed, space = {"epochs": 2, "hidden_layers": 1}, {"width": IntDistribution(16, 32)}
+    objective = Objective("dnn", X, Y, fixed=fixed, space=space)
+    studies = [study_of(objective) for _ in range(2)]
+    for width, study in zip((17, 30), studies, strict=True):
+        study.enqueue_trial({"width": width})
+        study.optimize(objective, n_trials=1)
+    widths = [objective.result(s).model[0].out_features for s in studies]  # type: ignore[index]
+    assert widths == [17, 30]
+    other = study_of(objective)
+    other.add_trials(studies[0].get_trials())  # whose weights are nowhere: trained again
+    assert objective.result(other).model[0].out_features == 17  # type: ignore[index]

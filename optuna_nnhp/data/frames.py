@@ -132,6 +132,8 @@ def _check_header(names: list[str], target: str, file: Path) -> None:
     if target not in names:
         near = get_close_matches(str(target), names, n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+            hint += " Is the file separated by something else than commas?"
         raise ValueError(
             f"The target {target!r} is not a column of {str(file)!r}{hint} "
             f"Columns: {listing(names)}."

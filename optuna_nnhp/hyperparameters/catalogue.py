@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
@@ -145,7 +146,8 @@ def choose(
         (False, 128, 50)
     """
     known = records(task)
-    space, fixed = dict(space or {}), dict(fixed or {})
+    space = dict(space or {})
+    fixed = {n: v.item() if isinstance(v, np.generic) else v for n, v in (fixed or {}).items()}
     for name in (*space, *fixed):
         if name not in known:
             raise unknown(f"a hyperparameter of {task} networks", name, known)

@@ -17,7 +17,7 @@ from optuna_nnhp.hyperparameters.record import Hyperparameter
 # 1e-3 (arXiv:2410.24210); sgd wants up to a hundred times that.
 LEARNING_RATE = Hyperparameter(
     name="learning_rate",
-    distribution=FloatDistribution(1e-4, 0.5, log=True),
+    distribution=FloatDistribution(3e-5, 0.5, log=True),
     default=2e-3,
     levels=(0.1, 0.01, 0.001),
     domain=(1e-10, 100.0),

@@ -26,7 +26,7 @@ MOMENTUM = Hyperparameter(
     name="momentum",
     distribution=FloatDistribution(0.5, 0.99),
     default=0.9,
-    levels=(0.0, 0.9, 0.99),
+    levels=(0.5, 0.9, 0.99),
     domain=(0.0, 0.9999),
     help="How much of the last step is kept: momentum of sgd, nesterov and rmsprop, beta1 of "
     "adam and adamw.",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 import math
+from numbers import Real
+from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalChoiceType
@@ -16,6 +18,21 @@ from optuna_nnhp.messages import unknown
 Value = CategoricalChoiceType  # None, bool, int, float or str
 
 
+def holds(distribution: BaseDistribution, value: Value) -> bool:
+    """Whether a value is one of a distribution's.
+
+    Example:
+        >>> holds(IntDistribution(0, 10, step=5), 7)
+        False
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except ValueError:  # such as 0 on a logarithmic range
+        return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameter:
     """One hyperparameter of the catalogue; its effect stands beside it in the same file.
@@ -24,7 +41,7 @@ class Hyperparameter:
         name:
             The parameter's name in every Optuna trial.
         distribution:
-            The default range. Its kind (numbers or choices) is kept when a user replaces it.
+            The default range.
         default:
             The value of the first trial, and of every trial where the parameter is not tuned.
         levels:
@@ -67,6 +84,8 @@ class Hyperparameter:
     def __post_init__(self) -> None:
         for value in (self.default, *self.levels):
             self.check(value)
+            if not holds(self.distribution, value):
+                raise ValueError(f"{value!r} must lie in the range of `{self.name}`.")
 
     def effective(self, value: Value) -> Value:
         """The value that training uses: 0 (or infinity, from above) where it means "off"."""
@@ -76,7 +95,7 @@ class Hyperparameter:
             return math.inf
         return value
 
-    def check(self, value: Value) -> None:
+    def check(self, value: Any) -> None:
         """Raise unless ``value`` is one the effect can work with.
 
         Raises:
@@ -87,7 +106,7 @@ class Hyperparameter:
                 raise unknown(f"a choice of `{self.name}`", value, map(str, self._choices()))
             return
         low, high = self.domain or (-math.inf, math.inf)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not low <= float(value or 0) <= high:
             raise ValueError(
                 f"`{self.name}` must be a number between {low:g} and {high:g}, but got {value!r}."

@@ -1,1 +1,1 @@
-"""Room."""
+"""Results, figures and notes: they read a study and never change its course."""

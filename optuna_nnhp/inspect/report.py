@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 import shlex
+import sys
 
 from optuna_nnhp.inspect.figures import save_html
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.inspect.summary import main_parameters
 from optuna_nnhp.inspect.summary import shown
 from optuna_nnhp.inspect.summary import summary
+from optuna_nnhp.study.storage import beside
 from optuna_nnhp.study.storage import without_password
 
 ROWS = ("data", "budget", "trials", "ended by", "best")
@@ -39,8 +41,10 @@ def closing_report(result: Result, storage: str, extra: Mapping[str, object] | N
     folder = figures_folder(storage)
     save_html(result.study, folder)
     rows["figures"] = str(folder / "index.html")
-    rows["dashboard"] = f"python dashboards/serve.py {shlex.quote(without_password(storage))}"
-    return "\n".join(f"{name + ':':12s}{text}" for name, text in rows.items())
+    where = shlex.quote(without_password(storage))
+    rows["dashboard"] = f"{_this_python()} dashboards/serve.py {where}"
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"{name + ':':{width}s}{text}" for name, text in rows.items())
 
 
 def figures_folder(storage: str) -> Path:
@@ -48,7 +52,14 @@ def figures_folder(storage: str) -> Path:
 
     Example:
         >>> figures_folder("digits.journal").name, figures_folder("sqlite:///a/b.db").name
-        ('digits.figures', 'optuna_nnhp.figures')
+        ('digits.figures', 'b.figures')
     """
-    path = Path("optuna_nnhp") if "://" in storage else Path(storage)
-    return path.with_suffix(".figures")
+    return beside(storage, ".figures")
+
+
+def _this_python() -> str:
+    """How to call this Python from here: the virtual environment's, if it lies here."""
+    try:
+        return str(Path(sys.prefix, "bin", "python").relative_to(Path.cwd()))
+    except ValueError:
+        return "python"

@@ -48,6 +48,7 @@ class Result:
     def __init__(self, study: Study, problem: DNN, weights: BestWeights) -> None:
         self.study = study
         self._problem, self._weights = problem, weights
+        self._predictors: dict[int, TabularPredictor] = {}
 
     @property
     def best_trial(self) -> FrozenTrial:
@@ -106,7 +107,10 @@ class Result:
     @property
     def predictor(self) -> TabularPredictor:
         """The best trial as something that predicts from tables."""
-        return self._predictor(self.best_trial.number)
+        number = self.best_trial.number
+        if number not in self._predictors:
+            self._predictors = {number: self._predictor(number)}
+        return self._predictors[number]
 
     def _predictor(self, number: int) -> TabularPredictor:
         trial = self.study.get_trials(deepcopy=False)[number]

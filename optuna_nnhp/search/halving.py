@@ -14,7 +14,8 @@ from optuna.trial import FrozenTrial
 class CohortHalvingPruner(BasePruner):
     """At each rung, go on with the best 1/eta of all values ever reported there.
 
-    Rungs lie at ``first_rung * eta ** i`` epochs. A trial is judged by its best value so far,
+    Rungs lie at ``first_rung * eta ** i`` steps (epochs, or parts of them, see
+    `training.rounds`). A trial is judged by its best value so far,
     against every trial of the study that has reached the rung, finished or not: Optuna's own
     pruners look at finished trials only, or depend on the order inside a batch, and so cannot
     judge trials that are trained together. Survivors carry on; nothing is trained twice.
@@ -26,7 +27,7 @@ class CohortHalvingPruner(BasePruner):
         eta:
             One of how many goes on.
         first_rung:
-            Epochs before the first decision.
+            Steps before the first decision.
 
     Raises:
         ValueError: If ``eta`` is under 2 or ``first_rung`` under 1.
@@ -49,12 +50,20 @@ class CohortHalvingPruner(BasePruner):
             raise ValueError(f"`first_rung` must be at least 1, but got {first_rung}.")
         self.eta, self.first_rung = eta, first_rung
 
-    def is_rung(self, step: int) -> bool:
-        """Whether trials are judged after this epoch."""
-        rung = self.first_rung
-        while rung < step:
+    def is_rung(self, step: int, previous: int | None = None) -> bool:
+        """Whether trials are judged now.
+
+        Args:
+            step:
+                The step that trials have just reported.
+            previous:
+                The step that they reported before; the one before ``step`` if None. A rung in
+                between is judged late rather than never.
+        """
+        rung, previous = self.first_rung, step - 1 if previous is None else previous
+        while rung <= previous:
             rung *= self.eta
-        return rung == step
+        return rung <= step
 
     def keep(self, values: Mapping[int, float], *, maximize: bool) -> set[int]:
         """The trials that go on.
@@ -79,7 +88,10 @@ class CohortHalvingPruner(BasePruner):
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether one trial should end; Optuna's interface."""
         step = trial.last_step
-        if step is None or not self.is_rung(step):
+        if step is None:
+            return False
+        previous = max((s for s in trial.intermediate_values if s < step), default=0)
+        if not self.is_rung(step, previous):
             return False
         maximize = study.direction == StudyDirection.MAXIMIZE
         values = rung_values(study.get_trials(deepcopy=False), step, maximize=maximize)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import warnings
 
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.samplers import GPSampler
 from optuna.samplers import QMCSampler
@@ -16,10 +18,14 @@ METHODS: dict[str, Callable[[int | None], BaseSampler]] = {
     "bayes": lambda seed: TPESampler(seed=seed),
     "bayes-gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
     "random": lambda seed: RandomSampler(seed=seed),
-    "quasi-random": lambda seed: QMCSampler(
-        seed=seed, scramble=True, warn_independent_sampling=False
-    ),
+    "quasi-random": lambda seed: _sobol(seed),
 }
+
+
+def _sobol(seed: int | None) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # a user cannot do anything about it
+        return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
 def make_sampler(method: str, seed: int | None) -> BaseSampler:

@@ -1,1 +1,1 @@
-"""Room."""
+"""Ask, train as cohorts, report, prune, tell: the loop of a study."""

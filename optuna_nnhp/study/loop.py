@@ -16,6 +16,8 @@ from types import TracebackType
 from optuna import Study
 from tqdm import tqdm
 
+REDRAW_EVERY = 0.1  # seconds
+
 
 @dataclass
 class Budget:
@@ -108,7 +110,7 @@ class Progress:
     """
 
     def __init__(self, show: bool, budget: Budget, finished: int) -> None:
-        self._budget = budget
+        self._budget, self._drawn = budget, 0.0
         total = budget.n_trials if budget.n_trials is not None else budget.timeout
         unit = "trials" if budget.n_trials is not None else "s"
         self._bar = tqdm(
@@ -131,7 +133,10 @@ class Progress:
         self._bar.close()
 
     def show(self, finished: int, running: int, best: float | None) -> None:
-        """Redraw."""
+        """Redraw, but not more than ten times a second."""
+        if time.monotonic() - self._drawn < REDRAW_EVERY and running:
+            return
+        self._drawn = time.monotonic()
         done = finished if self._budget.n_trials is not None else self._budget.seconds
         self._bar.n = min(done, self._bar.total) if self._bar.total is not None else done
         text = f"best {best:.6g}" if best is not None else "no value yet"

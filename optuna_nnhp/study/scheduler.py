@@ -14,19 +14,18 @@ from typing import Any
 
 import optuna
 from optuna import Study
-from optuna.pruners import BasePruner
 from optuna.samplers import BruteForceSampler
 from optuna.samplers import GridSampler
 from optuna.samplers import PartialFixedSampler
 from optuna.samplers import QMCSampler
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.search.follower import FollowerSampler
 from optuna_nnhp.search.halving import CohortHalvingPruner
-from optuna_nnhp.study.grid import enqueue_default
+from optuna_nnhp.study.grid import enqueue_grid
 from optuna_nnhp.study.grid import points_left
-from optuna_nnhp.study.grid import prepare_grid
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.loop import Progress
 from optuna_nnhp.study.loop import inside_optimize
@@ -45,7 +44,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 Callback = Callable[[Study, FrozenTrial], None]
 
 # These decide every value themselves: trials are grouped as they come.
-PLANNERS = (GridSampler, QMCSampler, BruteForceSampler, PartialFixedSampler)
+PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
 REPORT_EVERY = 2.0  # seconds between reports of running trials, unless a pruner reads them
 GENERATIONS = 5  # a study of n trials learns from its results at least this often
 CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
@@ -75,7 +74,10 @@ class Scheduler:
         history: Best value so far of every trial, by round and trial number, of the whole study.
         finished: Number of trials that have ended.
         best: Best value of the study.
-        startup: Seconds from asking for the last cohort to its first scores.
+        leader: Number of the trial that has it.
+        asking: Seconds that the last cohort's proposals took.
+        first_round: Seconds from there to its first scores.
+        is_grid: Whether the points of a grid are enqueued.
     """
 
     study: Study
@@ -89,8 +91,10 @@ class Scheduler:
     finished: int = 0
     best: float | None = None
     reported_at: float = 0.0
-    started: float = 0.0
-    startup: float = 0.0
+    asking: float = 0.0
+    first_round: float = 0.0
+    is_grid: bool = False
+    leader: int | None = None
 
     def run(self) -> None:
         """Train cohort after cohort until the budget is spent, or somebody stops the study."""
@@ -101,15 +105,17 @@ class Scheduler:
             Progress(self.show_progress_bar, self.budget, self.finished) as self.progress,
         ):
             while not self._must_end():
-                self.started = time.monotonic()
+                started = time.monotonic()
                 trials = self._ask()
+                self.asking = time.monotonic() - started
                 if not trials:
+                    _logger.info(f"The study has its {self.finished} trials: nothing to do.")
                     break
                 groups: dict[Hashable, list[RunningTrial]] = defaultdict(list)
                 for running in trials:
                     groups[self.problem.signature(running.member)].append(running)
                 while groups:
-                    _, group = groups.popitem()
+                    group = groups.pop(next(iter(groups)))
                     try:
                         self._train(group)
                     except BaseException:
@@ -120,16 +126,15 @@ class Scheduler:
         """Whether no more cohorts start: there would be no time to learn anything from one."""
         if self.budget.out_of_time() or self.study._stop_flag:
             return True
-        return self.budget.seconds_left < self.startup
+        return self.budget.seconds_left < self.asking + self.first_round
 
     def _recall(self) -> None:
         """Take in what the study holds already; begin a new one with the defaults."""
         trials = self.study.get_trials(deepcopy=False)
         defaults, sampler = self.problem.defaults(), self.study.sampler
         if isinstance(sampler, GridSampler):
-            prepare_grid(sampler, self.problem.space, defaults)
-            if not trials:
-                enqueue_default(self.study, sampler, defaults)
+            enqueue_grid(self.study, sampler, defaults)
+            self.is_grid, self.study.sampler = True, RandomSampler()
         elif not trials:
             self.study.enqueue_trial(defaults)
         for trial in trials:
@@ -138,8 +143,8 @@ class Scheduler:
             for step, value in sorted(trial.intermediate_values.items()):
                 best = value if best is None or self._is_better(value, best) else best
                 self.history[step][trial.number] = best
-            if trial.state == TrialState.COMPLETE and self._is_better(trial.value, self.best):
-                self.best = trial.value
+            if trial.state == TrialState.COMPLETE and self._leads(trial.value, trial.number):
+                self.best, self.leader = trial.value, trial.number
 
     def _ask(self) -> list[RunningTrial]:
         """The next trials: a leader, and followers that can be stacked with it."""
@@ -186,33 +191,37 @@ class Scheduler:
         self.finished = sum(t.state.is_finished() and not _never_trained(t) for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in trials)
         left = self.budget.left(self.finished + running)
-        if isinstance(self.study.sampler, GridSampler):
-            rest = points_left(self.study, self.study.sampler)
+        if self.is_grid:
+            rest = points_left(self.study)
             return rest if left is None else min(left, rest)
         return left
 
     def _train(self, group: list[RunningTrial]) -> None:
         """Train one cohort to its end."""
         running = {r.member.number: r for r in group}
+        started = time.monotonic()
+        for trial in group:
+            trial.started = started
         try:
             cohort = self.problem.cohort([r.member for r in group])
             _logger.debug(f"A cohort of {len(group)}: {self.problem.signature(group[0].member)}.")
             while running:
+                before = cohort.round
                 scores = cohort.train_round(self.budget.out_of_time)
                 if scores is None:
                     cause = "interrupted" if self.budget.interrupted else "timeout"
                     self._end_cohort(cohort, running, [cause] * len(running))
                 else:
-                    if cohort.round == 1:
-                        self.startup = time.monotonic() - self.started
-                    self._end_cohort(cohort, running, self._judge(cohort, running, scores))
+                    if len(scores.value) == len(group):
+                        self.first_round = time.monotonic() - started
+                    self._end_cohort(cohort, running, self._judge(cohort, running, scores, before))
                 self.progress.show(self.finished, len(running), self.best)
         except BaseException:
             self._end_all(list(running.values()), "error")
             raise
 
     def _judge(
-        self, cohort: Cohort, running: dict[int, RunningTrial], scores: Scores
+        self, cohort: Cohort, running: dict[int, RunningTrial], scores: Scores, before: int
     ) -> list[str | None]:
         """Note one evaluation's scores; say who ends, and why."""
         order = [running[m.number] for m in cohort.members]
@@ -226,16 +235,17 @@ class Scheduler:
             self.reported_at = now
             for trial in order:
                 trial.report()
-        kept = self._kept(cohort.round, order, self.study.pruner)
+        kept = self._kept(before, cohort.round, order)
         return [
             ended or (None if trial.member.number in kept else "pruned")
             for ended, trial in zip(scores.ended, order, strict=True)
         ]
 
-    def _kept(self, done: int, order: list[RunningTrial], pruner: BasePruner) -> set[int]:
-        """Numbers of the trials that the pruner lets go on."""
+    def _kept(self, before: int, done: int, order: list[RunningTrial]) -> set[int]:
+        """Numbers of the trials that the pruner lets go on, after this round."""
+        pruner = self.study.pruner
         if isinstance(pruner, CohortHalvingPruner):
-            if pruner.is_rung(done):
+            if pruner.is_rung(done, before):
                 return pruner.keep(self.history[done], maximize=self.problem.maximize)
             return {t.member.number for t in order}
         return {t.member.number for t in order if not t.trial.should_prune()}
@@ -246,7 +256,8 @@ class Scheduler:
         """End the members that have a cause, and shrink the cohort to the others."""
         for place, (member, cause) in enumerate(zip(cohort.members, causes, strict=True)):
             if cause is not None:
-                self._end(running.pop(member.number), cause, cohort, place)
+                self._end(running[member.number], cause, cohort, place)
+                del running[member.number]
         stay = [place for place, cause in enumerate(causes) if cause is None]
         if stay and len(stay) < len(causes):
             cohort.keep(stay)
@@ -254,15 +265,27 @@ class Scheduler:
     def _end(self, running: RunningTrial, cause: str, cohort: Cohort, place: int) -> None:
         """Tell Optuna of one trial's end, its best weights kept first if it leads."""
         running.describe(self.problem, cohort.iterations, cause)
-        state = self._state(running, cause)
-        value = running.best
-        if state == TrialState.COMPLETE and not self._is_better(self.best, value):
-            self.weights.put(running.member.number, cohort.best_network(place))
-        leads = state == TrialState.COMPLETE and self._is_better(value, self.best)
+        state, number = self._state(running, cause), running.member.number
+        leads = state == TrialState.COMPLETE and self._leads(running.best, number)
+        if leads:
+            self._keep_weights(cohort, place)
         self._tell(running, state)
         if leads:  # and only now that Optuna knows of it
-            self.best = value
-            self.weights.drop_others([running.member.number])
+            self.best, self.leader = running.best, number
+            self.weights.drop_others([number])
+
+    def _leads(self, value: float | None, number: int) -> bool:
+        """Whether a trial is the best so far; of equal ones the first is."""
+        if value == self.best and self.leader is not None:
+            return number < self.leader
+        return self._is_better(value, self.best)
+
+    def _keep_weights(self, cohort: Cohort, place: int) -> None:
+        number = cohort.members[place].number
+        try:
+            self.weights.put(number, cohort.best_network(place))
+        except OSError as error:  # a full disk: the result can train it again
+            _logger.warning(f"The weights of trial {number} could not be kept: {error}")
 
     def _state(self, running: RunningTrial, cause: str) -> TrialState:
         """What an end means to Optuna."""
@@ -279,6 +302,8 @@ class Scheduler:
     def _end_all(self, trials: Sequence[RunningTrial], cause: str) -> None:
         """Fail all of these, whatever they have; an error on its way is not for callbacks."""
         for running in trials:
+            if running.told:
+                continue
             running.describe(self.problem, 0, cause)
             running.tell(self.study, TrialState.FAIL)
             self.finished += 1

@@ -18,6 +18,7 @@ from optuna.storages import BaseStorage
 from optuna.storages import JournalStorage
 from optuna.storages import RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import TrialState
 
 from optuna_nnhp.version import __version__
@@ -59,7 +60,8 @@ def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
         path.open("ab").close()
-        return JournalStorage(JournalFileBackend(str(path)))
+        lock = JournalFileOpenLock(str(path)) if os.name == "nt" else None  # no symbolic links
+        return JournalStorage(JournalFileBackend(str(path), lock))
     except Exception as error:  # drivers and SQLAlchemy raise types of their own
         reason = without_password(str(error).strip().splitlines()[0] if str(error) else "")
         text = f"The storage must be one that can be written, but {name} cannot: {reason}"
@@ -90,13 +92,22 @@ def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None
     """
     if isinstance(storage, optuna.storages.InMemoryStorage):
         return None
-    text = str(given) if given is not None and "://" not in str(given) else None
-    if text is None:
+    if given is None:
         backend = getattr(storage, "_backend", storage)  # Optuna caches databases
-        url = backend.url if isinstance(backend, RDBStorage) else ""
-        match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", url)
-        text = match.group(1) if match else "optuna_nnhp"
-    return Path(text).with_suffix(".models")
+        given = backend.url if isinstance(backend, RDBStorage) else DEFAULT_STORAGE
+    return beside(str(given), ".models")
+
+
+def beside(storage: str, suffix: str) -> Path:
+    """A path beside a journal or SQLite file, or here for another database.
+
+    Example:
+        >>> [str(beside(s, ".models")) for s in ("a.journal", "sqlite:///b.db", "mysql://host/c")]
+        ['a.models', 'b.models', 'optuna_nnhp.models']
+    """
+    match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", storage)
+    path = match.group(1) if match else "optuna_nnhp" if "://" in storage else storage
+    return Path(path).with_suffix(suffix)
 
 
 def open_study(
@@ -218,6 +229,8 @@ def _end_abandoned(study: optuna.Study) -> None:
 def _alive(process: int) -> bool:
     if process == os.getpid():  # a number used again, or a notebook that was interrupted
         return False
+    if os.name == "nt":  # where signal 0 is not a question
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

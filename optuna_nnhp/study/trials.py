@@ -69,6 +69,8 @@ class RunningTrial:
             How many of `values` the storage has seen.
         started:
             Clock at the start, seconds.
+        told:
+            Whether Optuna knows its end.
     """
 
     trial: Trial
@@ -80,6 +82,7 @@ class RunningTrial:
     best_round: int = 0
     reported: int = 0
     started: float = field(default_factory=time.monotonic)
+    told: bool = False
 
     def take(self, scores: Scores, place: int, done: int) -> None:
         """Note one evaluation, from the trial's place in the cohort and its rounds done."""
@@ -126,3 +129,4 @@ class RunningTrial:
         """End the trial: with its best value if COMPLETE, with the last one if PRUNED."""
         self.report()
         study.tell(self.trial, self.best if state == TrialState.COMPLETE else None, state)
+        self.told = True

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from optuna.distributions import BaseDistribution
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import distribution_to_json
 import torch
 from torch import Tensor
 from torch import nn
@@ -25,6 +27,7 @@ from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.loss import RegressionLoss
 from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.record import holds
 from optuna_nnhp.hyperparameters.width import fold_width
 from optuna_nnhp.hyperparameters.width import padded_width
 from optuna_nnhp.networks.mlp import StackedMLP
@@ -33,11 +36,11 @@ from optuna_nnhp.networks.mlp import count_weights
 from optuna_nnhp.networks.mlp import mlp_signature
 from optuna_nnhp.templates.predictor import TabularPredictor
 from optuna_nnhp.templates.predictor import to_units
-from optuna_nnhp.training.checkpoint import to_device
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Task
+from optuna_nnhp.training.machine import to_device
 from optuna_nnhp.training.metrics import resolve_metric
 
 LARGEST_COHORT = 32
@@ -104,7 +107,7 @@ class DNN:
         seed: int = 0,
         device: str | torch.device | None = None,
     ) -> None:
-        self.seed = check_seed(seed)
+        self.seed = seeds.check_seed(seed)
         self.device = to_device(device)
         X, y = _table(X, y, target)
         self.data = prepare(X, y, task=task, validation=validation, seed=seed)
@@ -119,7 +122,7 @@ class DNN:
         self.space, self.fixed = choose(self.target.task, space, fixed)
         self.inputs: int = self.data.train_X.shape[1]
         self.outputs = max(1, len(self.target.classes))
-        self.name = f"dnn-{self.metric.name}-{self.data.fingerprint}"
+        self.name = f"dnn-{self.metric.name}-{self.data.fingerprint}-{self._digest()}"
         self.description: dict[str, Any] = {
             "template": "dnn",
             "task": self.target.task,
@@ -135,7 +138,7 @@ class DNN:
     def defaults(self) -> dict[str, Value]:
         """The catalogue's defaults, as far as they lie in the space."""
         defaults = default_params(self.target.task, self.space)
-        return {n: value for n, value in defaults.items() if _holds(self.space[n], value)}
+        return {n: value for n, value in defaults.items() if holds(self.space[n], value)}
 
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
         """A trial; its first weights follow from the study's seed and its number."""
@@ -157,7 +160,7 @@ class DNN:
             if name != "width":
                 return value
             folded = fold_width(value, padded)
-            known = _holds(self.space["width"], folded)
+            known = holds(self.space["width"], folded)
             return folded if known else leader.params["width"]
 
         return pin
@@ -173,6 +176,8 @@ class DNN:
         rows = len(self.data.train_X)
         # Weights, gradients, two optimizer states, the best weights; five tensors a layer.
         bytes_each = 4 * (5 * weights + 5 * depth * padded * min(batch, rows))
+        # Outputs on the validation part: float32, their logarithms, float64 in the metric.
+        bytes_each += 24 * len(self.data.valid_X) * self.outputs
         flops_each = 6.0 * weights * rows / self.rounds_per_epoch
         size = min(COHORT_BYTES // bytes_each, int(COHORT_ROUND_FLOPS / flops_each))
         return max(1, min(LARGEST_COHORT, size))
@@ -202,6 +207,12 @@ class DNN:
             best_params=best_params,
             best_value=best_value,
         )
+
+    def _digest(self) -> str:
+        """Six digits of what is tuned and what is fixed: another search is another study."""
+        space = {name: distribution_to_json(d) for name, d in self.space.items()}
+        text = json.dumps([space, self.fixed], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 
     def _make_task(self) -> Task:
         def tensor(array: Any) -> Tensor:
@@ -251,12 +262,6 @@ class DNN:
         )
 
 
-def _holds(distribution: BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution):  # raises where it lacks the value
-        return value in distribution.choices
-    return distribution._contains(distribution.to_internal_repr(value))
-
-
 def _table(X: Any, y: Any, target: str | None) -> tuple[Any, Any]:
     """The data as given, a CSV file read."""
     if not isinstance(X, str | Path):
@@ -272,10 +277,3 @@ def _table(X: Any, y: Any, target: str | None) -> tuple[Any, Any]:
     if target is None:
         raise ValueError("`target` must name the column of the CSV file that is to be predicted.")
     return read_csv(X, target)
-
-
-def check_seed(seed: object) -> int:
-    """A seed that NumPy, torch and Optuna all take, or a ValueError."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1, but got {seed!r}.")
-    return seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +131,20 @@ class TabularPredictor:
             "format": FORMAT,
             "template": "dnn",
             "version": __version__,
-            "metric": self.metric.name if self.metric else None,
-            "params": self.params,
+            "metric": self.metric.name if self.metric and self._metric_is_ours() else None,
+            "params": {n: None if v == math.inf else v for n, v in self.params.items()},
             "best_params": self.best_params,
             "best_value": self.best_value,
             "preprocessor": self.preprocessor.to_json(),
             "target": self.target.to_json(),
         }
-        (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (folder / RECORD).write_text(
+            json.dumps(record, indent=1, allow_nan=False), encoding="utf-8"
+        )
         return folder
+
+    def _metric_is_ours(self) -> bool:  # a user's function may bear the same name
+        return self.metric in METRICS.values()
 
     def _outputs(self, X: Any) -> Tensor:
         """Outputs of the network, on the CPU: ``(rows, classes)`` or ``(rows, 1)``."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save_file
-import torch
 from torch import Tensor
 from torch import nn
 
@@ -40,10 +39,14 @@ def load_weights(network: nn.Module, path: Path) -> nn.Module:
         ValueError: If it is damaged or belongs to another network.
     """
     try:
-        network.load_state_dict(load_file(path))
+        return _filled(network, load_file(path))
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path.name} must hold this network's weights, but: {reason}") from error
+
+
+def _filled(network: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    network.load_state_dict(state)
     return network.eval()
 
 
@@ -82,8 +85,7 @@ class BestWeights:
     def fill(self, number: int, network: nn.Module) -> nn.Module:
         """Load a trial's weights into its network."""
         if number in self._memory:
-            network.load_state_dict(self._memory[number])
-            return network.eval()
+            return _filled(network, self._memory[number])
         return load_weights(network, self._path(number))
 
     def drop_others(self, keep: Iterable[int]) -> None:
@@ -100,24 +102,3 @@ class BestWeights:
     def _path(self, number: int) -> Path:
         assert self.folder is not None
         return self.folder / f"trial-{number}.safetensors"
-
-
-def to_device(name: str | torch.device | None) -> torch.device:
-    """The device to train on: the one named, or CUDA if there is any, or the CPU.
-
-    Raises:
-        ValueError: If the named device does not exist here.
-
-    Example:
-        >>> to_device("cpu")
-        device(type='cpu')
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`device` must be usable here, but {name} is not: {reason}") from error
-    return device

@@ -184,8 +184,10 @@ class Cohort:
     def _train(self, out_of_time: Callable[[], bool]) -> Tensor | None:
         """THE loop: every member's steps up to the next evaluation; the mean losses ``(k,)``."""
         data, rounds = self.task.arrays, self.task.rounds
-        upto = next_evaluation(self.round, rounds)
-        last = min(-(-upto * self.per_epoch // rounds), int(self.total.max()))
+        upto, last, end = self.round, self.iterations, int(self.total.max())
+        while last == self.iterations < end:  # batches may be larger than rounds
+            upto = next_evaluation(upto, rounds)
+            last = min(-(-upto * self.per_epoch // rounds), end)
         rates = self._rates(last - self.iterations)
         self.network.train()
         loss_sum, seen = torch.zeros(len(self.members), device=data.train_x.device), 0

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import ctypes
 import functools
 import logging
+import threading
 
 import torch
 
@@ -37,13 +38,35 @@ def threads_for(flops: float) -> Iterator[None]:
         ...     torch.get_num_threads()
         1
     """
-    before = torch.get_num_threads()
+    _threads.enter()
     if flops < FLOPS_FOR_THREADS:
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _threads.leave()
+
+
+class _Threads:
+    """How many threads torch had before the first of several trainings at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, 0
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch.get_num_threads()
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.set_num_threads(self._before)
+
+
+_threads = _Threads()
 
 
 @functools.cache
@@ -67,3 +90,24 @@ def keep_freed_memory() -> bool:
     return bool(
         mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
     )
+
+
+def to_device(name: str | torch.device | None) -> torch.device:
+    """The device to train on: the one named, or CUDA if there is any, or the CPU.
+
+    Raises:
+        ValueError: If the named device does not exist here.
+
+    Example:
+        >>> to_device("cpu")
+        device(type='cpu')
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`device` must be usable here, but {name} is not: {reason}") from error
+    return device

@@ -102,7 +102,7 @@ def test_nothing_is_left_untested() -> None:
         ("epochs", {1, 10, 50, 100}),
         ("learning_rate", {0.1, 0.01, 0.001}),
         ("batch_size", {16, 32, 64, 128, 256, 512, 1024}),
-        ("dropout", {0.0, 0.5}),
+        ("dropout", {0.005, 0.5}),
         ("normalization", {"none", "batch", "layer"}),
     ],
 )
@@ -176,7 +176,7 @@ def test_table() -> None:
 @pytest.mark.parametrize(
     "name, column, expected",
     [
-        ("learning_rate", "range", "0.0001 to 0.5, log"),
+        ("learning_rate", "range", "3e-05 to 0.5, log"),
         ("learning_rate", "levels", "0.1, 0.01, 0.001"),
         ("dropout", "range", "0.005 to 0.6, log; off below 0.04"),
         ("clip_norm", "range", "0.1 to 100, log; off above 30"),

@@ -166,6 +166,16 @@ def test_in_plain_optuna_it_prunes_the_bad_and_never_the_best(direction: Directi
     assert order.index(0) >= 3 and worst.last_step == 1
 
 
+@pytest.mark.parametrize(
+    "step, previous, expected",
+    [(3, 1, True), (9, 3, True), (18, 9, True), (20, 18, False), (1, 0, True), (4, 2, True)],
+)
+def test_a_rung_between_two_reports_is_judged_late(
+    step: int, previous: int, expected: bool
+) -> None:
+    assert CohortHalvingPruner(eta=2).is_rung(step, previous) is expected
+
+
 @pytest.mark.parametrize("direction, kept", [("maximize", 2), ("minimize", 0)])
 def test_trials_side_by_side_are_judged_by_each_other(direction: Direction, kept: int) -> None:
     study = optuna.create_study(pruner=CohortHalvingPruner(eta=3), direction=direction)
@@ -175,9 +185,7 @@ def test_trials_side_by_side_are_judged_by_each_other(direction: Direction, kept
     assert [t.should_prune() for t in trials] == [i != kept for i in range(3)]
 
 
-@pytest.mark.parametrize(
-    "steps, pruned", [([], False), ([2], False), ([1], True), ([1, 2], False)]
-)
+@pytest.mark.parametrize("steps, pruned", [([], False), ([2], True), ([1], True), ([1, 2], False)])
 def test_only_a_rung_decides(steps: list[int], pruned: bool) -> None:
     study = optuna.create_study(pruner=CohortHalvingPruner(eta=3), direction="maximize")
     for value in (0.8, 0.9):

@@ -24,6 +24,7 @@ from optuna_nnhp.study.storage import models_folder
 from optuna_nnhp.study.storage import open_storage
 from optuna_nnhp.study.storage import without_password
 from optuna_nnhp.study.storage import worker_name
+from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import ENVIRONMENT
 from tests.tiny import SHAPE
@@ -377,3 +378,17 @@ def test_a_storage_object_in_memory(folder: Path) -> None:
     assert courses(first) == courses(again)
     np.testing.assert_allclose(first.predict(X), again.predict(X), rtol=1e-4)
     assert list(folder.iterdir()) == []
+
+
+def test_a_full_disk_loses_no_trial(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BestWeights, "put", full)
+        result = tune(storage="s.journal", n_trials=3)
+    assert all(t.state.is_finished() for t in trials(result))
+    assert "could not be kept: [Errno 28] No space left on device" in log.text
+    assert result.predictor.best_value == result.best_value  # trained again

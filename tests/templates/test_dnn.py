@@ -24,7 +24,7 @@ def params_of(problem: DNN, **changed: Any) -> dict[str, Any]:
     return {**problem.defaults(), **changed}
 
 
-def test_other_data_or_another_metric_has_another_name() -> None:
+def test_other_data_metrics_and_spaces_have_another_name() -> None:
     X, y = classes()
     names = {
         DNN(X, y).name,
@@ -33,9 +33,11 @@ def test_other_data_or_another_metric_has_another_name() -> None:
         DNN(X, y, metric="f1").name,
         DNN(X, y, validation=0.3).name,
         DNN(X, y, seed=1).name,
+        DNN(X, y, fixed={"epochs": 3}).name,
+        DNN(X, y, space={"width": IntDistribution(8, 9)}).name,
     }
-    assert len(names) == 6
-    assert DNN(X, y).name == DNN(X.copy(), y.tolist(), fixed={"epochs": 3}).name
+    assert len(names) == 8
+    assert DNN(X, y).name == DNN(X.copy(), y.tolist()).name
     assert all(name.startswith("dnn-") for name in names)
 
 

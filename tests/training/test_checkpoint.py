@@ -17,7 +17,7 @@ from optuna_nnhp.training import checkpoint
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.checkpoint import load_weights
 from optuna_nnhp.training.checkpoint import save_weights
-from optuna_nnhp.training.checkpoint import to_device
+from optuna_nnhp.training.machine import to_device
 
 
 def network(seed: int = 0, width: int = 4) -> nn.Module:

@@ -82,3 +82,16 @@ def test_a_budget_in_iterations_ends_within_an_epoch(nine_rounds: None) -> None:
         scores = cohort.train_round()
     assert scores is not None
     assert (cohort.iterations, scores.ended) == (4, ["finished", "finished"])
+
+
+def test_batches_larger_than_a_round_are_never_evaluated_twice(nine_rounds: None) -> None:
+    cohort = Cohort(varied(2, epochs=2, batch_size=50), task())  # two steps in an epoch
+    seen = []
+    ended: list[str | None] = [None]
+    while ended[0] is None:
+        scores = cohort.train_round()
+        assert scores is not None
+        seen.append((cohort.round, cohort.iterations))
+        ended = scores.ended
+    assert seen == [(1, 1), (9, 2), (18, 4)]
+    assert ended == ["finished", "finished"]
