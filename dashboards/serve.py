@@ -10,6 +10,7 @@ Run it beside a running study, or afterwards:
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from socketserver import ThreadingMixIn
 import sys
@@ -238,9 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     watcher.daemon = True
     watcher.start()
     try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        pass
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
+            server.serve_forever()
     finally:
         stop.set()
         server.server_close()

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.datasets import load_iris
 
 import optuna_nnhp
 from tests.readme_table import with_tables
@@ -70,8 +73,19 @@ def test_shell_blocks_run(line: str, folder: Path) -> None:
     assert "best" in done.stdout
 
 
-def test_the_dashboard_line_is_what_the_digits_study_prints() -> None:
-    assert ".venv/bin/python dashboards/serve.py dnn_digits.journal" in SHELL
+def test_the_dashboard_block_runs(folder: Path) -> None:
+    (line,) = [line for line in SHELL if "serve.py" in line]
+    X, y = load_iris(return_X_y=True)
+    fixed = {"epochs": 1, "width": 16}
+    optuna_nnhp.optimize("dnn", X, y, n_trials=1, fixed=fixed, storage="dnn_digits.journal")
+    command = [sys.executable, *line.split()[1:], "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        with urllib.request.urlopen(address, timeout=30) as page:
+            assert "dashboard" in page.read().decode().lower()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
 
 
 def test_the_tables_are_those_of_the_catalogue() -> None:
