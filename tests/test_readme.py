@@ -44,7 +44,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_blocks_run(code: str, folder: Path) -> None:
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=folder)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_two_commands_stand_alone() -> None:

@@ -98,29 +98,37 @@ class Scheduler:
 
     def run(self) -> None:
         """Train cohort after cohort until the budget is spent, or somebody stops the study."""
+        sampler = self.study.sampler
         self._recall()
+        if self._left() == 0:
+            _logger.info(f"The study has its {self.finished} trials already: nothing to do.")
         with (
             inside_optimize(self.study),
             tidy_interrupts(self.budget),
             Progress(self.show_progress_bar, self.budget, self.finished) as self.progress,
         ):
-            while not self._must_end():
-                started = time.monotonic()
-                trials = self._ask()
-                self.asking = time.monotonic() - started
-                if not trials:
-                    _logger.info(f"The study has its {self.finished} trials: nothing to do.")
-                    break
-                groups: dict[Hashable, list[RunningTrial]] = defaultdict(list)
-                for running in trials:
-                    groups[self.problem.signature(running.member)].append(running)
-                while groups:
-                    group = groups.pop(next(iter(groups)))
-                    try:
-                        self._train(group)
-                    except BaseException:
-                        self._end_all([r for rest in groups.values() for r in rest], "error")
-                        raise
+            try:
+                while not self._must_end():
+                    started = time.monotonic()
+                    trials = self._ask()
+                    self.asking = time.monotonic() - started
+                    if not trials:
+                        break
+                    self._train_all(trials)
+            finally:
+                self.study.sampler = sampler  # a grid's points were asked through another one
+
+    def _train_all(self, trials: list[RunningTrial]) -> None:
+        """Train trials as cohorts, those that can be stacked together."""
+        groups: dict[Hashable, list[RunningTrial]] = defaultdict(list)
+        for running in trials:
+            groups[self.problem.signature(running.member)].append(running)
+        try:
+            for group in groups.values():
+                self._train(group)
+        except BaseException:
+            self._end_all(trials, "error")
+            raise
 
     def _must_end(self) -> bool:
         """Whether no more cohorts start: there would be no time to learn anything from one."""
@@ -138,7 +146,6 @@ class Scheduler:
         elif not trials:
             self.study.enqueue_trial(defaults)
         for trial in trials:
-            self.finished += trial.state.is_finished() and not _never_trained(trial)
             best: float | None = None
             for step, value in sorted(trial.intermediate_values.items()):
                 best = value if best is None or self._is_better(value, best) else best
@@ -202,23 +209,19 @@ class Scheduler:
         started = time.monotonic()
         for trial in group:
             trial.started = started
-        try:
-            cohort = self.problem.cohort([r.member for r in group])
-            _logger.debug(f"A cohort of {len(group)}: {self.problem.signature(group[0].member)}.")
-            while running:
-                before = cohort.round
-                scores = cohort.train_round(self.budget.out_of_time)
-                if scores is None:
-                    cause = "interrupted" if self.budget.interrupted else "timeout"
-                    self._end_cohort(cohort, running, [cause] * len(running))
-                else:
-                    if len(scores.value) == len(group):
-                        self.first_round = time.monotonic() - started
-                    self._end_cohort(cohort, running, self._judge(cohort, running, scores, before))
-                self.progress.show(self.finished, len(running), self.best)
-        except BaseException:
-            self._end_all(list(running.values()), "error")
-            raise
+        cohort = self.problem.cohort([r.member for r in group])
+        _logger.debug(f"A cohort of {len(group)}: {self.problem.signature(group[0].member)}.")
+        while running:
+            before = cohort.round
+            scores = cohort.train_round(self.budget.out_of_time)
+            if scores is None:
+                cause = "interrupted" if self.budget.interrupted else "timeout"
+                self._end_cohort(cohort, running, [cause] * len(running))
+            else:
+                if before == 0:
+                    self.first_round = time.monotonic() - started
+                self._end_cohort(cohort, running, self._judge(cohort, running, scores, before))
+            self.progress.show(self.finished, len(running), self.best)
 
     def _judge(
         self, cohort: Cohort, running: dict[int, RunningTrial], scores: Scores, before: int

@@ -381,4 +381,5 @@ def test_a_default_lies_on_the_grid_of_a_range_with_steps(
     study.enqueue_trial(default_params("binary", space))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Optuna warns of an enqueued value out of range
-        study.ask(space)
+        trial = study.ask(space)
+    assert trial.params == default_params("binary", space)

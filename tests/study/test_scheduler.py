@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ import pytest
 
 from optuna_nnhp import CohortHalvingPruner
 from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp.study import scheduler
+from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import SHAPE
 from tests.tiny import TINY
 from tests.tiny import causes
@@ -335,3 +338,37 @@ def test_the_same_seed_is_the_same_study_with_halving_and_cohorts() -> None:
         "fixed": {"epochs": 3, "batch_size": 64},
     }
     assert courses(tune(*numbers(), **wishes)) == courses(tune(*numbers(), **wishes))
+
+
+def test_only_the_first_round_counts_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, seen = [0.0], []
+    train, start = Cohort.train_round, scheduler.Scheduler.run
+
+    def train_for_a_second(cohort: Cohort, *args: Any) -> Any:
+        clock[0] += 1
+        return train(cohort, *args)
+
+    def run(self: scheduler.Scheduler) -> None:
+        seen.append(self)
+        start(self)
+
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(Cohort, "train_round", train_for_a_second)
+    monkeypatch.setattr(scheduler.Scheduler, "run", run)
+    tune(pruner=optuna.pruners.NopPruner(), n_trials=4, cohort_size=4)
+    assert clock[0] > 1
+    assert seen[0].first_round == 1
+
+
+def test_the_study_keeps_its_grid_sampler() -> None:
+    sampler = optuna.samplers.GridSampler(GRID, seed=1)
+    result = tune(sampler=sampler, space=GRID_SPACE, fixed=all_but(*GRID), n_trials=2)
+    assert result.study.sampler is sampler
+
+
+def test_only_a_study_with_nothing_to_do_says_so(log: pytest.LogCaptureFixture) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    tune(storage=storage, n_trials=2)
+    assert "nothing to do" not in log.text
+    tune(storage=storage, n_trials=2)
+    assert "The study has its 2 trials already: nothing to do." in log.text
