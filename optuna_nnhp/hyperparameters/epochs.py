@@ -42,17 +42,19 @@ def iterations_per_epoch(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
-def total_iterations(params: Mapping[str, Value], examples: int) -> int:
+def total_iterations(params: Mapping[str, Value], per_epoch: int) -> int:
     """Steps of a trial's whole budget.
 
+    Args:
+        params:
+            The trial's hyperparameters.
+        per_epoch:
+            Steps of one pass over the data.
+
     Example:
-        >>> total_iterations({"batch_size": 64, "epochs": 50, "iterations": 0}, 1437)
+        >>> total_iterations({"epochs": 50, "iterations": 0}, per_epoch=23)
         1150
-        >>> total_iterations({"batch_size": 64, "epochs": 50, "iterations": 100}, 1437)
+        >>> total_iterations({"epochs": 50, "iterations": 100}, per_epoch=23)
         100
     """
-    if params["iterations"]:
-        return int(params["iterations"])
-    return iterations_per_epoch(examples, int(params["batch_size"] or 1)) * int(
-        params["epochs"] or 1
-    )
+    return int(params["iterations"] or 0) or per_epoch * int(params["epochs"] or 1)

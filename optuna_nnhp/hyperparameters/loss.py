@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from dataclasses import fields
+from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
@@ -50,6 +50,9 @@ HUBER_DELTA = Hyperparameter(
 )
 
 
+SURE = 1e-7  # of 1 - p
+
+
 @dataclass(frozen=True)
 class ClassificationLoss:
     """Cross-entropy and focal loss with label smoothing, per member of a stack.
@@ -85,18 +88,50 @@ class ClassificationLoss:
               examples.
             - Output: ``(k,)``.
         """
+        out: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+            outputs, target, self.smoothing[:, None], self.gamma[:, None]
+        )
+        return out
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy, and its gradient by hand.
+
+    Autograd's twenty small operations took 15 us of a model-step of 85 (64 networks of 2 x 64
+    units, batch 32).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: Tensor, target: Tensor, smoothing: Tensor, gamma: Tensor
+    ) -> Tensor:
         log_p = torch.log_softmax(outputs, dim=-1)
-        target = target.expand(outputs.shape[:2])
-        right = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)  # (k, batch)
-        loss = -right
-        if bool((self.smoothing > 0).any()):
-            smoothing = self.smoothing[:, None]
-            loss = (1 - smoothing) * loss - smoothing * log_p.mean(-1)
-        if bool((self.gamma > 0).any()):
+        index = target.expand(outputs.shape[:2]).unsqueeze(-1)
+        right = log_p.gather(-1, index).squeeze(-1)  # (k, batch)
+        smooth = bool((smoothing > 0).any())
+        loss = torch.lerp(-right, -log_p.mean(-1), smoothing) if smooth else -right
+        # Of the loss by its factor from focal, and of that factor by the logits:
+        factor, inner = torch.ones_like(gamma), torch.zeros_like(gamma)
+        if bool((gamma > 0).any()):
+            wrong = -torch.expm1(right)
             # (1 - p) ** 0 has no finite slope at p = 1: kept away from it.
-            wrong = (-torch.expm1(right)).clamp_min(1e-7)
-            loss = loss * wrong.pow(self.gamma[:, None])
+            near = wrong.clamp_min(SURE)
+            factor = near.pow(gamma)
+            inner = loss * gamma * factor / near * right.exp() * (wrong >= SURE)
+            loss = loss * factor
+        if ctx.needs_input_grad[0]:
+            slope = log_p.exp_().mul_((factor + inner).unsqueeze(-1))
+            hit = torch.addcmul(inner, factor, 1 - smoothing).neg_().expand_as(right)
+            slope.scatter_add_(-1, index, hit.unsqueeze(-1))
+            if smooth:
+                slope.sub_((factor * smoothing / slope.shape[-1]).unsqueeze(-1))
+            ctx.save_for_backward(slope.div_(slope.shape[1]))
         return loss.mean(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return slope * grad[:, None, None], None, None, None
 
 
 @dataclass(frozen=True)
@@ -133,16 +168,34 @@ class RegressionLoss:
             - target: ``(batch,)``, or ``(k, batch)`` when members see different examples.
             - Output: ``(k,)``.
         """
+        masks = self.is_mse[:, None], self.is_mae[:, None]
+        out: Tensor = _Errors.apply(  # type: ignore[no-untyped-call]
+            outputs, target, self.delta[:, None], *masks
+        )
+        return out
+
+
+class _Errors(torch.autograd.Function):
+    """Losses of errors, and their gradient by hand, as in `_CrossEntropy`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: Tensor, target: Tensor, delta: Tensor, is_mse: Tensor, is_mae: Tensor
+    ) -> Tensor:
         error = outputs.squeeze(-1) - target
-        size, delta = error.abs(), self.delta[:, None]
+        size = error.abs()
         huber = torch.where(size < delta, 0.5 * error.square(), delta * (size - 0.5 * delta))
-        loss = torch.where(self.is_mae[:, None], size, huber)
-        return torch.where(self.is_mse[:, None], error.square(), loss).mean(-1)
+        loss = torch.where(is_mse, error.square(), torch.where(is_mae, size, huber))
+        if ctx.needs_input_grad[0]:
+            slope = torch.where(is_mae, error.sign(), error.clamp(-delta, delta))
+            slope = torch.where(is_mse, 2 * error, slope)
+            ctx.save_for_backward(slope.div_(slope.shape[1]))
+        return loss.mean(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grad[:, None]).unsqueeze(-1), None, None, None, None
 
 
 Loss = ClassificationLoss | RegressionLoss
-
-
-def take(loss: Loss, members: Tensor) -> Loss:
-    """The loss of some members ``(m,)`` of a stack only."""
-    return type(loss)(**{f.name: getattr(loss, f.name)[members] for f in fields(loss)})

@@ -17,16 +17,9 @@ def test_iterations_per_epoch(examples: int, batch_size: int, expected: int) -> 
 
 
 @pytest.mark.parametrize(
-    "batch_size, epochs, iterations, expected",
-    [
-        (16, 1, 0, 7),
-        (16, 10, 0, 70),
-        (100, 10, 0, 10),
-        (1024, 100, 0, 100),
-        (16, 10, 1, 1),
-        (16, 10, 500, 500),
-    ],
+    "per_epoch, epochs, iterations, expected",
+    [(7, 1, 0, 7), (7, 10, 0, 70), (1, 100, 0, 100), (7, 10, 1, 1), (7, 10, 500, 500)],
 )
-def test_total_iterations(batch_size: int, epochs: int, iterations: int, expected: int) -> None:
-    params = {"batch_size": batch_size, "epochs": epochs, "iterations": iterations}
-    assert total_iterations(params, examples=100) == expected
+def test_total_iterations(per_epoch: int, epochs: int, iterations: int, expected: int) -> None:
+    params = {"epochs": epochs, "iterations": iterations}
+    assert total_iterations(params, per_epoch) == expected

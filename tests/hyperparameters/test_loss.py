@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.loss import RegressionLoss
-from optuna_nnhp.hyperparameters.loss import take
 
 BATCH = 11
 GAMMAS = (0.0, 0.0, 0.5, 2.0, 5.0)
@@ -140,17 +139,3 @@ def test_regression_slopes_are_finite(error: float) -> None:
     value = regression_loss()(outputs, torch.zeros(2))
     (gradient,) = torch.autograd.grad(value.sum(), outputs)
     assert bool(torch.isfinite(gradient).all())
-
-
-def test_take_keeps_each_members_own_loss() -> None:
-    members = torch.tensor([3, 0])
-    outputs, target = normal(5, BATCH, 3), labels(BATCH, classes=3)
-    loss = ClassificationLoss(tensor(GAMMAS), tensor(SMOOTHINGS))
-    torch.testing.assert_close(
-        take(loss, members)(outputs[members], target), loss(outputs, target)[members]
-    )
-    outputs, numbers = normal(5, BATCH, 1), normal(BATCH, seed=1)
-    torch.testing.assert_close(
-        take(regression_loss(), members)(outputs[members], numbers),
-        regression_loss()(outputs, numbers)[members],
-    )

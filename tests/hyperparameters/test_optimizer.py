@@ -14,6 +14,7 @@ from optuna_nnhp.hyperparameters.optimizer import UPDATES
 from optuna_nnhp.hyperparameters.optimizer import Coefficients
 from optuna_nnhp.hyperparameters.optimizer import Row
 from optuna_nnhp.hyperparameters.optimizer import update
+from optuna_nnhp.hyperparameters.regularization import decay_weights
 
 # rate, momentum, squared decay, weight decay
 MEMBERS = [
@@ -48,7 +49,15 @@ def stacks(k: int, size: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def row_of(stack: dict[str, Tensor], i: int, grad: Tensor, step: int) -> Row:
     views = {field: tensor[i] for field, tensor in stack.items()}
-    return Row(grad=grad, step=torch.tensor(float(step)), **views)
+    return Row(grad=grad.clone(), step=torch.tensor(float(step)), **views)
+
+
+def step_as_the_loop_does(name: str, row: Row, c: tuple[float, float, float, float]) -> None:
+    rate, momentum, squared_decay, weight_decay = c
+    numbers = torch.tensor([[rate], [weight_decay]], dtype=torch.float64).to(row.weight)
+    is_adamw = torch.tensor([name == "adamw"])
+    decay_weights(row.weight[None], row.grad[None], *numbers, is_adamw)
+    update(name, row, rate, Coefficients(momentum, squared_decay))
 
 
 def test_every_choice_has_a_rule_and_an_oracle() -> None:
@@ -73,7 +82,7 @@ def test_rows_of_a_stack_are_torchs_networks(
             networks[i].grad = grads[i].clone()
             oracles[i].step()
             row = row_of(stack, i, grads[i], step)
-            update(name, row, Coefficients(*c))
+            step_as_the_loop_does(name, row, c)
             torch.testing.assert_close(
                 row.weight, networks[i].detach(), rtol=tolerance, atol=tolerance
             )
@@ -86,7 +95,7 @@ def test_a_zero_weight_without_gradient_stays_zero(name: str) -> None:
     stack["weight"][0, 2:] = 0
     for step in range(1, 6):
         grad = torch.tensor([0.3, -0.2, 0.0, 0.0])
-        update(name, row_of(stack, 0, grad, step), Coefficients(0.1, 0.9, 0.99, 0.1))
+        step_as_the_loop_does(name, row_of(stack, 0, grad, step), (0.1, 0.9, 0.99, 0.1))
     assert stack["weight"][0, 2:].tolist() == [0.0, 0.0]
     assert bool((stack["weight"][0, :2] != 0).all())
 
@@ -95,7 +104,7 @@ def test_a_zero_weight_without_gradient_stays_zero(name: str) -> None:
 def test_a_row_leaves_the_other_rows_alone(name: str) -> None:
     stack = stacks(3, 4, torch.float32)
     before = {field: tensor.clone() for field, tensor in stack.items()}
-    update(name, row_of(stack, 1, torch.ones(4), 1), Coefficients(0.1, 0.9, 0.99, 0.1))
+    step_as_the_loop_does(name, row_of(stack, 1, torch.ones(4), 1), (0.1, 0.9, 0.99, 0.1))
     for field, tensor in stack.items():
         assert torch.equal(tensor[[0, 2]], before[field][[0, 2]])
     assert not torch.equal(stack["weight"][1], before["weight"][1])

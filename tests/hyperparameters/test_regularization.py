@@ -12,7 +12,8 @@ from torch import nn
 from optuna_nnhp.hyperparameters.regularization import EarlyStopping
 from optuna_nnhp.hyperparameters.regularization import add_l1
 from optuna_nnhp.hyperparameters.regularization import clip_gradients
-from optuna_nnhp.hyperparameters.regularization import dropout
+from optuna_nnhp.hyperparameters.regularization import decay_weights
+from optuna_nnhp.hyperparameters.regularization import dropout_factor
 
 NAN, INF = math.nan, math.inf
 
@@ -34,7 +35,7 @@ PROBABILITIES = torch.tensor([0.0, 0.1, 0.5, 0.95], dtype=torch.float64)[:, None
 @pytest.mark.parametrize("per_member", [False, True])
 def test_dropout_is_a_mask_by_hand(per_member: bool) -> None:
     h, noise = normal(4, 6, 5), uniform(*((4, 6, 5) if per_member else (6, 5)))
-    dropped = dropout(h, noise, PROBABILITIES)
+    dropped = h * dropout_factor(noise, PROBABILITIES)
     for i, p in enumerate(PROBABILITIES.flatten().tolist()):
         u = noise[i] if per_member else noise
         for row in range(6):
@@ -45,7 +46,7 @@ def test_dropout_is_a_mask_by_hand(per_member: bool) -> None:
 
 
 def test_dropout_silences_its_share_and_keeps_the_mean() -> None:
-    dropped = dropout(torch.ones(4, 400, 250), uniform(400, 250), PROBABILITIES)
+    dropped = dropout_factor(uniform(400, 250), PROBABILITIES)
     silent = (dropped == 0).double().mean((1, 2))
     torch.testing.assert_close(silent, PROBABILITIES.flatten(), rtol=0, atol=0.005)
     torch.testing.assert_close(
@@ -57,11 +58,11 @@ def test_without_dropout_nothing_changes() -> None:
     h = normal(1, 6, 5)
     noise = uniform(6, 5)
     noise[0, 0] = 0.0  # the least that a uniform source may give
-    assert torch.equal(dropout(h, noise, torch.zeros(1, 1, 1)), h)
+    assert torch.equal(h * dropout_factor(noise, torch.zeros(1, 1, 1)), h)
 
 
 def test_shared_noise_silences_more_where_the_probability_is_greater() -> None:
-    silent = dropout(torch.ones(4, 30, 20), uniform(30, 20), PROBABILITIES) == 0
+    silent = dropout_factor(uniform(30, 20), PROBABILITIES) == 0
     for less, more in pairwise(silent):
         assert bool((more | ~less).all())
 
@@ -106,6 +107,20 @@ def test_clipping_is_that_of_torch(dtype: torch.dtype, scale: float) -> None:
         assert float(grads[i].norm()) <= bound * (1 + 1e-5)
 
 
+def test_weight_decay_is_that_of_torch() -> None:
+    optimizers = [torch.optim.AdamW, torch.optim.SGD, torch.optim.SGD]
+    weight, decay = normal(3, 7), torch.tensor([0.3, 0.3, 0.0], dtype=torch.float64)
+    rate = torch.full((3,), 0.1, dtype=torch.float64)
+    for i, kind in enumerate(optimizers):
+        oracle = nn.Parameter(weight[i].clone())
+        oracle.grad = torch.zeros(7, dtype=torch.float64)
+        kind([oracle], lr=0.1, weight_decay=float(decay[i])).step()  # type: ignore[arg-type]
+        row, grad = weight[i : i + 1].clone(), torch.zeros(1, 7, dtype=torch.float64)
+        is_adamw = torch.tensor([i == 0])
+        decay_weights(row, grad, rate[i : i + 1], decay[i : i + 1], is_adamw)
+        torch.testing.assert_close(row[0] - 0.1 * grad[0], oracle.detach())
+
+
 def test_nothing_is_clipped_under_the_bound_and_zero_stays_zero() -> None:
     grads = torch.tensor([[0.3, 0.4], [0.0, 0.0]])
     clip_gradients(grads, torch.tensor([1.0, 1e-6]))
@@ -139,7 +154,7 @@ def stop(
     """Epoch of the stop, best epoch, best value."""
     stopping = EarlyStopping.start([patience], [min_improvement])
     for epoch, (value, loss) in enumerate(zip(values, losses, strict=True), start=1):
-        if bool(stopping.update([value], [loss], epoch)):
+        if bool(stopping.update([value], [loss], [0], [epoch])):
             return epoch, int(stopping.best_round), float(stopping.best)
     return None, int(stopping.best_round), float(stopping.best)
 
@@ -197,18 +212,48 @@ def test_a_lower_loss_alone_is_no_improvement() -> None:
     assert stop([0.5, 0.5, 0.5], [0.9, 0.8, 0.7], 2, 0.0) == (3, 3, 0.5)
 
 
+def everyone(stopping: EarlyStopping, values: Tensor, losses: Tensor, epoch: int) -> Tensor:
+    k = len(values)
+    return stopping.update(values, losses, range(k), [epoch] * k)
+
+
+def test_only_those_evaluated_are_touched_and_ages_differ() -> None:
+    stopping = EarlyStopping.start([1, 1, 1], [0.0, 0.0, 0.0])
+    assert stopping.update([0.5, 0.7], [1.0, 1.0], [0, 2], [4, 9, 2]).tolist() == [False, False]
+    assert stopping.best.tolist() == [0.5, -INF, 0.7]
+    assert stopping.best_round.tolist() == [4, 0, 2]
+    assert stopping.update([0.1], [1.0], [2], [5, 9, 3]).tolist() == [True]
+    assert stopping.waited.tolist() == [0, 0, 1]
+
+
+def test_patience_counts_whole_epochs() -> None:
+    stopping = EarlyStopping.start([1], [0.0])
+    ends = [bool(stopping.update([0.5], [1.0], [0], [done], rounds=3)) for done in (1, 2, 3)]
+    assert ends == [False, False, True]
+
+
+def test_members_join() -> None:
+    stopping, other = EarlyStopping.start([1], [0.0]), EarlyStopping.start([3], [0.2])
+    stopping.update([0.5], [1.0], [0], [4])
+    stopping.join(other)
+    assert stopping.best.tolist() == [0.5, -INF]
+    assert stopping.patience.tolist() == [1, 3]
+
+
 def test_members_stop_one_by_one_and_some_go_on() -> None:
-    stopping = EarlyStopping.start([1, 2, 1], [0.0, 0.0, 0.2])
-    assert stopping.update([0.5, 0.5, 0.5], [1.0, 1.0, 1.0], 1).tolist() == [False] * 3
-    assert stopping.update([0.6, 0.4, 0.6], [1.0, 1.0, 1.0], 2).tolist() == [False, False, True]
+    stopping, ones = EarlyStopping.start([1, 2, 1], [0.0, 0.0, 0.2]), torch.ones(3)
+    assert everyone(stopping, torch.tensor([0.5, 0.5, 0.5]), ones, 1).tolist() == [False] * 3
+    stops = everyone(stopping, torch.tensor([0.6, 0.4, 0.6]), ones, 2)
+    assert stops.tolist() == [False, False, True]
     stopping.keep(torch.tensor([1, 0]))
-    assert stopping.best.tolist() == [0.5, 0.6] and stopping.best_round.tolist() == [1, 2]
-    assert stopping.update([0.4, 0.5], [1.0, 1.0], 3).tolist() == [True, True]
+    torch.testing.assert_close(stopping.best, torch.tensor([0.5, 0.6]).double())
+    assert stopping.best_round.tolist() == [1, 2]
+    assert stopping.update([0.4, 0.5], [1.0, 1.0], [0, 1], [3, 3]).tolist() == [True, True]
 
 
 def test_float32_values_are_taken_as_they_are() -> None:
     stopping = EarlyStopping.start([5], [0.0])
-    stopping.update(torch.tensor([0.1]), torch.tensor([0.2]), 1)
+    stopping.update(torch.tensor([0.1]), torch.tensor([0.2]), [0], [1])
     assert stopping.best.item() == torch.tensor(0.1).double().item()
     assert stopping.best_loss.item() == torch.tensor(0.2).double().item()
 
@@ -225,8 +270,8 @@ def test_early_stopping_is_its_definition(seed: int) -> None:
     stopping = EarlyStopping.start(patience, least)
     seen: dict[str, list[Any]] = {"stops": [], "epochs": []}
     for epoch in range(epochs):
-        seen["stops"].append(stopping.update(values[:, epoch], losses[:, epoch], epoch + 1))
-        seen["epochs"].append(stopping.best_round)
+        seen["stops"].append(everyone(stopping, values[:, epoch], losses[:, epoch], epoch + 1))
+        seen["epochs"].append(stopping.best_round.clone())
     for i in range(k):
         best, best_loss, best_epoch, reference, waited = -INF, INF, 0, -INF, 0
         for epoch, (value, loss) in enumerate(
