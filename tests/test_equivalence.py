@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,14 +13,12 @@ from torch import nn
 from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters import width
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
-from optuna_nnhp.hyperparameters.optimizer import Coefficients
-from optuna_nnhp.hyperparameters.optimizer import Row
-from optuna_nnhp.hyperparameters.optimizer import update
 from optuna_nnhp.networks import mlp
+from optuna_nnhp.training import rounds
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
-from tests.members import PLAIN
+from optuna_nnhp.training.cohort import Task
 from tests.members import task
 from tests.members import varied
 from tests.tolerance import EXACT
@@ -39,22 +38,34 @@ def precision() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def run(cohort: Cohort, epochs: int) -> dict[int, list[tuple[float, float, float]]]:
-    """Curves of each member, by trial number."""
-    curves: dict[int, list[tuple[float, float, float]]] = {m.number: [] for m in cohort.members}
-    for _ in range(epochs):
+class Curves(defaultdict[int, list[tuple[float, float, float]]]):
+    """What each member's evaluations brought, by trial number."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+    def take(self, cohort: Cohort) -> Scores:
+        """Train up to the next evaluation."""
         scores = cohort.train_round()
         assert isinstance(scores, Scores)
         rows = zip(scores.train_loss, scores.validation_loss, scores.value, strict=True)
-        for member, row in zip(cohort.members, rows, strict=True):
-            curves[member.number].append(row)
+        for place, row in zip(scores.places, rows, strict=True):
+            self[cohort.members[place].number].append(row)
+        return scores
+
+
+def run(cohort: Cohort, epochs: int) -> Curves:
+    """Curves of some epochs."""
+    curves = Curves()
+    for _ in range(epochs):
+        curves.take(cohort)
     return curves
 
 
 def optimizer(network: nn.Module, params: dict[str, Any]) -> torch.optim.Optimizer:
     """torch.optim's own for these hyperparameters; weights are decayed, the rest is not."""
-    weights = [p for p in network.parameters() if p.dim() == 2]
-    others = [p for p in network.parameters() if p.dim() == 1]
+    weights = [p for p in network.parameters() if p.dim() >= 2]
+    others = [p for p in network.parameters() if p.dim() < 2]
     groups = [
         {"params": weights, "weight_decay": params["weight_decay"]},
         {"params": others, "weight_decay": 0.0},
@@ -75,9 +86,9 @@ def optimizer(network: nn.Module, params: dict[str, Any]) -> torch.optim.Optimiz
             return torch.optim.RMSprop(groups, rate, alpha=squared, momentum=momentum)
 
 
-def plain_run(member: Member, *, regression: bool) -> nn.Module:
+def plain_run(member: Member, chosen: Task) -> nn.Module:
     """A trial's whole training with torch alone, from the same first weights."""
-    chosen, params = task(regression=regression), member.params
+    params = member.params
     network = chosen.build([member]).member(0).train()
     arrays, loss = chosen.arrays, chosen.loss([member])
     stepper = optimizer(network, params)
@@ -95,7 +106,7 @@ def plain_run(member: Member, *, regression: bool) -> nn.Module:
                 group["lr"] = rate
             stepper.zero_grad()
             value = loss(network(arrays.train_x[index])[None], arrays.train_y[index]).sum()
-            penalty = sum(p.abs().sum() for p in network.parameters() if p.dim() == 2)
+            penalty = sum(p.abs().sum() for p in network.parameters() if p.dim() >= 2)
             (value + params["l1"] * penalty).backward()
             nn.utils.clip_grad_norm_(network.parameters(), float(params["clip_norm"]))
             stepper.step()
@@ -133,29 +144,6 @@ def test_stacked_outputs_and_gradients_are_those_of_separate_networks(
             assert_close(stacked.bias.grad[i, :units], norm.bias.grad, FLOAT64)
 
 
-@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw", "rmsprop"])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_updates_are_those_of_torch_optim(name: str, weight_decay: float, momentum: float) -> None:
-    params = PLAIN | {"optimizer": name, "weight_decay": weight_decay, "momentum": momentum}
-    source = torch.Generator().manual_seed(0)
-    layer = nn.Linear(5, 4, bias=False)
-    weight = layer.weight.detach().clone()
-    stepper = optimizer(layer, params)
-    coefficients = Coefficients(
-        params["learning_rate"], momentum, params["squared_decay"], weight_decay
-    )
-    state = torch.zeros(4, 5), torch.zeros(4, 5)
-    for step in range(1, 9):
-        gradient = torch.randn(4, 5, generator=source)
-        layer.weight.grad = gradient.clone()
-        stepper.step()
-        update(
-            name, Row(weight, gradient.clone(), *state, torch.tensor(float(step))), coefficients
-        )
-        assert_close(weight, layer.weight.detach(), FLOAT64)
-
-
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("regression", [False, True])
 def test_a_whole_run_is_that_of_plain_torch(normalization: str, regression: bool) -> None:
@@ -165,7 +153,7 @@ def test_a_whole_run_is_that_of_plain_torch(normalization: str, regression: bool
     cohort = Cohort(members, chosen)
     run(cohort, 3)
     for i, member in enumerate(cohort.members):
-        expected = plain_run(member, regression=regression)
+        expected = plain_run(member, chosen)
         outputs = cohort.network.member(i)(chosen.arrays.valid_x)
         assert_close(outputs, expected(chosen.arrays.valid_x), FLOAT64)
 
@@ -201,6 +189,35 @@ def test_a_trial_goes_on_unchanged_when_mates_leave() -> None:
     run(alone, 1)
     assert cohort.members[0].number == 4
     assert_close(run(cohort, 2)[4], run(alone, 2)[4], FLOAT64)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("rounds_in_an_epoch", [1, 3])
+def test_a_trial_that_joins_later_is_as_it_is_alone(
+    normalization: str, rounds_in_an_epoch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "EXAMPLES_PER_ROUND", 100 // rounds_in_an_epoch + 1)
+    members = varied(K, normalization=normalization, patience=1000, epochs=9)
+    first, second, third = members[:4], members[4:6], members[6:]
+    cohort, curves = Cohort(first, task()), Curves()
+    curves.take(cohort)
+    cohort.join(second)
+    curves.take(cohort)
+    cohort.keep([place for place, m in enumerate(cohort.members) if m.number != 2])
+    cohort.join(third)
+    for _ in range(3):
+        curves.take(cohort)
+    for member in members:
+        alone, expected = Cohort([member], task()), Curves()
+        while len(expected[member.number]) < len(curves[member.number]):
+            expected.take(alone)
+        assert_close(curves[member.number], expected[member.number], FLOAT64)
+        if member in cohort.members:
+            place = cohort.members.index(member)
+            assert cohort.best_value(place) == pytest.approx(alone.best_value(0))
+            if [cohort.done[place]] == alone.done:  # else it is between two evaluations
+                assert_close(cohort.flat.weights[place], alone.flat.weights[0], FLOAT64)
+                assert [cohort.iterations[place]] == alone.iterations
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

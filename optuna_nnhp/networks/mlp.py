@@ -16,7 +16,7 @@ from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
 from optuna_nnhp.hyperparameters.activation import activate
 from optuna_nnhp.hyperparameters.activation import activation_groups
 from optuna_nnhp.hyperparameters.record import Value
-from optuna_nnhp.hyperparameters.regularization import dropout
+from optuna_nnhp.hyperparameters.regularization import dropout_factor
 from optuna_nnhp.hyperparameters.weight_init import initial_weight
 from optuna_nnhp.hyperparameters.width import layer_widths
 from optuna_nnhp.hyperparameters.width import padded_width
@@ -25,6 +25,7 @@ from optuna_nnhp.networks.layers import StackedBatchNorm
 from optuna_nnhp.networks.layers import StackedLayerNorm
 from optuna_nnhp.networks.layers import StackedLinear
 from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.networks.layers import join_members
 from optuna_nnhp.networks.layers import keep_members
 
 Params = Mapping[str, Value]
@@ -174,18 +175,28 @@ class StackedMLP(StackedModule):
             h = linear(h)
             if self.norms:
                 h = self.norms[layer](h)
-            h = activate(h, self.groups)
-            if self.masked:
-                h = h * self.get_buffer(f"mask{layer}")
-            if noise is not None and self.drops:
-                u = noise(h.shape[-2], h.shape[-1])
-                h = dropout(h, u, self.get_buffer("dropout")[:, None, None])
+            h = activate(h, self.groups, self._keep(layer, h, noise))
         return self.linears[-1](h)  # type: ignore[no-any-return]
+
+    def _keep(self, layer: int, h: Tensor, noise: Noise | None) -> Tensor | None:
+        """What a layer's activations are multiplied with, if anything."""
+        mask = self.get_buffer(f"mask{layer}") if self.masked else None
+        if noise is None or not self.drops:
+            return mask
+        u = noise(h.shape[-2], h.shape[-1])
+        factor = dropout_factor(u, self.get_buffer("dropout")[:, None, None])
+        return factor if mask is None else factor.mul_(mask)
 
     def keep(self, members: Tensor) -> None:
         """Go on with some members ``(m,)`` only."""
         keep_members(self, members)
         self.params = [self.params[i] for i in members.tolist()]
+        self._group()
+
+    def join(self, other: StackedMLP) -> None:
+        """Take in the members of another stack with the same signature."""
+        join_members(self, other)
+        self.params = [*self.params, *other.params]
         self._group()
 
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Sequential:

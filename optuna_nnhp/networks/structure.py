@@ -1,0 +1,207 @@
+"""What two networks must have in common to be stacked, found by looking at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import fields
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import partial
+from hashlib import blake2b
+from itertools import chain
+from types import BuiltinFunctionType
+from types import CodeType
+from types import FunctionType
+from types import MethodType
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import nn
+
+# Their rates are stacked, so they are no part of a structure.
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, range, slice, type(...))
+TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+OF_MODULES = ("_parameters", "_buffers", "_modules", "training")  # described on their own
+
+
+class CannotStack(ValueError):
+    """Why a network cannot share a stack with any other; the text is for a log line."""
+
+
+def structure(network: nn.Module) -> str:
+    """What two networks must have in common to be stacked, as a short text.
+
+    That is the names and types of all submodules, whatever numbers, texts, tuples and functions
+    they hold as attributes, and the names, shapes and types of all parameters and buffers. The
+    weights themselves are no part of it, and neither is the rate of a `torch.nn.Dropout`.
+
+    Args:
+        network:
+            Any module.
+
+    Raises:
+        CannotStack: If it holds something that cannot be compared with another network's.
+
+    Example:
+        >>> one, other = nn.Linear(4, 2), nn.Linear(4, 2)
+        >>> structure(one) == structure(other), structure(one) == structure(nn.Linear(4, 3))
+        (True, False)
+    """
+    if isinstance(network, torch.jit.ScriptModule):
+        raise CannotStack(f"{type(network).__name__} is a compiled module")
+    description = [_tensors(network), *_modules(network)]
+    return blake2b(repr(description).encode(), digest_size=12).hexdigest()
+
+
+def _tensors(network: nn.Module) -> list[Any]:
+    """Parameters and buffers; of tied ones the first name."""
+    first: dict[int, str] = {}
+    return [
+        (name, first.setdefault(id(t), name), tuple(t.shape), str(t.dtype), t.requires_grad)
+        for name, t in chain(
+            network.named_parameters(remove_duplicate=False),
+            network.named_buffers(remove_duplicate=False),
+        )
+    ]
+
+
+def _modules(network: nn.Module) -> Iterable[Any]:
+    """Submodules with their attributes; of one that occurs twice the first name."""
+    names: dict[int, str] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if names.setdefault(id(module), name) != name:
+            yield name, names[id(module)]
+            continue
+        if isinstance(module, nn.RNNBase):
+            raise CannotStack(f"{type(module).__name__} holds its weights in a second place too")
+        describe = _Describer(network)
+        yield name, describe.type(type(module))
+        for attribute, value in sorted(vars(module).items()):
+            rate = type(module) in DROPOUTS and attribute == "p"
+            if attribute not in OF_MODULES and not rate:
+                try:
+                    yield attribute, describe(_hooks(attribute, value))
+                except CannotStack as error:
+                    where = f"`{attribute}` of {type(module).__name__}"
+                    raise CannotStack(f"{where} {error}") from error
+
+
+def _hooks(attribute: str, value: Any) -> Any:
+    """A module's hooks without the running numbers that torch gives them."""
+    named = attribute.startswith("_") and "_hooks" in attribute
+    return list(value.values()) if named and isinstance(value, Mapping) else value
+
+
+class _Describer:
+    """Describes values so that equal descriptions mean equal behaviour.
+
+    Args:
+        network:
+            The network they belong to: what refers to its submodules is described by their
+            names.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._names = {id(m): name for name, m in network.named_modules()}
+        self._above: list[int] = []  # what is being described, against circles
+
+    def __call__(self, value: Any) -> Any:
+        """A value as nested tuples of texts."""
+        if isinstance(value, PLAIN) and not isinstance(value, torch.Size):
+            return type(value).__name__, repr(value)
+        if isinstance(value, TORCH):
+            return repr(value)
+        if id(value) in self._above:
+            return "above", len(self._above) - self._above.index(id(value))
+        self._above.append(id(value))
+        try:
+            return self._nested(value)
+        finally:
+            self._above.pop()
+
+    def _nested(self, value: Any) -> Any:
+        match value:
+            case type():
+                return self.type(value)
+            case nn.Module():
+                if id(value) not in self._names:
+                    raise CannotStack("holds a module that is not registered")
+                return "module", self._names[id(value)]
+            case Tensor() | np.ndarray():
+                return self._array(value)
+            case FunctionType():
+                return self._function(value)
+            case MethodType():
+                return self(value.__func__), self(value.__self__)
+            case partial():
+                return self(value.func), self(value.args), self(value.keywords)
+            case BuiltinFunctionType():
+                return value.__module__, value.__qualname__
+        return self._container(value)
+
+    def _container(self, value: Any) -> Any:
+        name = type(value).__qualname__
+        match value:
+            case list() | tuple():
+                return name, [self(item) for item in value]
+            case set() | frozenset():
+                return name, sorted(repr(self(item)) for item in value)
+            case dict():
+                return name, [(self(key), self(item)) for key, item in value.items()]
+            case SimpleNamespace():
+                return name, self(vars(value))
+        if is_dataclass(value):
+            return name, [(f.name, self(getattr(value, f.name))) for f in fields(value)]
+        raise CannotStack(f"is a {name}, which cannot be compared")
+
+    def _array(self, value: Tensor | np.ndarray[Any, Any]) -> Any:
+        if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.requires_grad):
+            raise CannotStack("holds weights that are not registered")
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        if array.dtype == object:
+            raise CannotStack("is an array of objects, which cannot be compared")
+        content = blake2b(np.ascontiguousarray(array).tobytes(), digest_size=12).hexdigest()
+        return type(value).__name__, str(array.dtype), array.shape, content
+
+    def _function(self, value: FunctionType) -> Any:
+        cells = [self._cell(cell) for cell in value.__closure__ or ()]
+        defaults = self(value.__defaults__), self(value.__kwdefaults__)
+        return value.__module__, self._code(value.__code__), defaults, cells
+
+    def _cell(self, cell: Any) -> Any:
+        try:
+            return self(cell.cell_contents)
+        except ValueError as error:
+            if isinstance(error, CannotStack):
+                raise
+            return "empty"  # as a recursive function's before its own definition ends
+
+    def _code(self, code: CodeType) -> Any:
+        constants = [self._code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+        return code.co_name, code.co_code.hex(), code.co_names, constants
+
+    def type(self, kind: type) -> Any:
+        """A class: by its name, and by its content where a call may make another each time."""
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if "<locals>" not in kind.__qualname__:
+            return name
+        inside = [
+            (attribute, self._member(item))
+            for attribute, item in sorted(vars(kind).items())
+            if attribute not in ("__dict__", "__weakref__", "__doc__", "__module__")
+        ]
+        return name, [self(base) for base in kind.__bases__], inside
+
+    def _member(self, item: Any) -> Any:
+        """What a class body holds."""
+        match item:
+            case staticmethod() | classmethod():
+                return self(item.__func__)
+            case property():
+                return self(item.fget), self(item.fset), self(item.fdel)
+        return self(item)
