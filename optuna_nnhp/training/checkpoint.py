@@ -27,7 +27,10 @@ def save_weights(network: nn.Module, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({n: w.cpu().contiguous() for n, w in network.state_dict().items()}, unfinished)
+    # Copies: safetensors refuses weights that share memory, as tied ones do.
+    save_file(
+        {n: w.cpu().clone().contiguous() for n, w in network.state_dict().items()}, unfinished
+    )
     os.replace(unfinished, path)
 
 

@@ -1,56 +1,36 @@
-"""A cohort: many trials trained in lockstep as one stacked network."""
+"""A cohort: many trials trained together as one stacked network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch import nn
 
-from optuna_nnhp import seeds
-from optuna_nnhp.data.splits import batch_order
-from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
 from optuna_nnhp.hyperparameters.epochs import total_iterations
-from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.hyperparameters.loss import Loss
-from optuna_nnhp.hyperparameters.loss import take
-from optuna_nnhp.hyperparameters.optimizer import Coefficients
 from optuna_nnhp.hyperparameters.optimizer import update
-from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.hyperparameters.regularization import EarlyStopping
 from optuna_nnhp.hyperparameters.regularization import add_l1
 from optuna_nnhp.hyperparameters.regularization import clip_gradients
+from optuna_nnhp.hyperparameters.regularization import decay_weights
 from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.networks.layers import subset
+from optuna_nnhp.training.batches import Batches
+from optuna_nnhp.training.knobs import Knobs
+from optuna_nnhp.training.knobs import Member as Member
 from optuna_nnhp.training.machine import keep_freed_memory
 from optuna_nnhp.training.machine import threads_for
 from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.rounds import next_evaluation
 from optuna_nnhp.training.rounds import rounds_per_epoch
 
-SHARED_KNOBS = ("momentum", "squared_decay", "weight_decay")
-EVALUATED_AT_ONCE = 2**22  # numbers of one layer's output in evaluation, to bound memory
+EVALUATED_AT_ONCE = 2**22  # numbers of layers' outputs in evaluation, to bound memory
 
-
-@dataclass(frozen=True)
-class Member:
-    """One trial in a cohort.
-
-    Args:
-        number:
-            The trial's number, by which the caller knows it.
-        seed:
-            Where its first weights come from.
-        params:
-            All its hyperparameters, "off" as 0 (see `hyperparameters.effective`).
-    """
-
-    number: int
-    seed: int
-    params: dict[str, Value]
+STEP_OVERHEAD = 2e6  # operations in the time that a small network's step takes whatever its size
 
 
 @dataclass(frozen=True)
@@ -104,9 +84,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Scores:
-    """What training up to an evaluation brought, in the order of ``cohort.members``.
+    """What training up to an evaluation brought, for each of the members that were evaluated.
 
     Args:
+        places:
+            Who was evaluated, as places in ``cohort.members``.
+        rounds:
+            Rounds that each has done.
         train_loss:
             Mean loss over the batches since the last one, while training.
         validation_loss:
@@ -120,6 +104,8 @@ class Scores:
             while it goes on.
     """
 
+    places: list[int]
+    rounds: list[int]
     train_loss: list[float]
     validation_loss: list[float]
     value: list[float]
@@ -131,8 +117,8 @@ class Cohort:
     """k trials with one signature and one batch size, trained as one network.
 
     A member's course does not depend on its mates: its weights start from its own seed, batch
-    order and noise from the study's seed and the epoch, and nothing is shared across the
-    first axis.
+    order and noise from the study's seed and the member's own rounds, and nothing is shared
+    across the first axis. Members may leave and join between rounds.
 
     Args:
         members:
@@ -143,16 +129,15 @@ class Cohort:
 
     Attributes:
         members: Those still training.
-        round: Rounds done (see `training.rounds`).
-        iterations: Steps of the optimizers done.
+        done: Rounds that each has done (see `training.rounds`).
+        iterations: Steps of the optimizer that each has done.
         stopping: Best values and rounds, per member.
     """
 
     def __init__(self, members: Sequence[Member], task: Task) -> None:
-        self.members = sorted(members, key=lambda m: str(m.params["activation"]))
-        self.task, self.round, self.iterations = task, 0, 0
-        self.network = task.build(self.members)
-        self.loss = task.loss(self.members)
+        self.members, self.task = _sorted(members), task
+        with threads_for(0.0):  # many small decompositions, where weights start orthogonal
+            self.network = task.build(self.members)
         self.flat = FlatParameters(self.network)
         keep_freed_memory()
         self.best_weights = {n: w.clone() for n, w in self.network.state_dict().items()}
@@ -160,15 +145,18 @@ class Cohort:
             [int(m.params["patience"] or 1) for m in self.members],
             [float(m.params["min_improvement"] or 0) for m in self.members],
         )
-        examples = len(task.arrays.train_y)
-        self.batch = min(int(self.members[0].params["batch_size"] or 1), examples)
-        self.per_epoch = iterations_per_epoch(examples, self.batch)
-        self.total = torch.tensor([total_iterations(m.params, examples) for m in self.members])
-        self._batches: tuple[Tensor, ...] = ()
+        size = int(self.members[0].params["batch_size"] or 1)
+        device, k = task.arrays.train_x.device, len(self.members)
+        self.batches = Batches(len(task.arrays.train_y), size, task.rounds, task.seed, device)
+        per_epoch = self.batches.per_round * task.rounds
+        self.total = [total_iterations(m.params, per_epoch) for m in self.members]
+        self.done, self.iterations = [0] * k, [0] * k
+        self.due = [next_evaluation(0, task.rounds)] * k
+        self.loss_sum, self.seen = torch.zeros(k, device=device), torch.zeros(k)
         self._tabulate()
 
     def train_round(self, out_of_time: Callable[[], bool] = lambda: False) -> Scores | None:
-        """Train every member up to the next evaluation, and evaluate.
+        """Train every member up to the next evaluation of any, and evaluate.
 
         Args:
             out_of_time:
@@ -177,143 +165,183 @@ class Cohort:
         Returns:
             The scores, or None if time ran out.
         """
-        with threads_for(6.0 * self.batch * self.flat.weights.numel()):
-            train_loss = self._train(out_of_time)
-            return None if train_loss is None else self._score(train_loss)
+        with threads_for(3 * self._forward * len(self.members)) as before_step:
+            while self._train(out_of_time, before_step):
+                if places := self._due():
+                    return self._score(places)
+        return None
 
-    def _train(self, out_of_time: Callable[[], bool]) -> Tensor | None:
-        """THE loop: every member's steps up to the next evaluation; the mean losses ``(k,)``."""
-        data, rounds = self.task.arrays, self.task.rounds
-        upto, last, end = self.round, self.iterations, int(self.total.max())
-        while last == self.iterations < end:  # batches may be larger than rounds
-            upto = next_evaluation(upto, rounds)
-            last = min(-(-upto * self.per_epoch // rounds), end)
-        rates = self._rates(last - self.iterations)
-        self.network.train()
-        loss_sum, seen = torch.zeros(len(self.members), device=data.train_x.device), 0
-        for rate in rates:
+    def _train(self, out_of_time: Callable[[], bool], before_step: Callable[[], None]) -> bool:
+        """THE loop: every member's steps of one round; whether there was time for it."""
+        data, network = self.task.arrays, self.network.train()
+        left = max(t - i for t, i in zip(self.total, self.iterations, strict=True))
+        batches = self.batches.rows(self.done)[:left]
+        noise = self.batches.noise(self.done)
+        for rows, rates in zip(
+            batches, self.knobs.rates(self.iterations, len(batches), self.total), strict=True
+        ):
             if out_of_time():
-                return None
-            batch = self._next_batch()
-            losses = self.loss(self.network(data.train_x[batch], self._noise), data.train_y[batch])
+                return False
+            before_step()
+            losses = self.loss(network(data.train_x[rows], noise), data.train_y[rows])
             self.flat.backward(losses.sum())
-            self._update(rate)
-            loss_sum += losses.detach() * len(batch)
-            seen += len(batch)
-        self.round = upto
-        return loss_sum / seen
+            self._update(rates)
+            self.loss_sum += losses.detach() * rows.shape[-1]
+            self.seen += rows.shape[-1]
+            self.iterations = [i + 1 for i in self.iterations]
+        self.done = [d + 1 for d in self.done]
+        return True
 
-    def _next_batch(self) -> Tensor:
-        """Rows of the next step ``(batch,)``; every epoch has a new order and new noise."""
-        epoch, place = divmod(self.iterations, self.per_epoch)
-        if place == 0:
-            seed, device = self.task.seed, self.task.arrays.train_x.device
-            order = torch.from_numpy(batch_order(len(self.task.arrays.train_y), seed, epoch))
-            self._batches = order.to(device).split(self.batch)
-            self._source = seeds.generator(seed, seeds.NOISE, epoch, device=device)
-        self.iterations += 1
-        return self._batches[place]
-
-    def _noise(self, batch: int, width: int) -> Tensor:
-        """Uniform numbers for dropout, the same for all members."""
-        return torch.rand(batch, width, generator=self._source, device=self._source.device)
-
-    def keep(self, members: Sequence[int]) -> None:
+    def keep(self, places: Sequence[int]) -> None:
         """Go on with some members only, given by their places in ``self.members``."""
-        index = torch.tensor(members, dtype=torch.long)
-        self.members = [self.members[i] for i in members]
-        self.total = self.total[index]
+        index = torch.tensor(places, dtype=torch.long)
+        for name in PER_MEMBER:
+            setattr(self, name, [getattr(self, name)[i] for i in places])
         self.stopping.keep(index)
-        index = index.to(self.task.arrays.train_x.device)
+        self.seen = self.seen[index]
+        index = index.to(self.loss_sum.device)
+        self.loss_sum = self.loss_sum[index]
         self.network.keep(index)
-        self.loss = take(self.loss, index)
         self.flat.keep(index, self.network)
         self.best_weights = {n: w[index] for n, w in self.best_weights.items()}
         self._tabulate()
 
+    def join(self, members: Sequence[Member]) -> None:
+        """Take in new members with the same signature and batch size, at their beginning.
+
+        They must count their budget in epochs: the steps of a number of iterations may end
+        within a round, where a mate has others still to do.
+        """
+        new = Cohort(members, self.task)
+        for name in PER_MEMBER:
+            setattr(self, name, getattr(self, name) + getattr(new, name))
+        self.stopping.join(new.stopping)
+        self.seen = torch.cat([self.seen, new.seen])
+        self.loss_sum = torch.cat([self.loss_sum, new.loss_sum])
+        self.network.join(new.network)
+        self.flat.join(new.flat, self.network)
+        self.best_weights = {
+            n: torch.cat([w, new.best_weights[n]]) for n, w in self.best_weights.items()
+        }
+        order = {m.number: place for place, m in enumerate(self.members)}
+        self.keep([order[m.number] for m in _sorted(self.members)])
+
     @property
-    def best_values(self) -> list[float]:
-        """Best value of each member so far; infinite, on the bad side, before the first."""
-        best = self.stopping.best if self.task.maximize else -self.stopping.best
-        return best.tolist()
+    def work_of_step(self) -> float:
+        """Operations of a step of all members, about, and what a small step costs beside them."""
+        return len(self.members) * (3 * self._forward + STEP_OVERHEAD)
+
+    @property
+    def _forward(self) -> float:
+        """Operations of one member's forward pass of a batch, about."""
+        return self.batches.size * (self.network.flops or 2.0 * self.flat.weights.shape[1])
+
+    @property
+    def joinable(self) -> bool:
+        """Whether new members may join those that have trained already."""
+        return not any(m.params["iterations"] for m in self.members)
+
+    def best_value(self, place: int) -> float:
+        """Best value of a member so far; infinite, on the bad side, before the first."""
+        best = float(self.stopping.best[place])
+        return best if self.task.maximize else -best
+
+    @property
+    def best(self) -> float:
+        """Best value of all members so far."""
+        best = float(self.stopping.best.max())
+        return best if self.task.maximize else -best
 
     def best_network(self, place: int) -> nn.Module:
         """A member's network as it was at its best round, plain."""
         return self.network.member(place, self.best_weights)
 
     def _tabulate(self) -> None:
-        """Hyperparameters of the step as tensors ``(k,)`` and as numbers."""
-        like = self.flat.weights
+        """What is read of the members' hyperparameters."""
+        self.loss = self.task.loss(self.members)
+        self.knobs = Knobs(self.members, self.flat.weights)
 
-        def column(name: str) -> Tensor:
-            return torch.tensor([float(m.params[name] or 0) for m in self.members]).to(like)
+    @torch.no_grad()
+    def _update(self, rates: Tensor) -> None:
+        """Regularize and clip the gradients, then step each member by its own optimizer."""
+        flat, knobs = self.flat, self.knobs
+        for block in flat.blocks:
+            weights, grads = flat.weights[block], flat.grads[block]
+            matrices = weights[:, : flat.decayed], grads[:, : flat.decayed]
+            if knobs.has_l1:
+                add_l1(*matrices, knobs.l1[block])
+            clip_gradients(grads, knobs.clip_norm[block])
+            decay = knobs.weight_decay[block], knobs.decoupled[block]
+            decay_weights(*matrices, rates[block].to(weights), *decay)
+            for row, name, rate, coefficients in zip(
+                *(flat.rows[block], knobs.optimizers[block]),
+                *(rates[block].tolist(), knobs.coefficients[block]),
+                strict=True,
+            ):
+                update(name, row, rate, coefficients)
 
-        self.l1, self.clip_norm = column("l1"), column("clip_norm")
-        self.coefficients = [
-            Coefficients(0.0, *(float(m.params[name] or 0) for name in SHARED_KNOBS))
-            for m in self.members
+    def _due(self) -> list[int]:
+        """Who is to be evaluated now."""
+        return [
+            place
+            for place, member in enumerate(self.members)
+            if self.done[place] >= self.due[place] or self.iterations[place] >= self.total[place]
         ]
 
-    def _rates(self, steps: int) -> list[list[float]]:
-        """Learning rates of the next steps: for each step, of each member."""
-
-        def column(name: str) -> Tensor:
-            return torch.tensor([float(m.params[name] or 0) for m in self.members])
-
-        rates = learning_rates(
-            column("learning_rate"),
-            [str(m.params["learning_rate_decay"]) for m in self.members],
-            column("warmup"),
-            column("final_fraction"),
-            torch.arange(self.iterations, self.iterations + steps).expand(len(self.members), -1),
-            self.total,
-        )
-        return rates.T.tolist()
-
     @torch.no_grad()
-    def _update(self, rates: list[float]) -> None:
-        """Regularize and clip the gradients, then step each member by its own optimizer."""
-        flat = self.flat
-        if bool((self.l1 > 0).any()):
-            matrices = slice(None, flat.decayed)  # not biases, not normalization
-            add_l1(flat.weights[:, matrices], flat.grads[:, matrices], self.l1[:, None])
-        clip_gradients(flat.grads, self.clip_norm)
-        for i, member in enumerate(self.members):
-            now = replace(self.coefficients[i], rate=rates[i])
-            matrices_row, rest = flat.rows[i]
-            name = str(member.params["optimizer"])
-            update(name, matrices_row, now)
-            update(name, rest, replace(now, weight_decay=0.0))
-
-    @torch.no_grad()
-    def _score(self, train_loss: Tensor) -> Scores:
-        """Evaluate all members, note who is at its best, and say who has ended."""
-        outputs = self._evaluate()
-        validation_loss = self.loss(outputs, self.task.arrays.valid_y)
+    def _score(self, places: list[int]) -> Scores:
+        """Evaluate some members, note who is at its best, and say who has ended."""
+        index = torch.tensor(places)
+        outputs, loss = self._evaluate(index)
+        train_loss = (self.loss_sum.cpu() / self.seen)[index]
+        validation_loss = loss(outputs, self.task.arrays.valid_y)
         value = self.task.metric(outputs).double().cpu()
-        broken = ~(torch.isfinite(train_loss).cpu() & torch.isfinite(value))
+        broken = ~(torch.isfinite(train_loss) & torch.isfinite(value))
         greater = torch.where(broken, torch.nan, value if self.task.maximize else -value)
-        whole_epoch = self.round % self.task.rounds == 0
-        waited_long = self.stopping.update(greater, validation_loss, self.round, whole_epoch)
-        best = (self.stopping.best_round == self.round).nonzero().squeeze(1)
+        waited_long = self.stopping.update(
+            greater, validation_loss, index, self.done, self.task.rounds
+        )
+        best_round = self.stopping.best_round[index].tolist()
+        done = [self.done[place] for place in places]
+        best = [p for p, b, d in zip(places, best_round, done, strict=True) if b == d]
         for name, tensor in self.network.state_dict().items():
             self.best_weights[name][best] = tensor[best]
-        over = self.iterations >= self.total
-        ended = [
-            "diverged" if b else "finished" if o else "early stopping" if w else None
-            for b, o, w in zip(broken.tolist(), over.tolist(), waited_long.tolist(), strict=True)
-        ]
+        for place in places:
+            self.due[place] = next_evaluation(self.done[place], self.task.rounds)
+            self.loss_sum[place] = self.seen[place] = 0
         return Scores(
+            places=places,
+            rounds=done,
             train_loss=train_loss.tolist(),
             validation_loss=validation_loss.tolist(),
             value=value.tolist(),
-            best_round=self.stopping.best_round.tolist(),
-            ended=ended,
+            best_round=best_round,
+            ended=self._endings(places, broken.tolist(), waited_long.tolist()),
         )
 
-    def _evaluate(self) -> Tensor:
-        """Outputs on the validation part: ``(k, m, outputs)``."""
-        self.network.eval()
-        widest = max(p.shape[-1] for p in self.network.parameters())
-        rows = max(1, EVALUATED_AT_ONCE // (len(self.members) * widest))
-        return torch.cat([self.network(x) for x in self.task.arrays.valid_x.split(rows)], dim=1)
+    def _endings(
+        self, places: list[int], broken: list[bool], waited_long: list[bool]
+    ) -> list[str | None]:
+        over = [self.iterations[place] >= self.total[place] for place in places]
+        return [
+            "diverged" if b else "finished" if o else "early stopping" if w else None
+            for b, o, w in zip(broken, over, waited_long, strict=True)
+        ]
+
+    def _evaluate(self, index: Tensor) -> tuple[Tensor, Loss]:
+        """Outputs of some members on the validation part, ``(k, m, outputs)``, and their loss."""
+        network, loss = self.network, self.loss
+        if len(index) < len(self.members):
+            network = subset(network, index.to(self.loss_sum.device))
+            loss = self.task.loss([self.members[i] for i in index.tolist()])
+        network.eval()
+        each = network.numbers or max(p.shape[-1] for p in network.parameters())
+        rows = max(1, EVALUATED_AT_ONCE // (len(index) * each))
+        return torch.cat([network(x) for x in self.task.arrays.valid_x.split(rows)], dim=1), loss
+
+
+PER_MEMBER = ("members", "total", "done", "iterations", "due")  # lists, one entry for each
+
+
+def _sorted(members: Sequence[Member]) -> list[Member]:
+    return sorted(members, key=lambda m: str(m.params.get("activation")))

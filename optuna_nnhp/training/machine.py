@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 import ctypes
 import functools
 import logging
+import math
+from pathlib import Path
 import threading
+import time
 
 import torch
 
@@ -16,54 +20,92 @@ _logger = logging.getLogger(f"optuna.{__name__}")
 # Below this much arithmetic a step is faster on one thread. Two threads on two cores, one of them
 # taken by another process, took 896 us a model-step instead of 53 us (64 networks of 2 x 64
 # units, batch 32): threads wait for each other after every operation. By size and not by
-# measurement, because sums split over threads are rounded differently: the same seed must give
-# the same study.
-FLOPS_FOR_THREADS = 3e8
+# measurement, because sums split over threads are rounded differently, and the same seed should
+# give the same study; but see STALL.
+FLOPS_FOR_THREADS = 1e8
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # more is refused
 NEVER_TRIM = 2**31 - 1
 
 
+# Two threads with another process on one of two cores: a step of 16 networks of 2 x 256 units took
+# 1.5 s instead of 9 ms. Then one thread is better for a while, though it rounds otherwise.
+STALL = 3.0  # times what one thread takes
+STALLED_FOR = 60.0  # seconds
+
+
 @contextmanager
-def threads_for(flops: float) -> Iterator[None]:
-    """Within, torch computes on one thread if a step is small, else on as many as before.
+def threads_for(flops: float) -> Iterator[Callable[[], None]]:
+    """Within, torch computes on one thread if steps are small, else on as many as before.
 
     Args:
         flops:
             Floating-point operations of one step.
 
+    Returns:
+        To be called before every step. Of large steps it has the first computed on one thread,
+        to notice when several threads keep each other waiting.
+
     Example:
-        >>> with threads_for(1e6):
+        >>> with threads_for(1e6) as before_step:
+        ...     before_step()
         ...     torch.get_num_threads()
         1
     """
     _threads.enter()
-    if flops < FLOPS_FOR_THREADS:
+    if flops < FLOPS_FOR_THREADS or _threads.before == 1:
         torch.set_num_threads(1)
     try:
-        yield
+        yield _Watch().before_step if torch.get_num_threads() > 1 else _do_nothing
     finally:
         _threads.leave()
+
+
+def _do_nothing() -> None:
+    pass
+
+
+class _Watch:
+    """Compares steps on several threads with the first one, which has one thread."""
+
+    stalled_until = -math.inf  # of the whole process, seconds
+
+    def __init__(self) -> None:
+        self._steps, self._since, self._single = 0, 0.0, math.inf
+
+    def before_step(self) -> None:
+        now = time.monotonic()
+        if self._steps == 0:
+            torch.set_num_threads(1)
+        elif self._steps == 1:
+            self._single = now - self._since
+            if now > _Watch.stalled_until:
+                torch.set_num_threads(_threads.before)
+        elif now - self._since > STALL * self._single and torch.get_num_threads() > 1:
+            _Watch.stalled_until = now + STALLED_FOR
+            torch.set_num_threads(1)
+            _logger.info("Threads wait for each other, the cores are busy: training on one.")
+        self._steps, self._since = self._steps + 1, now
 
 
 class _Threads:
     """How many threads torch had before the first of several trainings at once."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, 0
+        self._lock, self._inside, self.before = threading.Lock(), 0, 0
 
     def enter(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._before = torch.get_num_threads()
+                self.before = torch.get_num_threads()
             self._inside += 1
 
     def leave(self) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                torch.set_num_threads(self._before)
+                torch.set_num_threads(self.before)
 
 
 _threads = _Threads()
@@ -111,3 +153,21 @@ def to_device(name: str | torch.device | None) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"`device` must be usable here, but {name} is not: {reason}") from error
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device without anybody's loss; 4 GiB where nobody tells.
+
+    Example:
+        >>> free_memory(torch.device("cpu")) > 2**20
+        True
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (kilobytes,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * int(kilobytes)
+    except (OSError, ValueError):
+        _logger.debug("This system does not tell how much memory is free.")
+        return 4 * 2**30

@@ -5,6 +5,7 @@ import platform
 import pytest
 import torch
 
+from optuna_nnhp.training import machine
 from optuna_nnhp.training.machine import FLOPS_FOR_THREADS
 from optuna_nnhp.training.machine import keep_freed_memory
 from optuna_nnhp.training.machine import threads_for
@@ -31,3 +32,33 @@ def test_threads_are_given_back_after_an_error() -> None:
 
 def test_glibc_keeps_freed_memory() -> None:
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_threads_that_wait_for_each_other_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    clock = [0.0]
+    monkeypatch.setattr(machine.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(machine._Watch, "stalled_until", -1.0)
+    torch.set_num_threads(2)
+    try:
+        used = []
+        with threads_for(10 * FLOPS_FOR_THREADS) as before_step:
+            # One thread takes 1 s, two take 0.6 s, then 50 s.
+            for seconds in (1.0, 0.6, 0.6, 50.0, 1.0, 1.0):
+                before_step()
+                used.append(torch.get_num_threads())
+                clock[0] += seconds
+        assert used == [1, 2, 2, 2, 1, 1]
+        with threads_for(10 * FLOPS_FOR_THREADS) as before_step:  # for a while it stays so
+            for _ in range(3):
+                before_step()
+                assert torch.get_num_threads() == 1
+                clock[0] += 1.0
+        clock[0] += machine.STALLED_FOR
+        with threads_for(10 * FLOPS_FOR_THREADS) as before_step:
+            for threads in (1, 2):
+                before_step()
+                assert torch.get_num_threads() == threads
+                clock[0] += 1.0
+    finally:
+        torch.set_num_threads(before)

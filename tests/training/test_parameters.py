@@ -27,9 +27,9 @@ def test_gradients_land_in_the_rows(normalization: str) -> None:
 def test_the_network_sees_what_is_done_to_a_row() -> None:
     stack = task().build(varied(3))
     flat = FlatParameters(stack)
-    matrices, rest = flat.rows[1]
-    matrices.weight.fill_(7.0)
-    rest.weight.fill_(8.0)
+    row = flat.rows[1]
+    row.weight.fill_(8.0)
+    row.weight[: flat.decayed].fill_(7.0)
     for parameter in stack.parameters():
         assert bool((parameter[1] == (7.0 if parameter.dim() == 3 else 8.0)).all())
         assert not bool((parameter[0] == 7.0).any() or (parameter[2] == 8.0).any())
@@ -38,16 +38,33 @@ def test_the_network_sees_what_is_done_to_a_row() -> None:
 def test_members_that_stay_keep_weights_and_state() -> None:
     stack = task().build(varied(3))
     flat = FlatParameters(stack)
-    for i, rows in enumerate(flat.rows):
-        for row in rows:
-            row.first.fill_(float(i))
-            row.second.fill_(10.0 + i)
+    for i, row in enumerate(flat.rows):
+        row.first.fill_(float(i))
+        row.second.fill_(10.0 + i)
+        flat.steps[i] = 20.0 + i
     before = flat.weights.clone()
     index = torch.tensor([2, 0])
     stack.keep(index)
     flat.keep(index, stack)
     assert bool((flat.weights == before[index]).all())
-    assert [float(rows[0].first[0]) for rows in flat.rows] == [2.0, 0.0]
-    assert [float(rows[1].second[0]) for rows in flat.rows] == [12.0, 10.0]
-    flat.rows[0][0].weight.fill_(5.0)
+    assert [float(row.first[0]) for row in flat.rows] == [2.0, 0.0]
+    assert [float(row.second[-1]) for row in flat.rows] == [12.0, 10.0]
+    assert [float(row.lists[-1][0]) for row in flat.rows] == [22.0, 20.0]
+    flat.rows[0].weight.fill_(5.0)
     assert bool((stack.linears[0].weight[0] == 5.0).all())
+
+
+def test_members_that_join_bring_weights_and_state() -> None:
+    first, second = task().build(varied(2)), task().build(varied(1, seed=1))
+    flat, other = FlatParameters(first), FlatParameters(second)
+    flat.rows[1].first.fill_(1.0)
+    other.rows[0].first.fill_(2.0)
+    other.steps.fill_(3.0)
+    expected = torch.cat([flat.weights, other.weights])
+    first.join(second)
+    flat.join(other, first)
+    assert bool((flat.weights == expected).all())
+    assert [float(row.first[0]) for row in flat.rows] == [0.0, 1.0, 2.0]
+    assert flat.steps.tolist() == [0.0, 0.0, 3.0]
+    flat.rows[2].weight.fill_(5.0)
+    assert bool((first.linears[0].weight[2] == 5.0).all())

@@ -46,22 +46,24 @@ def test_long_epochs_are_evaluated_within(nine_rounds: None) -> None:
     for _ in range(4):
         scores = cohort.train_round()
         assert scores is not None
-        seen.append((cohort.round, cohort.iterations))
-    assert seen == [(1, 2), (3, 5), (9, 13), (18, 26)]  # of 13 steps in an epoch
+        seen.append((scores.rounds, cohort.iterations[0]))
+    assert seen == [([1] * 3, 2), ([3] * 3, 6), ([9] * 3, 18), ([18] * 3, 36)]
     assert scores.ended == ["finished"] * 3
 
 
-def test_evaluating_within_an_epoch_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    members = varied(4, epochs=3, batch_size=8, normalization="batch")
-    whole = Cohort(members, task())
-    for _ in range(3):
-        whole.train_round()
-    monkeypatch.setattr(rounds, "EXAMPLES_PER_ROUND", 12)
-    parts = Cohort(members, task())
-    while parts.round < 27:
-        parts.train_round()
-    assert parts.iterations == whole.iterations
-    assert bool((parts.flat.weights == whole.flat.weights).all())
+def test_members_of_other_ages_are_evaluated_when_they_are_due(nine_rounds: None) -> None:
+    older, younger = varied(3, epochs=2, batch_size=8)[:1], varied(3, epochs=2, batch_size=8)[1:]
+    cohort = Cohort(older, task())
+    cohort.train_round()
+    cohort.train_round()
+    cohort.join(younger)
+    seen = []
+    for _ in range(5):
+        scores = cohort.train_round()
+        assert scores is not None
+        numbers = [m.number for m in cohort.members]
+        seen.append({numbers[p]: r for p, r in zip(scores.places, scores.rounds, strict=True)})
+    assert seen == [{1: 1, 2: 1}, {1: 3, 2: 3}, {0: 9}, {1: 9, 2: 9}, {0: 18}]
 
 
 def test_patience_is_counted_in_epochs(nine_rounds: None) -> None:
@@ -73,7 +75,7 @@ def test_patience_is_counted_in_epochs(nine_rounds: None) -> None:
         scores = cohort.train_round()
         assert scores is not None
         ended = scores.ended[0]
-    assert (ended, cohort.round) == ("early stopping", 18)
+    assert (ended, cohort.done) == ("early stopping", [18])
 
 
 def test_a_budget_in_iterations_ends_within_an_epoch(nine_rounds: None) -> None:
@@ -81,17 +83,10 @@ def test_a_budget_in_iterations_ends_within_an_epoch(nine_rounds: None) -> None:
     for _ in range(2):
         scores = cohort.train_round()
     assert scores is not None
-    assert (cohort.iterations, scores.ended) == (4, ["finished", "finished"])
+    assert (cohort.iterations, scores.ended) == ([4, 4], ["finished", "finished"])
 
 
-def test_batches_larger_than_a_round_are_never_evaluated_twice(nine_rounds: None) -> None:
-    cohort = Cohort(varied(2, epochs=2, batch_size=50), task())  # two steps in an epoch
-    seen = []
-    ended: list[str | None] = [None]
-    while ended[0] is None:
-        scores = cohort.train_round()
-        assert scores is not None
-        seen.append((cohort.round, cohort.iterations))
-        ended = scores.ended
-    assert seen == [(1, 1), (9, 2), (18, 4)]
-    assert ended == ["finished", "finished"]
+def test_a_batch_is_at_most_a_round(nine_rounds: None) -> None:
+    cohort = Cohort(varied(2, epochs=2, batch_size=50), task())
+    assert (cohort.batches.size, cohort.batches.per_round) == (11, 1)
+    assert cohort.total == [18, 18]

@@ -1,0 +1,121 @@
+"""Batches and noise: what a trial sees at each step, whoever trains beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator
+from torch import Tensor
+
+from optuna_nnhp import seeds
+from optuna_nnhp.data.splits import batch_order
+from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
+
+
+class Batches:
+    """The rows and the noise of every round of every trial with one batch size.
+
+    Each epoch has a new order of the rows and is cut into rounds of equal length, so that members
+    of different ages come to the end of a round together. Where a round is a part of an epoch, up
+    to ``rounds - 1`` rows of the epoch's order are left out, others in each epoch.
+
+    Args:
+        examples:
+            Rows of the training part.
+        size:
+            Examples in a batch; the last one of a round may be smaller.
+        rounds:
+            Rounds in an epoch.
+        seed:
+            The study's seed.
+        device:
+            Where the rows' numbers and the noise are wanted.
+
+    Attributes:
+        size: Examples in a batch, at most a round's.
+        per_round: Steps of a round.
+
+    Example:
+        >>> batches = Batches(10, size=4, rounds=1, seed=0, device=torch.device("cpu"))
+        >>> [len(rows) for rows in batches.rows([0])]
+        [4, 4, 2]
+        >>> [rows.shape for rows in batches.rows([0, 7, 0])]
+        [torch.Size([3, 4]), torch.Size([3, 4]), torch.Size([3, 2])]
+    """
+
+    def __init__(
+        self, examples: int, size: int, rounds: int, seed: int, device: torch.device
+    ) -> None:
+        self._examples, self._rounds, self._seed, self._device = examples, rounds, seed, device
+        self._length = examples // rounds
+        self.size = min(size, self._length)
+        self.per_round = iterations_per_epoch(self._length, self.size)
+        self._orders: dict[int, Tensor] = {}
+
+    def rows(self, done: Sequence[int]) -> list[Tensor]:
+        """Rows of each step of the next round.
+
+        Args:
+            done:
+                Rounds that each member has done.
+
+        Shape:
+            - Output: for each step ``(batch,)`` if all members are of one age, else
+              ``(k, batch)``.
+        """
+        ages, which = _distinct(done)
+        epochs = {age // self._rounds for age in ages}
+        self._orders = {e: order for e, order in self._orders.items() if e in epochs}
+        rounds = [self._round(age).split(self.size) for age in ages]
+        if len(ages) == 1:
+            return list(rounds[0])
+        return [torch.stack(step)[which] for step in zip(*rounds, strict=True)]
+
+    def noise(self, done: Sequence[int]) -> Noises:
+        """The source of noise for the next round."""
+        ages, which = _distinct(done)
+        sources = [
+            seeds.generator(self._seed, seeds.NOISE, age, device=self._device) for age in ages
+        ]
+        return Noises(sources, which.to(self._device))
+
+    def _round(self, done: int) -> Tensor:
+        epoch, part = divmod(done, self._rounds)
+        if epoch not in self._orders:
+            order = batch_order(self._examples, self._seed, epoch)
+            self._orders[epoch] = torch.from_numpy(order).to(self._device)
+        return self._orders[epoch][part * self._length : (part + 1) * self._length]
+
+
+class Noises:
+    """Uniform numbers for dropout, shared by members of the same age.
+
+    Args:
+        sources:
+            One for each age.
+        which:
+            Each member's age, as a place in ``sources``.
+
+    Shape:
+        - which: ``(k,)``.
+
+    Example:
+        >>> noise = Noises([torch.Generator()], torch.zeros(3, dtype=torch.long))
+        >>> noise(4, 2).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, sources: Sequence[Generator], which: Tensor) -> None:
+        self._sources, self._which = sources, which
+
+    def __call__(self, batch: int, width: int) -> Tensor:
+        """Numbers for one layer: ``(batch, width)``, or ``(k, batch, width)``."""
+        drawn = [torch.rand(batch, width, generator=s, device=s.device) for s in self._sources]
+        return drawn[0] if len(drawn) == 1 else torch.stack(drawn)[self._which]
+
+
+def _distinct(done: Sequence[int]) -> tuple[list[int], Tensor]:
+    """The ages there are, and the place of each member's own among them."""
+    ages = sorted(set(done))
+    return ages, torch.tensor([ages.index(age) for age in done])

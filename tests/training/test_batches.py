@@ -1,0 +1,62 @@
+"""What members see depends on their own age only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optuna_nnhp.data.splits import batch_order
+from optuna_nnhp.training.batches import Batches
+
+CPU = torch.device("cpu")
+
+
+def batches(examples: int = 100, size: int = 16, rounds: int = 1) -> Batches:
+    return Batches(examples, size, rounds, seed=3, device=CPU)
+
+
+def test_an_epoch_is_its_order_in_batches() -> None:
+    for epoch in (0, 5):
+        rows = torch.cat(batches().rows([epoch]))
+        assert rows.tolist() == batch_order(100, 3, epoch).tolist()
+
+
+@pytest.mark.parametrize("rounds", [3, 9])
+def test_rounds_are_equal_parts_of_an_epoch(rounds: int) -> None:
+    some = batches(rounds=rounds)
+    parts = [torch.cat(some.rows([done])) for done in range(rounds)]
+    assert {len(part) for part in parts} == {100 // rounds}
+    order = batch_order(100, 3, 0).tolist()
+    assert torch.cat(parts).tolist() == order[: rounds * (100 // rounds)]
+    assert {len(some.rows([done])) for done in range(3 * rounds)} == {some.per_round}
+
+
+def test_members_of_any_age_see_what_they_see_alone() -> None:
+    some, ages = batches(rounds=3), [4, 0, 4, 11]
+    together = some.rows(ages)
+    for i, age in enumerate(ages):
+        for step, rows in zip(together, batches(rounds=3).rows([age]), strict=True):
+            assert step[i].tolist() == rows.tolist()
+
+
+def test_noise_is_that_of_the_age() -> None:
+    together = batches().noise([2, 0, 2])
+    first, second = together(16, 8), together(16, 4)
+    assert first.shape == (3, 16, 8)
+    for i, age in enumerate([2, 0, 2]):
+        alone = batches().noise([age])
+        assert torch.equal(first[i], alone(16, 8))
+        assert torch.equal(second[i], alone(16, 4))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_of_one_age_everything_is_shared() -> None:
+    assert batches().rows([7, 7])[0].shape == (16,)
+    assert batches().noise([7, 7])(16, 8).shape == (16, 8)
+
+
+def test_many_epochs_are_not_all_remembered() -> None:
+    some = batches()
+    for epoch in range(100):
+        some.rows([epoch])
+    assert len(some._orders) < 10
