@@ -43,7 +43,10 @@ class CohortHalvingPruner(BasePruner):
         Li et al. 2020 (ASHA, arXiv:1810.05934), without its promotion of paused trials.
     """
 
-    def __init__(self, *, eta: int = 3, first_rung: int = 1) -> None:
+    # Half, not a third: on the digits, 40 s, two seeds, both came to about the same trials per
+    # second, and with a half to 0.9944 on the validation part after 11 and 33 s, with a third
+    # after 34 s and not at all: first epochs tell little.
+    def __init__(self, *, eta: int = 2, first_rung: int = 1) -> None:
         if eta < 2:
             raise ValueError(f"`eta` must be at least 2, but got {eta}.")
         if first_rung < 1:

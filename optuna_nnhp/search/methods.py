@@ -10,12 +10,12 @@ from optuna.samplers import BaseSampler
 from optuna.samplers import GPSampler
 from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
 
 from optuna_nnhp.messages import unknown
+from optuna_nnhp.search.history import HistorySampler
 
 METHODS: dict[str, Callable[[int | None], BaseSampler]] = {
-    "bayes": lambda seed: TPESampler(seed=seed),
+    "bayes": lambda seed: HistorySampler(seed=seed),
     "bayes-gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
     "random": lambda seed: RandomSampler(seed=seed),
     "quasi-random": lambda seed: _sobol(seed),
@@ -33,8 +33,8 @@ def make_sampler(method: str, seed: int | None) -> BaseSampler:
 
     Args:
         method:
-            ``"bayes"`` (Optuna's TPE), ``"bayes-gp"`` (its Gaussian process), ``"random"`` or
-            ``"quasi-random"`` (scrambled Sobol points).
+            ``"bayes"`` (Optuna's TPE, of a bounded number of trials), ``"bayes-gp"`` (its
+            Gaussian process), ``"random"`` or ``"quasi-random"`` (scrambled Sobol points).
         seed:
             Seed of the sampler.
 
@@ -43,7 +43,7 @@ def make_sampler(method: str, seed: int | None) -> BaseSampler:
 
     Example:
         >>> type(make_sampler("bayes", seed=0)).__name__
-        'TPESampler'
+        'HistorySampler'
     """
     if method not in METHODS:
         raise unknown("a method", method, METHODS)

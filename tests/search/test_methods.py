@@ -7,10 +7,10 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import GPSampler
 from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
 import pytest
 
 from optuna_nnhp.hyperparameters.catalogue import choose
+from optuna_nnhp.search.history import HistorySampler
 from optuna_nnhp.search.methods import METHODS
 from optuna_nnhp.search.methods import make_sampler
 
@@ -29,7 +29,7 @@ def proposals(method: str, seed: int, space: dict[str, BaseDistribution]) -> lis
 @pytest.mark.parametrize(
     "method, kind",
     [
-        ("bayes", TPESampler),
+        ("bayes", HistorySampler),
         ("bayes-gp", GPSampler),
         ("random", RandomSampler),
         ("quasi-random", QMCSampler),
