@@ -67,7 +67,8 @@ def enqueue_grid(study: Study, sampler: GridSampler, defaults: Mapping[str, Valu
 
 def points_left(study: Study) -> int:
     """How many trials of the grid wait to be started."""
-    return len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    return sum("fixed_params" in trial.system_attrs for trial in waiting)
 
 
 def _point(trial: FrozenTrial) -> dict[str, Any]:

@@ -17,6 +17,14 @@ from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 
 
+class TrialError(RuntimeError):
+    """A trial cannot be trained as it is proposed; other trials can.
+
+    The text is the last line of what went wrong. `Problem.signature`, `Problem.cohort_size` and
+    `Problem.cohort` may raise it.
+    """
+
+
 class Problem(Protocol):
     """A template with its data: what is tuned, on what, and how trials are trained.
 

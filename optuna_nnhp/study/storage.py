@@ -21,6 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import TrialState
 
+from optuna_nnhp.study.deferred import DeferredStorage
 from optuna_nnhp.version import __version__
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None
     Returns:
         The folder, or None when the study lives in memory only.
     """
+    if isinstance(storage, DeferredStorage):
+        storage = storage.backend
     if isinstance(storage, optuna.storages.InMemoryStorage):
         return None
     if given is None:
@@ -123,7 +126,7 @@ def open_study(
         problem:
             What is tuned.
         storage:
-            Where the study is kept.
+            Where the study is kept; it is written behind, see `DeferredStorage`.
         study_name:
             Its name; the problem's default name if None.
         sampler:
@@ -134,6 +137,8 @@ def open_study(
     Raises:
         ValueError: If the storage holds another study under this name.
     """
+    if not isinstance(storage, DeferredStorage):
+        storage = DeferredStorage(storage, mark=_mark)
     study = optuna.create_study(
         study_name=study_name or problem.name,
         storage=storage,
@@ -163,6 +168,20 @@ def open_study(
     return study
 
 
+def read_directly(study: optuna.Study) -> optuna.Study:
+    """The same study without what is kept in memory: whoever reads it reads what there is."""
+    storage = study._storage
+    if not isinstance(storage, DeferredStorage):
+        return study
+    storage.flush()
+    return optuna.load_study(
+        study_name=study.study_name,
+        storage=storage.backend,
+        sampler=study.sampler,
+        pruner=study.pruner,
+    )
+
+
 def worker_name() -> str:
     """Who this process is, on all machines.
 
@@ -171,6 +190,11 @@ def worker_name() -> str:
         True
     """
     return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _mark() -> dict[str, str]:
+    """What every trial of this process carries from its start."""
+    return {WORKER: worker_name()}
 
 
 def _check_same(study: optuna.Study, problem: Problem) -> None:

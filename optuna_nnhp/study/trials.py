@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
@@ -57,6 +58,8 @@ class RunningTrial:
             The same trial as the cohort knows it.
         maximize:
             Whether a greater metric is better.
+        signature:
+            What it must have in common with others to be stacked with them.
         train_loss:
             One number per evaluation.
         validation_loss:
@@ -76,6 +79,7 @@ class RunningTrial:
     trial: Trial
     member: Member
     maximize: bool
+    signature: Hashable = None
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     values: dict[int, float] = field(default_factory=dict)
@@ -84,12 +88,17 @@ class RunningTrial:
     started: float = field(default_factory=time.monotonic)
     told: bool = False
 
-    def take(self, scores: Scores, place: int, done: int) -> None:
-        """Note one evaluation, from the trial's place in the cohort and its rounds done."""
-        self.train_loss.append(scores.train_loss[place])
-        self.validation_loss.append(scores.validation_loss[place])
-        self.values[done] = scores.value[place]
-        self.best_round = scores.best_round[place]
+    def take(self, scores: Scores, i: int) -> None:
+        """Note one evaluation: the trial is the i-th of those that were evaluated."""
+        self.train_loss.append(scores.train_loss[i])
+        self.validation_loss.append(scores.validation_loss[i])
+        self.values[scores.rounds[i]] = scores.value[i]
+        self.best_round = scores.best_round[i]
+
+    @property
+    def last_round(self) -> int:
+        """Round of the last evaluation, 0 before the first."""
+        return max(self.values, default=0)
 
     @property
     def best(self) -> float | None:
@@ -113,7 +122,7 @@ class RunningTrial:
         attributes: dict[str, Any] = {
             "train_loss": self.train_loss,
             "validation_loss": self.validation_loss,
-            "epochs": epochs(max(self.values, default=0), rounds),
+            "epochs": epochs(self.last_round, rounds),
             "iterations": iterations,
             "seconds": round(time.monotonic() - self.started, 3),
             "weights": problem.count_weights(self.member),
@@ -130,3 +139,9 @@ class RunningTrial:
         self.report()
         study.tell(self.trial, self.best if state == TrialState.COMPLETE else None, state)
         self.told = True
+
+    def fail(self, study: Study, problem: Problem, cause: str) -> None:
+        """End the trial as FAIL, unless it has ended."""
+        if not self.told:
+            self.describe(problem, 0, cause)
+            self.tell(study, TrialState.FAIL)

@@ -21,7 +21,9 @@ import pytest
 from optuna_nnhp import CohortHalvingPruner
 from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.study import scheduler
+from optuna_nnhp.templates import DNN
 from optuna_nnhp.training.cohort import Cohort
+from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import SHAPE
 from tests.tiny import TINY
 from tests.tiny import causes
@@ -180,7 +182,7 @@ def test_halving_is_the_default_and_judges_the_whole_cohort() -> None:
     result = tune(*numbers(), pruner=None, n_trials=9, cohort_size=9, method="random")
     at_first = {t.number: t.intermediate_values[1] for t in trials(result)}
     gone = {t.number for t in trials(result) if t.user_attrs["epochs"] == 1}
-    assert len(gone) == 6  # nine trials, one of three goes on
+    assert len(gone) == 4  # of nine trials the better half goes on
     assert min(at_first[n] for n in gone) >= max(at_first[n] for n in at_first.keys() - gone)
 
 
@@ -192,7 +194,7 @@ def test_halving_remembers_earlier_calls() -> None:
     later = trials(tune(*numbers(), **wishes, n_trials=12))[6:]
     for trial in later:
         if trial.user_attrs["epochs"] > 1:
-            assert trial.intermediate_values[1] <= best[3]  # among the best 4 of 12
+            assert trial.intermediate_values[1] <= best[5]  # among the best 6 of 12
 
 
 @pytest.mark.parametrize("cohort_size", [1, 2, 5])
@@ -256,10 +258,10 @@ def test_an_error_in_a_callback_leaves_nothing_running(error: type[BaseException
 
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(error, match="of the user"):
-        tune(callbacks=[broken], storage=storage, cohort_size=3)
+        tune(callbacks=[broken], storage=storage, cohort_size=3, **DIFFERENT_LENGTHS)
     left = storage.get_all_trials(storage.get_all_studies()[0]._study_id)
-    assert sorted(t.state.name for t in left) == ["COMPLETE", "FAIL", "FAIL"]
-    assert len(trials(tune(storage=storage, n_trials=6))) == 6
+    assert {t.state.name for t in left} == {"COMPLETE", "FAIL"}
+    assert len(trials(tune(storage=storage, n_trials=6, **DIFFERENT_LENGTHS))) == 6
 
 
 def test_an_error_of_the_sampler_leaves_nothing_running() -> None:
@@ -273,7 +275,9 @@ def test_an_error_of_the_sampler_leaves_nothing_running() -> None:
     with pytest.raises(ZeroDivisionError, match="of the sampler"):
         tune(sampler=Broken(seed=0), storage=storage, n_trials=6, cohort_size=6)
     left = storage.get_all_trials(storage.get_all_studies()[0]._study_id)
-    assert [t.state for t in left] == [TrialState.FAIL] * 4
+    # Those that were created along with them wait for the next call.
+    assert {t.state for t in left[:4]} == {TrialState.FAIL}
+    assert {t.state for t in left[4:]} <= {TrialState.WAITING}
 
 
 def big(**options: Any) -> Any:
@@ -357,7 +361,7 @@ def test_only_the_first_round_counts_as_such(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(scheduler.Scheduler, "run", run)
     tune(pruner=optuna.pruners.NopPruner(), n_trials=4, cohort_size=4)
     assert clock[0] > 1
-    assert seen[0].first_round == 1
+    assert seen[0].admission.first_round == 1
 
 
 def test_the_study_keeps_its_grid_sampler() -> None:
@@ -372,3 +376,81 @@ def test_only_a_study_with_nothing_to_do_says_so(log: pytest.LogCaptureFixture) 
     assert "nothing to do" not in log.text
     tune(storage=storage, n_trials=2)
     assert "The study has its 2 trials already: nothing to do." in log.text
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
+    """Every time that members join a cohort: the rounds that its own have done, and how many."""
+    seen: list[tuple[list[int], int]] = []
+    join = Cohort.join
+
+    def spy(cohort: Cohort, members: Any) -> None:
+        seen.append((list(cohort.done), len(members)))
+        join(cohort, members)
+
+    monkeypatch.setattr(Cohort, "join", spy)
+    return seen
+
+
+def test_free_slots_are_refilled_beside_older_members(joins: list[tuple[list[int], int]]) -> None:
+    result = tune(cohort_size=4, n_trials=40, **DIFFERENT_LENGTHS)
+    assert states(result) == [TrialState.COMPLETE] * 40
+    later = [(done, new) for done, new in joins if max(done) > 0]
+    assert later
+    assert all(len(done) + new <= 4 for done, new in later)
+    for trial in trials(result):
+        assert trial.user_attrs["epochs"] == trial.params["epochs"]
+    assert 0.5 < result.study.user_attrs["timing"]["occupancy"] <= 1
+
+
+def test_trials_that_join_later_are_trained_as_alone() -> None:
+    wishes: dict[str, Any] = {"n_trials": 12, **DIFFERENT_LENGTHS}
+    result = tune(cohort_size=4, **wishes)
+    problem = DNN(*classes(), space=wishes["space"], fixed=wishes["fixed"], device="cpu")
+    for trial in trials(result):
+        alone = problem.cohort([problem.member(trial.number, trial.params)])
+        values = []
+        for _ in range(trial.params["epochs"]):
+            scores = alone.train_round()
+            assert scores is not None
+            values += scores.value
+        assert_close(list(trial.intermediate_values.values()), values, FLOAT32)
+
+
+def test_a_budget_in_iterations_is_not_joined(joins: list[tuple[list[int], int]]) -> None:
+    fixed = {name: value for name, value in TINY.items() if name != "epochs"}
+    result = tune(cohort_size=4, n_trials=12, fixed=fixed | {"iterations": 5})
+    assert {trial.user_attrs["iterations"] for trial in trials(result)} == {5}
+    assert all(max(done) == 0 for done, _ in joins)
+
+
+def test_leaders_of_other_shapes_have_their_turn() -> None:
+    space = {"hidden_layers": IntDistribution(1, 4)}
+    fixed = {name: value for name, value in TINY.items() if name != "hidden_layers"}
+    result = tune(space=space, fixed=fixed, cohort_size=2, n_trials=40, method="random")
+    assert len({trial.params["hidden_layers"] for trial in trials(result)}) > 2
+
+
+def test_where_the_time_went_is_noted() -> None:
+    timing = tune().study.user_attrs["timing"]
+    assert timing.keys() == {"seconds", "occupancy", "training", "asking", "bookkeeping"}
+    assert sum(timing[name] for name in ("training", "asking", "bookkeeping")) <= 1
+
+
+def test_a_trial_that_somebody_else_ends_stops_nobody(log: pytest.LogCaptureFixture) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    ended: list[int] = []
+
+    def interfere(study: optuna.Study, trial: FrozenTrial) -> None:
+        other = optuna.load_study(study_name=study.study_name, storage=storage)
+        running = other.get_trials(states=(TrialState.RUNNING,))
+        if not ended and running:
+            ended.append(running[0].number)
+            other.tell(ended[0], state=TrialState.FAIL)
+
+    result = tune(
+        storage=storage, n_trials=12, cohort_size=4, callbacks=[interfere], **DIFFERENT_LENGTHS
+    )
+    assert [t.number for t in trials(result) if t.state == TrialState.FAIL] == ended
+    assert states(result).count(TrialState.COMPLETE) == 11
+    assert f"Trial {ended[0]} was ended by another process." in log.text

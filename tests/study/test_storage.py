@@ -26,6 +26,7 @@ from optuna_nnhp.study.storage import without_password
 from optuna_nnhp.study.storage import worker_name
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.cohort import Cohort
+from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
 from tests.tiny import SHAPE
 from tests.tiny import TINY
@@ -51,7 +52,7 @@ def epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = Cohort.train_round
 
     def counted(cohort: Cohort, *args: Any) -> Any:
-        trained.append(cohort.round)
+        trained.append(cohort.done[0])
         return original(cohort, *args)
 
     monkeypatch.setattr(Cohort, "train_round", counted)
@@ -235,21 +236,22 @@ def test_another_direction(folder: Path) -> None:
 
 KILLED = """
 import os, signal
-from tests.tiny import numbers, tune
+from optuna.distributions import IntDistribution
+from tests.tiny import TINY, numbers, tune
 
 def kill(study, trial):
-    if trial.number == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 tune(*numbers(), storage="s.journal", n_trials=8, cohort_size=4, callbacks=[kill],
-     method="random", space=None)
+     method="random", space={"epochs": IntDistribution(1, 9)},
+     fixed={n: v for n, v in TINY.items() if n != "epochs"})
 """
 
 
 def test_what_a_killed_process_left_running_is_failed(
     folder: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    # Members are told in the order of their optimizers: some end before trial 1, some do not.
+    # Killed after the first ends; trials of more epochs still run.
     done = subprocess.run(
         [sys.executable, "-c", KILLED], env=ENVIRONMENT, check=False, timeout=100
     )
@@ -262,7 +264,7 @@ def test_what_a_killed_process_left_running_is_failed(
     assert running and finished
     assert running | finished.keys() == {0, 1, 2, 3}
 
-    result = tune(X, Y, storage="s.journal", n_trials=8, method="random")
+    result = tune(X, Y, storage="s.journal", n_trials=8, **DIFFERENT_LENGTHS)
     for number in running:
         assert states(result)[number] == TrialState.FAIL
         assert causes(result)[number] == "killed"

@@ -34,9 +34,11 @@ def running(maximize: bool) -> tuple[optuna.Study, RunningTrial]:
     return study, RunningTrial(study.ask(), Member(0, 0, {}), maximize)
 
 
-def scores(value: float, best_round: int) -> Scores:
-    """Those of a cohort of two; the trial is the second."""
-    return Scores([9.0, 0.1], [9.0, 0.2], [9.0, value], [9, best_round], [None, None])
+def scores(value: float, done: int, best_round: int) -> Scores:
+    """Those of two members of a cohort; the trial is the second."""
+    losses = {"train_loss": [9.0, 0.1], "validation_loss": [9.0, 0.2]}
+    rounds = {"rounds": [9, done], "best_round": [9, best_round]}
+    return Scores(places=[3, 5], value=[9.0, value], ended=[None, None], **losses, **rounds)
 
 
 def test_suggested_values_have_the_distributions_of_the_space() -> None:
@@ -57,7 +59,7 @@ def test_an_unknown_distribution() -> None:
 def test_curves(maximize: bool) -> None:
     study, trial = running(maximize)
     for done, value, best_round in [(1, 0.5, 1), (3, math.nan, 1), (9, 0.7, 9)]:
-        trial.take(scores(value, best_round), place=1, done=done)
+        trial.take(scores(value, done, best_round), 1)
     assert trial.train_loss == [0.1] * 3
     assert trial.validation_loss == [0.2] * 3
     trial.report()
@@ -69,7 +71,7 @@ def test_curves(maximize: bool) -> None:
 
 def test_a_trial_without_a_value_is_pruned() -> None:
     study, trial = running(maximize=True)
-    trial.take(scores(math.nan, 0), place=1, done=1)
+    trial.take(scores(math.nan, 1, 0), 1)
     trial.tell(study, TrialState.PRUNED)
     assert study.trials[0].state == TrialState.PRUNED
     assert study.trials[0].intermediate_values == {}
@@ -78,7 +80,7 @@ def test_a_trial_without_a_value_is_pruned() -> None:
 @pytest.mark.parametrize(("best_round", "best"), [(0, None), (1, 0.5)])
 def test_there_is_no_best_before_the_first_value(best_round: int, best: float | None) -> None:
     _, trial = running(maximize=True)
-    trial.take(scores(0.5, best_round), place=1, done=1)
+    trial.take(scores(0.5, 1, best_round), 1)
     assert trial.best == best
 
 
@@ -107,8 +109,8 @@ def test_attributes() -> None:
     study, trial = running(maximize=True)
     trial.describe(problem, 0, "killed")
     assert "best_value" not in study.trials[0].user_attrs
-    trial.take(scores(0.5, 1), place=1, done=1)
-    trial.take(scores(0.4, 1), place=1, done=3)
+    trial.take(scores(0.5, 1, 1), 1)
+    trial.take(scores(0.4, 3, 1), 1)
     trial.describe(problem, iterations=12, cause="finished")
     attributes = study.trials[0].user_attrs
     assert attributes.pop("seconds") >= 0

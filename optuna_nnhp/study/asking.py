@@ -1,0 +1,136 @@
+"""Asking Optuna for trials: leaders, followers that can be stacked with one, points of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field
+
+import optuna
+from optuna import Study
+from optuna.samplers import BruteForceSampler
+from optuna.samplers import GridSampler
+from optuna.samplers import PartialFixedSampler
+from optuna.samplers import QMCSampler
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from optuna_nnhp.search.follower import FollowerSampler
+from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.grid import enqueue_grid
+from optuna_nnhp.study.grid import points_left
+from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.study.trials import suggest
+from optuna_nnhp.training.cohort import Member
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+# These decide every value themselves: trials are grouped as they come.
+PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
+CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
+
+
+@dataclass
+class Asker:
+    """Asks a study for trials.
+
+    Args:
+        study:
+            The opened study.
+        problem:
+            What is tuned.
+        budget:
+            How long.
+        storage:
+            The study's storage.
+
+    Attributes:
+        is_grid: Whether the points of a grid are enqueued.
+        finished: Number of trials that have ended.
+        running: Trials that were asked here and have not ended, by number.
+    """
+
+    study: Study
+    problem: Problem
+    budget: Budget
+    storage: DeferredStorage
+    is_grid: bool = False
+    finished: int = 0
+    running: dict[int, RunningTrial] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Enqueue what comes first: the defaults in a new study, the points of a grid."""
+        defaults, sampler = self.problem.defaults(), self.study.sampler
+        if isinstance(sampler, GridSampler):
+            enqueue_grid(self.study, sampler, defaults)
+            self.is_grid, self.study.sampler = True, RandomSampler()
+        elif not self.study.get_trials(deepcopy=False):
+            self.study.enqueue_trial(defaults)
+
+    @property
+    def plans(self) -> bool:
+        """Whether the sampler fixes every value, so that there are no followers."""
+        return self.is_grid or isinstance(self.study.sampler, PLANNERS)
+
+    def left(self) -> int | None:
+        """Trials still to start, those of other workers counted; a grid ends by itself."""
+        self.storage.refresh()
+        trials = self.study.get_trials(deepcopy=False)
+        self.finished = sum(t.state.is_finished() and not _never_trained(t) for t in trials)
+        running = sum(t.state == TrialState.RUNNING for t in trials)
+        left = self.budget.left(self.finished + running)
+        if self.is_grid:
+            rest = points_left(self.study)
+            return rest if left is None else min(left, rest)
+        return left
+
+    def ask(self, count: int, leader: Member | None = None) -> list[RunningTrial]:
+        """Ask for trials, fewer if the time is over.
+
+        Args:
+            count:
+                How many.
+            leader:
+                A trial that they must be able to join; None if they are free.
+
+        Returns:
+            Those that can be trained.
+        """
+        sampler, trials = self.study.sampler, list[RunningTrial]()
+        if leader is not None:
+            self.study.sampler = FollowerSampler(sampler, self.problem.pin(leader))
+        try:
+            with self.storage.reserved(count):
+                for _ in range(count):
+                    if trials and self.budget.out_of_time():
+                        break
+                    trials += self._ask_one()
+        finally:
+            self.study.sampler = sampler
+            self.running |= {running.member.number: running for running in trials}
+        return trials
+
+    def _ask_one(self) -> list[RunningTrial]:
+        """One trial, or none if its network cannot be built; then it has failed already."""
+        trial = self.study.ask()
+        try:
+            member = self.problem.member(trial.number, suggest(trial, self.problem.space))
+            signature = self.problem.signature(member)
+        except BaseException as error:
+            trial.set_user_attr("cause", "error")
+            trial.set_user_attr("error", str(error))
+            self.study.tell(trial, state=TrialState.FAIL)
+            if isinstance(error, TrialError):
+                _logger.warning(f"Trial {trial.number} failed: {error}")
+                return []
+            raise
+        return [RunningTrial(trial, member, self.problem.maximize, signature)]
+
+
+def _never_trained(trial: FrozenTrial) -> bool:
+    """Whether a trial failed through no fault of its own, and so does not count."""
+    cause = trial.user_attrs.get("cause")
+    return trial.state == TrialState.FAIL and cause in ("killed", *CUT_SHORT)

@@ -1,0 +1,140 @@
+"""How many trials to train at once: measured once for each kind of network on each machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import hashlib
+from itertools import pairwise
+import json
+import os
+from pathlib import Path
+import tempfile
+import time
+from typing import NamedTuple
+
+import optuna
+import torch
+
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+STEPS = 3  # measured of each size
+GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
+FACTOR = 4  # from one size that is tried to the next
+LONG = 0.1  # seconds: a stack whose step is expected to take longer is not tried
+
+_known: dict[str, Pace] = {}
+
+
+class Pace(NamedTuple):
+    """What was measured of one kind of network.
+
+    Args:
+        size:
+            The smallest number of trials whose stack is about as fast, per trial, as larger ones.
+        round:
+            Seconds that a trial's round takes in it.
+    """
+
+    size: int
+    round: float
+
+
+def measured_pace(problem: Problem, leader: Member, most: int) -> Pace:
+    """How many trials like one to train at once, and how fast they are then.
+
+    Measured once and remembered, in a file beside the user's other caches, so that the same seed
+    gives the same study on one machine.
+
+    Args:
+        problem:
+            What is tuned.
+        leader:
+            One of the trials.
+        most:
+            Trials that memory allows.
+    """
+    parts = [torch.__version__, torch.get_num_threads(), problem.signature(leader)]
+    parts += [problem.description["fingerprint"], str(getattr(problem, "device", "cpu"))]
+    key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+    if key not in _known:
+        _known.update(_read())
+    if key not in _known:
+        _known[key] = _measure(lambda k: problem.cohort(_copies(leader, k)), most)
+        _write({**_read(), key: _known[key]})
+    return _known[key]._replace(size=min(most, _known[key].size))
+
+
+def _copies(leader: Member, k: int) -> list[Member]:
+    """Trials like one, with a budget that lasts for the measurement."""
+    params = leader.params | {"epochs": 1 + STEPS, "iterations": 0}
+    return [Member(number=i, seed=i, params=params) for i in range(k)]
+
+
+def _measure(make: Callable[[int], Cohort], most: int) -> Pace:
+    """Try ever larger stacks, as long as it pays."""
+    cohort = make(1)
+    best, fastest, k = 1, seconds_per_step(cohort), 1
+    while k < most and fastest * min(FACTOR * k, most) < LONG:
+        k = min(FACTOR * k, most)
+        each = seconds_per_step(make(k)) / k
+        if each * GAIN > fastest:
+            break
+        best, fastest = k, each
+    _logger.debug(f"Cohorts of {best}: {1e6 * fastest:.0f} us a network and step.")
+    return Pace(best, fastest * cohort.batches.per_round)
+
+
+def seconds_per_step(cohort: Cohort) -> float:
+    """Seconds of a cohort's fastest step of some; it is trained by them."""
+    steps: list[float] = []
+    while len(steps) < STEPS:
+        times: list[float] = []
+
+        def enough() -> bool:
+            times.append(time.perf_counter())  # noqa: B023
+            is_long = len(times) > 1 and times[-1] - times[-2] > LONG  # noqa: B023
+            return is_long or len(times) + len(steps) > STEPS + 1  # noqa: B023
+
+        cohort.train_round(enough)
+        if len(times) == 1:  # a round of one step
+            times.append(time.perf_counter())
+        steps += [after - before for before, after in pairwise(times)]
+        if max(steps) > LONG:
+            break
+    return min(steps)
+
+
+def _file() -> Path:
+    """Where measurements are kept; an OSError where there is no home."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache or Path.home() / ".cache") / "optuna_nnhp" / "cohort_sizes.json"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def _read() -> dict[str, Pace]:
+    try:
+        known = json.loads(_file().read_text())
+        return {str(key): Pace(int(size), float(t)) for key, (size, t) in known.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        _logger.debug(f"The measured cohort sizes could not be read: {error}")
+        return {}
+
+
+def _write(sizes: dict[str, Pace]) -> None:
+    """Write all, as one act; without a place to write they are measured again next time."""
+    try:
+        path = _file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(sizes, file)
+        Path(file.name).replace(path)
+    except OSError as error:
+        _logger.debug(f"The measured cohort sizes could not be kept: {error}")

@@ -1,0 +1,112 @@
+"""How many trials make a cohort: measured, and remembered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from optuna_nnhp.study import sizes
+from optuna_nnhp.study.sizes import Pace
+from optuna_nnhp.study.sizes import measured_pace
+from optuna_nnhp.study.sizes import seconds_per_step
+from optuna_nnhp.templates import DNN
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+from tests.tiny import TINY
+from tests.tiny import numbers
+
+
+@pytest.fixture
+def problem() -> DNN:
+    return DNN(*numbers(), fixed=TINY)
+
+
+@pytest.fixture
+def leader(problem: DNN) -> Member:
+    return problem.member(0, problem.defaults())
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Nothing is known yet; the file of what is."""
+    monkeypatch.setattr(sizes, "_known", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "optuna_nnhp" / "cohort_sizes.json"
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, step: dict[int, float]) -> list[int]:
+    """Steps take this long, by the number of members; what is tried is noted."""
+    tried: list[int] = []
+
+    def fake(cohort: Cohort) -> float:
+        tried.append(len(cohort.members))
+        return step[len(cohort.members)]
+
+    monkeypatch.setattr(sizes, "seconds_per_step", fake)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("step", "most", "size", "each", "tried"),
+    [
+        ({1: 1e-3, 4: 1e-3, 16: 1e-3, 20: 1e-3}, 20, 20, 5e-5, [1, 4, 16, 20]),
+        ({1: 1e-3, 4: 1e-3, 16: 3.9e-3}, 20, 4, 2.5e-4, [1, 4, 16]),  # no faster any more
+        ({1: 1e-3, 4: 4.1e-3}, 20, 1, 1e-3, [1, 4]),  # a stack is slower
+        ({1: 5e-2}, 20, 1, 5e-2, [1]),  # slow networks gain nothing, and cost time to try
+        ({1: 1e-3}, 1, 1, 1e-3, [1]),
+    ],
+)
+def test_the_smallest_stack_that_is_about_the_fastest(
+    problem: DNN,
+    leader: Member,
+    step: dict[int, float],
+    most: int,
+    size: int,
+    each: float,
+    tried: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted = pretend(monkeypatch, step)
+    pace = measured_pace(problem, leader, most)
+    assert noted == tried
+    assert pace.size == size
+    assert pace.round == pytest.approx(2 * each)  # 64 rows, batches of 32
+
+
+def test_it_is_measured_once_also_by_the_next_process(
+    problem: DNN, leader: Member, forgotten: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = pretend(monkeypatch, {1: 1e-3, 4: 1e-3})
+    first = measured_pace(problem, leader, 4)
+    monkeypatch.setattr(sizes, "_known", {})
+    assert measured_pace(problem, leader, 4) == first == Pace(4, pytest.approx(5e-4))
+    assert tried == [1, 4]
+    assert forgotten.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', '{"a": [1, "x"]}'])
+def test_a_damaged_file_is_measured_anew(
+    problem: DNN, leader: Member, forgotten: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten.parent.mkdir()
+    forgotten.write_text(text)
+    pretend(monkeypatch, {1: 1e-3, 2: 1e-3})
+    assert measured_pace(problem, leader, 2).size == 2
+    monkeypatch.setattr(sizes, "_known", {})
+    assert measured_pace(problem, leader, 2).size == 2
+
+
+def test_without_a_place_for_the_file(
+    problem: DNN, leader: Member, forgotten: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten.parent.write_text("a file where the folder should be")
+    pretend(monkeypatch, {1: 1e-3, 2: 1e-3})
+    assert measured_pace(problem, leader, 2).size == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 64])
+def test_steps_are_timed(batch_size: int) -> None:
+    problem = DNN(*numbers(), fixed=TINY | {"batch_size": batch_size})
+    cohort = problem.cohort(sizes._copies(problem.member(0, problem.defaults()), 3))
+    assert 0 < seconds_per_step(cohort) < 10
