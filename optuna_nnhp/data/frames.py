@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence
+from collections.abc import Sized
 from difflib import get_close_matches
 import os
 from pathlib import Path
@@ -220,7 +221,7 @@ def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
     return series.reset_index(drop=True).infer_objects()
 
 
-def check_lengths(X: pd.DataFrame, y: pd.Series[Any], names: Sequence[str] = ("X", "y")) -> None:
+def check_lengths(X: Sized, y: Sized, names: Sequence[str] = ("X", "y")) -> None:
     """Checks that there is one label for each row.
 
     Args:

@@ -8,9 +8,12 @@ from hashlib import blake2b
 import json
 import logging
 from typing import Any
+from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+import pandas as pd
 
 from optuna_nnhp.data.columns import check_finite
 from optuna_nnhp.data.columns import check_values
@@ -18,7 +21,6 @@ from optuna_nnhp.data.frames import as_frame
 from optuna_nnhp.data.frames import as_target
 from optuna_nnhp.data.frames import check_lengths
 from optuna_nnhp.data.frames import match_columns
-from optuna_nnhp.data.preprocessor import Preprocessor
 from optuna_nnhp.data.preprocessor import learn
 from optuna_nnhp.data.splits import is_pair
 from optuna_nnhp.data.splits import split
@@ -26,24 +28,41 @@ from optuna_nnhp.data.target import Target
 from optuna_nnhp.data.target import check_target
 from optuna_nnhp.data.target import resolve_task
 
+Codes: TypeAlias = NDArray[np.int64 | np.float32]
+
 logger = logging.getLogger(f"optuna.{__name__}")
+
+
+class Inputs(Protocol):
+    """What stands between a user's data and the arrays that a network takes."""
+
+    def transform(self, X: Any, name: str = "X") -> NDArray[Any]:
+        """Arrays of any rows, **shape** (rows, ...)."""
+
+    def describe(self) -> str:
+        """A few words for a person."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON."""
 
 
 @dataclass(frozen=True, eq=False)
 class TabularData:
-    """A table ready for training.
+    """A table, or an array of examples, ready for training.
 
     Args:
         train_X:
-            Features, float32, **shape** (training rows, features), without NaN.
+            Features, float32, **shape** (training rows, features), without NaN; of an array
+            whatever an example is, float32 or int64, **shape** (training rows, ...).
         train_y:
             Class codes (int64) or standardized numbers (float32), **shape** (training rows,).
         valid_X:
-            Features, float32, **shape** (validation rows, features).
+            As ``train_X``, **shape** (validation rows, ...).
         valid_y:
             As ``train_y``, **shape** (validation rows,).
         preprocessor:
-            Gives further rows their features; learnt from the training part.
+            Gives further rows their features; learnt from the training part. For an array it
+            only checks them.
         target:
             Gives predictions their labels or unit; learnt from the training part.
         fingerprint:
@@ -55,11 +74,11 @@ class TabularData:
         ((8, 3), (2, 3), [0, 1])
     """
 
-    train_X: NDArray[np.float32]
+    train_X: NDArray[Any]
     train_y: NDArray[np.int64 | np.float32]
-    valid_X: NDArray[np.float32]
+    valid_X: NDArray[Any]
     valid_y: NDArray[np.int64 | np.float32]
-    preprocessor: Preprocessor
+    preprocessor: Inputs
     target: Target
     fingerprint: str
 
@@ -125,16 +144,46 @@ def prepare(
         check_finite(valid, "X_val")
         check_target(valid_labels, "y_val")
     # Labels before features: unknown ones stop here, before the costly part.
-    target = Target.fit(train_labels, found)
-    train_y = target.encode(train_labels)
-    valid_y = target.encode(valid_labels, "y_val" if pair else "y")
-    if task is None:
-        logger.info(f"The task told from y: {target.describe()}; `task=` overrides it.")
+    target, train_y, valid_y = encode(train_labels, valid_labels, found, validation, task)
     preprocessor = learn(train)
     train_X = preprocessor.transform(train)
     valid_X = preprocessor.transform(valid, "X_val" if pair else "X")
     mark = fingerprint([train_X, train_y, valid_X, valid_y], target)
     return TabularData(train_X, train_y, valid_X, valid_y, preprocessor, target, mark)
+
+
+def encode(
+    train: pd.Series[Any], valid: pd.Series[Any], found: str, validation: object, task: str | None
+) -> tuple[Target, Codes, Codes]:
+    """Labels of both parts as a network wants them.
+
+    Args:
+        train:
+            Labels to learn the coding from, **shape** (training rows,).
+        valid:
+            The others, **shape** (validation rows,).
+        found:
+            The task.
+        validation:
+            As the user gave it, for the words of an error.
+        task:
+            As the user gave it: where it is None, a log line says what was found.
+
+    Raises:
+        ValueError:
+            If the validation part has labels that the training part has not.
+
+    Example:
+        >>> train, valid = as_target(["no", "no", "yes"]), as_target(["yes"])
+        >>> target, train_y, valid_y = encode(train, valid, "binary", 0.2, "binary")
+        >>> train_y.tolist(), valid_y.tolist()
+        ([0, 0, 1], [1])
+    """
+    target = Target.fit(train, found)
+    codes = target.encode(train), target.encode(valid, "y_val" if is_pair(validation) else "y")
+    if task is None:
+        logger.info(f"The task told from y: {target.describe()}; `task=` overrides it.")
+    return target, *codes
 
 
 def fingerprint(arrays: Sequence[NDArray[Any]], target: Target) -> str:

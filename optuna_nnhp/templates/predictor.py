@@ -1,7 +1,8 @@
-"""A trained network together with everything between a table and its answers."""
+"""A trained network together with everything between a user's data and its answers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 import json
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from optuna_nnhp.data.frames import as_frame
+from optuna_nnhp import seeds
+from optuna_nnhp.data.arrays import KIND
+from optuna_nnhp.data.arrays import ArrayInputs
 from optuna_nnhp.data.frames import as_target
 from optuna_nnhp.data.frames import check_lengths
 from optuna_nnhp.data.preprocessor import Preprocessor
+from optuna_nnhp.data.tabular import Inputs
 from optuna_nnhp.data.target import Target
 from optuna_nnhp.data.target import check_target
 from optuna_nnhp.hyperparameters.catalogue import records
@@ -29,21 +33,23 @@ from optuna_nnhp.training.metrics import METRICS
 from optuna_nnhp.training.metrics import Metric
 from optuna_nnhp.version import __version__
 
+NUMBERS_AT_ONCE = 2**22  # of one batch's inputs, and at most so many rows:
 ROWS_AT_ONCE = 65536
+Build = Callable[[Mapping[str, Any]], nn.Module]
 WEIGHTS, RECORD = "model.safetensors", "model.json"
 FORMAT = 1
 SHAPE = ("hidden_layers", "width", "width_shape", "activation", "normalization")
 
 
 @dataclass(frozen=True)
-class TabularPredictor:
-    """Predicts from tables: preprocessing, network, and the way back to labels or units.
+class Predictor:
+    """Predicts from tables or arrays: preprocessing, network, the way back to labels or units.
 
     Args:
         model:
             The network, a plain `nn.Module` from features to logits or standardized numbers.
         preprocessor:
-            From tables to features, fitted on the training part.
+            From tables to features, fitted on the training part; an array's is only checked.
         target:
             From outputs to labels or units.
         metric:
@@ -54,18 +60,22 @@ class TabularPredictor:
             Hyperparameters as proposed, of what was tuned.
         best_value:
             Metric on the validation part.
+        builder:
+            Name of the function that made the network, if it was the user's own.
 
     Shape:
-        - model: ``(rows, features)`` to ``(rows, classes)`` or ``(rows, 1)``.
+        - model: ``(rows, features)`` to ``(rows, classes)`` or ``(rows, 1)``; an own network
+          from ``(rows, ...)``, and to ``(rows,)`` too.
     """
 
     model: nn.Module
-    preprocessor: Preprocessor
+    preprocessor: Inputs
     target: Target
     metric: Metric | None
     params: dict[str, Any]
     best_params: dict[str, Any]
     best_value: float
+    builder: str | None = None
 
     @property
     def classes(self) -> list[Any]:
@@ -77,10 +87,11 @@ class TabularPredictor:
 
         Args:
             X:
-                A table with the columns of the training table.
+                A table with the columns of the training table, or an array like the training
+                array.
 
         Shape:
-            - X: ``(rows, columns)``; output: ``(rows,)``.
+            - X: ``(rows, columns)`` or ``(rows, ...)``; output: ``(rows,)``.
         """
         outputs = self._outputs(X)
         if self.target.task == "regression":
@@ -91,7 +102,7 @@ class TabularPredictor:
         """Predicted probability of each class.
 
         Shape:
-            - X: ``(rows, columns)``; output: ``(rows, classes)``, in the order of `classes`.
+            - X: as for `predict`; output: ``(rows, classes)``, in the order of `classes`.
 
         Raises:
             ValueError: If the task is a regression.
@@ -107,16 +118,17 @@ class TabularPredictor:
         """The study's metric on other data.
 
         Shape:
-            - X: ``(rows, columns)``; y: ``(rows,)``, labels or numbers.
+            - X: as for `predict`; y: ``(rows,)``, labels or numbers.
         """
         if self.metric is None:
             raise ValueError(
                 "`score` must have a metric, but a function of the user's is not saved."
             )
-        frame, labels = as_frame(X), as_target(y)
-        check_lengths(frame, labels)
+        features, labels = self.preprocessor.transform(X), as_target(y)
+        check_lengths(features, labels)
         check_target(labels)
-        outputs, truth = self._outputs(frame)[None], torch.as_tensor(self.target.encode(labels))
+        truth = torch.as_tensor(self.target.encode(labels))
+        outputs = self._answers(features)[None]
         return float(self.metric.compute(*to_units(self.target, outputs, truth)))
 
     def save(self, folder: str | Path) -> Path:
@@ -129,7 +141,8 @@ class TabularPredictor:
         save_weights(self.model, folder / WEIGHTS)
         record = {
             "format": FORMAT,
-            "template": "dnn",
+            "template": "own" if self.builder else "dnn",
+            "builder": self.builder,
             "version": __version__,
             "metric": self.metric.name if self.metric and self._metric_is_ours() else None,
             "params": {n: None if v == math.inf else v for n, v in self.params.items()},
@@ -148,17 +161,29 @@ class TabularPredictor:
 
     def _outputs(self, X: Any) -> Tensor:
         """Outputs of the network, on the CPU: ``(rows, classes)`` or ``(rows, 1)``."""
-        features = torch.from_numpy(self.preprocessor.transform(X))
+        return self._answers(self.preprocessor.transform(X))
+
+    def _answers(self, features: NDArray[Any]) -> Tensor:
+        each = max(1, features[0].size)
+        rows = min(ROWS_AT_ONCE, max(1, NUMBERS_AT_ONCE // each))
         with torch.no_grad():
-            return torch.cat([self.model(rows) for rows in features.split(ROWS_AT_ONCE)])
+            parts = [self.model(part) for part in torch.from_numpy(features).split(rows)]
+        outputs = torch.cat(parts)
+        return outputs[:, None] if outputs.dim() == 1 else outputs
 
 
-def load(folder: str | Path) -> TabularPredictor:
-    """Read what `TabularPredictor.save` wrote; nothing in the files is executed.
+def load(folder: str | Path, network: Build | None = None) -> Predictor:
+    """Read what `Predictor.save` wrote; nothing in the files is executed.
+
+    Args:
+        folder:
+            Where it was saved.
+        network:
+            The function that made the network, if that was your own.
 
     Raises:
         FileNotFoundError: If the folder or one of its two files is not there.
-        ValueError: If a file is damaged, or from a newer version.
+        ValueError: If a file is damaged, or from a newer version, or ``network`` is missing.
     """
     folder = Path(folder)
     for name in (RECORD, WEIGHTS):
@@ -168,20 +193,46 @@ def load(folder: str | Path) -> TabularPredictor:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise ValueError(f"its format must be {FORMAT}, but is {record['format']}")
-        preprocessor = Preprocessor.from_json(record["preprocessor"])
-        target = Target.from_json(record["target"])
-        params: Mapping[str, Any] = record["params"]
-        for name in SHAPE:
-            records(target.task)[name].check(params[name])
-        inputs = len(preprocessor.feature_names)
-        model = build_mlp(params, inputs, max(1, len(target.classes)))
+        target, state = Target.from_json(record["target"]), record["preprocessor"]
+        preprocessor: Inputs = _inputs(state)
+        known, builder = records(target.task), record.get("builder")
+        params = dict(record["params"])
+        params |= {n: math.inf for n in known if params.get(n, 0) is None}  # JSON has no infinity
+        if builder is None:
+            model = _perceptron(params, preprocessor, target)
         best = {"best_params": record["best_params"], "best_value": record["best_value"]}
         metric = METRICS.get(record["metric"])
     except (KeyError, TypeError, ValueError) as error:
         text = f"{RECORD} must be one that `save` wrote, but cannot be read: {error}"
         raise ValueError(text) from error
+    if builder is not None:
+        model = _own(network, builder, params)
     load_weights(model, folder / WEIGHTS)
-    return TabularPredictor(model, preprocessor, target, metric, dict(params), **best)
+    return Predictor(model, preprocessor, target, metric, params, **best, builder=builder)
+
+
+def _inputs(state: Mapping[str, Any]) -> Inputs:
+    if "kind" in state and state["kind"] == KIND:
+        return ArrayInputs.from_json(state)
+    return Preprocessor.from_json(state)
+
+
+def _perceptron(params: Mapping[str, Any], preprocessor: Inputs, target: Target) -> nn.Module:
+    for name in SHAPE:
+        records(target.task)[name].check(params[name])
+    assert isinstance(preprocessor, Preprocessor)
+    inputs = len(preprocessor.feature_names)
+    return build_mlp(params, inputs, max(1, len(target.classes)))
+
+
+def _own(network: Build | None, builder: str, params: Mapping[str, Any]) -> nn.Module:
+    if network is None:
+        raise ValueError(
+            f"This model was made by the function {builder!r}, which is not saved: "
+            f"`load(folder, network={builder})`."
+        )
+    with seeds.as_global(seeds.generator(0)):
+        return network(params)
 
 
 def to_units(target: Target, outputs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

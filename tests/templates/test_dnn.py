@@ -12,12 +12,14 @@ import torch
 
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.templates import DNN
-from optuna_nnhp.templates.dnn import COHORT_BYTES
-from optuna_nnhp.templates.dnn import LARGEST_COHORT
+from optuna_nnhp.templates import common
+from optuna_nnhp.templates.common import LARGEST_COHORT
 from tests.tiny import classes
 from tests.tiny import numbers
 
 STATIC = ("hidden_layers", "normalization", "batch_size")
+
+GIB = 2**30
 
 
 def params_of(problem: DNN, **changed: Any) -> dict[str, Any]:
@@ -119,12 +121,15 @@ def test_a_pinned_proposal_can_join_its_leader(width: int, distribution: Any) ->
         (20_000, {"width": 16}, LARGEST_COHORT, LARGEST_COHORT),
     ],
 )
-def test_cohort_size(rows: int, changed: dict[str, Any], low: int, high: int) -> None:
+def test_cohort_size(
+    rows: int, changed: dict[str, Any], low: int, high: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "free_memory", lambda device: 2 * GIB)
     problem = DNN(*numbers(rows))
     leader = problem.member(0, params_of(problem, **changed))
     assert low <= problem.cohort_size(leader) <= high
     weights = problem.count_weights(leader)
-    assert problem.cohort_size(leader) * weights * 4 * 5 < COHORT_BYTES
+    assert problem.cohort_size(leader) * weights * 4 * 5 < GIB
 
 
 @pytest.mark.parametrize("make", [classes, numbers])
@@ -158,7 +163,7 @@ def test_standardized_numbers_come_back_in_their_unit() -> None:
     cohort = problem.cohort([member])
     for _ in range(30):
         cohort.train_round()
-    predictor = problem.predictor(cohort.best_network(0), member, {}, cohort.best_values[0])
+    predictor = problem.predictor(cohort.best_network(0), member, {}, cohort.best_value(0))
     error = np.sqrt(np.mean((predictor.predict(X) - y) ** 2))
     assert error < 0.3 * y.std()
     assert predictor.score(X, y) == pytest.approx(error)

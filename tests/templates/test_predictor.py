@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from optuna_nnhp import load
-from optuna_nnhp.templates import TabularPredictor
+from optuna_nnhp.templates import Predictor
 from tests.tiny import Array
 from tests.tiny import classes
 from tests.tiny import numbers
@@ -171,7 +171,7 @@ def test_weights_of_another_network(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def predictor(saved: Path) -> TabularPredictor:
+def predictor(saved: Path) -> Predictor:
     return load(saved)
 
 
@@ -185,9 +185,7 @@ def predictor(saved: Path) -> TabularPredictor:
         (pd.DataFrame({"x0": [1.0]}), "must have the columns of the training data, but lacks"),
     ],
 )
-def test_tables_that_cannot_be_predicted(
-    X: Any, message: str, predictor: TabularPredictor
-) -> None:
+def test_tables_that_cannot_be_predicted(X: Any, message: str, predictor: Predictor) -> None:
     with pytest.raises(ValueError, match=message):
         predictor.predict(X)
 
@@ -200,7 +198,7 @@ def test_tables_that_cannot_be_predicted(
         (["up", None], "must have no missing values"),
     ],
 )
-def test_labels_that_cannot_be_scored(y: Any, message: str, predictor: TabularPredictor) -> None:
+def test_labels_that_cannot_be_scored(y: Any, message: str, predictor: Predictor) -> None:
     with pytest.raises(ValueError, match=message):
         predictor.score(np.zeros((2, 3)), y)
 

@@ -1,0 +1,174 @@
+"""Arrays of any number of dimensions, used as they are: images, tokens, signals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import pandas as pd
+
+from optuna_nnhp.data.frames import as_target
+from optuna_nnhp.data.frames import check_lengths
+from optuna_nnhp.data.splits import is_pair
+from optuna_nnhp.data.splits import split
+from optuna_nnhp.data.tabular import TabularData
+from optuna_nnhp.data.tabular import encode
+from optuna_nnhp.data.tabular import fingerprint
+from optuna_nnhp.data.target import check_target
+from optuna_nnhp.data.target import resolve_task
+
+KIND = "array"  # in JSON, where a table's preprocessing has another form
+
+
+@dataclass(frozen=True)
+class ArrayInputs:
+    """What arrays must look like; the counterpart of a table's `Preprocessor`.
+
+    Args:
+        shape:
+            Of one example.
+        dtype:
+            ``"float32"``, or ``"int64"`` for whole numbers such as tokens.
+
+    Example:
+        >>> inputs = ArrayInputs((8, 8), "float32")
+        >>> inputs.transform(np.zeros((3, 8, 8))).dtype
+        dtype('float32')
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, X: Any) -> ArrayInputs:
+        """What the examples of an array look like.
+
+        Raises:
+            ValueError:
+                If it holds anything but numbers, or there are none.
+        """
+        array = _as_array(X, "X")
+        dtype = "int64" if array.dtype.kind in "iu" else "float32"
+        return cls(array.shape[1:], dtype)
+
+    def transform(self, X: Any, name: str = "X") -> NDArray[Any]:
+        """An array in the type that a network takes.
+
+        Args:
+            X:
+                NumPy array or tensor, **shape** (examples, *shape).
+            name:
+                What the errors call it.
+
+        Raises:
+            ValueError:
+                If it has another shape or kind of numbers, or they are not finite.
+        """
+        array = _as_array(X, name)
+        if array.shape[1:] != self.shape:
+            wanted = ", ".join(["examples", *map(str, self.shape)])
+            raise ValueError(f"{name} must have shape ({wanted}), but has {array.shape}.")
+        if self.dtype == "int64" and array.dtype.kind not in "iu":
+            raise ValueError(f"{name} must hold whole numbers, but holds {array.dtype}.")
+        with np.errstate(over="ignore"):
+            typed = np.ascontiguousarray(array, dtype=self.dtype)
+        wild = ~np.isfinite(typed).reshape(len(typed), -1).all(1)
+        if wild.any():
+            raise ValueError(
+                f"{name} must be finite and within float32's range, but {wild.sum():,} examples "
+                f"are not, the first is number {wild.argmax():,}."
+            )
+        return typed
+
+    def describe(self) -> str:
+        """A few words for a person.
+
+        Example:
+            >>> ArrayInputs((1, 8, 8), "float32").describe()
+            'each of shape (1, 8, 8), float32'
+        """
+        return f"each of shape {self.shape}, {self.dtype}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON.
+
+        Example:
+            >>> ArrayInputs((8,), "int64").to_json()
+            {'kind': 'array', 'shape': [8], 'dtype': 'int64'}
+        """
+        return {"kind": KIND, "shape": list(self.shape), "dtype": self.dtype}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> ArrayInputs:
+        """Restores what ``to_json`` gave.
+
+        Args:
+            state:
+                That dict.
+        """
+        return cls(tuple(state["shape"]), str(np.dtype(state["dtype"])))
+
+
+def prepare_arrays(
+    X: Any,
+    y: Any,
+    *,
+    task: str | None = None,
+    validation: float | Sequence[Any] = 0.2,
+    seed: int = 0,
+) -> TabularData:
+    """Checks and splits arrays; the counterpart of `prepare` for what is no table.
+
+    Args:
+        X:
+            NumPy array or tensor of numbers, **shape** (examples, ...). Fractions become float32
+            and whole numbers int64; nothing is standardized.
+        y:
+            Labels or numbers, **shape** (examples,) or (examples, 1).
+        task:
+            As in `prepare`.
+        validation:
+            The fraction of examples to validate on, or (X_val, y_val).
+        seed:
+            Decides which examples those are.
+
+    Raises:
+        ValueError:
+            If the array or the labels cannot be used; the line says why.
+
+    Example:
+        >>> data = prepare_arrays(np.zeros((10, 1, 8, 8)), ["no", "yes"] * 5)
+        >>> data.train_X.shape, data.valid_X.shape
+        ((8, 1, 8, 8), (2, 1, 8, 8))
+    """
+    inputs = ArrayInputs.of(X)
+    array, labels = inputs.transform(X), as_target(y)
+    check_lengths(array, labels)
+    check_target(labels)
+    found, rows = resolve_task(labels, task), pd.DataFrame({"row": np.arange(len(array))})
+    if is_pair(validation):
+        X_val, y_val = validation  # type: ignore[misc]
+        train_X, valid_X = array, inputs.transform(X_val, "X_val")
+        train_labels, valid_labels = labels, as_target(y_val, "y_val")
+        check_lengths(valid_X, valid_labels, ("X_val", "y_val"))
+        check_target(valid_labels, "y_val")
+    else:
+        train, train_labels, valid, valid_labels = split(rows, labels, validation, found, seed)
+        train_X, valid_X = array[train["row"].to_numpy()], array[valid["row"].to_numpy()]
+    target, train_y, valid_y = encode(train_labels, valid_labels, found, validation, task)
+    mark = fingerprint([train_X, train_y, valid_X, valid_y], target)
+    return TabularData(train_X, train_y, valid_X, valid_y, inputs, target, mark)
+
+
+def _as_array(X: Any, name: str) -> NDArray[Any]:
+    """An array of numbers with at least one example."""
+    array = np.asarray(X.detach().cpu().numpy() if hasattr(X, "detach") else X)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must be an array of numbers, but holds {array.dtype}.")
+    if array.ndim == 0 or array.size == 0:
+        raise ValueError(f"{name} must have at least one example, but has shape {array.shape}.")
+    return array

@@ -1,0 +1,332 @@
+"""The template for networks of one's own: any function from parameters to a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
+import math
+import traceback
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from optuna_nnhp import seeds
+from optuna_nnhp.data.arrays import prepare_arrays
+from optuna_nnhp.data.tabular import TabularData
+from optuna_nnhp.data.tabular import prepare
+from optuna_nnhp.hyperparameters.catalogue import effective
+from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.messages import unknown
+from optuna_nnhp.networks.examine import Examination
+from optuna_nnhp.networks.examine import Examiner
+from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.templates.common import Supervised
+from optuna_nnhp.templates.common import cohort_size
+from optuna_nnhp.templates.common import judged_by
+from optuna_nnhp.templates.common import read
+from optuna_nnhp.templates.own_space import Parameters
+from optuna_nnhp.templates.own_space import defaults_of
+from optuna_nnhp.templates.own_space import ends
+from optuna_nnhp.templates.own_space import own_space
+from optuna_nnhp.templates.predictor import Build
+from optuna_nnhp.training.cohort import Member
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+# Tuned only if the user's function reads them: what they do is up to it.
+STRUCTURAL = (
+    *("weight_init", "hidden_layers", "width", "width_shape", "activation"),
+    *("normalization", "dropout"),
+)
+
+
+class _Missing(ValueError):
+    """A parameter that the user's function reads, and that is nowhere."""
+
+
+class OwnNetwork(Supervised):
+    """Networks made by the user's own function, on arrays or tables.
+
+    The function gets all parameters of a trial, the catalogue's included, and returns a plain
+    `nn.Module`. Trials whose networks have one structure (see `networks.structure`) are trained
+    as one stack; a network that cannot be stacked trains alone, and a log line says why.
+
+    Args:
+        network:
+            From parameters, a mapping, to a module. Its first weights are those it has then;
+            torch's global random numbers follow from the study's seed and the trial's number.
+        X:
+            A numpy array or tensor of any number of dimensions, used as it is (float32, or int64
+            where it holds whole numbers): standardize images yourself. Or a table, that is a
+            pandas frame or the path of a CSV file: gaps are filled, categories encoded and
+            numbers standardized, as for the DNN template.
+        y:
+            What to predict; with a CSV file, give ``target`` instead.
+        target:
+            Column of the CSV file that is to be predicted.
+        task:
+            As for `DNN`.
+        validation:
+            As for `DNN`.
+        metric:
+            As for `DNN`.
+        direction:
+            As for `DNN`.
+        space:
+            Distributions of the user's own parameters, and those that replace the catalogue's.
+            The catalogue's hyperparameters of training are always there; those of structure
+            (`STRUCTURAL`) only if ``network`` reads them.
+        fixed:
+            Values that are not tuned, of the user's parameters or the catalogue's.
+        seed:
+            Seed of the split, of batch order, noise and first weights.
+        device:
+            Where to train; CUDA if there is any, else the CPU, if None.
+
+    Shape:
+        - X: ``(rows, ...)``; y: ``(rows,)``.
+        - Input of the module: ``(batch, ...)``; output: logits ``(batch, classes)``, or
+          standardized numbers ``(batch, 1)`` or ``(batch,)``.
+
+    Raises:
+        ValueError: If anything in the data or the wishes makes no sense, or the default
+            configuration's network does not fit the data.
+        Exception: Whatever ``network`` raises for the default configuration.
+
+    Example:
+        >>> def network(params):
+        ...     width = params["units"]
+        ...     return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+        >>> from optuna.distributions import IntDistribution
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> problem = OwnNetwork(
+        ...     network, X, X[:, 0] > 0, space={"units": IntDistribution(4, 64, log=True)}
+        ... )
+        >>> problem.defaults()["units"], "dropout" in problem.space, "l1" in problem.space
+        (16, False, True)
+    """
+
+    def __init__(
+        self,
+        network: Build,
+        X: Any = None,
+        y: Any = None,
+        *,
+        target: str | None = None,
+        task: str | None = None,
+        validation: float | tuple[Any, Any] = 0.2,
+        metric: str | Callable[[Any, Any], float] | None = None,
+        direction: str | None = None,
+        space: Mapping[str, BaseDistribution] | None = None,
+        fixed: Mapping[str, Value] | None = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if isinstance(network, nn.Module) or not callable(network):
+            kind = type(network).__name__
+            raise ValueError(f"`network` must be a function that makes a module, but got {kind}.")
+        self.seed = seeds.check_seed(seed)
+        data = _prepared(X, y, target, task=task, validation=validation, seed=seed)
+        judge = judged_by(metric, direction, data.target)
+        self._function = network
+        self.builder = str(getattr(network, "__qualname__", type(network).__qualname__))
+        self._example = torch.from_numpy(data.train_X[:2])
+        self._own, chosen = own_space(data.target.task, space, fixed)
+        self._background = {n: h.default for n, h in records(data.target.task).items()}
+        self._known: dict[Hashable, Examination] = {}
+        self.target, self._reads = data.target, set[str]()
+        chosen = self._only_read(*chosen, given={*(space or {}), *(fixed or {})})
+        super().__init__("own", data, judge, *chosen, self.builder, seed=seed, device=device)
+        self.description["network"] = self.builder
+        self._examiner = Examiner(self._task.arrays.train_x)
+        self._check_default()
+
+    def defaults(self) -> dict[str, Value]:
+        """The catalogue's defaults and the middles of the user's ranges, as far as they fit."""
+        return defaults_of(self.target.task, self.space)
+
+    def member(self, number: int, params: Mapping[str, Any]) -> Member:
+        """A trial; its first weights follow from the study's seed and its number."""
+        return Member(number, number, self._complete({**self.fixed, **params}))
+
+    def signature(self, member: Member) -> Hashable:
+        """Structure, batch size, and the budget if in iterations; its own if it trains alone."""
+        found = self._examine(member)
+        alone = () if found.obstacle is None else (member.number,)
+        return (found.structure, member.params["batch_size"], member.params["iterations"], *alone)
+
+    def pin(self, leader: Member) -> Callable[[str, Any], Any]:
+        """What changes the structure of the leader's network becomes the leader's."""
+        structure = self._examine(leader).structure
+
+        def pin(name: str, value: Any) -> Any:
+            if name not in ("batch_size", "iterations"):
+                if name not in self._reads:
+                    return value
+                changed = self._complete({**leader.params, name: value})
+                try:
+                    if self._examine(replace(leader, params=changed)).structure == structure:
+                        return value
+                except TrialError:  # such a network cannot be built; the leader's can
+                    pass
+            return self._in_space(name, leader.params[name], value)
+
+        return pin
+
+    def cohort_size(self, leader: Member) -> int:
+        """As many as memory allows, and as keep a round of the whole cohort short."""
+        found, rows = self._examine(leader), len(self.data.train_X)
+        if found.obstacle is not None:
+            return 1
+        batch = min(int(leader.params["batch_size"] or 1), rows)
+        # Weights, gradients, two optimizer states, the best weights; of each layer's output
+        # itself, its gradient and what autograd keeps; evaluation holds one of each.
+        numbers = found.numbers * max(4 * batch, len(self.data.valid_X))
+        bytes_each = 4 * (5 * found.weights + numbers)
+        bytes_each += 24 * len(self.data.valid_X) * math.prod(found.outputs)
+        flops_each = 3.0 * found.flops * rows / self.rounds_per_epoch
+        return cohort_size(bytes_each, flops_each, self.device)
+
+    def count_weights(self, member: Member) -> int:
+        """Number of trained weights; 0 of a network that cannot be built."""
+        try:
+            return self._examine(member).weights
+        except TrialError:
+            return 0
+
+    def network(self, member: Member) -> nn.Module:
+        """A trial's network as a plain module, with its first weights."""
+        return self._make(member)[0]
+
+    def _build(self, members: Sequence[Member]) -> StackedModule:
+        return self._examiner.stack([self.network(m).to(self.device) for m in members])
+
+    def _examine(self, member: Member) -> Examination:
+        """What there is to know of a trial's network, each once.
+
+        Raises:
+            TrialError: If the user's function, or its module, raises.
+        """
+        key = tuple((name, member.params[name]) for name in sorted(self._reads))
+        if key not in self._known:
+            try:
+                network, reads = self._make(member)
+                found = self._examiner(network.to(self.device))
+                self._check_outputs(found.outputs)
+            except Exception as error:  # the user's code, whatever it raises
+                line = traceback.format_exception_only(error)[-1].strip()
+                raise TrialError(line) from error
+            if not reads <= self._reads:  # one that the tries before the study did not show
+                self._reads |= reads
+                return self._examine(member)
+            self._known[key] = found
+        return self._known[key]
+
+    def _make(self, member: Member) -> tuple[nn.Module, set[str]]:
+        """A trial's network, and the names of the parameters that it was made from."""
+        parameters = Parameters(member.params)
+        source = seeds.generator(self.seed, seeds.INITIALIZATION, member.seed)
+        with seeds.as_global(source):
+            try:
+                network: Any = self._function(parameters)
+            except KeyError as error:
+                if error.args and error.args[0] in parameters.missing:
+                    kind = "a parameter, but `network` reads it: name it in `space` or `fixed`"
+                    raise _Missing(unknown(kind, error.args[0], member.params)) from error
+                raise
+            if not isinstance(network, nn.Module):
+                kind = type(network).__name__
+                raise ValueError(f"`network` must return a torch.nn.Module, but returned {kind}.")
+            if any(is_lazy(parameter) for parameter in network.parameters()):
+                with torch.no_grad():
+                    network.eval()(self._example)
+        return network.train(), parameters.names
+
+    def _complete(self, values: Mapping[str, Any]) -> dict[str, Value]:
+        """All parameters as training uses them."""
+        known = {n: v for n, v in {**self._background, **values}.items() if n in self._background}
+        return {**values, **effective(self.target.task, known)}
+
+    def _in_space(self, name: str, wanted: Value, proposed: Any) -> Any:
+        """A leader's value as the space has it: what is off is 0 in training only."""
+        distribution = self.space[name]
+        if holds(distribution, wanted):
+            return wanted
+        fitting = [e for e in ends(distribution) if self._complete({name: e})[name] == wanted]
+        return fitting[0] if fitting else proposed
+
+    def _only_read(
+        self,
+        space: dict[str, BaseDistribution],
+        fixed: dict[str, Value],
+        given: set[str],
+    ) -> tuple[dict[str, BaseDistribution], dict[str, Value]]:
+        """Leave out the catalogue's structure where the user's function does not read it.
+
+        It is called with the defaults, and with every end and choice of the user's own ranges,
+        so that what it reads in some cases only is found too.
+        """
+        middle = {**fixed, **defaults_of(self.target.task, space)}
+        self._reads = self._make(Member(0, 0, self._complete(middle)))[1]
+        for name in self._own & space.keys():
+            for value in ends(space[name]):
+                try:
+                    changed = self._complete({**middle, name: value})
+                    self._reads |= self._make(Member(0, 0, changed))[1]
+                except _Missing:
+                    raise
+                except Exception as error:  # a trial that proposes this will fail, alone
+                    _logger.warning(f"`network` fails with {name}={value!r}: {error}")
+        unread = {n for n in (*space, *fixed) if n in self._own or n in STRUCTURAL} - self._reads
+        for name in unread & given:
+            raise unknown("a parameter that `network` reads", name, sorted(self._reads))
+        return (
+            {n: d for n, d in space.items() if n not in unread},
+            {n: v for n, v in fixed.items() if n not in unread},
+        )
+
+    def _check_default(self) -> None:
+        """Raise unless the default configuration's network fits data and target."""
+        network = self.network(self.member(0, self.defaults())).to(self.device)
+        x = self._task.arrays.train_x
+        try:
+            outputs = self._examiner(network).outputs
+        except Exception as error:
+            shape = ", ".join(["batch", *map(str, x.shape[1:])])
+            raise ValueError(
+                f"`network` must take X of shape ({shape}), {x.dtype}, but: {error}"
+            ) from error
+        self._check_outputs(outputs)
+
+    def _check_outputs(self, outputs: tuple[int, ...]) -> None:
+        classes = len(self.target.classes)
+        wanted = [(classes,)] if classes else [(1,), ()]
+        if outputs not in wanted:
+            shape = ", ".join(["batch", *map(str, wanted[0])])
+            given = ", ".join(["batch", *map(str, outputs)])
+            what = "logits" if classes else "numbers"
+            raise ValueError(f"`network` must give ({shape}) {what}, but gave ({given}).")
+
+
+def _prepared(X: Any, y: Any, target: str | None, **options: Any) -> TabularData:
+    """The data: arrays and tensors as they are, all else as a table."""
+    is_array = isinstance(X, np.ndarray | torch.Tensor)
+    X, y = read(X, y, target)
+    if is_array:
+        return prepare_arrays(X, y, **options)
+    if not isinstance(X, pd.DataFrame):
+        kind = type(X).__name__
+        raise ValueError(f"`X` must be an array, a tensor, a frame or a CSV file, but got {kind}.")
+    return prepare(X, y, **options)
