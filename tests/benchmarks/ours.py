@@ -1,0 +1,90 @@
+"""Our side of the study benchmark: `optimize`, watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import importlib
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+import optuna
+
+from optuna_nnhp import optimize
+from optuna_nnhp.study.pool import Live
+from optuna_nnhp.study.scheduler import Scheduler
+from optuna_nnhp.study.storage import DEFAULT_STORAGE
+from optuna_nnhp.training.cohort import Scores
+from tests.benchmarks.common import peak_memory
+from tests.benchmarks.sides import Settings
+from tests.benchmarks.sides import Side
+from tests.benchmarks.sides import Watch
+from tests.benchmarks.sides import load_sampler
+
+CUT_SHORT = ("timeout", "interrupted")
+
+
+def ours(settings: Settings) -> Side:
+    """Run the side."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    load_sampler()
+    table, start_mib = settings.table(), peak_memory()
+    with (
+        TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, {} if settings.kept_sizes else {"XDG_CACHE_HOME": folder}),
+        watched() as (watch, kept),
+    ):
+        result = optimize(
+            "dnn",
+            **table,
+            fixed={"epochs": settings.epochs},
+            n_trials=settings.trials,
+            timeout=settings.timeout,
+            method=settings.method,
+            pruner=None if settings.pruning else optuna.pruners.NopPruner(),
+            storage=storage_in(Path(folder), settings.storage),
+            callbacks=[watch],
+            seed=settings.seed,
+        )
+        seconds = watch.seconds
+        peak_mib = peak_memory()
+        trials, name = result.study.get_trials(deepcopy=False), result.study.user_attrs["metric"]
+    (scheduler,) = kept
+    side = Side(name, scheduler.problem.maximize, seconds)
+    side.start_mib, side.peak_mib = start_mib, peak_mib
+    side.epochs = float(sum(t.user_attrs.get("epochs", 0) for t in trials))
+    side.count(trials, {t.number for t in trials if t.user_attrs.get("cause") in CUT_SHORT})
+    watch.write(side, trials)
+    side.best = side.told[-1][1] if side.told else None
+    side.sections, side.occupancy = dict(scheduler.timing.seconds), scheduler.pool.occupancy
+    return side
+
+
+def storage_in(folder: Path, kind: str) -> str | None:
+    """Where a study is kept."""
+    journal, database = str(folder / DEFAULT_STORAGE), f"sqlite:///{folder / 'study.db'}"
+    return {"journal": journal, "sqlite": database, "memory": None}[kind]
+
+
+@contextmanager
+def watched() -> Iterator[tuple[Watch, list[Scheduler]]]:
+    """Within, the schedulers that `optimize` makes are kept, and their trials' values noted."""
+    watch, kept = Watch(), list[Scheduler]()
+
+    class Watched(Scheduler):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            kept.append(self)
+
+        def _judge(self, live: Live, scores: Scores) -> dict[int, str]:
+            for place, value in zip(scores.places, scores.value, strict=True):
+                watch.saw(live.cohort.members[place].number, value)
+            return super()._judge(live, scores)
+
+    # By its name, since the package's attribute `optimize` is the function.
+    module: Any = importlib.import_module("optuna_nnhp.optimize")
+    with mock.patch.object(module, "Scheduler", Watched):
+        yield watch, kept
