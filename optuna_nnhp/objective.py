@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Mapping
 import threading
 from typing import Any
 from typing import Literal
@@ -9,12 +11,12 @@ from typing import Literal
 import optuna
 from optuna import Study
 from optuna import Trial
+from torch import nn
 
 from optuna_nnhp.inspect.result import Result
-from optuna_nnhp.messages import unknown
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.study.trials import suggest
-from optuna_nnhp.templates import TEMPLATES
+from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.checkpoint import BestWeights
 
 Direction = Literal["maximize", "minimize"]
@@ -35,6 +37,8 @@ class Objective:
             The table.
         y:
             What to predict.
+        network:
+            A function of your own from parameters to a network, instead of ``template``.
         options:
             Any of ``target``, ``task``, ``validation``, ``metric``, ``direction``, ``space``,
             ``fixed``, ``seed`` and ``device``. The sampler has its own seed.
@@ -61,11 +65,15 @@ class Objective:
     """
 
     def __init__(
-        self, template: str = "dnn", X: Any = None, y: Any = None, **options: Any
+        self,
+        template: str = "dnn",
+        X: Any = None,
+        y: Any = None,
+        *,
+        network: Callable[[Mapping[str, Any]], nn.Module] | None = None,
+        **options: Any,
     ) -> None:
-        if template not in TEMPLATES:
-            raise unknown("a template", template, TEMPLATES)
-        self._problem = TEMPLATES[template](X, y, **options)
+        self._problem = make_problem(template, network, X, y, **options)
         self.direction: Direction = "maximize" if self._problem.maximize else "minimize"
         self.space = dict(self._problem.space)
         self.defaults = self._problem.defaults()
@@ -83,10 +91,10 @@ class Objective:
         while cause is None:
             scores = cohort.train_round()
             assert scores is not None
-            running.take(scores, 0, cohort.round)
+            running.take(scores, 0)
             running.report()
             cause = scores.ended[0] or ("pruned" if trial.should_prune() else None)
-        running.describe(problem, cohort.iterations, cause)
+        running.describe(problem, cohort.iterations[0], cause)
         if cause in ("pruned", "diverged"):
             raise optuna.TrialPruned(f"Trial {trial.number}: {cause}.")
         assert running.best is not None

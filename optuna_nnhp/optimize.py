@@ -18,11 +18,11 @@ from optuna.samplers import GridSampler
 from optuna.samplers import QMCSampler
 from optuna.storages import BaseStorage
 import torch
+from torch import nn
 
 from optuna_nnhp import seeds
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.inspect.result import Result
-from optuna_nnhp.messages import unknown
 from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.search.methods import make_sampler
 from optuna_nnhp.study.grid import check_grid
@@ -34,8 +34,10 @@ from optuna_nnhp.study.storage import MODELS
 from optuna_nnhp.study.storage import models_folder
 from optuna_nnhp.study.storage import open_storage
 from optuna_nnhp.study.storage import open_study
+from optuna_nnhp.study.storage import read_directly
 from optuna_nnhp.study.storage import without_password
-from optuna_nnhp.templates import TEMPLATES
+from optuna_nnhp.templates import Template
+from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.checkpoint import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -46,6 +48,7 @@ def optimize(
     X: Any = None,
     y: Any = None,
     *,
+    network: Callable[[Mapping[str, Any]], nn.Module] | None = None,
     target: str | None = None,
     task: str | None = None,
     validation: float | tuple[Any, Any] = 0.2,
@@ -75,9 +78,13 @@ def optimize(
         template:
             ``"dnn"``: a multilayer perceptron on a table.
         X:
-            A numpy array, pandas frame or torch tensor, or the path of a CSV file.
+            A numpy array, pandas frame or torch tensor, or the path of a CSV file. With
+            ``network``, an array or tensor is used as it is, whatever its dimensions.
         y:
             What to predict; with a CSV file, give ``target`` instead.
+        network:
+            A function of your own from parameters, a mapping, to a `torch.nn.Module`, instead of
+            ``template``; ``space`` then names your parameters too. See `templates.OwnNetwork`.
         target:
             Column of the CSV file that is to be predicted.
         task:
@@ -93,7 +100,7 @@ def optimize(
         direction:
             ``"maximize"`` or ``"minimize"``; follows from the metric if None.
         space:
-            Distributions that replace the catalogue's, by name.
+            Distributions that replace the catalogue's, by name; and those of your own parameters.
         fixed:
             Values that are not to be tuned, by name.
         n_trials:
@@ -109,7 +116,8 @@ def optimize(
             whole cohorts if None, no pruning with `optuna.pruners.NopPruner`.
         storage:
             The path of a journal file, a URL (``"sqlite:///study.db"``), an Optuna storage, or
-            None to keep the study in memory only.
+            None to keep the study in memory only. Other processes see running trials at most two
+            seconds late.
         study_name:
             Name of the study; made of the template, the metric and the data if None.
         callbacks:
@@ -118,9 +126,12 @@ def optimize(
         show_progress_bar:
             Whether to show a progress bar.
         cohort_size:
-            Trials that are trained at once; chosen by size and memory if None.
+            Trials that are trained at once; if None as many as pays, which is measured once for
+            each shape of network, within half of the free memory.
         seed:
-            Seed of everything: with one worker, the same seed gives the same study.
+            Seed of everything. With one worker the same seed and ``n_trials`` give the same
+            study, if the sizes of cohorts are known or given: they are measured once on each
+            machine.
         device:
             Where to train; CUDA if there is any, else the CPU, if None.
 
@@ -128,7 +139,7 @@ def optimize(
         The best model and the study.
 
     Shape:
-        - X: ``(rows, columns)``; y: ``(rows,)``.
+        - X: ``(rows, columns)``, or with ``network`` ``(rows, ...)``; y: ``(rows,)``.
 
     Raises:
         ValueError: If anything in the data or the arguments makes no sense; nothing has been
@@ -143,14 +154,14 @@ def optimize(
         >>> len(result.study.trials)
         3
     """
-    if template not in TEMPLATES:
-        raise unknown("a template", template, TEMPLATES)
     _check_budget(n_trials, timeout, cohort_size)
     seeds.check_seed(seed)
     budget = Budget(n_trials, timeout)
     chosen = _check_sampler(sampler) if sampler is not None else make_sampler(method, seed)
     pruner = _check_pruner(pruner) if pruner is not None else CohortHalvingPruner()
-    problem = TEMPLATES[template](
+    problem = make_problem(
+        template,
+        network,
         X,
         y,
         target=target,
@@ -165,17 +176,9 @@ def optimize(
     )
     if isinstance(chosen, GridSampler):
         check_grid(chosen, problem.space)
-    opened = open_storage(storage)
-    study = open_study(problem, opened, study_name, chosen, pruner)
+    study, weights = _open(problem, storage, study_name, chosen, pruner)
     if sampler is None:
         study.sampler = _continued(chosen, method, seed, study)
-    if storage is not None:
-        where = (
-            without_password(str(storage)) if isinstance(storage, str | Path) else "its storage"
-        )
-        _logger.info(f"The study {study.study_name!r} is kept in {where}.")
-    folder = models_folder(opened, None if isinstance(storage, BaseStorage) else storage)
-    weights = BestWeights(folder / study.user_attrs[MODELS] if folder else None)
     scheduler = Scheduler(
         study=study,
         problem=problem,
@@ -186,7 +189,25 @@ def optimize(
         show_progress_bar=show_progress_bar,
     )
     scheduler.run()
-    return Result(study, problem, weights)
+    return Result(read_directly(study), problem, weights)
+
+
+def _open(
+    problem: Template,
+    storage: str | Path | BaseStorage | None,
+    study_name: str | None,
+    sampler: BaseSampler,
+    pruner: BasePruner,
+) -> tuple[optuna.Study, BestWeights]:
+    """The study, created or continued, and the weights of its best trials."""
+    opened = open_storage(storage)
+    study = open_study(problem, opened, study_name, sampler, pruner)
+    named = isinstance(storage, str | Path)
+    if storage is not None:
+        where = without_password(str(storage)) if named else "its storage"
+        _logger.info(f"The study {study.study_name!r} is kept in {where}.")
+    folder = models_folder(opened, None if isinstance(storage, BaseStorage) else storage)
+    return study, BestWeights(folder / study.user_attrs[MODELS] if folder else None)
 
 
 def _check_budget(n_trials: Any, timeout: Any, cohort_size: Any) -> None:

@@ -55,7 +55,7 @@ def adult(tmp_path: Path) -> Path:
 
 
 def test_every_script_is_tested() -> None:
-    assert SCRIPTS == ["compare_with_optuna", "dnn_csv", "dnn_digits"]
+    assert SCRIPTS == ["compare_with_optuna", "dnn_csv", "dnn_digits", "own_network"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -73,6 +73,13 @@ def test_dnn_digits(run: Run, tmp_path: Path) -> None:
     assert "dashboards/serve.py dnn_digits.journal" in output.splitlines()[-1]
     assert (tmp_path / "dnn_digits.journal").exists()
     assert (tmp_path / "dnn_digits.figures" / "index.html").exists()
+
+
+def test_own_network(run: Run, tmp_path: Path) -> None:
+    code, output, _ = run("own_network", "--n-trials", "3", "--timeout", "4")
+    assert code == 0 and "digits put aside" in output
+    assert "dashboards/serve.py own_network.journal" in output.splitlines()[-1]
+    assert (tmp_path / "own_network.figures" / "index.html").exists()
 
 
 def test_dnn_csv(run: Run, adult: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 import optuna
+from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
@@ -24,6 +25,12 @@ SHAPE: dict[str, Any] = {
     "normalization": "none",
 }
 TINY = SHAPE | {"epochs": 4}
+# Trials that end one after the other.
+DIFFERENT_LENGTHS: dict[str, Any] = {
+    "space": {"epochs": IntDistribution(1, 9)},
+    "fixed": {name: value for name, value in TINY.items() if name != "epochs"},
+    "method": "random",
+}
 # For numbers: a squared error and steps that each time go farther past the minimum.
 DIVERGING = TINY | {
     "epochs": 50,

@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 import pandas as pd
 from torch import nn
 
-from optuna_nnhp.templates.dnn import DNN
-from optuna_nnhp.templates.predictor import TabularPredictor
+from optuna_nnhp.templates.common import Template
+from optuna_nnhp.templates.predictor import Predictor
 from optuna_nnhp.training.checkpoint import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -45,10 +45,10 @@ class Result:
         True
     """
 
-    def __init__(self, study: Study, problem: DNN, weights: BestWeights) -> None:
+    def __init__(self, study: Study, problem: Template, weights: BestWeights) -> None:
         self.study = study
         self._problem, self._weights = problem, weights
-        self._predictors: dict[int, TabularPredictor] = {}
+        self._predictors: dict[int, Predictor] = {}
 
     @property
     def best_trial(self) -> FrozenTrial:
@@ -85,7 +85,7 @@ class Result:
         return self.predictor.model
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Predicted labels, or numbers in the target's units; see `TabularPredictor`."""
+        """Predicted labels, or numbers in the target's units; see `Predictor`."""
         return self.predictor.predict(X)
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
@@ -105,14 +105,14 @@ class Result:
         return self.predictor.save(folder)
 
     @property
-    def predictor(self) -> TabularPredictor:
-        """The best trial as something that predicts from tables."""
+    def predictor(self) -> Predictor:
+        """The best trial as something that predicts from data like the study's."""
         number = self.best_trial.number
         if number not in self._predictors:
             self._predictors = {number: self._predictor(number)}
         return self._predictors[number]
 
-    def _predictor(self, number: int) -> TabularPredictor:
+    def _predictor(self, number: int) -> Predictor:
         trial = self.study.get_trials(deepcopy=False)[number]
         member = self._problem.member(number, trial.params)
         if number in self._weights:
@@ -126,9 +126,9 @@ class Result:
         _logger.warning(f"The weights of trial {trial.number} are not here: training it again.")
         cohort = self._problem.cohort([self._problem.member(trial.number, trial.params)])
         best_round = round(trial.user_attrs["best_epoch"] * self._problem.rounds_per_epoch)
-        while cohort.round < best_round:
+        while cohort.done[0] < best_round:
             cohort.train_round()
-        value = cohort.best_values[0]
+        value = cohort.best_value(0)
         if not math.isclose(value, trial.value or 0.0, rel_tol=1e-3, abs_tol=1e-6):
             # Another machine, or a study that was continued with another seed.
             _logger.warning(

@@ -186,6 +186,19 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counter.most_common())
 
 
+def _timing(timing: Mapping[str, float] | None) -> str | None:
+    """Where the time of the last call went, as the scheduler noted it."""
+    if timing is None:
+        return None
+    shares = [
+        f"{shown(100 * timing[name])} % {name}" for name in ("training", "asking", "bookkeeping")
+    ]
+    return (
+        f"{shown(timing['seconds'])} s, of it {', '.join(shares)}; cohorts "
+        f"{shown(100 * timing['occupancy'])} % full"
+    )
+
+
 def summary(study: optuna.Study) -> dict[str, str]:
     """What is tuned, on what, for how long, and how far it got; plain text, not escaped.
 
@@ -218,5 +231,6 @@ def summary(study: optuna.Study) -> dict[str, str]:
         "best": best or "no trial has completed yet",
         "trials": f"{len(trials)} in all" + (f": {_counts(states)}" if trials else ""),
         "ended by": _counts(causes) or None,
+        "last call": _timing(attrs.get("timing")),
     }
     return {label: shown(text) for label, text in rows.items() if text is not None}
