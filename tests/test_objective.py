@@ -98,7 +98,7 @@ def test_halving_works_in_plain_optuna(n_jobs: int) -> None:
     study.optimize(objective, n_trials=10, n_jobs=n_jobs)
     pruned = [t for t in study.trials if t.state == TrialState.PRUNED]
     assert pruned
-    assert {t.user_attrs["epochs"] for t in pruned} <= {1, 3}
+    assert {t.user_attrs["epochs"] for t in pruned} <= {1, 2}  # the rungs
     assert {t.user_attrs["cause"] for t in pruned} == {"pruned"}
 
 
