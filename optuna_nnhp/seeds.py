@@ -33,8 +33,17 @@ def generator(*keys: int, device: torch.device | str = "cpu") -> Generator:
         O'Neill's seed sequences as in `numpy.random.SeedSequence`: close keys give unrelated
         streams.
     """
-    state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)  # torch takes 63 bits
+    return torch.Generator(device).manual_seed(mixed(*keys) >> 1)  # torch takes 63 bits
+
+
+def mixed(*keys: int) -> int:
+    """64 bits that depend on some keys; see `generator`.
+
+    Example:
+        >>> mixed(0, NOISE, 3) == mixed(0, NOISE, 3), mixed(0, NOISE, 3) == mixed(0, NOISE, 4)
+        (True, False)
+    """
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 
 def check_seed(seed: object) -> int:

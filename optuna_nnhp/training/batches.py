@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Generator
 from torch import Tensor
 
 from optuna_nnhp import seeds
 from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
+from optuna_nnhp.training.noise import Noise
 
 
 class Batches:
@@ -64,21 +64,33 @@ class Batches:
             - Output: for each step ``(batch,)`` if all members are of one age, else
               ``(k, batch)``.
         """
-        ages, which = _distinct(done)
-        epochs = {age // self._rounds for age in ages}
-        self._orders = {e: order for e, order in self._orders.items() if e in epochs}
+        ages, which = self._ages(done)
         rounds = [self._round(age).split(self.size) for age in ages]
         if len(ages) == 1:
             return list(rounds[0])
         return [torch.stack(step)[which] for step in zip(*rounds, strict=True)]
 
-    def noise(self, done: Sequence[int]) -> Noises:
-        """The source of noise for the next round."""
+    def orders(self, done: Sequence[int]) -> list[Tensor]:
+        """Rows of the whole next round, for each member ``(examples,)``; shared by equal ages."""
+        ages, which = self._ages(done)
+        orders = [self._round(age) for age in ages]
+        return [orders[i] for i in which.tolist()]
+
+    def noise(self, done: Sequence[int], step: int) -> Noise:
+        """The noise of a step of the next round."""
         ages, which = _distinct(done)
-        sources = [
-            seeds.generator(self._seed, seeds.NOISE, age, device=self._device) for age in ages
-        ]
-        return Noises(sources, which.to(self._device))
+        return Noise([self.noise_key(age) for age in ages], which.to(self._device), step)
+
+    def noise_key(self, age: int) -> int:
+        """Where the noise of a member's next round comes from; by the rounds that it has done."""
+        return seeds.mixed(self._seed, seeds.NOISE, age)
+
+    def _ages(self, done: Sequence[int]) -> tuple[list[int], Tensor]:
+        """The ages that there are, and whose each is; orders of other epochs are forgotten."""
+        ages, which = _distinct(done)
+        epochs = {age // self._rounds for age in ages}
+        self._orders = {e: order for e, order in self._orders.items() if e in epochs}
+        return ages, which
 
     def _round(self, done: int) -> Tensor:
         epoch, part = divmod(done, self._rounds)
@@ -86,33 +98,6 @@ class Batches:
             order = batch_order(self._examples, self._seed, epoch)
             self._orders[epoch] = torch.from_numpy(order).to(self._device)
         return self._orders[epoch][part * self._length : (part + 1) * self._length]
-
-
-class Noises:
-    """Uniform numbers for dropout, shared by members of the same age.
-
-    Args:
-        sources:
-            One for each age.
-        which:
-            Each member's age, as a place in ``sources``.
-
-    Shape:
-        - which: ``(k,)``.
-
-    Example:
-        >>> noise = Noises([torch.Generator()], torch.zeros(3, dtype=torch.long))
-        >>> noise(4, 2).shape
-        torch.Size([4, 2])
-    """
-
-    def __init__(self, sources: Sequence[Generator], which: Tensor) -> None:
-        self._sources, self._which = sources, which
-
-    def __call__(self, batch: int, width: int) -> Tensor:
-        """Numbers for one layer: ``(batch, width)``, or ``(k, batch, width)``."""
-        drawn = [torch.rand(batch, width, generator=s, device=s.device) for s in self._sources]
-        return drawn[0] if len(drawn) == 1 else torch.stack(drawn)[self._which]
 
 
 def _distinct(done: Sequence[int]) -> tuple[list[int], Tensor]:

@@ -19,11 +19,13 @@ from optuna_nnhp.hyperparameters.regularization import clip_gradients
 from optuna_nnhp.hyperparameters.regularization import decay_weights
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.networks.layers import subset
+from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.training.batches import Batches
 from optuna_nnhp.training.knobs import Knobs
 from optuna_nnhp.training.knobs import Member as Member
 from optuna_nnhp.training.machine import keep_freed_memory
 from optuna_nnhp.training.machine import threads_for
+from optuna_nnhp.training.native import Native
 from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.rounds import next_evaluation
 from optuna_nnhp.training.rounds import rounds_per_epoch
@@ -175,20 +177,40 @@ class Cohort:
         """THE loop: every member's steps of one round; whether there was time for it."""
         data, network = self.task.arrays, self.network.train()
         left = max(t - i for t, i in zip(self.total, self.iterations, strict=True))
-        batches = self.batches.rows(self.done)[:left]
-        noise = self.batches.noise(self.done)
-        for rows, rates in zip(
-            batches, self.knobs.rates(self.iterations, len(batches), self.total), strict=True
-        ):
+        steps = min(left, self.batches.per_round)
+        rates = self.knobs.rates(self.iterations, steps, self.total)
+        if self.native is not None:
+            return self._train_natively(self.native, rates, out_of_time)
+        self.flat.prepare()
+        for step, rows in enumerate(self.batches.rows(self.done)[:steps]):
             if out_of_time():
                 return False
             before_step()
+            noise = self.batches.noise(self.done, step)
             losses = self.loss(network(data.train_x[rows], noise), data.train_y[rows])
             self.flat.backward(losses.sum())
-            self._update(rates)
+            self._update(rates[step])
             self.loss_sum += losses.detach() * rows.shape[-1]
             self.seen += rows.shape[-1]
             self.iterations = [i + 1 for i in self.iterations]
+        self.done = [d + 1 for d in self.done]
+        return True
+
+    def _train_natively(
+        self, native: Native, rates: Tensor, out_of_time: Callable[[], bool]
+    ) -> bool:
+        """The same by the compiled engine."""
+        data, batches, steps = self.task.arrays, self.batches, len(rates)
+        rows = [order[: steps * batches.size] for order in batches.orders(self.done)]
+        losses, done = native.train(
+            *(data.train_x, data.train_y, rows, batches.size),
+            *([batches.noise_key(age) for age in self.done], rates, out_of_time),
+        )
+        self.iterations = [i + n for i, n in zip(self.iterations, done, strict=True)]
+        if min(done) < steps:
+            return False
+        self.loss_sum += torch.tensor(losses)
+        self.seen += len(rows[0])
         self.done = [d + 1 for d in self.done]
         return True
 
@@ -260,6 +282,10 @@ class Cohort:
         """What is read of the members' hyperparameters."""
         self.loss = self.task.loss(self.members)
         self.knobs = Knobs(self.members, self.flat.weights)
+        network, data = self.network, self.task.arrays
+        self.native = None
+        if isinstance(network, StackedMLP) and Native.can(network, *vars(data).values()):
+            self.native = Native(network, self.flat, self.knobs, self.loss)
 
     @torch.no_grad()
     def _update(self, rates: Tensor) -> None:
@@ -330,14 +356,17 @@ class Cohort:
 
     def _evaluate(self, index: Tensor) -> tuple[Tensor, Loss]:
         """Outputs of some members on the validation part, ``(k, m, outputs)``, and their loss."""
-        network, loss = self.network, self.loss
+        network, loss, data = self.network, self.loss, self.task.arrays
+        if len(index) < len(self.members):
+            loss = self.task.loss([self.members[i] for i in index.tolist()])
+        if self.native is not None:
+            return self.native.evaluate(data.valid_x, index.tolist()), loss
         if len(index) < len(self.members):
             network = subset(network, index.to(self.loss_sum.device))
-            loss = self.task.loss([self.members[i] for i in index.tolist()])
         network.eval()
         each = network.numbers or max(p.shape[-1] for p in network.parameters())
         rows = max(1, EVALUATED_AT_ONCE // (len(index) * each))
-        return torch.cat([network(x) for x in self.task.arrays.valid_x.split(rows)], dim=1), loss
+        return torch.cat([network(x) for x in data.valid_x.split(rows)], dim=1), loss
 
 
 PER_MEMBER = ("members", "total", "done", "iterations", "due")  # lists, one entry for each

@@ -13,6 +13,7 @@ from pathlib import Path
 import threading
 import time
 
+from threadpoolctl import ThreadpoolController
 import torch
 
 _logger = logging.getLogger(f"optuna.{__name__}")
@@ -38,6 +39,8 @@ STALLED_FOR = 60.0  # seconds
 @contextmanager
 def threads_for(flops: float) -> Iterator[Callable[[], None]]:
     """Within, torch computes on one thread if steps are small, else on as many as before.
+
+    The products that the compiled engine asks of scipy's BLAS are computed on one thread each.
 
     Args:
         flops:
@@ -99,6 +102,7 @@ class _Threads:
         with self._lock:
             if self._inside == 0:
                 self.before = torch.get_num_threads()
+                self._blas = _pools().limit(limits=1, user_api="blas")
             self._inside += 1
 
     def leave(self) -> None:
@@ -106,9 +110,31 @@ class _Threads:
             self._inside -= 1
             if self._inside == 0:
                 torch.set_num_threads(self.before)
+                self._blas.restore_original_limits()
+
+    @property
+    def full(self) -> int:
+        """Threads outside of trainings."""
+        with self._lock:
+            return self.before if self._inside else torch.get_num_threads()
 
 
 _threads = _Threads()
+
+
+@functools.cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def full_threads() -> int:
+    """How many threads may work for a training, which has fewer of torch's own.
+
+    Example:
+        >>> full_threads() >= 1
+        True
+    """
+    return _threads.full
 
 
 @functools.cache

@@ -29,12 +29,14 @@ class FlatParameters:
         weights: Of all parameters; matrices (which are decayed) first, then the rest.
         grads: Their gradients, after `backward`.
         decayed: How many columns are matrices.
+        starts: The first column of each of the network's parameters.
+        first, second: State of the optimizers, see `hyperparameters.optimizer.Row`.
         steps: Updates of each member so far.
         rows: Of each member, ready to be updated.
         blocks: Members to be updated one after the other, as many as fit in a core's cache.
 
     Shape:
-        - weights, grads: ``(k, parameters)``; steps: ``(k,)``.
+        - weights, grads, first, second: ``(k, parameters)``; steps: ``(k,)``.
 
     Example:
         >>> flat = FlatParameters(StackedLinear(torch.ones(3, 2, 5)))
@@ -47,8 +49,8 @@ class FlatParameters:
         with torch.no_grad():
             self.weights = torch.cat([p.reshape(len(p), -1) for p in parameters], dim=1)
         self.decayed = sum(p[0].numel() for p in parameters if _is_matrix(p))
-        self._first = torch.zeros_like(self.weights)
-        self._second = torch.zeros_like(self.weights)
+        self.first = torch.zeros_like(self.weights)
+        self.second = torch.zeros_like(self.weights)
         self.steps = self.weights.new_zeros(len(self.weights), dtype=torch.float32)
         self._bind(network)
 
@@ -77,40 +79,48 @@ class FlatParameters:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
         self._bind(network)
 
-    def _bind(self, network: nn.Module) -> None:
+    def prepare(self) -> None:
+        """Make the tensors that steps by torch need, before the first of them."""
+        if self._places:
+            return
         self.grads = torch.zeros_like(self.weights)
-        places, start = {}, 0
-        for parameter in _sorted(network):
-            end, shape = start + parameter[0].numel(), parameter.shape
-            parameter.data = self.weights[:, start:end].view(shape)
-            places[parameter] = self.grads[:, start:end].view(shape)
-            start = end
         # Products are fastest into tensors without gaps: sinks, copied to the rows.
         sinks: dict[nn.Parameter, Tensor] = {}
-        for layer in network.modules():
+        for layer in self._network.modules():
             if isinstance(layer, StackedLinear):
                 layer.sink = layer.make_sink()
                 weight, bias = layer.sink
                 sinks[layer.weight] = weight
                 if layer.bias is not None and bias is not None:
                     sinks[layer.bias] = bias
-        self._places = [(p, sinks.get(p), place) for p, place in places.items()]
+        for parameter, start in self.starts.items():
+            place = self.grads[:, start : start + parameter[0].numel()].view(parameter.shape)
+            self._places.append((parameter, sinks.get(parameter), place))
         k, size = self.weights.shape
         self.rows = [self._row(i) for i in range(k)]
         step = max(1, BLOCK // size)
         self.blocks = [slice(i, i + step) for i in range(0, k, step)]
 
+    def _bind(self, network: nn.Module) -> None:
+        self._network, self.starts, start = network, dict[nn.Parameter, int](), 0
+        for parameter in _sorted(network):
+            end, shape = start + parameter[0].numel(), parameter.shape
+            parameter.data = self.weights[:, start:end].view(shape)
+            self.starts[parameter] = start
+            start = end
+        self._places: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
+
     def _row(self, i: int) -> Row:
         return Row(
             weight=self.weights[i],
             grad=self.grads[i],
-            first=self._first[i],
-            second=self._second[i],
+            first=self.first[i],
+            second=self.second[i],
             step=self.steps[i],
         )
 
 
-STATE = ("weights", "_first", "_second", "steps")
+STATE = ("weights", "first", "second", "steps")
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:

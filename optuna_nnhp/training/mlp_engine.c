@@ -1,0 +1,184 @@
+/* Trains and evaluates multilayer perceptrons, one member of a cohort after the other.
+ *
+ * A small network's step is some ten microseconds of arithmetic, less than calling torch once for
+ * each of its operations costs. Here a member's whole round is one call, and its weights stay in
+ * the cache. What is computed is what `networks/mlp.py`, `hyperparameters/` and `training/loop.py`
+ * compute with torch, which is the oracle in the tests; `training/native.py` fills the structures.
+ * Matrix products are scipy's BLAS. Threads take members in turn; none waits for another.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+#define MAX_LAYERS 64
+#define MAX_RUNS (4 * (MAX_LAYERS + 1))
+#define NORM_EPSILON 1e-5    /* networks/layers.py */
+#define RUNNING_MOMENTUM 0.1 /* networks/layers.py */
+#define ADAM_EPSILON 1e-8    /* hyperparameters/optimizer.py */
+#define SURE 1e-7            /* hyperparameters/loss.py */
+#define ROW_KEY 0x9e3779b1u  /* training/noise.py */
+#define UNIT_KEY 0x85ebca77u /* training/noise.py */
+
+/* In the order of `training/native.py`. */
+enum { NO_NORM, BATCH_NORM, LAYER_NORM };
+enum { ACT_RELU, ACT_LEAKY_RELU, ACT_TANH, ACT_SIGMOID, ACT_ELU, ACT_SELU, ACT_GELU, ACT_SILU, ACT_MISH };
+enum { CROSS_ENTROPY, MSE, MAE, HUBER };
+enum { SGD, NESTEROV, ADAM, RMSPROP };
+
+/* Where a layer's parameters begin in a member's row; -1 for those it has not. */
+struct Layer {
+    int64_t weight, bias, scale, shift;
+    void *running_mean, *running_var; /* of all members, (k, padded) */
+};
+
+/* What the members have in common. */
+struct Network {
+    const void *x; /* (n, inputs) */
+    const void *y; /* (n,), int64 labels or numbers */
+    int64_t inputs, outputs, padded, depth, parameters;
+    int64_t batch, steps, examples; /* of a round, or in evaluation of the data */
+    int32_t norm, training, is_double, reserved;
+    struct Layer layers[MAX_LAYERS + 1];
+};
+
+/* One network, and its round. */
+struct Member {
+    void *weights, *first, *second; /* (parameters,) each */
+    float *steps;                   /* updates so far */
+    const int64_t *widths;          /* true units of each hidden layer */
+    const int64_t *rows;            /* numbers of the round's examples */
+    const double *rates;            /* of the round's steps */
+    void *outputs;                  /* (examples, outputs), in evaluation */
+    uint64_t key;                   /* of the round's noise */
+    int64_t place, done;
+    double loss_sum;
+    double dropout, momentum, squared_decay, weight_decay, l1, clip_norm;
+    double smoothing, gamma, delta;
+    int32_t activation, optimizer, loss, decoupled;
+};
+
+struct Job {
+    const struct Network *network;
+    struct Member *members;
+    int64_t count;
+    _Atomic int64_t next;
+};
+
+/* Parts of a member's row that hold true weights: runs of a length, ld apart. */
+struct Runs {
+    long first, end, ld, length;
+    int decayed;
+};
+
+static int true_weights(const struct Network *net, const struct Member *me, struct Runs *out) {
+    int count = 0;
+    for (int layer = 0; layer <= net->depth; layer++) {
+        const struct Layer *at = net->layers + layer;
+        int hidden = layer < net->depth;
+        long width = hidden ? me->widths[layer] : net->outputs;
+        long ld = hidden ? net->padded : net->outputs;
+        long size = (layer ? me->widths[layer - 1] : net->inputs) * ld;
+        if (width == ld) /* without gaps: one run */
+            out[count++] = (struct Runs){at->weight, at->weight + 1, size, size, 1};
+        else
+            out[count++] = (struct Runs){at->weight, at->weight + size, ld, width, 1};
+        int64_t vectors[] = {at->bias, hidden ? at->scale : -1, hidden ? at->shift : -1};
+        for (int i = 0; i < 3; i++)
+            if (vectors[i] >= 0)
+                out[count++] = (struct Runs){vectors[i], vectors[i] + 1, width, width, 0};
+    }
+    return count;
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+/* Keys of noise: splitmix64, a key for each step and layer; see `training/noise.py`. */
+static uint64_t step_key(uint64_t key, int64_t step) {
+    return key + (uint64_t)step * 0x9e3779b97f4a7c15u;
+}
+
+static uint32_t draw_key(uint64_t key, int layer) {
+    uint64_t z = key + (uint64_t)layer * 0xd1342543de82ef95u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)(z >> 32);
+}
+
+typedef void (*sgemm_type)(const char *, const char *, const int *, const int *, const int *,
+                           const float *, const float *, const int *, const float *, const int *,
+                           const float *, float *, const int *);
+typedef void (*dgemm_type)(const char *, const char *, const int *, const int *, const int *,
+                           const double *, const double *, const int *, const double *,
+                           const int *, const double *, double *, const int *);
+static sgemm_type sgemm;
+static dgemm_type dgemm;
+
+/* The engine in each precision for each instruction set. */
+#define JOIN_(a, b, c) a##_##b##_##c
+#define JOIN(a, b, c) JOIN_(a, b, c)
+
+#define NAME(x) JOIN(x, PRECISION, MACHINE)
+
+#define MACHINE any
+#include "mlp_engine_twice.h"
+#undef MACHINE
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_AVX2 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define MACHINE avx2
+#include "mlp_engine_twice.h"
+#undef MACHINE
+#pragma GCC pop_options
+#endif
+
+typedef void (*run_type)(struct Job *, double, void *);
+static run_type run_float = run_float_any, run_double = run_double_any;
+
+/* ---- What Python calls, by ctypes: see `training/native.py` ---- */
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+EXPORT void engine_start(void *single, void *twice) {
+    sgemm = (sgemm_type)single;
+    dgemm = (dgemm_type)twice;
+#ifdef HAS_AVX2
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        run_float = run_float_avx2;
+        run_double = run_double_avx2;
+    }
+#endif
+}
+
+/* Numbers of memory that a thread needs. */
+EXPORT int64_t engine_memory(const struct Network *net) {
+    return net->is_double ? cut_double_any(net, net->batch, 0, &(struct Space_double_any){0})
+                          : cut_float_any(net, net->batch, 0, &(struct Space_float_any){0});
+}
+
+/* Take members until there are none left, or for so many seconds. */
+EXPORT void engine_run(struct Job *job, double seconds, void *memory) {
+    (job->network->is_double ? run_double : run_float)(job, now() + seconds, memory);
+}
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_mlp_engine", "Called by ctypes: see training/native.py.", -1,
+    NULL, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__mlp_engine(void) { return PyModule_Create(&module); }

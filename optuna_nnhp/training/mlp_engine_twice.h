@@ -1,0 +1,48 @@
+/* The engine in both precisions, for the instruction set MACHINE. */
+#define PRECISION float
+#define REAL float
+#define EXP NAME(fast_exp)
+#define TANH NAME(fast_tanh)
+#define ERF NAME(fast_erf)
+#define LOG logf
+#define EXPM1 expm1f
+#define POW powf
+#define SQRT sqrtf
+#define FABS fabsf
+#define GEMM sgemm
+#include "mlp_engine.h"
+#undef PRECISION
+#undef REAL
+#undef EXP
+#undef TANH
+#undef ERF
+#undef LOG
+#undef EXPM1
+#undef POW
+#undef SQRT
+#undef FABS
+#undef GEMM
+
+#define PRECISION double
+#define REAL double
+#define EXP exp
+#define TANH tanh
+#define ERF erf
+#define LOG log
+#define EXPM1 expm1
+#define POW pow
+#define SQRT sqrt
+#define FABS fabs
+#define GEMM dgemm
+#include "mlp_engine.h"
+#undef PRECISION
+#undef REAL
+#undef EXP
+#undef TANH
+#undef ERF
+#undef LOG
+#undef EXPM1
+#undef POW
+#undef SQRT
+#undef FABS
+#undef GEMM

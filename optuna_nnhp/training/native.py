@@ -1,0 +1,327 @@
+"""The compiled engine: multilayer perceptrons on a CPU, several to many times as fast as torch.
+
+A small network's step is mostly the calls of its operations. The engine (`mlp_engine.c`) has a
+member's whole round in one call, and a thread for each core; members are shared out among them,
+so their courses do not depend on how many there are. Where there is no engine (it could not be
+compiled, another device, another network), the same is done by torch's operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+import ctypes
+from ctypes import POINTER
+from ctypes import Structure
+from ctypes import byref
+from ctypes import c_double
+from ctypes import c_int32
+from ctypes import c_int64
+from ctypes import c_uint64
+from ctypes import c_void_p
+import functools
+import importlib.util
+import logging
+from typing import Any
+
+from scipy.linalg import cython_blas
+import torch
+from torch import Tensor
+
+from optuna_nnhp.hyperparameters.loss import ClassificationLoss
+from optuna_nnhp.hyperparameters.loss import Loss
+from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.networks.mlp import StackedMLP
+from optuna_nnhp.networks.mlp import widths
+from optuna_nnhp.training.knobs import Knobs
+from optuna_nnhp.training.machine import full_threads
+from optuna_nnhp.training.parameters import FlatParameters
+
+_logger = logging.getLogger(f"optuna.{__name__}")
+
+SLICE = 0.05  # seconds between two looks at the clock and at Ctrl-C
+MAX_LAYERS = 64
+AT_ONCE = 2**15  # numbers of a layer's outputs in evaluation: they stay in the cache
+
+# In the order of the engine's own lists.
+NORMS = ("none", "batch", "layer")
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "elu", "selu", "gelu", "silu", "mish")
+CROSS_ENTROPY, MSE, MAE, HUBER = range(4)
+OPTIMIZERS = {"sgd": 0, "nesterov": 1, "adam": 2, "adamw": 2, "rmsprop": 3}
+
+
+class _Layer(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("weight", "bias", "scale", "shift")),
+        *((name, c_void_p) for name in ("running_mean", "running_var")),
+    )
+
+
+class _Network(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "y")),
+        *((name, c_int64) for name in ("inputs", "outputs", "padded", "depth", "parameters")),
+        *((name, c_int64) for name in ("batch", "steps", "examples")),
+        *((name, c_int32) for name in ("norm", "training", "is_double", "reserved")),
+        ("layers", _Layer * (MAX_LAYERS + 1)),
+    )
+
+
+_NUMBERS = (
+    *("dropout", "momentum", "squared_decay", "weight_decay", "l1", "clip_norm"),
+    *("smoothing", "gamma", "delta"),
+)
+
+
+class _Member(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("weights", "first", "second", "steps")),
+        *((name, c_void_p) for name in ("widths", "rows", "rates", "outputs")),
+        ("key", c_uint64),
+        *((name, c_int64) for name in ("place", "done")),
+        ("loss_sum", c_double),
+        *((name, c_double) for name in _NUMBERS),
+        *((name, c_int32) for name in ("activation", "optimizer", "loss", "decoupled")),
+    )
+
+
+class _Job(Structure):
+    _fields_ = (
+        ("network", POINTER(_Network)),
+        ("members", POINTER(_Member)),
+        ("count", c_int64),
+        ("next", c_int64),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled engine with its matrix products; None, and a line in the log, without it."""
+    found = importlib.util.find_spec("optuna_nnhp.training._mlp_engine")
+    if found is None or found.origin is None:
+        _logger.info(
+            "The compiled engine is missing: training by torch's operations, which is slower. "
+            "Installing optuna_nnhp where there is a C compiler makes it."
+        )
+        return None
+    engine = ctypes.CDLL(found.origin)
+    engine.engine_start.argtypes = [c_void_p, c_void_p]
+    engine.engine_memory.argtypes = [POINTER(_Network)]
+    engine.engine_memory.restype = c_int64
+    engine.engine_run.argtypes = [POINTER(_Job), c_double, c_void_p]
+    engine.engine_run.restype = None
+    engine.engine_start(_blas("sgemm"), _blas("dgemm"))
+    return engine
+
+
+def _blas(name: str) -> int:
+    """Address of one of the functions that scipy offers to compiled code."""
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype = ctypes.c_char_p
+    api.PyCapsule_GetName.argtypes = [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    capsule = cython_blas.__pyx_capi__[name]
+    return int(api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule)))
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "optuna_nnhp-engine")
+
+
+class Native:
+    """A stack of perceptrons as the engine sees it; made anew when members come or go.
+
+    Args:
+        network:
+            The stack.
+        flat:
+            Its parameters.
+        knobs:
+            Its members' hyperparameters.
+        loss:
+            Its members' loss.
+
+    Shape:
+        - Data and outputs: see `train` and `evaluate`.
+    """
+
+    def __init__(
+        self, network: StackedMLP, flat: FlatParameters, knobs: Knobs, loss: Loss
+    ) -> None:
+        engine = library()
+        assert engine is not None
+        self._engine, self._flat, self._dtype = engine, flat, flat.weights.dtype
+        self._network, self._keep_alive = _describe(network, flat)
+        k = len(flat.weights)
+        self._members = (_Member * k)()
+        dropout = network.get_buffer("dropout").tolist()
+        numbers = zip(*_loss_numbers(loss), strict=True)
+        for i, (me, params, (kind, smoothing, gamma, delta)) in enumerate(
+            zip(self._members, network.params, numbers, strict=True)
+        ):
+            for name, tensor in (
+                *(("weights", flat.weights), ("first", flat.first), ("second", flat.second)),
+                ("steps", flat.steps),
+            ):
+                setattr(me, name, _address(tensor[i]))
+            true = torch.tensor(widths(params))
+            self._keep_alive.append(true)
+            me.widths, me.place, me.dropout = _address(true), i, dropout[i]
+            me.momentum = knobs.coefficients[i].momentum
+            me.squared_decay = knobs.coefficients[i].squared_decay
+            me.weight_decay = float(knobs.weight_decay[i])
+            me.l1, me.clip_norm = float(knobs.l1[i]), float(knobs.clip_norm[i])
+            me.loss, me.smoothing, me.gamma, me.delta = kind, smoothing, gamma, delta
+            me.activation = ACTIVATIONS.index(str(params["activation"]))
+            me.optimizer = OPTIMIZERS[knobs.optimizers[i]]
+            me.decoupled = int(knobs.optimizers[i] == "adamw")
+
+    @staticmethod
+    def can(network: StackedModule, *data: Tensor) -> bool:
+        """Whether the engine can train a network on some data."""
+        if not isinstance(network, StackedMLP) or library() is None:
+            return False
+        dtype = next(network.parameters()).dtype
+        return (
+            dtype in (torch.float32, torch.float64)
+            and len(network.linears) <= MAX_LAYERS + 1
+            and all(t.device.type == "cpu" and t.dtype in (dtype, torch.long) for t in data)
+        )
+
+    def train(
+        self,
+        x: Tensor,
+        y: Tensor,
+        rows: Sequence[Tensor],
+        size: int,
+        keys: Sequence[int],
+        rates: Tensor,
+        out_of_time: Callable[[], bool],
+    ) -> tuple[list[float], list[int]]:
+        """Every member's steps of a round.
+
+        Args:
+            x:
+                The examples.
+            y:
+                Their labels or numbers.
+            rows:
+                Numbers of each member's examples of this round, in the order in which they are
+                taken.
+            size:
+                Examples in a batch; the last one may be smaller.
+            keys:
+                Where each member's noise comes from.
+            rates:
+                Learning rate of each step.
+            out_of_time:
+                Asked now and then; once it says yes, training stops.
+
+        Returns:
+            The sum of the examples' losses and the number of steps done, of each member.
+
+        Shape:
+            - x: ``(n, inputs)``; y: ``(n,)``; each of rows ``(examples,)``.
+            - rates: ``(steps, k)``, in float64.
+        """
+        x, rates = x.contiguous(), rates.T.contiguous()
+        steps = rates.shape[1]
+        network = self._with(x, y, training=1, batch=size, steps=steps, examples=len(rows[0]))
+        for i, me in enumerate(self._members):
+            me.rows, me.rates, me.key = _address(rows[i]), _address(rates[i]), keys[i]
+            me.done, me.loss_sum = 0, 0.0
+        self._run(network, range(len(rows)), out_of_time)
+        return [me.loss_sum for me in self._members], [me.done for me in self._members]
+
+    def evaluate(self, x: Tensor, places: Sequence[int]) -> Tensor:
+        """Outputs of some members, given by their places.
+
+        Shape:
+            - x: ``(m, inputs)``; Output: ``(members, m, outputs)``.
+        """
+        x = x.contiguous()
+        size = min(len(x), max(1, AT_ONCE // self._network.padded))
+        network = self._with(x, None, training=0, batch=size, steps=1, examples=len(x))
+        outputs = torch.empty(len(places), len(x), network.outputs, dtype=self._dtype)
+        for i, place in enumerate(places):
+            self._members[place].outputs = _address(outputs[i])
+            self._members[place].done = 0
+        self._run(network, places, lambda: False)
+        return outputs
+
+    def _with(self, x: Tensor, y: Tensor | None, **values: int) -> _Network:
+        """The description of the network, with its data."""
+        network = _Network.from_buffer_copy(self._network)
+        network.x, network.y = _address(x), None if y is None else _address(y)
+        for name, value in values.items():
+            setattr(network, name, value)
+        return network
+
+    def _run(
+        self, network: _Network, places: Sequence[int], out_of_time: Callable[[], bool]
+    ) -> None:
+        """Have the threads work on some members until all steps are done or time is out."""
+        numbers = self._engine.engine_memory(byref(network))
+        count = min(full_threads(), len(places))
+        memory = [torch.empty(numbers, dtype=self._dtype) for _ in range(count)]
+        chosen = self._members
+        if len(places) < len(self._members):
+            chosen = (_Member * len(places))(*(self._members[p] for p in places))
+        job = _Job(ctypes.pointer(network), chosen, len(places), 0)
+
+        def work(thread: int) -> None:
+            self._engine.engine_run(byref(job), SLICE, _address(memory[thread]))
+
+        others = _threads(count - 1) if count > 1 else None
+        while any(me.done < network.steps for me in chosen) and not out_of_time():
+            job.next = 0
+            futures = [others.submit(work, i) for i in range(1, count)] if others else []
+            work(0)
+            for future in futures:
+                future.result()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def _describe(network: StackedMLP, flat: FlatParameters) -> tuple[_Network, list[Any]]:
+    """What the members have in common, and the tensors that it points to."""
+    depth, alive = len(network.linears) - 1, list[Any]()
+    out = _Network(
+        inputs=network.inputs,
+        outputs=network.outputs,
+        padded=network.linears[0].weight.shape[2],
+        depth=depth,
+        parameters=flat.weights.shape[1],
+        norm=NORMS.index(str(network.params[0]["normalization"])),
+        is_double=int(flat.weights.dtype == torch.float64),
+    )
+    for n, linear in enumerate(network.linears):
+        layer = out.layers[n]
+        layer.weight = flat.starts[linear.weight]
+        layer.bias = -1 if linear.bias is None else flat.starts[linear.bias]
+        layer.scale = layer.shift = -1
+        if n < depth and network.norms:
+            norm = network.norms[n]
+            layer.scale, layer.shift = flat.starts[norm.weight], flat.starts[norm.bias]
+            for name in ("running_mean", "running_var"):
+                if hasattr(norm, name):
+                    setattr(layer, name, _address(getattr(norm, name)))
+                    alive.append(getattr(norm, name))
+    return out, alive
+
+
+def _loss_numbers(loss: Loss) -> tuple[list[Any], ...]:
+    """Kind, smoothing, gamma and delta of each member's loss."""
+    if isinstance(loss, ClassificationLoss):
+        k = len(loss.gamma)
+        return [CROSS_ENTROPY] * k, loss.smoothing.tolist(), loss.gamma.tolist(), [0.0] * k
+    kinds = [
+        MSE if is_mse else MAE if is_mae else HUBER
+        for is_mse, is_mae in zip(loss.is_mse.tolist(), loss.is_mae.tolist(), strict=True)
+    ]
+    return kinds, [0.0] * len(kinds), [0.0] * len(kinds), loss.delta.tolist()

@@ -1,0 +1,72 @@
+"""The noise of dropout: a hash of where it is used, so that every engine draws the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+
+import torch
+from torch import Tensor
+
+# The same numbers stand in mlp_engine.c, which computes the noise of a unit where it is used.
+ROW_KEY, UNIT_KEY = 0x9E3779B1, 0x85EBCA77
+STEP_KEY, DRAW_KEY = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
+BITS = 23  # of a number: exact in float32
+
+
+class Noise:
+    """Uniform numbers for the layers of one step, shared by members of the same age.
+
+    Args:
+        keys:
+            One for each age, 64 bits.
+        which:
+            Each member's age, as a place in ``keys``.
+        step:
+            Step of the round.
+
+    Shape:
+        - which: ``(k,)``.
+
+    Example:
+        >>> noise = Noise([7], torch.zeros(3, dtype=torch.long), step=0)
+        >>> noise(4, 2).shape
+        torch.Size([4, 2])
+
+    Source:
+        Steele, Lea and Flood 2014 (splitmix64, doi:10.1145/2714064.2660195) for the keys; Wellons'
+        hash for 32 bits (github.com/skeeto/hash-prospector) for the numbers.
+    """
+
+    def __init__(self, keys: Sequence[int], which: Tensor, step: int) -> None:
+        self._keys = [(key + step * STEP_KEY) & (2**64 - 1) for key in keys]
+        self._which, self._draw = which, 0
+
+    def __call__(self, batch: int, width: int) -> Tensor:
+        """Numbers in (0, 1) for the next layer: ``(batch, width)``, or ``(k, batch, width)``."""
+        places = _places(batch, width, self._which.device)
+        drawn = [_uniform(places, _draw_key(key, self._draw)) for key in self._keys]
+        self._draw += 1
+        return drawn[0] if len(drawn) == 1 else torch.stack(drawn)[self._which]
+
+
+def _draw_key(key: int, draw: int) -> int:
+    """Splitmix64's finalizer, 32 bits of it."""
+    z = (key + draw * DRAW_KEY) & (2**64 - 1)
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & (2**64 - 1)
+    return z >> 32
+
+
+@functools.lru_cache(maxsize=64)
+def _places(batch: int, width: int, device: torch.device) -> Tensor:
+    rows = torch.arange(batch, device=device)[:, None] * ROW_KEY
+    return (rows + torch.arange(width, device=device) * UNIT_KEY) & (2**32 - 1)
+
+
+def _uniform(places: Tensor, key: int) -> Tensor:
+    h = places ^ key
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = h.bitwise_xor_(h >> shift).mul_(factor).bitwise_and_(2**32 - 1)
+    h = h.bitwise_xor_(h >> 16) >> (32 - BITS)
+    return h.to(torch.get_default_dtype()).add_(0.5).mul_(2.0**-BITS)
