@@ -119,7 +119,8 @@ def learning_rates(
     climb = torch.where(one_cycle, 0.0, (warmup * total).floor())[:, None]
     q = ((step - climb) / (total[:, None] - 1 - climb).clamp_min(1)).clamp(0, 1)
     share = torch.empty_like(q)
-    for i, name in enumerate(decay):
-        share[i] = _DECAYS[name](q[i], final[i])
+    for name in set(decay):
+        those = torch.tensor([other == name for other in decay], device=q.device)
+        share[those] = _DECAYS[name](q[those], final[those, None])
     share = torch.where(step < climb, (step + 1) / climb.clamp_min(1), share)
     return torch.where(step < total[:, None], peak[:, None] * share, 0.0)

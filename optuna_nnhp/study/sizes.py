@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import hashlib
-from itertools import pairwise
 import json
+import math
 import os
 from pathlib import Path
 import tempfile
@@ -21,7 +21,7 @@ from optuna_nnhp.training.cohort import Member
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-STEPS = 3  # measured of each size
+PROBES, PROBE = 2, 0.03  # of each size, and how long each takes at least: seconds
 GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
 FACTOR = 4  # from one size that is tried to the next
 LONG = 0.1  # seconds: a stack whose step is expected to take longer is not tried
@@ -70,7 +70,7 @@ def measured_pace(problem: Problem, leader: Member, most: int) -> Pace:
 
 def _copies(leader: Member, k: int) -> list[Member]:
     """Trials like one, with a budget that lasts for the measurement."""
-    params = leader.params | {"epochs": 1 + STEPS, "iterations": 0}
+    params = leader.params | {"epochs": 1 + PROBES, "iterations": 0}
     return [Member(number=i, seed=i, params=params) for i in range(k)]
 
 
@@ -89,23 +89,17 @@ def _measure(make: Callable[[int], Cohort], most: int) -> Pace:
 
 
 def seconds_per_step(cohort: Cohort) -> float:
-    """Seconds of a cohort's fastest step of some; it is trained by them."""
-    steps: list[float] = []
-    while len(steps) < STEPS:
-        times: list[float] = []
-
-        def enough() -> bool:
-            times.append(time.perf_counter())  # noqa: B023
-            is_long = len(times) > 1 and times[-1] - times[-2] > LONG  # noqa: B023
-            return is_long or len(times) + len(steps) > STEPS + 1  # noqa: B023
-
-        cohort.train_round(enough)
-        if len(times) == 1:  # a round of one step
-            times.append(time.perf_counter())
-        steps += [after - before for before, after in pairwise(times)]
-        if max(steps) > LONG:
+    """Seconds of a cohort's step, the faster of two probes; it is trained by them."""
+    fastest = math.inf
+    for _ in range(PROBES):
+        before, start = sum(cohort.iterations), time.perf_counter()
+        cohort.train_round(lambda: time.perf_counter() - start > PROBE)  # noqa: B023
+        seconds = time.perf_counter() - start
+        steps = (sum(cohort.iterations) - before) / len(cohort.members)
+        fastest = min(fastest, seconds / steps)
+        if seconds > LONG:
             break
-    return min(steps)
+    return fastest
 
 
 def _file() -> Path:

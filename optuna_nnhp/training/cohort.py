@@ -202,9 +202,10 @@ class Cohort:
         """The same by the compiled engine."""
         data, batches, steps = self.task.arrays, self.batches, len(rates)
         rows = [order[: steps * batches.size] for order in batches.orders(self.done)]
+        keys = {age: batches.noise_key(age) for age in set(self.done)}
         losses, done = native.train(
             *(data.train_x, data.train_y, rows, batches.size),
-            *([batches.noise_key(age) for age in self.done], rates, out_of_time),
+            *([keys[age] for age in self.done], rates, out_of_time),
         )
         self.iterations = [i + n for i, n in zip(self.iterations, done, strict=True)]
         if min(done) < steps:
