@@ -19,6 +19,8 @@ from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
 from optuna_nnhp.training.cohort import Task
+from optuna_nnhp.training.native import Native
+from optuna_nnhp.training.native import library
 from tests.members import task
 from tests.members import varied
 from tests.tolerance import EXACT
@@ -36,6 +38,15 @@ def precision() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds for the compiled engine and for torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(Native, "can", lambda *_: False)
+    elif library() is None:
+        pytest.skip("there was no C compiler")
 
 
 class Curves(defaultdict[int, list[tuple[float, float, float]]]):

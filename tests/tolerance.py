@@ -8,6 +8,7 @@ import torch
 
 FLOAT64 = {"rtol": 1e-7, "atol": 1e-9}  # tens of steps in float64; sums in another order
 FLOAT32 = {"rtol": 2e-3, "atol": 2e-3}  # the same in float32, as studies train
+ROUNDING = {"rtol": 1e-6, "atol": 1e-6}  # one function in float32
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
 

@@ -16,6 +16,7 @@ from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.pool import Pool
 from optuna_nnhp.study.sizes import measured_pace
 from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.training.machine import full_threads
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -26,6 +27,9 @@ TURN = 3  # times its slots that a leader's cohort is filled before another lead
 # signature cannot eat the budget, a first rung is cheap for everybody, and good trials come to
 # their end while it matters.
 TURN_SHARE, ROUND_SHARE, COHORT_SHARE = 0.04, 0.002, 0.1
+# The default configuration comes early and is what all others must beat: its cohort has a member
+# for each thread, and for this share of the timeout at most nobody else leads.
+BASELINE_SHARE = 0.1
 REFILL = 16  # a cohort is refilled when a part of its slots is free: one of so many
 PLANNED = 32  # trials that are asked at once of a sampler that fixes everything
 
@@ -46,6 +50,7 @@ class Admission:
         turn: The cohort that is filled.
         turns: How many there were.
         asking: Seconds that a new cohort's proposals took.
+        baseline: Number of the trial with the default configuration, while it leads.
         first_round: Seconds that a new cohort took to its first scores.
     """
 
@@ -56,6 +61,7 @@ class Admission:
     turns: int = 0
     asking: float = 0.0
     first_round: float = 0.0
+    baseline: int | None = None
 
     def __post_init__(self) -> None:
         self.study, self.problem = self.asker.study, self.asker.problem
@@ -69,7 +75,7 @@ class Admission:
             self._admit_planned()
             return
         live = self.turn
-        is_over = live is None or time.monotonic() > live.until
+        is_over = live is None or time.monotonic() > live.until or self._baseline_is_over(live)
         if live is not None and not is_over and live.free < max(1, live.slots // REFILL):
             return
         if live is None or is_over or not live.invited:
@@ -99,10 +105,20 @@ class Admission:
         live = live or self._new_leader()
         if live is None:
             return None
+        is_baseline = self.baseline is not None
         live.invited += max(live.slots, self._generation(TURN * live.slots))
+        live.invited = math.inf if is_baseline else live.invited
         if self.budget.timeout is not None:
-            live.until = time.monotonic() + TURN_SHARE * self.budget.timeout
+            share = BASELINE_SHARE if is_baseline else TURN_SHARE
+            live.until = time.monotonic() + share * self.budget.timeout
         return live
+
+    def _baseline_is_over(self, live: Live) -> bool:
+        """Whether the baseline led, and has ended."""
+        if self.baseline is None or self.baseline in live.running:
+            return False
+        self.baseline, live.invited = None, 0
+        return True
 
     def _proven(self) -> Live | None:
         """The cohort with the best member, of those that are not half full any more."""
@@ -122,11 +138,14 @@ class Admission:
                 return None
             asked = self.asker.ask(1)
         leader, signature = asked[0], asked[0].signature
-        live = self.pool.with_signature(signature)
+        live, size = self.pool.with_signature(signature), self._size(leader)
         if live is None:
-            live = self._open(signature, [leader], self._size(leader))
+            live = self._open(signature, [leader], size)
         else:
             self._join(live, [leader])
+            live.slots = max(live.slots, size)
+        if leader.is_baseline:
+            self.baseline = leader.member.number
         live.invited = -1
         return live
 
@@ -200,6 +219,8 @@ class Admission:
         if most == 1:
             return 1
         pace = measured_pace(self.problem, leader.member, most)
+        if leader.is_baseline:
+            return min(pace.size, full_threads())
         if self.budget.timeout is None:
             return pace.size
         rounds = self.problem.rounds_per_epoch * int(leader.member.params["epochs"] or 1)

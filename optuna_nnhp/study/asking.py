@@ -30,6 +30,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 # These decide every value themselves: trials are grouped as they come.
 PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
+BASELINE = "baseline"  # attribute of the trial with the default configuration
 CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
 
 
@@ -68,7 +69,7 @@ class Asker:
             enqueue_grid(self.study, sampler, defaults)
             self.is_grid, self.study.sampler = True, RandomSampler()
         elif not self.study.get_trials(deepcopy=False):
-            self.study.enqueue_trial(defaults)
+            self.study.enqueue_trial(defaults, user_attrs={BASELINE: True})
 
     @property
     def plans(self) -> bool:
@@ -127,7 +128,8 @@ class Asker:
                 _logger.warning(f"Trial {trial.number} failed: {error}")
                 return []
             raise
-        return [RunningTrial(trial, member, self.problem.maximize, signature)]
+        is_baseline = bool(trial.user_attrs.get(BASELINE))
+        return [RunningTrial(trial, member, self.problem.maximize, signature, is_baseline)]
 
 
 def _never_trained(trial: FrozenTrial) -> bool:

@@ -45,7 +45,7 @@ class Live:
     leader: Member
     running: dict[int, RunningTrial]
     slots: int
-    invited: int = 0
+    invited: float = 0
     until: float = math.inf
     clock: float = 0.0
     rounds: int = 0

@@ -209,7 +209,7 @@ class Scheduler:
         pruner, done = self.study.pruner, trial.last_round
         if not isinstance(pruner, CohortHalvingPruner):
             return bool(trial.trial.should_prune())
-        if not pruner.is_rung(done, previous):
+        if trial.is_baseline or not pruner.is_rung(done, previous):
             return False
         if done not in kept:
             kept[done] = pruner.keep(self.history[done], maximize=self.problem.maximize)

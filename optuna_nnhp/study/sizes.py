@@ -21,7 +21,7 @@ from optuna_nnhp.training.cohort import Member
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-PROBES, PROBE = 2, 0.03  # of each size, and how long each takes at least: seconds
+PROBES, PROBE = 2, 0.01  # of each size, and how long each takes at least: seconds
 GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
 FACTOR = 4  # from one size that is tried to the next
 LONG = 0.1  # seconds: a stack whose step is expected to take longer is not tried

@@ -60,6 +60,8 @@ class RunningTrial:
             Whether a greater metric is better.
         signature:
             What it must have in common with others to be stacked with them.
+        is_baseline:
+            Whether it has the default configuration, which is what others must beat.
         train_loss:
             One number per evaluation.
         validation_loss:
@@ -80,6 +82,7 @@ class RunningTrial:
     member: Member
     maximize: bool
     signature: Hashable = None
+    is_baseline: bool = False
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     values: dict[int, float] = field(default_factory=dict)

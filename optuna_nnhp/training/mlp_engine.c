@@ -10,6 +10,7 @@
 #include <Python.h>
 
 #include <math.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -17,6 +18,7 @@
 
 #define MAX_LAYERS 64
 #define MAX_RUNS (4 * (MAX_LAYERS + 1))
+#define MANY_SPINS 20000     /* some tens of microseconds */
 #define NORM_EPSILON 1e-5    /* networks/layers.py */
 #define RUNNING_MOMENTUM 0.1 /* networks/layers.py */
 #define ADAM_EPSILON 1e-8    /* hyperparameters/optimizer.py */
@@ -62,35 +64,66 @@ struct Member {
     int32_t activation, optimizer, loss, decoupled;
 };
 
+/* Two threads that share the steps of one member. */
+struct Team {
+    _Atomic int64_t met[2];
+    double loss[2], squares[2];
+    int64_t stop;
+};
+
 struct Job {
     const struct Network *network;
     struct Member *members;
     int64_t count;
     _Atomic int64_t next;
+    struct Team *team; /* if there is one member only, for two threads */
 };
 
-/* Parts of a member's row that hold true weights: runs of a length, ld apart. */
+/* Wait for the other one. It is busy with as much as this one; but the system may have taken its
+ * core away, then there is no use in spinning. */
+static void meet(struct Team *team, int half) {
+    int64_t turn = atomic_fetch_add(&team->met[half], 1) + 1;
+    for (int spins = 0; atomic_load(&team->met[1 - half]) < turn; spins++)
+        if (spins > MANY_SPINS) sched_yield();
+}
+
+/* Parts of a batch or of the network: the first half, the second, or all of it. */
+enum { WHOLE = 2 };
+struct Range {
+    long first, end;
+};
+static struct Range part_of(long n, int part) {
+    return part == WHOLE ? (struct Range){0, n}
+         : part == 0     ? (struct Range){0, n / 2}
+                         : (struct Range){n / 2, n};
+}
+
+/* Pieces of a member's row that hold true weights of a part: runs of a length, ld apart. */
 struct Runs {
     long first, end, ld, length;
     int decayed;
 };
 
-static int true_weights(const struct Network *net, const struct Member *me, struct Runs *out) {
+static int true_weights(const struct Network *net, const struct Member *me, int part,
+                        struct Runs *out) {
     int count = 0;
     for (int layer = 0; layer <= net->depth; layer++) {
         const struct Layer *at = net->layers + layer;
         int hidden = layer < net->depth;
         long width = hidden ? me->widths[layer] : net->outputs;
         long ld = hidden ? net->padded : net->outputs;
-        long size = (layer ? me->widths[layer - 1] : net->inputs) * ld;
-        if (width == ld) /* without gaps: one run */
-            out[count++] = (struct Runs){at->weight, at->weight + 1, size, size, 1};
-        else
-            out[count++] = (struct Runs){at->weight, at->weight + size, ld, width, 1};
+        struct Range some = part_of(layer ? me->widths[layer - 1] : net->inputs, part);
+        long first = at->weight + some.first * ld, size = (some.end - some.first) * ld;
+        if (size && width == ld) /* without gaps: one run */
+            out[count++] = (struct Runs){first, first + 1, size, size, 1};
+        else if (size)
+            out[count++] = (struct Runs){first, first + size, ld, width, 1};
         int64_t vectors[] = {at->bias, hidden ? at->scale : -1, hidden ? at->shift : -1};
-        for (int i = 0; i < 3; i++)
+        some = part_of(width, part);
+        for (int i = 0; i < 3 && some.end > some.first; i++)
             if (vectors[i] >= 0)
-                out[count++] = (struct Runs){vectors[i], vectors[i] + 1, width, width, 0};
+                out[count++] = (struct Runs){vectors[i] + some.first, vectors[i] + some.first + 1,
+                                             width, some.end - some.first, 0};
     }
     return count;
 }
@@ -142,7 +175,7 @@ static dgemm_type dgemm;
 #pragma GCC pop_options
 #endif
 
-typedef void (*run_type)(struct Job *, double, void *);
+typedef void (*run_type)(struct Job *, double, void *, int);
 static run_type run_float = run_float_any, run_double = run_double_any;
 
 /* ---- What Python calls, by ctypes: see `training/native.py` ---- */
@@ -171,9 +204,10 @@ EXPORT int64_t engine_memory(const struct Network *net) {
                           : cut_float_any(net, net->batch, 0, &(struct Space_float_any){0});
 }
 
-/* Take members until there are none left, or for so many seconds. */
-EXPORT void engine_run(struct Job *job, double seconds, void *memory) {
-    (job->network->is_double ? run_double : run_float)(job, now() + seconds, memory);
+/* Take members until there are none left, or for so many seconds; `half` is a thread's place in a
+ * team, whose memory is shared. */
+EXPORT void engine_run(struct Job *job, double seconds, void *memory, int32_t half) {
+    (job->network->is_double ? run_double : run_float)(job, now() + seconds, memory, half);
 }
 
 static struct PyModuleDef module = {

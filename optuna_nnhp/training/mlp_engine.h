@@ -100,12 +100,12 @@ static void NAME(activate)(int kind, long n, REAL *restrict x, REAL *restrict y)
 /* ---- Dropout ---- */
 
 /* Factors 0 and 1 / (1 - p) on activations and slopes; `training/batches.py` has the same noise. */
-static void NAME(drop)(long rows, long width, REAL p, uint32_t key, REAL *restrict y,
+static void NAME(drop)(long first, long rows, long width, REAL p, uint32_t key, REAL *restrict y,
                        REAL *restrict slope) {
     const REAL kept = 1 / (1 - p);
     for (long r = 0; r < rows; r++)
         for (long j = 0; j < width; j++) {
-            uint32_t h = ((uint32_t)r * ROW_KEY + (uint32_t)j * UNIT_KEY) ^ key;
+            uint32_t h = ((uint32_t)(first + r) * ROW_KEY + (uint32_t)j * UNIT_KEY) ^ key;
             h = (h ^ (h >> 16)) * 0x7feb352du;
             h = (h ^ (h >> 15)) * 0x846ca68bu;
             h ^= h >> 16;
@@ -217,9 +217,9 @@ static void NAME(norm_backward)(const struct Network *net, const struct Member *
     }
 }
 
-/* ---- Losses: outputs become their gradient; returns the mean loss ---- */
+/* ---- Losses: outputs become their gradient; returns their part of the batch's mean ---- */
 
-static double NAME(cross_entropy)(const struct Member *me, long rows, long classes,
+static double NAME(cross_entropy)(const struct Member *me, long rows, long batch, long classes,
                                   const int64_t *label, REAL *restrict x) {
     const REAL smoothing = me->smoothing, gamma = me->gamma;
     double total = 0;
@@ -246,14 +246,14 @@ static double NAME(cross_entropy)(const struct Member *me, long rows, long class
             loss *= factor;
         }
         total += loss;
-        REAL share = (factor + inner) / (sum * rows), spread = factor * smoothing / classes / rows;
+        REAL share = (factor + inner) / (sum * batch), spread = factor * smoothing / classes / batch;
         for (long c = 0; c < classes; c++) row[c] = row[c] * share - spread;
-        row[label[r]] -= (inner + factor * (1 - smoothing)) / rows;
+        row[label[r]] -= (inner + factor * (1 - smoothing)) / batch;
     }
-    return total / rows;
+    return total / batch;
 }
 
-static double NAME(errors)(const struct Member *me, long rows, const REAL *target,
+static double NAME(errors)(const struct Member *me, long rows, long batch, const REAL *target,
                            REAL *restrict x) {
     const REAL delta = me->delta;
     double total = 0;
@@ -270,17 +270,16 @@ static double NAME(errors)(const struct Member *me, long rows, const REAL *targe
             slope = error < -delta ? -delta : error > delta ? delta : error;
         }
         total += loss;
-        x[r] = slope / rows;
+        x[r] = slope / batch;
     }
-    return total / rows;
+    return total / batch;
 }
 
 /* ---- The network ---- */
 
-struct NAME(Space) { /* of a thread, cut into the tensors of one step */
-    REAL *grads, *x, *out, *other;
+struct NAME(Space) { /* the tensors of one step, in the memory of a thread or a team */
+    REAL *grads, *x, *out, *other, *target;
     REAL *h[MAX_LAYERS], *slope[MAX_LAYERS], *normal[MAX_LAYERS], *rstd[MAX_LAYERS];
-    REAL *target;
 };
 
 static int64_t NAME(cut)(const struct Network *net, int64_t rows, REAL *memory,
@@ -291,7 +290,7 @@ static int64_t NAME(cut)(const struct Network *net, int64_t rows, REAL *memory,
     int64_t wide = net->padded > net->outputs ? net->padded : net->outputs;
     TAKE(grads, net->training ? net->parameters : 0);
     TAKE(x, net->training ? rows * net->inputs : 0);
-    TAKE(out, rows * wide);
+    TAKE(out, rows * net->outputs);
     TAKE(other, rows * wide);
     TAKE(target, rows * (int64_t)(sizeof(int64_t) / sizeof(REAL))); /* numbers or labels */
     for (int layer = 0; layer < net->depth; layer++) {
@@ -304,16 +303,19 @@ static int64_t NAME(cut)(const struct Network *net, int64_t rows, REAL *memory,
     return used;
 }
 
-static void NAME(forward)(const struct Network *net, const struct Member *me, long rows,
-                          const REAL *x, uint32_t key, struct NAME(Space) *space) {
+/* Outputs of some rows of the batch; x, and what is kept of them, begins with row `first`. */
+static void NAME(forward)(const struct Network *net, const struct Member *me, long first,
+                          long rows, const REAL *x, uint64_t key,
+                          const struct NAME(Space) *space) {
     const REAL *weights = me->weights, *from = x;
     long size = net->inputs;
     for (int layer = 0; layer <= net->depth; layer++) {
         const struct Layer *at = net->layers + layer;
         int hidden = layer < net->depth;
         long width = hidden ? me->widths[layer] : net->outputs;
-        long ld = hidden ? net->padded : net->outputs;
+        long ld = hidden ? net->padded : net->outputs, skip = first * width;
         REAL *z = !hidden ? space->out : net->norm ? space->normal[layer] : space->slope[layer];
+        z += skip;
         NAME(multiply)('N', 'N', rows, width, size, from, size, weights + at->weight, ld, z, width);
         if (at->bias >= 0) {
             const REAL *bias = weights + at->bias;
@@ -321,7 +323,7 @@ static void NAME(forward)(const struct Network *net, const struct Member *me, lo
                 for (long j = 0; j < width; j++) z[r * width + j] += bias[j];
         }
         if (!hidden) return;
-        REAL *h = space->h[layer], *slope = space->slope[layer];
+        REAL *h = space->h[layer] + skip, *slope = space->slope[layer] + skip;
         if (net->norm == BATCH_NORM)
             NAME(batch_norm)(net, me, layer, rows, width, z, slope, space->rstd[layer],
                              space->other);
@@ -329,39 +331,92 @@ static void NAME(forward)(const struct Network *net, const struct Member *me, lo
             NAME(layer_norm)(net, me, layer, rows, width, z, slope, space->rstd[layer]);
         NAME(activate)(me->activation, rows * width, slope, h);
         if (net->training && me->dropout > 0)
-            NAME(drop)(rows, width, me->dropout, draw_key(key, layer), h, slope);
+            NAME(drop)(first, rows, width, me->dropout, draw_key(key, layer), h, slope);
         from = h;
         size = width;
     }
 }
 
-/* Gradients of all parameters, from that of the outputs in `space->out`. */
-static void NAME(backward)(const struct Network *net, const struct Member *me, long rows,
-                           struct NAME(Space) *space) {
+/* The outputs of some rows become their loss's gradient; returns their part of the mean loss. */
+static double NAME(loss)(const struct Network *net, const struct Member *me, long first,
+                         long rows, long batch, const int64_t *row,
+                         const struct NAME(Space) *space) {
+    REAL *out = space->out + first * net->outputs;
+    if (me->loss == CROSS_ENTROPY) {
+        int64_t *label = (int64_t *)space->target + first;
+        for (long r = 0; r < rows; r++) label[r] = ((const int64_t *)net->y)[row[first + r]];
+        return NAME(cross_entropy)(me, rows, batch, net->outputs, label, out);
+    }
+    REAL *target = space->target + first;
+    for (long r = 0; r < rows; r++) target[r] = ((const REAL *)net->y)[row[first + r]];
+    return NAME(errors)(me, rows, batch, target, out);
+}
+
+/* Gradients of what each layer computed, for some rows: they take the place of the slopes. */
+static void NAME(backward)(const struct Network *net, const struct Member *me, long first,
+                           long rows, const struct NAME(Space) *space) {
     const REAL *weights = me->weights;
-    REAL *d = space->out, *next = space->other, *grads = space->grads;
-    for (int layer = net->depth; layer >= 0; layer--) {
-        const struct Layer *at = net->layers + layer;
-        long width = layer < net->depth ? me->widths[layer] : net->outputs;
-        long ld = layer < net->depth ? net->padded : net->outputs;
-        long size = layer ? me->widths[layer - 1] : net->inputs;
-        const REAL *from = layer ? space->h[layer - 1] : space->x;
-        NAME(multiply)('T', 'N', size, width, rows, from, size, d, width, grads + at->weight, ld);
-        if (at->bias >= 0) NAME(sum_rows)(rows, width, d, grads + at->bias);
-        if (layer == 0) return;
-        NAME(multiply)('N', 'T', rows, size, width, d, width, weights + at->weight, ld, next, size);
-        const REAL *slope = space->slope[layer - 1];
-        for (long i = 0; i < rows * size; i++) next[i] *= slope[i];
+    for (int layer = net->depth; layer > 0; layer--) {
+        int hidden = layer < net->depth;
+        long width = hidden ? me->widths[layer] : net->outputs, size = me->widths[layer - 1];
+        const REAL *d = (hidden ? space->slope[layer] : space->out) + first * width;
+        REAL *back = space->other + first * size, *slope = space->slope[layer - 1] + first * size;
+        NAME(multiply)('N', 'T', rows, size, width, d, width,
+                       weights + net->layers[layer].weight, hidden ? net->padded : net->outputs,
+                       back, size);
+        for (long i = 0; i < rows * size; i++) slope[i] *= back[i];
         if (net->norm)
             NAME(norm_backward)(net, me, layer - 1, rows, size, space->normal[layer - 1],
-                                space->rstd[layer - 1], next, grads);
-        REAL *swap = d;
-        d = next;
-        next = swap;
+                                space->rstd[layer - 1], slope, space->grads);
     }
 }
 
-/* ---- Regularization and update ---- */
+/* Gradients of the weights and biases of a part of the network, from those of `backward`. */
+static void NAME(weight_grads)(const struct Network *net, const struct Member *me, int part,
+                               long rows, const struct NAME(Space) *space) {
+    REAL *grads = space->grads;
+    for (int layer = 0; layer <= net->depth; layer++) {
+        const struct Layer *at = net->layers + layer;
+        int hidden = layer < net->depth;
+        long width = hidden ? me->widths[layer] : net->outputs;
+        long ld = hidden ? net->padded : net->outputs;
+        long size = layer ? me->widths[layer - 1] : net->inputs;
+        struct Range some = part_of(size, part);
+        const REAL *from = layer ? space->h[layer - 1] : space->x;
+        const REAL *d = hidden ? space->slope[layer] : space->out;
+        if (some.end > some.first)
+            NAME(multiply)('T', 'N', some.end - some.first, width, rows, from + some.first, size,
+                           d, width, grads + at->weight + some.first * ld, ld);
+        if (at->bias < 0) continue;
+        some = part_of(width, part);
+        REAL *bias = grads + at->bias;
+        for (long j = some.first; j < some.end; j++) bias[j] = 0;
+        for (long r = 0; r < rows; r++)
+            for (long j = some.first; j < some.end; j++) bias[j] += d[r * width + j];
+    }
+}
+
+/* ---- Regularization and update of a part of the network ---- */
+
+/* Adds the slope of L1; returns the sum of the gradients' squares, if it is wanted. */
+static double NAME(regularize)(const struct Network *net, const struct Member *me, int part,
+                               REAL *restrict g) {
+    const REAL *w = me->weights, l1 = me->l1;
+    struct Runs all[MAX_RUNS], *end = all + true_weights(net, me, part, all);
+    double squares = 0;
+    for (struct Runs *p = all; p < end; p++)
+        for (long at = p->first; at < p->end; at += p->ld) {
+            if (l1 > 0 && p->decayed)
+                for (long i = at; i < at + p->length; i++)
+                    g[i] += l1 * (REAL)((w[i] > 0) - (w[i] < 0));
+            if (me->clip_norm == HUGE_VAL) continue;
+            REAL sum = 0;
+            _Pragma("omp simd reduction(+ : sum)")
+            for (long i = at; i < at + p->length; i++) sum += g[i] * g[i];
+            squares += sum;
+        }
+    return squares;
+}
 
 struct NAME(Rule) { /* the numbers of one step's update */
     REAL scale, coupled, shrink, b1, b2, rate, step, second;
@@ -371,6 +426,7 @@ static void NAME(update_run)(int optimizer, const struct NAME(Rule) *rule, long 
                              REAL *restrict w, REAL *restrict g, REAL *restrict m,
                              REAL *restrict v) {
     const REAL b1 = rule->b1, b2 = rule->b2, rate = rule->rate, shrink = rule->shrink;
+    const REAL step = rule->step, second = rule->second;
     if (rule->scale != 1) EACH g[i] *= rule->scale;
     if (decayed && rule->coupled > 0) EACH g[i] += rule->coupled * w[i];
     if (decayed && shrink != 1) EACH w[i] *= shrink;
@@ -387,7 +443,7 @@ static void NAME(update_run)(int optimizer, const struct NAME(Rule) *rule, long 
         EACH {
             m[i] += (1 - b1) * (g[i] - m[i]);
             v[i] = b2 * v[i] + (1 - b2) * g[i] * g[i];
-            w[i] -= rule->step * m[i] / (SQRT(v[i]) * rule->second + (REAL)ADAM_EPSILON);
+            w[i] -= step * m[i] / (SQRT(v[i]) * second + (REAL)ADAM_EPSILON);
         }
         break;
     case RMSPROP:
@@ -400,25 +456,11 @@ static void NAME(update_run)(int optimizer, const struct NAME(Rule) *rule, long 
     }
 }
 
-static void NAME(update)(const struct Network *net, struct Member *me, double rate,
-                         REAL *restrict g) {
-    REAL *w = me->weights, *m = me->first, *v = me->second, squares = 0;
-    struct Runs all[MAX_RUNS], *end = all + true_weights(net, me, all);
-    const REAL l1 = me->l1;
-    if (l1 > 0)
-        for (struct Runs *p = all; p < end; p++)
-            for (long at = p->first; p->decayed && at < p->end; at += p->ld)
-                for (long i = at; i < at + p->length; i++)
-                    g[i] += l1 * (REAL)((w[i] > 0) - (w[i] < 0));
-    if (me->clip_norm < HUGE_VAL)
-        for (struct Runs *p = all; p < end; p++)
-            for (long at = p->first; at < p->end; at += p->ld) {
-                REAL sum = 0;
-                _Pragma("omp simd reduction(+ : sum)")
-                for (long i = at; i < at + p->length; i++) sum += g[i] * g[i];
-                squares += sum;
-            }
-    double t = ++*me->steps;
+/* The t-th update, given the sum of all gradients' squares. */
+static void NAME(update)(const struct Network *net, const struct Member *me, int part, double rate,
+                         double t, double squares, REAL *restrict g) {
+    REAL *w = me->weights, *m = me->first, *v = me->second;
+    struct Runs all[MAX_RUNS], *end = all + true_weights(net, me, part, all);
     double scale = me->clip_norm < HUGE_VAL ? me->clip_norm / (sqrt(squares) + 1e-6) : 1;
     struct NAME(Rule) rule = {
         .scale = scale > 1 ? 1 : scale, /* NaN stays */
@@ -438,34 +480,52 @@ static void NAME(update)(const struct Network *net, struct Member *me, double ra
 
 /* ---- Training and evaluation of one member ---- */
 
-/* Steps until the end of the round or of the time. */
-static void NAME(train)(const struct Network *net, struct Member *me, double until,
-                        REAL *memory) {
+/* Steps until the end of the round or of the time: by one thread, or by two that share each step
+ * (half 0 and 1), each some of the batch's rows and then some of the weights. */
+static void NAME(train)(const struct Network *net, struct Member *me, double until, REAL *memory,
+                        struct Team *team, int half) {
     struct NAME(Space) space;
     NAME(cut)(net, net->batch, memory, &space);
     const REAL *data = net->x;
-    while (me->done < net->steps) {
-        int64_t start = me->done * net->batch, rows = net->examples - start;
-        if (rows > net->batch) rows = net->batch;
+    const int part = team ? half : WHOLE;
+    const double updates = *me->steps;
+    const int64_t begun = me->done;
+    struct Team alone = {.stop = 0};
+    struct Team *both = team ? team : &alone;
+    if (team) meet(team, half);
+    for (int64_t step = begun; step < net->steps && !both->stop; step++) {
+        int64_t start = step * net->batch, batch = net->examples - start;
+        if (batch > net->batch) batch = net->batch;
         const int64_t *row = me->rows + start;
+        struct Range some = part_of(batch, part);
+        long rows = some.end - some.first;
+        REAL *x = space.x + some.first * net->inputs;
         for (int64_t r = 0; r < rows; r++)
-            memcpy(space.x + r * net->inputs, data + row[r] * net->inputs,
+            memcpy(x + r * net->inputs, data + row[some.first + r] * net->inputs,
                    net->inputs * sizeof(REAL));
-        NAME(forward)(net, me, rows, space.x, step_key(me->key, me->done), &space);
-        double loss;
-        if (me->loss == CROSS_ENTROPY) {
-            int64_t *label = (int64_t *)space.target;
-            for (int64_t r = 0; r < rows; r++) label[r] = ((const int64_t *)net->y)[row[r]];
-            loss = NAME(cross_entropy)(me, rows, net->outputs, label, space.out);
-        } else {
-            for (int64_t r = 0; r < rows; r++) space.target[r] = ((const REAL *)net->y)[row[r]];
-            loss = NAME(errors)(me, rows, space.target, space.out);
+        double loss = 0;
+        if (rows > 0) {
+            NAME(forward)(net, me, some.first, rows, x, step_key(me->key, step), &space);
+            loss = NAME(loss)(net, me, some.first, rows, batch, row, &space);
+            NAME(backward)(net, me, some.first, rows, &space);
         }
-        NAME(backward)(net, me, rows, &space);
-        NAME(update)(net, me, me->rates[me->done], space.grads);
-        me->loss_sum += loss * rows;
-        me->done++;
-        if (now() > until) return;
+        both->loss[half] = loss;
+        if (team) meet(team, half);
+        NAME(weight_grads)(net, me, part, batch, &space);
+        if (team)
+            team->squares[half] = NAME(regularize)(net, me, half, space.grads);
+        else
+            for (int i = 0; i < 2; i++) alone.squares[i] = NAME(regularize)(net, me, i, space.grads);
+        if (team) meet(team, half);
+        NAME(update)(net, me, part, me->rates[step], updates + (step - begun) + 1,
+                     both->squares[0] + both->squares[1], space.grads);
+        if (half == 0) {
+            me->loss_sum += (both->loss[0] + both->loss[1]) * batch;
+            me->done = step + 1;
+            ++*me->steps;
+            both->stop = now() > until;
+        }
+        if (team) meet(team, half);
     }
 }
 
@@ -477,21 +537,25 @@ static void NAME(evaluate)(const struct Network *net, struct Member *me, REAL *m
     for (int64_t start = 0; start < net->examples; start += net->batch) {
         int64_t rows = net->examples - start;
         if (rows > net->batch) rows = net->batch;
-        NAME(forward)(net, me, rows, data + start * net->inputs, 0, &space);
+        NAME(forward)(net, me, 0, rows, data + start * net->inputs, 0, &space);
         memcpy((REAL *)me->outputs + start * net->outputs, space.out,
                rows * net->outputs * sizeof(REAL));
     }
     me->done = net->steps;
 }
 
-static void NAME(run)(struct Job *job, double until, void *memory) {
+static void NAME(run)(struct Job *job, double until, void *memory, int half) {
+    const struct Network *net = job->network;
     int64_t i;
-    while ((i = atomic_fetch_add(&job->next, 1)) < job->count && now() < until) {
-        if (job->network->training)
-            NAME(train)(job->network, job->members + i, until, memory);
-        else
-            NAME(evaluate)(job->network, job->members + i, memory);
-    }
+    if (job->team)
+        NAME(train)(net, job->members, until, memory, job->team, half);
+    else
+        while ((i = atomic_fetch_add(&job->next, 1)) < job->count && now() < until) {
+            if (net->training)
+                NAME(train)(net, job->members + i, until, memory, 0, 0);
+            else
+                NAME(evaluate)(net, job->members + i, memory);
+        }
 }
 
 #undef EACH

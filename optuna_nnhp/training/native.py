@@ -40,7 +40,10 @@ from optuna_nnhp.training.parameters import FlatParameters
 
 _logger = logging.getLogger(f"optuna.{__name__}")
 
-SLICE = 0.05  # seconds between two looks at the clock and at Ctrl-C
+SLICES = 0.005, 0.05  # seconds between two looks at the clock and at Ctrl-C: first, and later
+# A step with more arithmetic is shared by two threads if it is that of the only member. Without
+# normalization: its sums over rows would be more places to wait at.
+TEAM_FLOPS = 3e6
 MAX_LAYERS = 64
 AT_ONCE = 2**15  # numbers of a layer's outputs in evaluation: they stay in the cache
 
@@ -86,12 +89,21 @@ class _Member(Structure):
     )
 
 
+class _Team(Structure):
+    _fields_ = (
+        ("met", c_int64 * 2),
+        *((name, c_double * 2) for name in ("loss", "squares")),
+        ("stop", c_int64),
+    )
+
+
 class _Job(Structure):
     _fields_ = (
         ("network", POINTER(_Network)),
         ("members", POINTER(_Member)),
         ("count", c_int64),
         ("next", c_int64),
+        ("team", POINTER(_Team)),
     )
 
 
@@ -109,7 +121,7 @@ def library() -> ctypes.CDLL | None:
     engine.engine_start.argtypes = [c_void_p, c_void_p]
     engine.engine_memory.argtypes = [POINTER(_Network)]
     engine.engine_memory.restype = c_int64
-    engine.engine_run.argtypes = [POINTER(_Job), c_double, c_void_p]
+    engine.engine_run.argtypes = [POINTER(_Job), c_double, c_void_p, c_int32]
     engine.engine_run.restype = None
     engine.engine_start(_blas("sgemm"), _blas("dgemm"))
     return engine
@@ -265,23 +277,34 @@ class Native:
     ) -> None:
         """Have the threads work on some members until all steps are done or time is out."""
         numbers = self._engine.engine_memory(byref(network))
-        count = min(full_threads(), len(places))
-        memory = [torch.empty(numbers, dtype=self._dtype) for _ in range(count)]
+        is_team = self._is_team(network, len(places))
+        count = 2 if is_team else min(full_threads(), len(places))
+        memory = [torch.empty(numbers, dtype=self._dtype) for _ in range(1 if is_team else count)]
         chosen = self._members
         if len(places) < len(self._members):
             chosen = (_Member * len(places))(*(self._members[p] for p in places))
         job = _Job(ctypes.pointer(network), chosen, len(places), 0)
 
-        def work(thread: int) -> None:
-            self._engine.engine_run(byref(job), SLICE, _address(memory[thread]))
+        def work(thread: int, seconds: float) -> None:
+            own = _address(memory[0 if is_team else thread])
+            self._engine.engine_run(byref(job), seconds, own, thread)
 
-        others = _threads(count - 1) if count > 1 else None
+        others, (share, longest) = _threads(count - 1) if count > 1 else None, SLICES
         while any(me.done < network.steps for me in chosen) and not out_of_time():
             job.next = 0
-            futures = [others.submit(work, i) for i in range(1, count)] if others else []
-            work(0)
+            if is_team:
+                job.team = ctypes.pointer(_Team())
+            futures = [others.submit(work, i, share) for i in range(1, count)] if others else []
+            work(0, share)
             for future in futures:
                 future.result()
+            share = min(2 * share, longest)
+
+    def _is_team(self, network: _Network, members: int) -> bool:
+        """Whether two threads share the steps of a single member."""
+        if members > 1 or not network.training or network.norm or full_threads() < 2:
+            return False
+        return 6.0 * network.batch * network.parameters > TEAM_FLOPS
 
 
 def _address(tensor: Tensor) -> int:

@@ -40,19 +40,25 @@ def test_members_of_any_age_see_what_they_see_alone() -> None:
 
 
 def test_noise_is_that_of_the_age() -> None:
-    together = batches().noise([2, 0, 2])
+    together = batches().noise([2, 0, 2], step=1)
     first, second = together(16, 8), together(16, 4)
     assert first.shape == (3, 16, 8)
     for i, age in enumerate([2, 0, 2]):
-        alone = batches().noise([age])
+        alone = batches().noise([age], step=1)
         assert torch.equal(first[i], alone(16, 8))
         assert torch.equal(second[i], alone(16, 4))
     assert not torch.equal(first[0], first[1])
 
 
+def test_orders_are_those_of_the_ages() -> None:
+    some, ages = batches(rounds=3), [4, 0, 4]
+    for age, order in zip(ages, some.orders(ages), strict=True):
+        assert order.tolist() == torch.cat(batches(rounds=3).rows([age])).tolist()
+
+
 def test_of_one_age_everything_is_shared() -> None:
     assert batches().rows([7, 7])[0].shape == (16,)
-    assert batches().noise([7, 7])(16, 8).shape == (16, 8)
+    assert batches().noise([7, 7], step=0)(16, 8).shape == (16, 8)
 
 
 def test_many_epochs_are_not_all_remembered() -> None:

@@ -15,6 +15,7 @@ def test_gradients_land_in_the_rows(normalization: str) -> None:
     plain(x).square().sum().backward()
     expected = sorted(plain.parameters(), key=lambda p: p.dim() != 3)
     flat = FlatParameters(stack)
+    flat.prepare()
     for _ in range(2):  # the second time over the first, not added to it
         flat.backward(stack(x).square().sum())
     torch.testing.assert_close(
@@ -27,6 +28,7 @@ def test_gradients_land_in_the_rows(normalization: str) -> None:
 def test_the_network_sees_what_is_done_to_a_row() -> None:
     stack = task().build(varied(3))
     flat = FlatParameters(stack)
+    flat.prepare()
     row = flat.rows[1]
     row.weight.fill_(8.0)
     row.weight[: flat.decayed].fill_(7.0)
@@ -38,6 +40,7 @@ def test_the_network_sees_what_is_done_to_a_row() -> None:
 def test_members_that_stay_keep_weights_and_state() -> None:
     stack = task().build(varied(3))
     flat = FlatParameters(stack)
+    flat.prepare()
     for i, row in enumerate(flat.rows):
         row.first.fill_(float(i))
         row.second.fill_(10.0 + i)
@@ -46,6 +49,7 @@ def test_members_that_stay_keep_weights_and_state() -> None:
     index = torch.tensor([2, 0])
     stack.keep(index)
     flat.keep(index, stack)
+    flat.prepare()
     assert bool((flat.weights == before[index]).all())
     assert [float(row.first[0]) for row in flat.rows] == [2.0, 0.0]
     assert [float(row.second[-1]) for row in flat.rows] == [12.0, 10.0]
@@ -57,12 +61,15 @@ def test_members_that_stay_keep_weights_and_state() -> None:
 def test_members_that_join_bring_weights_and_state() -> None:
     first, second = task().build(varied(2)), task().build(varied(1, seed=1))
     flat, other = FlatParameters(first), FlatParameters(second)
+    flat.prepare()
+    other.prepare()
     flat.rows[1].first.fill_(1.0)
     other.rows[0].first.fill_(2.0)
     other.steps.fill_(3.0)
     expected = torch.cat([flat.weights, other.weights])
     first.join(second)
     flat.join(other, first)
+    flat.prepare()
     assert bool((flat.weights == expected).all())
     assert [float(row.first[0]) for row in flat.rows] == [0.0, 1.0, 2.0]
     assert flat.steps.tolist() == [0.0, 0.0, 3.0]
