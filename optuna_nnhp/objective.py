@@ -18,6 +18,7 @@ from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.study.trials import suggest
 from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.checkpoint import BestWeights
+from optuna_nnhp.training.machine import single_blas
 
 Direction = Literal["maximize", "minimize"]
 
@@ -88,12 +89,13 @@ class Objective:
         running = RunningTrial(trial, member, problem.maximize)
         cohort = problem.cohort([member])
         cause: str | None = None
-        while cause is None:
-            scores = cohort.train_round()
-            assert scores is not None
-            running.take(scores, 0)
-            running.report()
-            cause = scores.ended[0] or ("pruned" if trial.should_prune() else None)
+        with single_blas:
+            while cause is None:
+                scores = cohort.train_round()
+                assert scores is not None
+                running.take(scores, 0)
+                running.report()
+                cause = scores.ended[0] or ("pruned" if trial.should_prune() else None)
         running.describe(problem, cohort.iterations[0], cause)
         if cause in ("pruned", "diverged"):
             raise optuna.TrialPruned(f"Trial {trial.number}: {cause}.")

@@ -77,6 +77,7 @@ class HistorySampler(TPESampler):
         if type(study) is not Study or self._group or not self._is_multivariate(study):
             return super().infer_relative_search_space(study, trial)
         space = self._history.updated(study).space or {}
+        self._history.asked = trial.number
         return {name: space[name] for name in sorted(space) if not space[name].single()}
 
     def _sample_relative(
@@ -85,7 +86,8 @@ class HistorySampler(TPESampler):
         """Propose all values jointly, once there are enough finished trials."""
         if type(study) is not Study or study._is_multi_objective():
             return super()._sample_relative(study, trial, search_space)
-        if not search_space or self._history.updated(study).finished < self._n_startup_trials:
+        history = self._history.updated(study, trial.number)
+        if not search_space or history.finished < self._n_startup_trials:
             return {}
         return self._sample(study, trial, search_space)
 
@@ -95,7 +97,7 @@ class HistorySampler(TPESampler):
         """Propose values: Optuna's step, on the trials that the history chooses."""
         if type(study) is not Study or study._is_multi_objective():
             return super()._sample(study, trial, search_space)
-        history = self._history.updated(study)
+        history = self._history.updated(study, trial.number)
         numbers, rest = history.split(self._gamma or default_gamma, self._most)
         if self._constant_liar:
             rest = sorted({*rest, *history.running} - {trial.number})
@@ -164,6 +166,7 @@ class _History:
         running: Numbers of those that run.
         space: The distributions that all finished ones have; None before the first.
         background: The last density of the others.
+        asked: Number of the trial whose search space was inferred last.
         fitted: What the last density of good trials was fitted to, and it.
     """
 
@@ -178,11 +181,12 @@ class _History:
     def _clear(self) -> None:
         self.trials: list[FrozenTrial] = []
         self.running: list[int] = []
+        self.asked: int | None = None
         self.background: _Background | None = None
         self.fitted: tuple[Any, _ParzenEstimator] | None = None
         self.space: dict[str, BaseDistribution] | None = None
-        self._settled = 0  # trials before the first that has not ended
-        self._seen: set[int] = set()
+        self._seen = 0  # trials
+        self._open: list[int] = []  # numbers of those that had not ended
         self._order: list[int] = []  # numbers
         self._ranked: list[tuple[int, float, float, int]] = []  # the last one is the number
         self._rows: dict[tuple[str, ...], tuple[dict[str, BaseDistribution], Rows]] = {}
@@ -192,28 +196,30 @@ class _History:
         """How many trials have ended otherwise than by failing."""
         return len(self._order)
 
-    def updated(self, study: Study) -> _History:
-        """Itself, with the trials that have ended since."""
+    def updated(self, study: Study, asked: int | None = None) -> _History:
+        """Itself, with the trials that have ended since, or as it was when a trial was asked."""
+        which = study._storage, study._study_id
+        if asked is not None and asked == self.asked and self._study == which:
+            return self
         with self._lock:
-            which = study._storage, study._study_id
             if self._study != which:
                 self._study = which
                 self._clear()
             self.trials = study._get_trials(deepcopy=False)
             sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-            recent = self.trials[self._settled :]
-            self.running = [t.number for t in recent if t.state == TrialState.RUNNING]
-            for trial in recent:
-                if trial.state.is_finished() and trial.number not in self._seen:
-                    self._seen.add(trial.number)
-                    if trial.state != TrialState.FAIL:
-                        self._intersect(trial.distributions)
-                        insort(self._order, trial.number)
-                        insort(self._ranked, (*_rank(trial, sign), trial.number))
-            for trial in recent:
-                if not trial.state.is_finished():
-                    break
-                self._settled += 1
+            # New ones, and those that had not ended: not all of them at every proposal.
+            self._open += range(self._seen, len(self.trials))
+            self._seen = len(self.trials)
+            ended = [n for n in self._open if self.trials[n].state.is_finished()]
+            if ended:
+                self._open = [n for n in self._open if not self.trials[n].state.is_finished()]
+            self.running = [n for n in self._open if self.trials[n].state == TrialState.RUNNING]
+            for number in ended:
+                trial = self.trials[number]
+                if trial.state != TrialState.FAIL:
+                    self._intersect(trial.distributions)
+                    insort(self._order, number)
+                    insort(self._ranked, (*_rank(trial, sign), number))
         return self
 
     def _intersect(self, distributions: dict[str, BaseDistribution]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ class ArrayParzenEstimator(_ParzenEstimator):
         shape = (len(kernels), len(self._weights))
         self._mu = np.array([k.mu for k in kernels]).reshape(shape).T  # (n + 1, d)
         self._sigma = np.array([k.sigma for k in kernels]).reshape(shape).T
+        # Of integers, by parameter and value: a density serves for several proposals.
+        self._masses: dict[int, dict[float, Array]] = defaultdict(dict)
 
     def sample(self, rng: np.random.RandomState, size: int) -> dict[str, Array]:
         """Draw from the mixture.
@@ -130,11 +133,14 @@ class ArrayParzenEstimator(_ParzenEstimator):
         log_mass = _log_near_mass if is_near else _log_mass
         for place in np.flatnonzero(stepped):
             values, inverse = np.unique(x[:, place], return_inverse=True)
+            known = self._masses[place]
+            new = np.array([value for value in values.tolist() if value not in known])
             half = self._step[place] / 2
-            ends = np.array([values - half, values + half])
+            ends = np.array([new - half, new + half])
             ends = np.log(ends) if self._log[place] else ends
             left, right = (ends[:, :, None] - mu[:, place]) / sigma[:, place]
-            total += log_mass(left, right)[inverse]
+            known.update(zip(new.tolist(), log_mass(left, right), strict=True))
+            total += np.array([known[value] for value in values.tolist()])[inverse]
         return total
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 import math
 import time
 
@@ -16,7 +18,7 @@ from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.pool import Pool
 from optuna_nnhp.study.sizes import measured_pace
 from optuna_nnhp.study.trials import RunningTrial
-from optuna_nnhp.training.machine import full_threads
+from optuna_nnhp.training.cohort import Member
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -27,9 +29,15 @@ TURN = 3  # times its slots that a leader's cohort is filled before another lead
 # signature cannot eat the budget, a first rung is cheap for everybody, and good trials come to
 # their end while it matters.
 TURN_SHARE, ROUND_SHARE, COHORT_SHARE = 0.04, 0.002, 0.1
-# The default configuration comes early and is what all others must beat: its cohort has a member
-# for each thread, and for this share of the timeout at most nobody else leads.
+# Early turns are shorter, so that several leaders are known before one of them has eaten much:
+# seconds, and the share of the time that the study has taken so far.
+FIRST_TURN, TURN_OF_PAST = 0.2, 0.1
+# The default configuration comes early and is what all others must beat: it has the machine for
+# itself, for this share of the timeout at most.
 BASELINE_SHARE = 0.1
+# Of a cohort's slots: one of so many is asked for while cohorts train, and one of so many before
+# its first round.
+PREPARED, STARTED = 4, 2
 REFILL = 16  # a cohort is refilled when a part of its slots is free: one of so many
 PLANNED = 32  # trials that are asked at once of a sampler that fixes everything
 
@@ -51,6 +59,7 @@ class Admission:
         turns: How many there were.
         asking: Seconds that a new cohort's proposals took.
         baseline: Number of the trial with the default configuration, while it leads.
+        waiting: Followers of `turn` that were asked for while a cohort trained.
         first_round: Seconds that a new cohort took to its first scores.
     """
 
@@ -62,6 +71,7 @@ class Admission:
     asking: float = 0.0
     first_round: float = 0.0
     baseline: int | None = None
+    waiting: list[RunningTrial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.study, self.problem = self.asker.study, self.asker.problem
@@ -75,13 +85,36 @@ class Admission:
             self._admit_planned()
             return
         live = self.turn
-        is_over = live is None or time.monotonic() > live.until or self._baseline_is_over(live)
+        if live is not None and self.baseline is not None and self.baseline not in live.running:
+            self._follow_baseline(live)
+        is_over = live is None or time.monotonic() > live.until
         if live is not None and not is_over and live.free < max(1, live.slots // REFILL):
             return
-        if live is None or is_over or not live.invited:
+        if live is None or is_over or not (live.invited or self.waiting):
+            if live is not None:
+                self._take_in(live, self.waiting)
+                self.waiting = []
             self.turn = live = self._lead()
         if live is not None:
             self._follow(live)
+
+    def prepare(self, is_over: Callable[[], bool]) -> None:
+        """Ask for followers while a cohort trains; they wait until slots are free.
+
+        What the sampler knows is the state before this round. With a timeout, which makes a study
+        depend on the clock anyway, no more are asked for once the round is over.
+        """
+        live = self.turn
+        if live is None or not self._prepares(live) or self.asker.plans or self._must_end():
+            return
+        count = self._may_ask(live, max(1, live.slots // PREPARED) - len(self.waiting))
+        if count and self.baseline is None:
+            stop = is_over if self.budget.timeout is not None else lambda: False
+            self.waiting += self._ask(live, count, stop)
+
+    def _prepares(self, live: Live) -> bool:
+        """Whether followers are asked for while cohorts train: not where both need Python."""
+        return live.cohort.native is not None and live.cohort.joinable
 
     def _must_end(self) -> bool:
         """Whether no more trials start: there would be no time to learn anything from one."""
@@ -91,7 +124,7 @@ class Admission:
 
     def has_more(self) -> bool:
         """Whether trials can start although none runs: those just asked have all failed."""
-        return not self._must_end() and self.asker.left() != 0
+        return not self._must_end() and (bool(self.waiting) or self.asker.left() != 0)
 
     def _lead(self) -> Live | None:
         """Who is filled next: a new leader's cohort, or every other time the best of those there.
@@ -105,20 +138,23 @@ class Admission:
         live = live or self._new_leader()
         if live is None:
             return None
-        is_baseline = self.baseline is not None
-        live.invited += max(live.slots, self._generation(TURN * live.slots))
-        live.invited = math.inf if is_baseline else live.invited
-        if self.budget.timeout is not None:
-            share = BASELINE_SHARE if is_baseline else TURN_SHARE
-            live.until = time.monotonic() + share * self.budget.timeout
+        if self.baseline is None:
+            self._invite(live)
+        elif self.budget.timeout is not None:
+            live.until = time.monotonic() + BASELINE_SHARE * self.budget.timeout
         return live
 
-    def _baseline_is_over(self, live: Live) -> bool:
-        """Whether the baseline led, and has ended."""
-        if self.baseline is None or self.baseline in live.running:
-            return False
-        self.baseline, live.invited = None, 0
-        return True
+    def _follow_baseline(self, live: Live) -> None:
+        """The baseline has ended: its shape is as good a beginning as any, for one turn."""
+        self.baseline, live.slots = None, self._size(live.leader)
+        self._invite(live)
+
+    def _invite(self, live: Live) -> None:
+        """Begin a cohort's turn."""
+        live.invited += max(live.slots, self._generation(TURN * live.slots))
+        if self.budget.timeout is not None:
+            turn = max(FIRST_TURN, TURN_OF_PAST * self.budget.seconds)
+            live.until = time.monotonic() + min(turn, TURN_SHARE * self.budget.timeout)
 
     def _proven(self) -> Live | None:
         """The cohort with the best member, of those that are not half full any more."""
@@ -138,7 +174,8 @@ class Admission:
                 return None
             asked = self.asker.ask(1)
         leader, signature = asked[0], asked[0].signature
-        live, size = self.pool.with_signature(signature), self._size(leader)
+        live = self.pool.with_signature(signature)
+        size = 1 if leader.is_baseline else self._size(leader.member)
         if live is None:
             live = self._open(signature, [leader], size)
         else:
@@ -150,21 +187,39 @@ class Admission:
         return live
 
     def _follow(self, live: Live) -> None:
-        """Fill a cohort with followers."""
-        left = self.asker.left()
-        count = min(live.free, live.invited, math.inf if left is None else left)
+        """Fill a cohort with followers: those that wait, and new ones."""
         if live.rounds and live.running and not live.cohort.joinable:
             live.invited = 0
-        if count < 1 or not live.invited:
-            return
-        started = time.monotonic()
-        trials = self.asker.ask(int(count), live.leader)
-        live.invited -= len(trials)
-        # Enqueued trials have values of their own, and a user's network may be built otherwise.
-        self._join(live, [trial for trial in trials if trial.signature == live.signature])
-        self._group([trial for trial in trials if trial.signature != live.signature])
+        free, started = live.free, time.monotonic()
+        trials, self.waiting = self.waiting[:free], self.waiting[free:]
+        wanted = free - len(trials)
+        if self._prepares(live):  # and asks for the rest while the others train
+            wanted -= live.slots - math.ceil(live.slots / STARTED)
+        if count := self._may_ask(live, wanted):
+            trials += self._ask(live, count)
+        self._take_in(live, trials)
         if not live.rounds:
             self.asking = time.monotonic() - started
+
+    def _may_ask(self, live: Live, wanted: int) -> int:
+        """How many followers can be asked for, of so many."""
+        left = self.asker.left() if wanted > 0 else 0
+        return int(max(0, min(wanted, live.invited, math.inf if left is None else left)))
+
+    def _ask(
+        self, live: Live, count: int, stop: Callable[[], bool] = lambda: False
+    ) -> list[RunningTrial]:
+        trials = self.asker.ask(count, live.leader, stop)
+        live.invited -= len(trials)
+        return trials
+
+    def _take_in(self, live: Live, trials: Sequence[RunningTrial]) -> None:
+        """Have followers join their leader's cohort, or others of their own kind.
+
+        Enqueued trials have values of their own, and a user's network may be built otherwise.
+        """
+        self._join(live, [trial for trial in trials if trial.signature == live.signature])
+        self._group([trial for trial in trials if trial.signature != live.signature])
 
     def _admit_planned(self) -> None:
         """Ask for the next points of a plan, and group them as they come."""
@@ -211,19 +266,17 @@ class Admission:
         if live not in self.pool.lives:
             self.pool.add(live)
 
-    def _size(self, leader: RunningTrial) -> int:
+    def _size(self, leader: Member) -> int:
         """Slots of a leader's cohort."""
         if self.cohort_size is not None:
             return self.cohort_size
-        most = self._generation(self.problem.cohort_size(leader.member))
+        most = self._generation(self.problem.cohort_size(leader))
         if most == 1:
             return 1
-        pace = measured_pace(self.problem, leader.member, most)
-        if leader.is_baseline:
-            return min(pace.size, full_threads())
+        pace = measured_pace(self.problem, leader, most)
         if self.budget.timeout is None:
             return pace.size
-        rounds = self.problem.rounds_per_epoch * int(leader.member.params["epochs"] or 1)
+        rounds = self.problem.rounds_per_epoch * int(leader.params["epochs"] or 1)
         share = max(ROUND_SHARE, COHORT_SHARE / rounds)
         return max(1, min(pace.size, int(share * self.budget.timeout / pace.round)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 
@@ -88,7 +89,12 @@ class Asker:
             return rest if left is None else min(left, rest)
         return left
 
-    def ask(self, count: int, leader: Member | None = None) -> list[RunningTrial]:
+    def ask(
+        self,
+        count: int,
+        leader: Member | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[RunningTrial]:
         """Ask for trials, fewer if the time is over.
 
         Args:
@@ -96,6 +102,8 @@ class Asker:
                 How many.
             leader:
                 A trial that they must be able to join; None if they are free.
+            stop:
+                Once it says yes, those asked for so far are enough.
 
         Returns:
             Those that can be trained.
@@ -106,7 +114,7 @@ class Asker:
         try:
             with self.storage.reserved(count):
                 for _ in range(count):
-                    if trials and self.budget.out_of_time():
+                    if trials and (self.budget.out_of_time() or stop()):
                         break
                     trials += self._ask_one()
         finally:

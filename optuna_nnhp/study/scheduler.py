@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from dataclasses import dataclass
 from dataclasses import field
 import time
@@ -33,6 +35,7 @@ from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Scores
+from optuna_nnhp.training.machine import single_blas
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -89,6 +92,7 @@ class Scheduler:
         self.storage = storage
         self.asker = Asker(self.study, self.problem, self.budget, storage)
         self.admission = Admission(self.asker, self.pool, self.cohort_size)
+        self.trainer = ThreadPoolExecutor(1, "optuna_nnhp-trainer")
 
     def run(self) -> None:
         """Train cohorts until the budget is spent, or somebody stops the study."""
@@ -98,6 +102,7 @@ class Scheduler:
             _logger.info(f"The study has its {self.asker.finished} trials already: nothing to do.")
         with (
             inside_optimize(self.study),
+            single_blas,
             tidy_interrupts(self.budget),
             Progress(self.show_progress_bar, self.budget, self.asker.finished) as self.progress,
         ):
@@ -107,11 +112,13 @@ class Scheduler:
                     if live:
                         self._train(live)
                     self._admit()
+                self._drop_waiting()
             except BaseException:
                 self._fail_all()
                 raise
             finally:
                 self.study.sampler = sampler  # a grid's points were asked through another one
+                self.trainer.shutdown()
                 self._note_timing()
                 self.storage.flush()
 
@@ -144,11 +151,9 @@ class Scheduler:
 
     def _train(self, live: Live) -> None:
         """Train one cohort to its next evaluation, judge, and end who has ended."""
-        started, members = time.monotonic(), len(live.running)
+        members = len(live.running)
         before, work = live.cohort.iterations[0], live.cohort.work_of_step
-        with self.timing("training"):
-            scores = live.cohort.train_round(self.budget.out_of_time)
-        seconds = time.monotonic() - started
+        scores, seconds = self._train_round(live.cohort)
         if live.rounds == 0 and scores is not None:
             self.admission.first_round = seconds
         self.pool.note(live, members, seconds, work * (live.cohort.iterations[0] - before))
@@ -160,6 +165,34 @@ class Scheduler:
                 self._end_some(live, self._judge(live, scores))
             self.storage.flush_if_due()
         self.progress.show(self.asker.finished, self.pool.alive, self.best)
+
+    def _train_round(self, cohort: Cohort) -> tuple[Scores | None, float]:
+        """A cohort's scores, and how many seconds it trained for them.
+
+        The engine leaves Python to others while it computes: then followers are asked for.
+        """
+        started = time.monotonic()
+        if cohort.native is None:
+            with self.timing("training"):
+                scores = cohort.train_round(self.budget.out_of_time)
+            return scores, time.monotonic() - started
+        ended: list[float] = []
+
+        def train() -> Scores | None:
+            try:
+                return cohort.train_round(self.budget.out_of_time)
+            finally:
+                ended.append(time.monotonic())
+
+        with self.timing("training"):
+            future = self.trainer.submit(train)
+            try:
+                self.admission.prepare(future.done)
+            finally:
+                late = time.monotonic()
+                wait([future])
+        self.timing.move("training", "asking", max(0.0, late - ended[0]))
+        return future.result(), ended[0] - started
 
     def _judge(self, live: Live, scores: Scores) -> dict[int, str]:
         """Note one evaluation's scores; the places of those who end, and why."""
@@ -285,6 +318,15 @@ class Scheduler:
                     running.fail(self.study, self.problem, "error")
                 except UpdateFinishedTrialError:
                     self._lose(running)
+
+    def _drop_waiting(self) -> None:
+        """Fail those that were asked for and had no time to begin."""
+        cause = "interrupted" if self.budget.interrupted else "timeout"
+        with self.storage.batch():
+            for running in self.admission.waiting:
+                running.fail(self.study, self.problem, cause)
+                del self.asker.running[running.member.number]
+        self._call_back(self.admission.waiting)
 
     def _call_back(self, told: Sequence[RunningTrial]) -> None:
         if not self.callbacks:

@@ -18,11 +18,15 @@ import torch
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.machine import full_threads
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 PROBES, PROBE = 2, 0.01  # of each size, and how long each takes at least: seconds
 GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
+# The engine's threads are kept busy by so many members each, some of which leave at every rung;
+# more of them are no faster where a step is long.
+MEMBERS_OF_THREAD = 4
 FACTOR = 4  # from one size that is tried to the next
 LONG = 0.1  # seconds: a stack whose step is expected to take longer is not tried
 
@@ -77,7 +81,9 @@ def _copies(leader: Member, k: int) -> list[Member]:
 def _measure(make: Callable[[int], Cohort], most: int) -> Pace:
     """Try ever larger stacks, as long as it pays."""
     cohort = make(1)
-    best, fastest, k = 1, seconds_per_step(cohort), 1
+    k = min(most, MEMBERS_OF_THREAD * full_threads()) if cohort.native else 1
+    cohort = make(k) if k > 1 else cohort
+    best, fastest = k, seconds_per_step(cohort) / k
     while k < most and fastest * min(FACTOR * k, most) < LONG:
         k = min(FACTOR * k, most)
         each = seconds_per_step(make(k)) / k
@@ -92,8 +98,13 @@ def seconds_per_step(cohort: Cohort) -> float:
     """Seconds of a cohort's step, the faster of two probes; it is trained by them."""
     fastest = math.inf
     for _ in range(PROBES):
-        before, start = sum(cohort.iterations), time.perf_counter()
-        cohort.train_round(lambda: time.perf_counter() - start > PROBE)  # noqa: B023
+        before, start, asked = sum(cohort.iterations), time.perf_counter(), list[float]()
+
+        def enough() -> bool:  # though not before the first step
+            asked.append(time.perf_counter() - start)  # noqa: B023
+            return len(asked) > 1 and asked[-1] > PROBE  # noqa: B023
+
+        cohort.train_round(enough)
         seconds = time.perf_counter() - start
         steps = (sum(cohort.iterations) - before) / len(cohort.members)
         fastest = min(fastest, seconds / steps)

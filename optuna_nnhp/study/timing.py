@@ -36,6 +36,11 @@ class Timing:
             self._count()
             self._inside.pop()
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count some seconds of one section for another."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
     def _count(self) -> None:
         now = time.perf_counter()
         if self._inside:

@@ -56,6 +56,7 @@ def threads_for(flops: float) -> Iterator[Callable[[], None]]:
         ...     torch.get_num_threads()
         1
     """
+    single_blas.__enter__()
     _threads.enter()
     if flops < FLOPS_FOR_THREADS or _threads.before == 1:
         torch.set_num_threads(1)
@@ -63,6 +64,7 @@ def threads_for(flops: float) -> Iterator[Callable[[], None]]:
         yield _Watch().before_step if torch.get_num_threads() > 1 else _do_nothing
     finally:
         _threads.leave()
+        single_blas.__exit__()
 
 
 def _do_nothing() -> None:
@@ -102,7 +104,6 @@ class _Threads:
         with self._lock:
             if self._inside == 0:
                 self.before = torch.get_num_threads()
-                self._blas = _pools().limit(limits=1, user_api="blas")
             self._inside += 1
 
     def leave(self) -> None:
@@ -110,7 +111,6 @@ class _Threads:
             self._inside -= 1
             if self._inside == 0:
                 torch.set_num_threads(self.before)
-                self._blas.restore_original_limits()
 
     @property
     def full(self) -> int:
@@ -122,9 +122,34 @@ class _Threads:
 _threads = _Threads()
 
 
+class _Blas:
+    """Has each product of NumPy and scipy computed on one thread, while anybody wants that."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._limit = _pools().limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.restore_original_limits()
+
+
 @functools.cache
 def _pools() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+# For as long as possible, a whole study: OpenBLAS's own threads spin for a while after each of its
+# products and each change of their number, on the cores that the engine's threads work on (the
+# epochs of a single network of 2 x 256 units took twice as long).
+single_blas = _Blas()
 
 
 def full_threads() -> int:
