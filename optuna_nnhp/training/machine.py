@@ -40,7 +40,7 @@ STALLED_FOR = 60.0  # seconds
 def threads_for(flops: float) -> Iterator[Callable[[], None]]:
     """Within, torch computes on one thread if steps are small, else on as many as before.
 
-    The products that the compiled engine asks of scipy's BLAS are computed on one thread each.
+    The products that other threads ask of NumPy and scipy are computed on one thread each.
 
     Args:
         flops:

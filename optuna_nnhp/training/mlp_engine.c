@@ -4,7 +4,7 @@
  * each of its operations costs. Here a member's whole round is one call, and its weights stay in
  * the cache. What is computed is what `networks/mlp.py`, `hyperparameters/` and `training/loop.py`
  * compute with torch, which is the oracle in the tests; `training/native.py` fills the structures.
- * Matrix products are scipy's BLAS. Threads take members in turn; none waits for another.
+ * Threads take members in turn; none waits for another.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -146,15 +146,6 @@ static uint32_t draw_key(uint64_t key, int layer) {
     return (uint32_t)(z >> 32);
 }
 
-typedef void (*sgemm_type)(const char *, const char *, const int *, const int *, const int *,
-                           const float *, const float *, const int *, const float *, const int *,
-                           const float *, float *, const int *);
-typedef void (*dgemm_type)(const char *, const char *, const int *, const int *, const int *,
-                           const double *, const double *, const int *, const double *,
-                           const int *, const double *, double *, const int *);
-static sgemm_type sgemm;
-static dgemm_type dgemm;
-
 /* The engine in each precision for each instruction set. */
 #define JOIN_(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
@@ -162,16 +153,26 @@ static dgemm_type dgemm;
 #define NAME(x) JOIN(x, PRECISION, MACHINE)
 
 #define MACHINE any
+#define VECTOR_BYTES 16
 #include "mlp_engine_twice.h"
 #undef MACHINE
+#undef VECTOR_BYTES
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_AVX2 1
+#define HAS_MORE 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define MACHINE avx2
+#define VECTOR_BYTES 32
 #include "mlp_engine_twice.h"
 #undef MACHINE
+#undef VECTOR_BYTES
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#define MACHINE avx512
+#define VECTOR_BYTES 64
+#include "mlp_engine_twice.h"
+#undef MACHINE
+#undef VECTOR_BYTES
 #pragma GCC pop_options
 #endif
 
@@ -186,15 +187,14 @@ static run_type run_float = run_float_any, run_double = run_double_any;
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-EXPORT void engine_start(void *single, void *twice) {
-    sgemm = (sgemm_type)single;
-    dgemm = (dgemm_type)twice;
-#ifdef HAS_AVX2
+EXPORT void engine_start(void) {
+#ifdef HAS_MORE
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        run_float = run_float_avx2;
-        run_double = run_double_avx2;
-    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        run_float = run_float_avx2, run_double = run_double_avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        run_float = run_float_avx512, run_double = run_double_avx512;
 #endif
 }
 

@@ -2,7 +2,6 @@
  *   REAL             float or double
  *   NAME(x)          x with a suffix of its own
  *   EXP, TANH, ...   functions of a REAL
- *   GEMM             BLAS's matrix product
  * Rows are examples; all matrices are row after row. "ld" is the distance between two rows.
  */
 
@@ -42,16 +41,6 @@ static inline float NAME(fast_erf)(float x) {
     p = p * t - 0.284496736f;
     p = p * t + 0.254829592f;
     return copysignf(1.0f - p * t * NAME(fast_exp)(-a * a), x);
-}
-
-/* ---- Matrix products ---- */
-
-/* c (m, n) = a (m, k) times b (k, n); 'T' for an a or b that is stored the other way round. */
-static void NAME(multiply)(char ta, char tb, int m, int n, int k, const REAL *a, int lda,
-                           const REAL *b, int ldb, REAL *c, int ldc) {
-    REAL one = 1, zero = 0;
-    /* BLAS has columns after columns: to it these are the transposed matrices. */
-    GEMM(&tb, &ta, &n, &m, &k, &one, b, &ldb, a, &lda, &zero, c, &ldc);
 }
 
 /* ---- Activations: their value, and their slope in place of the argument ---- */

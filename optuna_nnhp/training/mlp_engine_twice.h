@@ -9,7 +9,8 @@
 #define POW powf
 #define SQRT sqrtf
 #define FABS fabsf
-#define GEMM sgemm
+#define REAL_BYTES 4
+#include "mlp_products.h"
 #include "mlp_engine.h"
 #undef PRECISION
 #undef REAL
@@ -21,7 +22,7 @@
 #undef POW
 #undef SQRT
 #undef FABS
-#undef GEMM
+#undef REAL_BYTES
 
 #define PRECISION double
 #define REAL double
@@ -33,7 +34,8 @@
 #define POW pow
 #define SQRT sqrt
 #define FABS fabs
-#define GEMM dgemm
+#define REAL_BYTES 8
+#include "mlp_products.h"
 #include "mlp_engine.h"
 #undef PRECISION
 #undef REAL
@@ -45,4 +47,4 @@
 #undef POW
 #undef SQRT
 #undef FABS
-#undef GEMM
+#undef REAL_BYTES

@@ -25,7 +25,6 @@ import importlib.util
 import logging
 from typing import Any
 
-from scipy.linalg import cython_blas
 import torch
 from torch import Tensor
 
@@ -109,7 +108,7 @@ class _Job(Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled engine with its matrix products; None, and a line in the log, without it."""
+    """The compiled engine; None, and a line in the log, without it."""
     found = importlib.util.find_spec("optuna_nnhp.training._mlp_engine")
     if found is None or found.origin is None:
         _logger.info(
@@ -118,24 +117,13 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     engine = ctypes.CDLL(found.origin)
-    engine.engine_start.argtypes = [c_void_p, c_void_p]
+    engine.engine_start.argtypes = []
     engine.engine_memory.argtypes = [POINTER(_Network)]
     engine.engine_memory.restype = c_int64
     engine.engine_run.argtypes = [POINTER(_Job), c_double, c_void_p, c_int32]
     engine.engine_run.restype = None
-    engine.engine_start(_blas("sgemm"), _blas("dgemm"))
+    engine.engine_start()
     return engine
-
-
-def _blas(name: str) -> int:
-    """Address of one of the functions that scipy offers to compiled code."""
-    api = ctypes.pythonapi
-    api.PyCapsule_GetName.restype = ctypes.c_char_p
-    api.PyCapsule_GetName.argtypes = [ctypes.py_object]
-    api.PyCapsule_GetPointer.restype = c_void_p
-    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    capsule = cython_blas.__pyx_capi__[name]
-    return int(api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule)))
 
 
 @functools.cache
