@@ -5,7 +5,8 @@ from setuptools import setup
 
 # Not all of -ffast-math: infinities and NaN must stay what they are, diverged trials are known by
 # them. Sums are vectorized where the code says so (omp simd).
-FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fopenmp-simd", "-fno-math-errno"]
+FLAGS += ["-fno-trapping-math", "-fno-signed-zeros"]
 
 HEADERS = ("mlp_engine", "mlp_engine_twice", "mlp_products")
 
@@ -15,7 +16,7 @@ setup(
             "optuna_nnhp.training._mlp_engine",
             ["optuna_nnhp/training/mlp_engine.c"],
             depends=[f"optuna_nnhp/training/{name}.h" for name in HEADERS],
-            extra_compile_args=[*FLAGS, "-fopenmp-simd"],
+            extra_compile_args=FLAGS,
             optional=True,
         )
     ]

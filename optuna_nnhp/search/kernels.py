@@ -131,7 +131,7 @@ class ArrayParzenEstimator(_ParzenEstimator):
         # What is too far away to count beside the prior need not be exact, unless all is far.
         is_near = bool(((mu >= self._low) & (mu <= self._high)).all())
         log_mass = _log_near_mass if is_near else _log_mass
-        for place in np.flatnonzero(stepped):
+        for place in np.flatnonzero(stepped).tolist():
             values, inverse = np.unique(x[:, place], return_inverse=True)
             known = self._masses[place]
             new = np.array([value for value in values.tolist() if value not in known])

@@ -114,6 +114,8 @@ class Admission:
 
     def _prepares(self, live: Live) -> bool:
         """Whether followers are asked for while cohorts train: not where both need Python."""
+        if self.cohort_size is not None:  # somebody wants to know who trains with whom
+            return False
         return live.cohort.native is not None and live.cohort.joinable
 
     def _must_end(self) -> bool:
@@ -175,13 +177,14 @@ class Admission:
             asked = self.asker.ask(1)
         leader, signature = asked[0], asked[0].signature
         live = self.pool.with_signature(signature)
-        size = 1 if leader.is_baseline else self._size(leader.member)
+        alone = leader.is_baseline and self.cohort_size is None
+        size = 1 if alone else self._size(leader.member)
         if live is None:
             live = self._open(signature, [leader], size)
         else:
             self._join(live, [leader])
             live.slots = max(live.slots, size)
-        if leader.is_baseline:
+        if alone:
             self.baseline = leader.member.number
         live.invited = -1
         return live

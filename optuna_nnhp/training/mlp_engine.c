@@ -56,6 +56,7 @@ struct Member {
     const int64_t *rows;            /* numbers of the round's examples */
     const double *rates;            /* of the round's steps */
     void *outputs;                  /* (examples, outputs), in evaluation */
+    int64_t begin, end;             /* the examples that are evaluated */
     uint64_t key;                   /* of the round's noise */
     int64_t place, done;
     double loss_sum;

@@ -349,7 +349,9 @@ static void NAME(backward)(const struct Network *net, const struct Member *me, l
         int hidden = layer < net->depth;
         long width = hidden ? me->widths[layer] : net->outputs, size = me->widths[layer - 1];
         const REAL *d = (hidden ? space->slope[layer] : space->out) + first * width;
-        REAL *back = space->other + first * size, *slope = space->slope[layer - 1] + first * size;
+        /* Not at `first * size`: the other half may be at a layer of another size. */
+        REAL *back = space->other + first * net->padded;
+        REAL *slope = space->slope[layer - 1] + first * size;
         NAME(multiply)('N', 'T', rows, size, width, d, width,
                        weights + net->layers[layer].weight, hidden ? net->padded : net->outputs,
                        back, size);
@@ -518,13 +520,13 @@ static void NAME(train)(const struct Network *net, struct Member *me, double unt
     }
 }
 
-/* Outputs for all examples. */
+/* Outputs for the examples from `begin` to `end`. */
 static void NAME(evaluate)(const struct Network *net, struct Member *me, REAL *memory) {
     struct NAME(Space) space;
     NAME(cut)(net, net->batch, memory, &space);
     const REAL *data = net->x;
-    for (int64_t start = 0; start < net->examples; start += net->batch) {
-        int64_t rows = net->examples - start;
+    for (int64_t start = me->begin; start < me->end; start += net->batch) {
+        int64_t rows = me->end - start;
         if (rows > net->batch) rows = net->batch;
         NAME(forward)(net, me, 0, rows, data + start * net->inputs, 0, &space);
         memcpy((REAL *)me->outputs + start * net->outputs, space.out,

@@ -22,6 +22,7 @@ from ctypes import c_uint64
 from ctypes import c_void_p
 import functools
 import importlib.util
+from itertools import product
 import logging
 from typing import Any
 
@@ -80,6 +81,7 @@ class _Member(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weights", "first", "second", "steps")),
         *((name, c_void_p) for name in ("widths", "rows", "rates", "outputs")),
+        *((name, c_int64) for name in ("begin", "end")),
         ("key", c_uint64),
         *((name, c_int64) for name in ("place", "done")),
         ("loss_sum", c_double),
@@ -233,7 +235,7 @@ class Native:
         for i, me in enumerate(self._members):
             me.rows, me.rates, me.key = _address(rows[i]), _address(rates[i]), keys[i]
             me.done, me.loss_sum = 0, 0.0
-        self._run(network, range(len(rows)), out_of_time)
+        self._run(network, self._members, out_of_time)
         return [me.loss_sum for me in self._members], [me.done for me in self._members]
 
     def evaluate(self, x: Tensor, places: Sequence[int]) -> Tensor:
@@ -246,10 +248,13 @@ class Native:
         size = min(len(x), max(1, AT_ONCE // self._network.padded))
         network = self._with(x, None, training=0, batch=size, steps=1, examples=len(x))
         outputs = torch.empty(len(places), len(x), network.outputs, dtype=self._dtype)
-        for i, place in enumerate(places):
-            self._members[place].outputs = _address(outputs[i])
-            self._members[place].done = 0
-        self._run(network, places, lambda: False)
+        parts = -(-full_threads() // len(places))  # of the examples, for all threads to work
+        tasks = (_Member * (len(places) * parts))()
+        for task, (i, part) in zip(tasks, product(range(len(places)), range(parts)), strict=True):
+            ctypes.memmove(byref(task), byref(self._members[places[i]]), ctypes.sizeof(task))
+            task.outputs, task.done = _address(outputs[i]), 0
+            task.begin, task.end = (len(x) * n // parts for n in (part, part + 1))
+        self._run(network, tasks, lambda: False)
         return outputs
 
     def _with(self, x: Tensor, y: Tensor | None, **values: int) -> _Network:
@@ -261,24 +266,21 @@ class Native:
         return network
 
     def _run(
-        self, network: _Network, places: Sequence[int], out_of_time: Callable[[], bool]
+        self, network: _Network, tasks: ctypes.Array[_Member], out_of_time: Callable[[], bool]
     ) -> None:
         """Have the threads work on some members until all steps are done or time is out."""
         numbers = self._engine.engine_memory(byref(network))
-        is_team = self._is_team(network, len(places))
-        count = 2 if is_team else min(full_threads(), len(places))
+        is_team = self._is_team(network, len(tasks))
+        count = 2 if is_team else min(full_threads(), len(tasks))
         memory = [torch.empty(numbers, dtype=self._dtype) for _ in range(1 if is_team else count)]
-        chosen = self._members
-        if len(places) < len(self._members):
-            chosen = (_Member * len(places))(*(self._members[p] for p in places))
-        job = _Job(ctypes.pointer(network), chosen, len(places), 0)
+        job = _Job(ctypes.pointer(network), tasks, len(tasks), 0)
 
         def work(thread: int, seconds: float) -> None:
             own = _address(memory[0 if is_team else thread])
             self._engine.engine_run(byref(job), seconds, own, thread)
 
         others, (share, longest) = _threads(count - 1) if count > 1 else None, SLICES
-        while any(me.done < network.steps for me in chosen) and not out_of_time():
+        while any(me.done < network.steps for me in tasks) and not out_of_time():
             job.next = 0
             if is_team:
                 job.team = ctypes.pointer(_Team())
@@ -292,7 +294,7 @@ class Native:
         """Whether two threads share the steps of a single member."""
         if members > 1 or not network.training or network.norm or full_threads() < 2:
             return False
-        return 6.0 * network.batch * network.parameters > TEAM_FLOPS
+        return bool(6.0 * network.batch * network.parameters > TEAM_FLOPS)
 
 
 def _address(tensor: Tensor) -> int:
@@ -305,24 +307,24 @@ def _describe(network: StackedMLP, flat: FlatParameters) -> tuple[_Network, list
     out = _Network(
         inputs=network.inputs,
         outputs=network.outputs,
-        padded=network.linears[0].weight.shape[2],
+        padded=network.get_buffer("mask0").shape[-1],
         depth=depth,
         parameters=flat.weights.shape[1],
         norm=NORMS.index(str(network.params[0]["normalization"])),
         is_double=int(flat.weights.dtype == torch.float64),
     )
+    starts = {id(parameter): start for parameter, start in flat.starts.items()}
     for n, linear in enumerate(network.linears):
         layer = out.layers[n]
-        layer.weight = flat.starts[linear.weight]
-        layer.bias = -1 if linear.bias is None else flat.starts[linear.bias]
+        layer.weight, layer.bias = starts[id(linear.weight)], starts.get(id(linear.bias), -1)
         layer.scale = layer.shift = -1
         if n < depth and network.norms:
             norm = network.norms[n]
-            layer.scale, layer.shift = flat.starts[norm.weight], flat.starts[norm.bias]
-            for name in ("running_mean", "running_var"):
-                if hasattr(norm, name):
-                    setattr(layer, name, _address(getattr(norm, name)))
-                    alive.append(getattr(norm, name))
+            layer.scale, layer.shift = starts[id(norm.weight)], starts[id(norm.bias)]
+            for name, buffer in norm.named_buffers():
+                if name.startswith("running_"):
+                    setattr(layer, name, _address(buffer))
+                    alive.append(buffer)
     return out, alive
 
 

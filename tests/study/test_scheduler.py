@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import inspect
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,11 @@ import pytest
 from optuna_nnhp import CohortHalvingPruner
 from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.study import scheduler
+from optuna_nnhp.study import sizes
+from optuna_nnhp.study.asking import Asker
 from optuna_nnhp.templates import DNN
 from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.native import library
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import SHAPE
 from tests.tiny import TINY
@@ -184,6 +188,53 @@ def test_halving_is_the_default_and_judges_the_whole_cohort() -> None:
     gone = {t.number for t in trials(result) if t.user_attrs["epochs"] == 1}
     assert len(gone) == 4  # of nine trials the better half goes on
     assert min(at_first[n] for n in gone) >= max(at_first[n] for n in at_first.keys() - gone)
+
+
+def test_the_baseline_is_never_pruned_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CohortHalvingPruner, "keep", lambda *_, **__: set())
+    result = tune(*numbers(), pruner=None, n_trials=6, method="random")
+    assert causes(result) == ["finished"] + ["pruned"] * 5
+    assert [t.user_attrs.get("baseline") for t in trials(result)] == [True] + [None] * 5
+
+
+def test_the_baseline_is_trained_alone_before_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, rounds = Cohort.train_round, list[list[int]]()
+
+    def noted(cohort: Cohort, *arguments: Any) -> Any:
+        rounds.append(sorted(m.number for m in cohort.members))
+        return train(cohort, *arguments)
+
+    monkeypatch.setattr(Cohort, "train_round", noted)
+    monkeypatch.setattr(sizes, "_known", {})
+    monkeypatch.setattr(sizes, "_measure", lambda make, most: sizes.Pace(most, 1e-3))
+    tune(n_trials=30)
+    assert rounds[:4] == [[0]] * 4
+    assert all(0 not in numbers and len(numbers) > 1 for numbers in rounds[4:8])
+
+
+def test_followers_are_asked_for_while_the_engine_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "_known", {})
+    monkeypatch.setattr(sizes, "_measure", lambda make, most: sizes.Pace(most, 1e-3))
+    ask, prepared = Asker.ask, list[int]()
+
+    def noted(self: Asker, count: int, *arguments: Any) -> Any:
+        if any(frame.function == "prepare" for frame in inspect.stack()):
+            prepared.append(count)
+        return ask(self, count, *arguments)
+
+    monkeypatch.setattr(Asker, "ask", noted)
+    first = tune(n_trials=40)
+    assert len(trials(first)) == 40 and set(causes(first)) == {"finished"}
+    assert bool(prepared) == (library() is not None)
+    assert courses(tune(n_trials=40)) == courses(first)
+
+
+def test_followers_that_had_no_time_to_begin_are_said_to_have_failed() -> None:
+    result = tune(n_trials=10**6, timeout=2.0, fixed=TINY | {"epochs": 40})
+    assert TrialState.RUNNING not in states(result)
+    late = [t for t in trials(result) if t.state == TrialState.FAIL]
+    assert {t.user_attrs["cause"] for t in late} <= {"timeout"}
+    assert len(trials(result)) > len(late)
 
 
 def test_halving_remembers_earlier_calls() -> None:

@@ -13,6 +13,8 @@ from optuna_nnhp.study.sizes import seconds_per_step
 from optuna_nnhp.templates import DNN
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.native import Native
+from optuna_nnhp.training.native import library
 from tests.tiny import TINY
 from tests.tiny import numbers
 
@@ -33,6 +35,12 @@ def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(sizes, "_known", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "optuna_nnhp" / "cohort_sizes.json"
+
+
+@pytest.fixture(autouse=True)
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is left out, where a test does not want it back."""
+    monkeypatch.setattr(Native, "can", lambda *_: False)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, step: dict[int, float]) -> list[int]:
@@ -72,6 +80,20 @@ def test_the_smallest_stack_that_is_about_the_fastest(
     assert noted == tried
     assert pace.size == size
     assert pace.round == pytest.approx(2 * each)  # 64 rows, batches of 32
+
+
+@pytest.mark.skipif(library() is None, reason="there was no C compiler")
+def test_the_engine_has_members_for_all_its_threads(
+    problem: DNN, leader: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(sizes, "_known", {})
+    monkeypatch.setattr(sizes, "_write", lambda known: None)
+    monkeypatch.setattr(sizes, "_read", dict)
+    monkeypatch.setattr(sizes, "full_threads", lambda: 3)
+    noted = pretend(monkeypatch, {12: 12e-3, 20: 20e-3})
+    assert measured_pace(problem, leader, 20).size == 12  # more are no faster
+    assert noted == [12, 20]
 
 
 def test_it_is_measured_once_also_by_the_next_process(

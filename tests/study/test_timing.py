@@ -13,3 +13,10 @@ def test_a_section_within_another_is_not_counted_twice(monkeypatch: pytest.Monke
     with sections("outer"), sections("inner"):  # at 1, 3 to 6, 10
         pass
     assert sections.seconds == {"outer": 2.0 + 4.0, "inner": 3.0}
+
+
+def test_seconds_move_between_sections() -> None:
+    timing = Timing()
+    timing.seconds["training"] = 3.0
+    timing.move("training", "asking", 1.0)
+    assert timing.seconds == {"training": 2.0, "asking": 1.0}

@@ -3,6 +3,8 @@ from __future__ import annotations
 import platform
 
 import pytest
+from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_limits
 import torch
 
 from optuna_nnhp.training import machine
@@ -60,5 +62,27 @@ def test_threads_that_wait_for_each_other_are_given_up(monkeypatch: pytest.Monke
                 before_step()
                 assert torch.get_num_threads() == threads
                 clock[0] += 1.0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_blas_has_one_thread_within_and_as_many_as_before_after() -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        with machine.single_blas:
+            with machine.single_blas, threads_for(1.0):
+                assert threads() == {1}
+            assert threads() == {1}
+        assert threads() == {2}
+
+
+def test_the_engine_may_use_the_threads_that_torch_may_not() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with threads_for(1.0):
+            assert (torch.get_num_threads(), machine.full_threads()) == (1, 3)
     finally:
         torch.set_num_threads(before)

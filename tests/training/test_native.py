@@ -84,9 +84,7 @@ def test_everything_varied_with_dropout_is_torchs(
 
 
 @pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
-def test_in_the_precision_of_studies(
-    normalization: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_the_precision_of_studies(normalization: str, monkeypatch: pytest.MonkeyPatch) -> None:
     members = varied(45, normalization=normalization, learning_rate=1e-3)
     with_engine, without = both(members, task(), monkeypatch)
     expected = curves(without, 3)
@@ -123,9 +121,7 @@ def test_the_edges(
     assert with_engine.iterations == without.iterations
 
 
-def test_buffers_of_batch_norm_follow_too(
-    float64: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_buffers_of_batch_norm_follow_too(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [Member(i, i, PLAIN | {"normalization": "batch"}) for i in range(2)]
     cohorts = both(members, task(), monkeypatch)
     for cohort in cohorts:
@@ -169,6 +165,44 @@ def test_threads_and_mates_change_no_bit() -> None:
     for curve in alone:
         for number, rows in curve.items():
             assert_close(together[number], rows, EXACT)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 16, 33])
+def test_two_threads_that_share_a_members_steps(
+    regression: bool, batch_size: int, float64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, before = task(regression=regression), torch.get_num_threads()
+    members = varied(10, regression=regression, batch_size=batch_size, epochs=2)
+    teams: list[bool] = []
+    is_team = Native._is_team
+
+    def noted(self: Native, *arguments: Any) -> bool:
+        teams.append(is_team(self, *arguments))
+        return teams[-1]
+
+    try:
+        torch.set_num_threads(1)
+        expected = curves(Cohort(members, chosen), 2)
+        torch.set_num_threads(2)
+        monkeypatch.setattr(native, "TEAM_FLOPS", 0.0)
+        monkeypatch.setattr(Native, "_is_team", noted)
+        for member in members:
+            found = curves(Cohort([member], chosen), 2)
+            assert_close(found[member.number], expected[member.number], FLOAT64)
+    finally:
+        torch.set_num_threads(before)
+    assert any(teams)
+
+
+@pytest.mark.parametrize("normalization", ["batch", "layer"])
+def test_networks_with_normalization_are_not_shared(
+    normalization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "TEAM_FLOPS", 0.0)
+    cohort = Cohort(varied(1, normalization=normalization), task())
+    assert cohort.native is not None
+    assert not cohort.native._is_team(cohort.native._network, 1)
 
 
 def test_training_stops_when_time_is_out() -> None:
@@ -215,7 +249,7 @@ def test_noise_is_uniform_and_unrelated() -> None:
     noise = Noise([5], which, step=3)
     first, second = noise(500, 200), noise(500, 200)
     for drawn in (first, second):
-        assert 0 < float(drawn.min()) and float(drawn.max()) < 1
+        assert float(drawn.min()) > 0 and float(drawn.max()) < 1
         assert float(drawn.mean()) == pytest.approx(0.5, abs=0.005)
         assert float(drawn.var()) == pytest.approx(1 / 12, abs=0.001)
         counts = torch.histc(drawn, 100, 0, 1)
