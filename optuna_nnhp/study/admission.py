@@ -16,6 +16,7 @@ import optuna
 from optuna_nnhp.study.asking import Asker
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.pool import Pool
+from optuna_nnhp.study.sizes import Pace
 from optuna_nnhp.study.sizes import measured_pace
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.training.cohort import Member
@@ -30,11 +31,14 @@ TURN = 3  # times its slots that a leader's cohort is filled before another lead
 # their end while it matters.
 TURN_SHARE, ROUND_SHARE, COHORT_SHARE = 0.04, 0.002, 0.1
 # Early turns are shorter, so that several leaders are known before one of them has eaten much:
-# seconds, and the share of the time that the study has taken so far.
-FIRST_TURN, TURN_OF_PAST = 0.2, 0.1
+# shares of the timeout, and of the time that the study has taken so far.
+FIRST_TURN, TURN_OF_PAST = 0.005, 0.1
 # The default configuration comes early and is what all others must beat: it has the machine for
 # itself, for this share of the timeout at most.
 BASELINE_SHARE = 0.1
+# What costs a hundred times as much as others must wait: a leader begins once a round of a member
+# takes at most this share of the time so far, or if so many wait and it is the quickest of them.
+AFFORDED, PARKED = 0.02, 4
 # Of a cohort's slots: one of so many is asked for while cohorts train, and one of so many before
 # its first round.
 PREPARED, STARTED = 4, 2
@@ -60,6 +64,7 @@ class Admission:
         asking: Seconds that a new cohort's proposals took.
         baseline: Number of the trial with the default configuration, while it leads.
         waiting: Followers of `turn` that were asked for while a cohort trained.
+        parked: Leaders that cannot be afforded yet.
         first_round: Seconds that a new cohort took to its first scores.
     """
 
@@ -72,6 +77,7 @@ class Admission:
     first_round: float = 0.0
     baseline: int | None = None
     waiting: list[RunningTrial] = field(default_factory=list)
+    parked: list[RunningTrial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.study, self.problem = self.asker.study, self.asker.problem
@@ -126,7 +132,8 @@ class Admission:
 
     def has_more(self) -> bool:
         """Whether trials can start although none runs: those just asked have all failed."""
-        return not self._must_end() and (bool(self.waiting) or self.asker.left() != 0)
+        asked = self.waiting or self.parked
+        return not self._must_end() and (bool(asked) or self.asker.left() != 0)
 
     def _lead(self) -> Live | None:
         """Who is filled next: a new leader's cohort, or every other time the best of those there.
@@ -147,15 +154,15 @@ class Admission:
         return live
 
     def _follow_baseline(self, live: Live) -> None:
-        """The baseline has ended: its shape is as good a beginning as any, for one turn."""
+        """The baseline has ended: its shape is a good one to begin with, for a whole turn."""
         self.baseline, live.slots = None, self._size(live.leader)
-        self._invite(live)
+        self._invite(live, TURN_SHARE)
 
-    def _invite(self, live: Live) -> None:
-        """Begin a cohort's turn."""
+    def _invite(self, live: Live, least: float = FIRST_TURN) -> None:
+        """Begin a cohort's turn, of at least this share of the timeout."""
         live.invited += max(live.slots, self._generation(TURN * live.slots))
         if self.budget.timeout is not None:
-            turn = max(FIRST_TURN, TURN_OF_PAST * self.budget.seconds)
+            turn = max(least * self.budget.timeout, TURN_OF_PAST * self.budget.seconds)
             live.until = time.monotonic() + min(turn, TURN_SHARE * self.budget.timeout)
 
     def _proven(self) -> Live | None:
@@ -168,15 +175,34 @@ class Admission:
         better = max if self.problem.maximize else min
         return better(lives, key=lambda live: live.cohort.best, default=None)
 
-    def _new_leader(self) -> Live | None:
-        """Ask for a trial that is free in everything."""
-        asked: list[RunningTrial] = []
-        while not asked:
+    def _next_leader(self) -> RunningTrial | None:
+        """A trial that is free in everything: one that waited until it can be afforded, or new."""
+        while len(self.parked) < PARKED:
+            affordable = [leader for leader in self.parked if self._affords(leader)]
+            if affordable:
+                self.parked.remove(affordable[0])
+                return affordable[0]
             if self.asker.left() == 0 or self.budget.out_of_time() or self.study._stop_flag:
-                return None
-            asked = self.asker.ask(1)
-        leader, signature = asked[0], asked[0].signature
-        live = self.pool.with_signature(signature)
+                break
+            self.parked += self.asker.ask(1)
+        if not self.parked:
+            return None
+        leader = min(self.parked, key=lambda parked: self._pace(parked.member).round)
+        self.parked.remove(leader)
+        return leader
+
+    def _affords(self, leader: RunningTrial) -> bool:
+        """Whether a leader's round is short beside what the study has taken so far."""
+        if self.budget.timeout is None or self.cohort_size is not None or leader.is_enqueued:
+            return True
+        return self._pace(leader.member).round <= AFFORDED * self.budget.seconds
+
+    def _new_leader(self) -> Live | None:
+        """Have a new leader begin a cohort, or join one of its kind."""
+        leader = self._next_leader()
+        if leader is None:
+            return None
+        signature, live = leader.signature, self.pool.with_signature(leader.signature)
         alone = leader.is_baseline and self.cohort_size is None
         size = 1 if alone else self._size(leader.member)
         if live is None:
@@ -273,15 +299,16 @@ class Admission:
         """Slots of a leader's cohort."""
         if self.cohort_size is not None:
             return self.cohort_size
-        most = self._generation(self.problem.cohort_size(leader))
-        if most == 1:
-            return 1
-        pace = measured_pace(self.problem, leader, most)
+        pace = self._pace(leader)
         if self.budget.timeout is None:
             return pace.size
         rounds = self.problem.rounds_per_epoch * int(leader.params["epochs"] or 1)
         share = max(ROUND_SHARE, COHORT_SHARE / rounds)
         return max(1, min(pace.size, int(share * self.budget.timeout / pace.round)))
+
+    def _pace(self, leader: Member) -> Pace:
+        most = self._generation(self.problem.cohort_size(leader))
+        return measured_pace(self.problem, leader, most)
 
     def _generation(self, most: int) -> int:
         """So many trials, or fewer so that the study learns from its results now and then."""

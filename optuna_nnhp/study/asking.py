@@ -32,6 +32,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 # These decide every value themselves: trials are grouped as they come.
 PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
 BASELINE = "baseline"  # attribute of the trial with the default configuration
+FIXED = "fixed_params"  # system attribute of trials that were enqueued
 CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
 
 
@@ -136,8 +137,11 @@ class Asker:
                 _logger.warning(f"Trial {trial.number} failed: {error}")
                 return []
             raise
-        is_baseline = bool(trial.user_attrs.get(BASELINE))
-        return [RunningTrial(trial, member, self.problem.maximize, signature, is_baseline)]
+        is_enqueued = FIXED in self.storage.get_trial(trial._trial_id).system_attrs
+        running = RunningTrial(trial, member, self.problem.maximize, signature)
+        running.is_baseline = is_enqueued and bool(trial.user_attrs.get(BASELINE))
+        running.is_enqueued = is_enqueued
+        return [running]
 
 
 def _never_trained(trial: FrozenTrial) -> bool:

@@ -322,11 +322,12 @@ class Scheduler:
     def _drop_waiting(self) -> None:
         """Fail those that were asked for and had no time to begin."""
         cause = "interrupted" if self.budget.interrupted else "timeout"
+        asked = [*self.admission.waiting, *self.admission.parked]
         with self.storage.batch():
-            for running in self.admission.waiting:
+            for running in asked:
                 running.fail(self.study, self.problem, cause)
                 del self.asker.running[running.member.number]
-        self._call_back(self.admission.waiting)
+        self._call_back(asked)
 
     def _call_back(self, told: Sequence[RunningTrial]) -> None:
         if not self.callbacks:

@@ -27,6 +27,7 @@ GAIN = 1.1  # a larger stack must be faster by this factor, per network, than th
 # The engine's threads are kept busy by so many members each, some of which leave at every rung;
 # more of them are no faster where a step is long.
 MEMBERS_OF_THREAD = 4
+SLOW = 2e-3  # seconds: the engine's throughput is known from one member with a longer step
 FACTOR = 4  # from one size that is tried to the next
 LONG = 0.1  # seconds: a stack whose step is expected to take longer is not tried
 
@@ -81,9 +82,12 @@ def _copies(leader: Member, k: int) -> list[Member]:
 def _measure(make: Callable[[int], Cohort], most: int) -> Pace:
     """Try ever larger stacks, as long as it pays."""
     cohort = make(1)
+    per_round, best, fastest = cohort.batches.per_round, 1, seconds_per_step(cohort)
     k = min(most, MEMBERS_OF_THREAD * full_threads()) if cohort.native else 1
-    cohort = make(k) if k > 1 else cohort
-    best, fastest = k, seconds_per_step(cohort) / k
+    if k > 1 and fastest > SLOW:
+        return Pace(k, fastest * per_round)
+    if k > 1:
+        best, fastest = k, seconds_per_step(make(k)) / k
     while k < most and fastest * min(FACTOR * k, most) < LONG:
         k = min(FACTOR * k, most)
         each = seconds_per_step(make(k)) / k
@@ -91,7 +95,7 @@ def _measure(make: Callable[[int], Cohort], most: int) -> Pace:
             break
         best, fastest = k, each
     _logger.debug(f"Cohorts of {best}: {1e6 * fastest:.0f} us a network and step.")
-    return Pace(best, fastest * cohort.batches.per_round)
+    return Pace(best, fastest * per_round)
 
 
 def seconds_per_step(cohort: Cohort) -> float:

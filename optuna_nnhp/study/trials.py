@@ -62,6 +62,8 @@ class RunningTrial:
             What it must have in common with others to be stacked with them.
         is_baseline:
             Whether it has the default configuration, which is what others must beat.
+        is_enqueued:
+            Whether somebody wants its values, and no sampler proposed them.
         train_loss:
             One number per evaluation.
         validation_loss:
@@ -83,6 +85,7 @@ class RunningTrial:
     maximize: bool
     signature: Hashable = None
     is_baseline: bool = False
+    is_enqueued: bool = False
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     values: dict[int, float] = field(default_factory=dict)

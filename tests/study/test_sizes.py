@@ -91,9 +91,23 @@ def test_the_engine_has_members_for_all_its_threads(
     monkeypatch.setattr(sizes, "_write", lambda known: None)
     monkeypatch.setattr(sizes, "_read", dict)
     monkeypatch.setattr(sizes, "full_threads", lambda: 3)
-    noted = pretend(monkeypatch, {12: 12e-3, 20: 20e-3})
+    noted = pretend(monkeypatch, {1: 1e-3, 12: 4e-3, 20: 20e-3 / 3})
     assert measured_pace(problem, leader, 20).size == 12  # more are no faster
-    assert noted == [12, 20]
+    assert noted == [1, 12, 20]
+
+
+@pytest.mark.skipif(library() is None, reason="there was no C compiler")
+def test_one_slow_member_tells_enough_of_the_engine(
+    problem: DNN, leader: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(sizes, "_known", {})
+    monkeypatch.setattr(sizes, "_write", lambda known: None)
+    monkeypatch.setattr(sizes, "_read", dict)
+    monkeypatch.setattr(sizes, "full_threads", lambda: 3)
+    noted = pretend(monkeypatch, {1: 3e-3})
+    assert measured_pace(problem, leader, 20) == Pace(12, 6e-3)
+    assert noted == [1]
 
 
 def test_it_is_measured_once_also_by_the_next_process(
