@@ -96,8 +96,8 @@ def test_the_tables_are_those_of_the_catalogue() -> None:
 
 def test_the_tree_names_every_file() -> None:
     (tree,) = [code for language, code in BLOCKS if language == "text"]
-    for path in (ROOT / "optuna_nnhp").rglob("*.py"):
-        if path.name != "__init__.py":
+    for path in (ROOT / "optuna_nnhp").rglob("*.*"):
+        if path.suffix in (".py", ".c", ".h") and path.name != "__init__.py":
             assert re.search(rf"(^|\s){re.escape(path.name)}", tree), path.name
     named = set(re.findall(r"(\w+\.py)", tree)) - {"test_equivalence.py", "test_layout.py"}
     present = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}

@@ -39,9 +39,10 @@ BASELINE_SHARE = 0.1
 # What costs a hundred times as much as others must wait: a leader begins once a round of a member
 # takes at most this share of the time so far, or if so many wait and it is the quickest of them.
 AFFORDED, PARKED = 0.02, 4
-# Of a cohort's slots: one of so many is asked for while cohorts train, and one of so many before
-# its first round.
+# Of a cohort's slots: one of so many is asked for while cohorts train, and up to one of so many is
+# asked for before it trains on.
 PREPARED, STARTED = 4, 2
+MANY = 16  # slots: cohorts up to this size begin full
 REFILL = 16  # a cohort is refilled when a part of its slots is free: one of so many
 PLANNED = 32  # trials that are asked at once of a sampler that fixes everything
 
@@ -100,6 +101,7 @@ class Admission:
             if live is not None:
                 self._take_in(live, self.waiting)
                 self.waiting = []
+            self.baseline = None  # if it has had its share, it goes on beside the others
             self.turn = live = self._lead()
         if live is not None:
             self._follow(live)
@@ -223,7 +225,7 @@ class Admission:
         trials, self.waiting = self.waiting[:free], self.waiting[free:]
         wanted = free - len(trials)
         if self._prepares(live):  # and asks for the rest while the others train
-            wanted -= live.slots - math.ceil(live.slots / STARTED)
+            wanted -= live.slots - min(live.slots, max(MANY, live.slots // STARTED))
         if count := self._may_ask(live, wanted):
             trials += self._ask(live, count)
         self._take_in(live, trials)
@@ -300,15 +302,15 @@ class Admission:
         if self.cohort_size is not None:
             return self.cohort_size
         pace = self._pace(leader)
+        most = self._generation(pace.size)
         if self.budget.timeout is None:
-            return pace.size
+            return most
         rounds = self.problem.rounds_per_epoch * int(leader.params["epochs"] or 1)
         share = max(ROUND_SHARE, COHORT_SHARE / rounds)
-        return max(1, min(pace.size, int(share * self.budget.timeout / pace.round)))
+        return max(1, min(most, int(share * self.budget.timeout / pace.round)))
 
     def _pace(self, leader: Member) -> Pace:
-        most = self._generation(self.problem.cohort_size(leader))
-        return measured_pace(self.problem, leader, most)
+        return measured_pace(self.problem, leader, self.problem.cohort_size(leader))
 
     def _generation(self, most: int) -> int:
         """So many trials, or fewer so that the study learns from its results now and then."""

@@ -321,11 +321,15 @@ class Scheduler:
 
     def _drop_waiting(self) -> None:
         """Fail those that were asked for and had no time to begin."""
-        cause = "interrupted" if self.budget.interrupted else "timeout"
+        is_stopped = self.budget.interrupted or self.study._stop_flag
+        cause = "interrupted" if is_stopped else "timeout"
         asked = [*self.admission.waiting, *self.admission.parked]
         with self.storage.batch():
             for running in asked:
-                running.fail(self.study, self.problem, cause)
+                try:
+                    running.fail(self.study, self.problem, cause)
+                except UpdateFinishedTrialError:
+                    self._lose(running)
                 del self.asker.running[running.member.number]
         self._call_back(asked)
 

@@ -19,9 +19,11 @@ from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.machine import full_threads
+from optuna_nnhp.training.native import library
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
+MEASUREMENT = 2  # version: what others have measured is not known
 PROBES, PROBE = 2, 0.01  # of each size, and how long each takes at least: seconds
 GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
 # The engine's threads are kept busy by so many members each, some of which leave at every rung;
@@ -63,6 +65,7 @@ def measured_pace(problem: Problem, leader: Member, most: int) -> Pace:
             Trials that memory allows.
     """
     parts = [torch.__version__, torch.get_num_threads(), problem.signature(leader)]
+    parts += [MEASUREMENT, library() is not None]
     parts += [problem.description["fingerprint"], str(getattr(problem, "device", "cpu"))]
     key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
     if key not in _known:

@@ -2,9 +2,10 @@
  *
  * A small network's step is some ten microseconds of arithmetic, less than calling torch once for
  * each of its operations costs. Here a member's whole round is one call, and its weights stay in
- * the cache. What is computed is what `networks/mlp.py`, `hyperparameters/` and `training/loop.py`
+ * the cache. What is computed is what `networks/mlp.py`, `hyperparameters/` and `training/cohort.py`
  * compute with torch, which is the oracle in the tests; `training/native.py` fills the structures.
- * Threads take members in turn; none waits for another.
+ * Threads take members in turn; only
+ * two that share a member's steps wait for each other.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -70,6 +71,7 @@ struct Team {
     _Atomic int64_t met[2];
     double loss[2], squares[2];
     int64_t stop;
+    _Atomic int64_t given_up; /* by Python: the other one will not come */
 };
 
 struct Job {
@@ -80,12 +82,16 @@ struct Job {
     struct Team *team; /* if there is one member only, for two threads */
 };
 
-/* Wait for the other one. It is busy with as much as this one; but the system may have taken its
- * core away, then there is no use in spinning. */
-static void meet(struct Team *team, int half) {
+/* Wait for the other one; false if it will not come. It is busy with as much as this one; but the
+ * system may have taken its core away, then there is no use in spinning. */
+static int meet(struct Team *team, int half) {
     int64_t turn = atomic_fetch_add(&team->met[half], 1) + 1;
-    for (int spins = 0; atomic_load(&team->met[1 - half]) < turn; spins++)
-        if (spins > MANY_SPINS) sched_yield();
+    for (int spins = 0; atomic_load(&team->met[1 - half]) < turn; spins++) {
+        if (spins <= MANY_SPINS) continue;
+        if (atomic_load(&team->given_up)) return 0;
+        sched_yield();
+    }
+    return 1;
 }
 
 /* Parts of a batch or of the network: the first half, the second, or all of it. */
@@ -147,6 +153,12 @@ static uint32_t draw_key(uint64_t key, int layer) {
     return (uint32_t)(z >> 32);
 }
 
+#ifdef __has_builtin /* GCC has it from version 12 on */
+#if __has_builtin(__builtin_shufflevector)
+#define HAS_SHUFFLE 1
+#endif
+#endif
+
 /* The engine in each precision for each instruction set. */
 #define JOIN_(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
@@ -188,7 +200,8 @@ static run_type run_float = run_float_any, run_double = run_double_any;
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-EXPORT void engine_start(void) {
+/* Choose the instruction set; whether Python's structures are as large as these. */
+EXPORT int32_t engine_start(int64_t network, int64_t member, int64_t team, int64_t job) {
 #ifdef HAS_MORE
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
@@ -197,6 +210,8 @@ EXPORT void engine_start(void) {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         run_float = run_float_avx512, run_double = run_double_avx512;
 #endif
+    return network == sizeof(struct Network) && member == sizeof(struct Member) &&
+           team == sizeof(struct Team) && job == sizeof(struct Job);
 }
 
 /* Numbers of memory that a thread needs. */

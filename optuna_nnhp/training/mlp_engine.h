@@ -88,7 +88,7 @@ static void NAME(activate)(int kind, long n, REAL *restrict x, REAL *restrict y)
 
 /* ---- Dropout ---- */
 
-/* Factors 0 and 1 / (1 - p) on activations and slopes; `training/batches.py` has the same noise. */
+/* Factors 0 and 1 / (1 - p) on activations and slopes; `training/noise.py` has the same noise. */
 static void NAME(drop)(long first, long rows, long width, REAL p, uint32_t key, REAL *restrict y,
                        REAL *restrict slope) {
     const REAL kept = 1 / (1 - p);
@@ -410,14 +410,14 @@ static double NAME(regularize)(const struct Network *net, const struct Member *m
 }
 
 struct NAME(Rule) { /* the numbers of one step's update */
-    REAL scale, coupled, shrink, b1, b2, rate, step, second;
+    REAL scale, coupled, shrink, b1, c1, b2, c2, rate, step, second; /* c = 1 - b */
 };
 
 static void NAME(update_run)(int optimizer, const struct NAME(Rule) *rule, long n, int decayed,
                              REAL *restrict w, REAL *restrict g, REAL *restrict m,
                              REAL *restrict v) {
     const REAL b1 = rule->b1, b2 = rule->b2, rate = rule->rate, shrink = rule->shrink;
-    const REAL step = rule->step, second = rule->second;
+    const REAL c1 = rule->c1, c2 = rule->c2, step = rule->step, second = rule->second;
     if (rule->scale != 1) EACH g[i] *= rule->scale;
     if (decayed && rule->coupled > 0) EACH g[i] += rule->coupled * w[i];
     if (decayed && shrink != 1) EACH w[i] *= shrink;
@@ -432,14 +432,14 @@ static void NAME(update_run)(int optimizer, const struct NAME(Rule) *rule, long 
         break;
     case ADAM:
         EACH {
-            m[i] += (1 - b1) * (g[i] - m[i]);
-            v[i] = b2 * v[i] + (1 - b2) * g[i] * g[i];
+            m[i] += c1 * (g[i] - m[i]);
+            v[i] = b2 * v[i] + c2 * g[i] * g[i];
             w[i] -= step * m[i] / (SQRT(v[i]) * second + (REAL)ADAM_EPSILON);
         }
         break;
     case RMSPROP:
         EACH {
-            v[i] = b2 * v[i] + (1 - b2) * g[i] * g[i];
+            v[i] = b2 * v[i] + c2 * g[i] * g[i];
             m[i] = b1 * m[i] + g[i] / (SQRT(v[i]) + (REAL)ADAM_EPSILON);
             w[i] -= rate * m[i];
         }
@@ -458,7 +458,9 @@ static void NAME(update)(const struct Network *net, const struct Member *me, int
         .coupled = me->decoupled ? 0 : me->weight_decay,
         .shrink = me->decoupled ? 1 - rate * me->weight_decay : 1,
         .b1 = me->momentum,
+        .c1 = 1 - me->momentum,
         .b2 = me->squared_decay,
+        .c2 = 1 - me->squared_decay,
         .rate = rate,
         .step = rate / (1 - pow(me->momentum, t)),
         .second = 1 / sqrt(1 - pow(me->squared_decay, t)),
@@ -483,7 +485,7 @@ static void NAME(train)(const struct Network *net, struct Member *me, double unt
     const int64_t begun = me->done;
     struct Team alone = {.stop = 0};
     struct Team *both = team ? team : &alone;
-    if (team) meet(team, half);
+    if (team && !meet(team, half)) return;
     for (int64_t step = begun; step < net->steps && !both->stop; step++) {
         int64_t start = step * net->batch, batch = net->examples - start;
         if (batch > net->batch) batch = net->batch;
@@ -501,13 +503,13 @@ static void NAME(train)(const struct Network *net, struct Member *me, double unt
             NAME(backward)(net, me, some.first, rows, &space);
         }
         both->loss[half] = loss;
-        if (team) meet(team, half);
+        if (team && !meet(team, half)) return;
         NAME(weight_grads)(net, me, part, batch, &space);
         if (team)
             team->squares[half] = NAME(regularize)(net, me, half, space.grads);
         else
             for (int i = 0; i < 2; i++) alone.squares[i] = NAME(regularize)(net, me, i, space.grads);
-        if (team) meet(team, half);
+        if (team && !meet(team, half)) return;
         NAME(update)(net, me, part, me->rates[step], updates + (step - begun) + 1,
                      both->squares[0] + both->squares[1], space.grads);
         if (half == 0) {
@@ -516,12 +518,13 @@ static void NAME(train)(const struct Network *net, struct Member *me, double unt
             ++*me->steps;
             both->stop = now() > until;
         }
-        if (team) meet(team, half);
+        if (team && !meet(team, half)) return;
     }
 }
 
 /* Outputs for the examples from `begin` to `end`. */
 static void NAME(evaluate)(const struct Network *net, struct Member *me, REAL *memory) {
+    if (me->done >= net->steps) return;
     struct NAME(Space) space;
     NAME(cut)(net, net->batch, memory, &space);
     const REAL *data = net->x;

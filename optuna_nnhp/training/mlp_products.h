@@ -49,6 +49,7 @@ static const NAME(kernel) NAME(kernels)[2][TALL] = {
     {NAME(wide1), NAME(wide2), NAME(wide3), NAME(wide4), NAME(wide5), NAME(wide6)},
 };
 
+#ifdef HAS_SHUFFLE
 /* LANES rows of LANES numbers, transposed in log2(LANES) rounds of swaps. */
 static inline void NAME(transpose)(NAME(vector) *v) {
 #define SWAP(step, low, high) \
@@ -81,6 +82,7 @@ static inline void NAME(transpose)(NAME(vector) *v) {
 #undef SWAP
 #undef UNPACK
 }
+#endif
 
 /* Some columns of a part of b, row after row of `pitch` numbers, zeros after the last column. */
 static void NAME(pack)(long deep, long columns, long pitch, const REAL *b, long ldb,
@@ -98,6 +100,7 @@ static void NAME(pack_transposed)(long deep, long columns, long pitch, const REA
                                   REAL *restrict packed) {
     for (long first = 0; first < pitch; first += LANES) {
         long p = 0, count = columns - first < LANES ? columns - first : LANES;
+#ifdef HAS_SHUFFLE
         for (; count == LANES && p + LANES <= deep; p += LANES) {
             NAME(vector) block[LANES];
             for (long s = 0; s < LANES; s++)
@@ -106,6 +109,7 @@ static void NAME(pack_transposed)(long deep, long columns, long pitch, const REA
             for (long s = 0; s < LANES; s++)
                 *(NAME(vector) *)(packed + (p + s) * pitch + first) = block[s];
         }
+#endif
         for (; p < deep; p++)
             for (long s = 0; s < LANES; s++)
                 packed[p * pitch + first + s] = s < count ? b[(first + s) * ldb + p] : 0;

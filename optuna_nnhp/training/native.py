@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 import ctypes
 from ctypes import POINTER
 from ctypes import Structure
@@ -24,6 +26,9 @@ import functools
 import importlib.util
 from itertools import product
 import logging
+import math
+import os
+import threading
 from typing import Any
 
 import torch
@@ -94,7 +99,7 @@ class _Team(Structure):
     _fields_ = (
         ("met", c_int64 * 2),
         *((name, c_double * 2) for name in ("loss", "squares")),
-        ("stop", c_int64),
+        *((name, c_int64) for name in ("stop", "given_up")),
     )
 
 
@@ -118,19 +123,31 @@ def library() -> ctypes.CDLL | None:
             "Installing optuna_nnhp where there is a C compiler makes it."
         )
         return None
-    engine = ctypes.CDLL(found.origin)
-    engine.engine_start.argtypes = []
+    try:
+        engine = ctypes.CDLL(found.origin)
+    except OSError as error:
+        _logger.warning(f"The compiled engine cannot be loaded, training without it: {error}")
+        return None
+    engine.engine_start.argtypes = [c_int64] * 4
     engine.engine_memory.argtypes = [POINTER(_Network)]
     engine.engine_memory.restype = c_int64
     engine.engine_run.argtypes = [POINTER(_Job), c_double, c_void_p, c_int32]
     engine.engine_run.restype = None
-    engine.engine_start()
+    if not engine.engine_start(*map(ctypes.sizeof, (_Network, _Member, _Team, _Job))):
+        _logger.warning("The compiled engine is of another version: install optuna_nnhp again.")
+        return None
     return engine
 
 
 @functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
+def _threads(count: int, is_team: bool) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "optuna_nnhp-engine")
+
+
+if hasattr(os, "register_at_fork"):  # a new process has none of its parent's threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+_team_lock = threading.Lock()  # two teams at once would wait for each other's threads
 
 
 class Native:
@@ -269,23 +286,45 @@ class Native:
         self, network: _Network, tasks: ctypes.Array[_Member], out_of_time: Callable[[], bool]
     ) -> None:
         """Have the threads work on some members until all steps are done or time is out."""
-        numbers = self._engine.engine_memory(byref(network))
-        is_team = self._is_team(network, len(tasks))
+        is_team = self._is_team(network, len(tasks)) and _team_lock.acquire(blocking=False)
+        try:
+            self._work(network, tasks, out_of_time, is_team)
+        finally:
+            if is_team:
+                _team_lock.release()
+
+    def _work(
+        self,
+        network: _Network,
+        tasks: ctypes.Array[_Member],
+        out_of_time: Callable[[], bool],
+        is_team: bool,
+    ) -> None:
         count = 2 if is_team else min(full_threads(), len(tasks))
+        numbers = self._engine.engine_memory(byref(network))
         memory = [torch.empty(numbers, dtype=self._dtype) for _ in range(1 if is_team else count)]
         job = _Job(ctypes.pointer(network), tasks, len(tasks), 0)
+        others = _threads(count - 1, is_team) if count > 1 else None
+        share, longest = SLICES if network.training else (math.inf, math.inf)
 
         def work(thread: int, seconds: float) -> None:
             own = _address(memory[0 if is_team else thread])
             self._engine.engine_run(byref(job), seconds, own, thread)
 
-        others, (share, longest) = _threads(count - 1) if count > 1 else None, SLICES
-        while any(me.done < network.steps for me in tasks) and not out_of_time():
-            job.next = 0
+        while any(task.done < network.steps for task in tasks) and not out_of_time():
+            job.next, team, futures = 0, _Team(), list[Future[None]]()
             if is_team:
-                job.team = ctypes.pointer(_Team())
-            futures = [others.submit(work, i, share) for i in range(1, count)] if others else []
-            work(0, share)
+                job.team = ctypes.pointer(team)
+            try:
+                futures += (
+                    [others.submit(work, i, share) for i in range(1, count)] if others else []
+                )
+                work(0, share)
+            except BaseException:
+                team.given_up = 1
+                raise
+            finally:  # none may still compute with what is freed after this
+                wait(futures)
             for future in futures:
                 future.result()
             share = min(2 * share, longest)

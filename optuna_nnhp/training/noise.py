@@ -51,14 +51,14 @@ class Noise:
 
 
 def _draw_key(key: int, draw: int) -> int:
-    """Splitmix64's finalizer, 32 bits of it."""
+    """The upper half of splitmix64's finalizer, but for its last shift."""
     z = (key + draw * DRAW_KEY) & (2**64 - 1)
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & (2**64 - 1)
     return z >> 32
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _places(batch: int, width: int, device: torch.device) -> Tensor:
     rows = torch.arange(batch, device=device)[:, None] * ROW_KEY
     return (rows + torch.arange(width, device=device) * UNIT_KEY) & (2**32 - 1)

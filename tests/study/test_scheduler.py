@@ -209,7 +209,14 @@ def test_the_baseline_is_trained_alone_before_all_others(monkeypatch: pytest.Mon
     monkeypatch.setattr(sizes, "_measure", lambda make, most: sizes.Pace(most, 1e-3))
     tune(n_trials=30)
     assert rounds[:4] == [[0]] * 4
-    assert all(0 not in numbers and len(numbers) > 1 for numbers in rounds[4:8])
+    assert 0 not in rounds[4] and len(rounds[4]) > 1
+
+
+def test_a_baseline_that_takes_long_does_not_hold_up_the_study() -> None:
+    endless = TINY | {"epochs": 10**6, "patience": 10**6}
+    result = tune(n_trials=10**6, timeout=4.0, fixed=endless)
+    assert trials(result)[0].user_attrs["cause"] == "timeout"
+    assert sum(bool(t.intermediate_values) for t in trials(result)) > 12
 
 
 def test_followers_are_asked_for_while_the_engine_trains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,23 @@ def test_two_threads_that_share_a_members_steps(
     assert any(teams)
 
 
+def test_sharing_steps_changes_no_bit_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    members, before = varied(9, batch_size=32, width=53, hidden_layers=3), torch.get_num_threads()
+    weights = []
+    monkeypatch.setattr(native, "TEAM_FLOPS", 0.0)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            alone = [Cohort([member], task()) for member in members]
+            for cohort in alone:
+                curves(cohort, 2)
+            weights.append([cohort.flat.weights for cohort in alone])
+    finally:
+        torch.set_num_threads(before)
+    for solo, team in zip(*weights, strict=True):
+        assert_close(team, solo, EXACT)
+
+
 @pytest.mark.parametrize("normalization", ["batch", "layer"])
 def test_networks_with_normalization_are_not_shared(
     normalization: str, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +240,20 @@ def test_some_members_are_evaluated_as_all_are() -> None:
     x = cohort.task.arrays.valid_x
     everyone = cohort.native.evaluate(x, range(5))
     assert_close(cohort.native.evaluate(x, [3, 1]), everyone[[3, 1]], EXACT)
+
+
+def test_a_long_evaluation_comes_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = Cohort([Member(i, i, PLAIN | {"width": 256}) for i in range(8)], task())
+    assert cohort.native is not None
+    x = torch.randn(20_000, 6)  # longer than any slice of training
+    outputs = cohort.native.evaluate(x, range(8))
+    assert_close(outputs[5], cohort.network.member(5)(x), FLOAT32)
+
+
+def test_the_slices_of_a_round_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = curves(Cohort(varied(9), task()), 2)
+    monkeypatch.setattr(native, "SLICES", (2e-5, 2e-5))
+    assert curves(Cohort(varied(9), task()), 2) == whole
 
 
 def test_what_it_cannot_do_is_left_to_torch() -> None:
