@@ -117,7 +117,7 @@ class Admission:
             return
         count = self._may_ask(live, max(1, live.slots // PREPARED) - len(self.waiting))
         if count and self.baseline is None:
-            stop = is_over if self.budget.timeout is not None else lambda: False
+            stop = is_over if self.budget.timeout is not None else None
             self.waiting += self._ask(live, count, stop)
 
     def _prepares(self, live: Live) -> bool:
@@ -238,7 +238,7 @@ class Admission:
         return int(max(0, min(wanted, live.invited, math.inf if left is None else left)))
 
     def _ask(
-        self, live: Live, count: int, stop: Callable[[], bool] = lambda: False
+        self, live: Live, count: int, stop: Callable[[], bool] | None = None
     ) -> list[RunningTrial]:
         trials = self.asker.ask(count, live.leader, stop)
         live.invited -= len(trials)

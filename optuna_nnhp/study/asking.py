@@ -94,7 +94,7 @@ class Asker:
         self,
         count: int,
         leader: Member | None = None,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Callable[[], bool] | None = None,
     ) -> list[RunningTrial]:
         """Ask for trials, fewer if the time is over.
 
@@ -113,9 +113,10 @@ class Asker:
         if leader is not None:
             self.study.sampler = FollowerSampler(sampler, self.problem.pin(leader))
         try:
-            with self.storage.reserved(count):
+            # What is reserved and not asked for would be left waiting.
+            with self.storage.reserved(count if stop is None else 1):
                 for _ in range(count):
-                    if trials and (self.budget.out_of_time() or stop()):
+                    if trials and (self.budget.out_of_time() or (stop is not None and stop())):
                         break
                     trials += self._ask_one()
         finally:
