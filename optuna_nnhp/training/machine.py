@@ -56,15 +56,14 @@ def threads_for(flops: float) -> Iterator[Callable[[], None]]:
         ...     torch.get_num_threads()
         1
     """
-    single_blas.__enter__()
-    _threads.enter()
-    if flops < FLOPS_FOR_THREADS or _threads.before == 1:
-        torch.set_num_threads(1)
-    try:
-        yield _Watch().before_step if torch.get_num_threads() > 1 else _do_nothing
-    finally:
-        _threads.leave()
-        single_blas.__exit__()
+    with single_blas:
+        _threads.enter()
+        try:
+            if flops < FLOPS_FOR_THREADS or _threads.before == 1:
+                torch.set_num_threads(1)
+            yield _Watch().before_step if torch.get_num_threads() > 1 else _do_nothing
+        finally:
+            _threads.leave()
 
 
 def _do_nothing() -> None:

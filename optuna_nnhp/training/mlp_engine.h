@@ -553,3 +553,15 @@ static void NAME(run)(struct Job *job, double until, void *memory, int half) {
 }
 
 #undef EACH
+/* What this was included with. */
+#undef PRECISION
+#undef REAL
+#undef REAL_BYTES
+#undef EXP
+#undef TANH
+#undef ERF
+#undef LOG
+#undef EXPM1
+#undef POW
+#undef SQRT
+#undef FABS

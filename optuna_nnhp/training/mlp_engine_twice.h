@@ -12,17 +12,6 @@
 #define REAL_BYTES 4
 #include "mlp_products.h"
 #include "mlp_engine.h"
-#undef PRECISION
-#undef REAL
-#undef EXP
-#undef TANH
-#undef ERF
-#undef LOG
-#undef EXPM1
-#undef POW
-#undef SQRT
-#undef FABS
-#undef REAL_BYTES
 
 #define PRECISION double
 #define REAL double
@@ -37,14 +26,3 @@
 #define REAL_BYTES 8
 #include "mlp_products.h"
 #include "mlp_engine.h"
-#undef PRECISION
-#undef REAL
-#undef EXP
-#undef TANH
-#undef ERF
-#undef LOG
-#undef EXPM1
-#undef POW
-#undef SQRT
-#undef FABS
-#undef REAL_BYTES

@@ -246,7 +246,7 @@ class Native:
             - x: ``(n, inputs)``; y: ``(n,)``; each of rows ``(examples,)``.
             - rates: ``(steps, k)``, in float64.
         """
-        x, rates = x.contiguous(), rates.T.contiguous()
+        x, y, rates = x.contiguous(), y.contiguous(), rates.T.contiguous()
         steps = rates.shape[1]
         network = self._with(x, y, training=1, batch=size, steps=steps, examples=len(rows[0]))
         for i, me in enumerate(self._members):

@@ -82,29 +82,35 @@ def test_the_smallest_stack_that_is_about_the_fastest(
     assert pace.round == pytest.approx(2 * each)  # 64 rows, batches of 32
 
 
-@pytest.mark.skipif(library() is None, reason="there was no C compiler")
-def test_the_engine_has_members_for_all_its_threads(
-    problem: DNN, leader: Member, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def engine_on_three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is back, and nothing is read or written."""
+    if library() is None:
+        pytest.skip("there was no C compiler")
     monkeypatch.undo()
     monkeypatch.setattr(sizes, "_known", {})
     monkeypatch.setattr(sizes, "_write", lambda known: None)
     monkeypatch.setattr(sizes, "_read", dict)
     monkeypatch.setattr(sizes, "full_threads", lambda: 3)
+
+
+def test_the_engine_has_members_for_all_its_threads(
+    engine_on_three_threads: None,
+    problem: DNN,
+    leader: Member,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     noted = pretend(monkeypatch, {1: 1e-3, 12: 4e-3, 20: 20e-3 / 3})
     assert measured_pace(problem, leader, 20).size == 12  # more are no faster
     assert noted == [1, 12, 20]
 
 
-@pytest.mark.skipif(library() is None, reason="there was no C compiler")
 def test_one_slow_member_tells_enough_of_the_engine(
-    problem: DNN, leader: Member, monkeypatch: pytest.MonkeyPatch
+    engine_on_three_threads: None,
+    problem: DNN,
+    leader: Member,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(sizes, "_known", {})
-    monkeypatch.setattr(sizes, "_write", lambda known: None)
-    monkeypatch.setattr(sizes, "_read", dict)
-    monkeypatch.setattr(sizes, "full_threads", lambda: 3)
     noted = pretend(monkeypatch, {1: 3e-3})
     assert measured_pace(problem, leader, 20) == Pace(12, 6e-3)
     assert noted == [1]
