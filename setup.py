@@ -8,7 +8,7 @@ from setuptools import setup
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fopenmp-simd", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fno-signed-zeros"]
 
-HEADERS = ("mlp_engine", "mlp_engine_twice", "mlp_products")
+HEADERS = ("mlp_engine", "mlp_engine_twice", "mlp_pieces", "mlp_products", "mlp_team")
 
 setup(
     ext_modules=[

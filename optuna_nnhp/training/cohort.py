@@ -286,7 +286,7 @@ class Cohort:
         network, data = self.network, self.task.arrays
         self.native = None
         if isinstance(network, StackedMLP) and Native.can(network, *vars(data).values()):
-            self.native = Native(network, self.flat, self.knobs, self.loss)
+            self.native = Native(network, self.flat, self.knobs, self.loss, self.batches.size)
 
     @torch.no_grad()
     def _update(self, rates: Tensor) -> None:

@@ -45,7 +45,8 @@ struct Network {
     const void *y; /* (n,), int64 labels or numbers */
     int64_t inputs, outputs, padded, depth, parameters;
     int64_t batch, steps, examples; /* of a round, or in evaluation of the data */
-    int32_t norm, training, is_double, reserved;
+    int32_t norm, training, is_double;
+    int32_t halves; /* sums over inputs are those of two halves, as a team has them */
     struct Layer layers[MAX_LAYERS + 1];
 };
 
@@ -67,8 +68,9 @@ struct Member {
 };
 
 /* Two threads that share the steps of one member. */
+#define LINE 8 /* numbers in a line of the cache: each has its own */
 struct Team {
-    _Atomic int64_t met[2];
+    _Atomic int64_t met[2 * LINE];
     double loss[2], squares[2];
     int64_t stop;
     _Atomic int64_t given_up; /* by Python: the other one will not come */
@@ -85,8 +87,8 @@ struct Job {
 /* Wait for the other one; false if it will not come. It is busy with as much as this one; but the
  * system may have taken its core away, then there is no use in spinning. */
 static int meet(struct Team *team, int half) {
-    int64_t turn = atomic_fetch_add(&team->met[half], 1) + 1;
-    for (int spins = 0; atomic_load(&team->met[1 - half]) < turn; spins++) {
+    int64_t turn = atomic_fetch_add(&team->met[half * LINE], 1) + 1;
+    for (int spins = 0; atomic_load(&team->met[(1 - half) * LINE]) < turn; spins++) {
         if (spins <= MANY_SPINS) continue;
         if (atomic_load(&team->given_up)) return 0;
         sched_yield();
@@ -133,6 +135,12 @@ static int true_weights(const struct Network *net, const struct Member *me, int 
                                              width, some.end - some.first, 0};
     }
     return count;
+}
+
+/* A step's examples, as places in the round's order. */
+static struct Range batch_of(const struct Network *net, int64_t step) {
+    const long first = step * net->batch, left = net->examples - first;
+    return (struct Range){first, first + (left < net->batch ? left : net->batch)};
 }
 
 static double now(void) {

@@ -11,7 +11,9 @@
 #define FABS fabsf
 #define REAL_BYTES 4
 #include "mlp_products.h"
+#include "mlp_pieces.h"
 #include "mlp_engine.h"
+#include "mlp_team.h"
 
 #define PRECISION double
 #define REAL double
@@ -25,4 +27,6 @@
 #define FABS fabs
 #define REAL_BYTES 8
 #include "mlp_products.h"
+#include "mlp_pieces.h"
 #include "mlp_engine.h"
+#include "mlp_team.h"

@@ -46,8 +46,9 @@ from optuna_nnhp.training.parameters import FlatParameters
 _logger = logging.getLogger(f"optuna.{__name__}")
 
 SLICES = 0.005, 0.05  # seconds between two looks at the clock and at Ctrl-C: first, and later
-# A step with more arithmetic is shared by two threads if it is that of the only member. Without
-# normalization: its sums over rows would be more places to wait at.
+# A step with more arithmetic is shared by two threads if it is that of the only member; its sums
+# are those of two halves in any case, so that a member's course does not depend on its mates.
+# Without normalization: its sums would be more places to wait at.
 TEAM_FLOPS = 3e6
 MAX_LAYERS = 64
 AT_ONCE = 2**15  # numbers of a layer's outputs in evaluation: they stay in the cache
@@ -71,7 +72,7 @@ class _Network(Structure):
         *((name, c_void_p) for name in ("x", "y")),
         *((name, c_int64) for name in ("inputs", "outputs", "padded", "depth", "parameters")),
         *((name, c_int64) for name in ("batch", "steps", "examples")),
-        *((name, c_int32) for name in ("norm", "training", "is_double", "reserved")),
+        *((name, c_int32) for name in ("norm", "training", "is_double", "halves")),
         ("layers", _Layer * (MAX_LAYERS + 1)),
     )
 
@@ -97,7 +98,7 @@ class _Member(Structure):
 
 class _Team(Structure):
     _fields_ = (
-        ("met", c_int64 * 2),
+        ("met", c_int64 * 16),
         *((name, c_double * 2) for name in ("loss", "squares")),
         *((name, c_int64) for name in ("stop", "given_up")),
     )
@@ -162,18 +163,22 @@ class Native:
             Its members' hyperparameters.
         loss:
             Its members' loss.
+        batch:
+            Examples in a step.
 
     Shape:
         - Data and outputs: see `train` and `evaluate`.
     """
 
     def __init__(
-        self, network: StackedMLP, flat: FlatParameters, knobs: Knobs, loss: Loss
+        self, network: StackedMLP, flat: FlatParameters, knobs: Knobs, loss: Loss, batch: int
     ) -> None:
         engine = library()
         assert engine is not None
         self._engine, self._flat, self._dtype = engine, flat, flat.weights.dtype
         self._network, self._keep_alive = _describe(network, flat)
+        is_long = 6.0 * batch * self._network.parameters > TEAM_FLOPS
+        self._network.halves = int(is_long and not self._network.norm)
         k = len(flat.weights)
         self._members = (_Member * k)()
         dropout = network.get_buffer("dropout").tolist()
@@ -331,9 +336,7 @@ class Native:
 
     def _is_team(self, network: _Network, members: int) -> bool:
         """Whether two threads share the steps of a single member."""
-        if members > 1 or not network.training or network.norm or full_threads() < 2:
-            return False
-        return bool(6.0 * network.batch * network.parameters > TEAM_FLOPS)
+        return bool(network.training and network.halves) and members == 1 < full_threads()
 
 
 def _address(tensor: Tensor) -> int:
