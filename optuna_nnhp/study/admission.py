@@ -103,6 +103,8 @@ class Admission:
                 self.waiting = []
             self.baseline = None  # if it has had its share, it goes on beside the others
             self.turn = live = self._lead()
+            for other in self.pool.lives:
+                other.is_filled = other is live
         if live is not None:
             self._follow(live)
 

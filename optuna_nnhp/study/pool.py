@@ -38,6 +38,9 @@ class Live:
             Turns it has had.
         reported_at:
             When its running trials were last reported, seconds.
+        is_filled:
+            Whether free slots are filled with new members; else its stack is what its members
+            take, and no more.
     """
 
     cohort: Cohort
@@ -50,6 +53,7 @@ class Live:
     clock: float = 0.0
     rounds: int = 0
     reported_at: float = 0.0
+    is_filled: bool = False
 
     @property
     def free(self) -> int:
@@ -103,8 +107,9 @@ class Pool:
         # successive halving has about the same time, and good trials come to their end.
         live.clock += work / sum(1 + done for done in live.cohort.done)
         live.rounds += 1
-        self.used += seconds * min(members, live.slots)
-        self.offered += seconds * live.slots
+        slots = max(members, live.slots) if live.is_filled else members
+        self.used += seconds * members
+        self.offered += seconds * slots
 
     def with_signature(self, signature: Hashable) -> Live | None:
         """The cohort that trials with this signature can join."""

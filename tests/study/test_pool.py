@@ -64,9 +64,16 @@ def test_a_cohort_without_members_has_no_turn() -> None:
 
 def test_occupancy_is_members_over_slots_by_time() -> None:
     pool, full, thin = Pool(), live(4, 4), live(1, 4)
+    thin.is_filled = True
     pool.note(full, 4, 3.0, work=1.0)
     pool.note(thin, 1, 1.0, work=1.0)
-    assert pool.occupancy == pytest.approx((3.0 + 0.25) / 4)
+    assert pool.occupancy == pytest.approx((12 + 1) / (12 + 4))
+
+
+def test_a_cohort_that_is_not_filled_any_more_is_compacted() -> None:
+    pool, old = Pool(), live(1, 4)
+    pool.note(old, 1, 1.0, work=1.0)
+    assert pool.occupancy == 1.0
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.study import scheduler
 from optuna_nnhp.study import sizes
 from optuna_nnhp.study.asking import Asker
+from optuna_nnhp.study.pool import Pool
 from optuna_nnhp.templates import DNN
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.native import library
@@ -459,6 +460,19 @@ def test_free_slots_are_refilled_beside_older_members(joins: list[tuple[list[int
     for trial in trials(result):
         assert trial.user_attrs["epochs"] == trial.params["epochs"]
     assert 0.5 < result.study.user_attrs["timing"]["occupancy"] <= 1
+
+
+def test_one_cohort_at_a_time_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[int] = []
+    note = Pool.note
+
+    def spy(pool: Pool, *arguments: Any, **more: Any) -> None:
+        filled.append(sum(live.is_filled for live in pool.lives))
+        note(pool, *arguments, **more)
+
+    monkeypatch.setattr(Pool, "note", spy)
+    tune(cohort_size=4, n_trials=40)
+    assert set(filled) == {1}
 
 
 def test_trials_that_join_later_are_trained_as_alone() -> None:
