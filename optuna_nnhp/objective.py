@@ -74,7 +74,7 @@ class Objective:
         network: Callable[[Mapping[str, Any]], nn.Module] | None = None,
         **options: Any,
     ) -> None:
-        self._problem = make_problem(template, network, X, y, **options)
+        self._problem = make_problem(template, network, X, y=y, **options)
         self.direction: Direction = "maximize" if self._problem.maximize else "minimize"
         self.space = dict(self._problem.space)
         self.defaults = self._problem.defaults()

@@ -23,6 +23,7 @@ from torch import nn
 from optuna_nnhp import seeds
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.inspect.result import Result
+from optuna_nnhp.inspect.sample import keep_sample
 from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.search.methods import make_sampler
 from optuna_nnhp.study.grid import check_grid
@@ -51,9 +52,11 @@ def optimize(
     network: Callable[[Mapping[str, Any]], nn.Module] | None = None,
     target: str | None = None,
     task: str | None = None,
-    validation: float | tuple[Any, Any] = 0.2,
+    validation: Any = None,
     metric: str | Callable[[Any, Any], float] | None = None,
     direction: str | None = None,
+    errors: str = "strict",
+    preset: str | None = None,
     space: Mapping[str, BaseDistribution] | None = None,
     fixed: Mapping[str, Value] | None = None,
     n_trials: int | None = None,
@@ -76,10 +79,13 @@ def optimize(
 
     Args:
         template:
-            ``"dnn"``: a multilayer perceptron on a table.
+            ``"dnn"``: a multilayer perceptron on a table; ``"gpt"``: a small language model on a
+            text.
         X:
-            A numpy array, pandas frame or torch tensor, or the path of a CSV file. With
-            ``network``, an array or tensor is used as it is, whatever its dimensions.
+            For ``"gpt"`` a text, or the path of a file or folder, or a list of them; Python's own
+            documentation if None. Else a numpy array, pandas frame or torch tensor, or the path
+            of a CSV file. With ``network``, an array or tensor is used as it is, whatever its
+            dimensions.
         y:
             What to predict; with a CSV file, give ``target`` instead.
         network:
@@ -91,14 +97,21 @@ def optimize(
             ``"classification"``, ``"binary"``, ``"multiclass"`` or ``"regression"``; inferred
             from the target if None.
         validation:
-            Share of the rows that judges trials (stratified for classes), or ``(X, y)``.
+            Share of the rows that judges trials (stratified for classes; a fifth if None), or
+            ``(X, y)``. Of a text the share at its end (a tenth if None), or another text or path.
         metric:
             ``"accuracy"`` (default for classes), ``"balanced_accuracy"``, ``"roc_auc"``,
             ``"log_loss"``, ``"f1"``; ``"rmse"`` (default for numbers), ``"mae"``, ``"r2"``; or a
             function ``f(y_true, y_pred)``, whose greater value is better unless ``direction``
             says otherwise.
         direction:
-            ``"maximize"`` or ``"minimize"``; follows from the metric if None.
+            ``"maximize"`` or ``"minimize"``; follows from the metric if None. Language models are
+            judged by bits per byte, always.
+        errors:
+            What becomes of bytes of a text file that are not UTF-8: ``"strict"`` (an error),
+            ``"replace"`` or ``"ignore"``.
+        preset:
+            A published GPT to begin with, at the size of a CPU; see `preset`.
         space:
             Distributions that replace the catalogue's, by name; and those of your own parameters.
         fixed:
@@ -158,17 +171,21 @@ def optimize(
     seeds.check_seed(seed)
     budget = Budget(n_trials, timeout)
     chosen = _check_sampler(sampler) if sampler is not None else make_sampler(method, seed)
-    pruner = _check_pruner(pruner) if pruner is not None else CohortHalvingPruner()
+    if pruner is not None:
+        _check_pruner(pruner)
     problem = make_problem(
         template,
         network,
         X,
-        y,
+        timeout,
+        y=y,
         target=target,
         task=task,
         validation=validation,
         metric=metric,
         direction=direction,
+        errors=errors,
+        preset=preset,
         space=space,
         fixed=fixed,
         seed=seed,
@@ -176,6 +193,7 @@ def optimize(
     )
     if isinstance(chosen, GridSampler):
         check_grid(chosen, problem.space)
+    pruner = pruner or CohortHalvingPruner(first_rung=problem.first_rung)
     study, weights = _open(problem, storage, study_name, chosen, pruner)
     if sampler is None:
         study.sampler = _continued(chosen, method, seed, study)
@@ -189,7 +207,9 @@ def optimize(
         show_progress_bar=show_progress_bar,
     )
     scheduler.run()
-    return Result(read_directly(study), problem, weights)
+    result = Result(read_directly(study), problem, weights)
+    keep_sample(result)
+    return result
 
 
 def _open(

@@ -160,6 +160,7 @@ ACTIVATION = Hyperparameter(
     distribution=CategoricalDistribution(tuple(ACTIVATIONS)),
     default="relu",
     levels=("relu", "tanh", "gelu"),
+    task="table",
     help="Function after every hidden layer; relu is fast and safe, smooth ones (gelu, silu, "
     "mish) cost more and are often a little better.",
 )

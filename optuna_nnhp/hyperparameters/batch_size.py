@@ -13,6 +13,7 @@ BATCH_SIZE = Hyperparameter(
     levels=(16, 32, 64, 128, 256, 512, 1024),
     domain=(1, 2**20),
     static=True,
+    task="table",
     help="Examples per step; smaller ones take more steps per epoch and add noise, larger ones "
     "use the machine better and want a larger rate. Never more than there are examples.",
 )

@@ -16,7 +16,9 @@ from optuna_nnhp.hyperparameters.batch_size import BATCH_SIZE
 from optuna_nnhp.hyperparameters.depth import HIDDEN_LAYERS
 from optuna_nnhp.hyperparameters.epochs import EPOCHS
 from optuna_nnhp.hyperparameters.epochs import ITERATIONS
+from optuna_nnhp.hyperparameters.learning_rate import EMBEDDING_RATE
 from optuna_nnhp.hyperparameters.learning_rate import FINAL_FRACTION
+from optuna_nnhp.hyperparameters.learning_rate import GPT_LEARNING_RATE
 from optuna_nnhp.hyperparameters.learning_rate import LEARNING_RATE
 from optuna_nnhp.hyperparameters.learning_rate import LEARNING_RATE_DECAY
 from optuna_nnhp.hyperparameters.learning_rate import WARMUP
@@ -24,6 +26,8 @@ from optuna_nnhp.hyperparameters.loss import FOCAL_GAMMA
 from optuna_nnhp.hyperparameters.loss import HUBER_DELTA
 from optuna_nnhp.hyperparameters.loss import LOSS_CLASSIFICATION
 from optuna_nnhp.hyperparameters.loss import LOSS_REGRESSION
+from optuna_nnhp.hyperparameters.muon import GPT_OPTIMIZER
+from optuna_nnhp.hyperparameters.muon import MUON_LEARNING_RATE
 from optuna_nnhp.hyperparameters.optimizer import MOMENTUM
 from optuna_nnhp.hyperparameters.optimizer import OPTIMIZER
 from optuna_nnhp.hyperparameters.optimizer import SQUARED_DECAY
@@ -37,6 +41,7 @@ from optuna_nnhp.hyperparameters.regularization import MIN_IMPROVEMENT
 from optuna_nnhp.hyperparameters.regularization import NORMALIZATION
 from optuna_nnhp.hyperparameters.regularization import PATIENCE
 from optuna_nnhp.hyperparameters.regularization import WEIGHT_DECAY
+from optuna_nnhp.hyperparameters.transformer import TRANSFORMER
 from optuna_nnhp.hyperparameters.weight_init import WEIGHT_INIT
 from optuna_nnhp.hyperparameters.width import WIDTH
 from optuna_nnhp.hyperparameters.width import WIDTH_SHAPE
@@ -70,6 +75,11 @@ CATALOGUE: tuple[Hyperparameter, ...] = (
     CLIP_NORM,
     PATIENCE,
     MIN_IMPROVEMENT,
+    *TRANSFORMER,
+    GPT_OPTIMIZER,
+    MUON_LEARNING_RATE,
+    GPT_LEARNING_RATE,
+    EMBEDDING_RATE,
 )
 
 
@@ -78,14 +88,15 @@ def records(task: str) -> dict[str, Hyperparameter]:
 
     Args:
         task:
-            ``"binary"``, ``"multiclass"`` or ``"regression"``.
+            ``"binary"``, ``"multiclass"``, ``"regression"`` or ``"language"``.
 
     Example:
         >>> records("regression")["loss"].default
         'mse'
     """
-    kind = "regression" if task == "regression" else "classification"
-    return {h.name: h for h in CATALOGUE if h.task in ("any", kind)}
+    kinds = {"regression": ("table", "regression"), "language": ("language",)}
+    kind = kinds.get(task, ("table", "classification"))
+    return {h.name: h for h in CATALOGUE if h.task in ("any", *kind)}
 
 
 def catalogue() -> pd.DataFrame:
@@ -93,9 +104,9 @@ def catalogue() -> pd.DataFrame:
 
     Returns:
         A frame with a row for each hyperparameter and the columns ``name``, ``task`` (any,
-        classification or regression), ``range``, ``default``, ``levels`` (what a grid visits),
-        ``static`` (whether trials must share it to be trained as one stack), ``tuned`` (whether
-        the default space holds it) and ``help``.
+        table, classification, regression or language), ``range``, ``default``, ``levels`` (what a
+        grid visits), ``static`` (whether trials must share it to be trained as one stack),
+        ``tuned`` (whether the default space holds it) and ``help``.
 
     Example:
         >>> catalogue().set_index("name").loc["hidden_layers", "range"]

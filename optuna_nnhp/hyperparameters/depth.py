@@ -15,5 +15,6 @@ HIDDEN_LAYERS = Hyperparameter(
     levels=(1, 2, 4, 8),
     domain=(1, 64),
     static=True,
+    task="table",
     help="Number of hidden layers; more can express more and are harder to train.",
 )

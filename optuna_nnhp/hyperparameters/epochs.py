@@ -17,6 +17,7 @@ EPOCHS = Hyperparameter(
     levels=(1, 10, 50, 100),
     domain=(1, 1_000_000),
     tuned=False,
+    task="table",
     help="Passes over the training data, the budget of a trial: iterations = ceil(examples / "
     "batch size) * epochs. Early stopping and pruning may end it sooner.",
 )

@@ -21,8 +21,28 @@ LEARNING_RATE = Hyperparameter(
     default=2e-3,
     levels=(0.1, 0.01, 0.001),
     domain=(1e-10, 100.0),
+    task="table",
     help="Size of the steps, the most important number: too small does not arrive in time, too "
     "large diverges; at its peak, after warm-up.",
+)
+GPT_LEARNING_RATE = Hyperparameter(
+    name="learning_rate",
+    distribution=FloatDistribution(1e-3, 3e-2, log=True),
+    default=1e-2,
+    levels=(0.003, 0.01),
+    domain=(1e-10, 100.0),
+    task="language",
+    help="Size of adamw's steps at their peak. Small models on little text want ten times GPT-2's "
+    "6e-4 and more.",
+)
+EMBEDDING_RATE = Hyperparameter(
+    name="embedding_rate",
+    distribution=FloatDistribution(0.3, 10.0, log=True),
+    default=1.0,
+    levels=(1.0, 3.0),
+    domain=(1e-6, 1e6),
+    task="language",
+    help="Rate of embeddings and head over the learning rate.",
 )
 LEARNING_RATE_DECAY = Hyperparameter(
     name="learning_rate_decay",

@@ -21,6 +21,7 @@ OPTIMIZER = Hyperparameter(
     distribution=CategoricalDistribution(("sgd", "nesterov", "adam", "adamw", "rmsprop")),
     default="adamw",
     levels=("sgd", "adam", "adamw", "rmsprop"),
+    task="table",
     help="sgd and nesterov (with momentum) want a larger rate and a schedule; adam, adamw and "
     "rmsprop scale each weight's step and are easier to set.",
 )

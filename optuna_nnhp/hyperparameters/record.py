@@ -56,7 +56,8 @@ class Hyperparameter:
         tuned:
             Whether the default space holds it; otherwise it is pinned to its default.
         task:
-            ``"any"``, ``"classification"`` or ``"regression"``.
+            ``"any"``, ``"table"`` (both ``"classification"`` and ``"regression"``), one of these
+            two, or ``"language"``.
         off_below:
             Values under this one switch the effect off, so that "off or log-uniform" is one
             continuous parameter and stays in the joint model of Optuna's TPE.

@@ -43,6 +43,7 @@ L1 = Hyperparameter(
     levels=(1e-8, 1e-4),
     domain=(0.0, 10.0),
     off_below=1e-6,
+    task="table",
     help="L1: adds this times the sum of absolute weights (not biases) to the loss; pushes "
     "useless weights to zero.",
 )
@@ -52,6 +53,7 @@ NORMALIZATION = Hyperparameter(
     default="none",
     levels=("none", "batch", "layer"),
     static=True,
+    task="table",
     help="Before each activation: batch (over the examples of a step) and layer (over the units) "
     "make deep networks trainable; none is fastest.",
 )
@@ -84,6 +86,7 @@ PATIENCE = Hyperparameter(
     levels=(5, 16, 50),
     domain=(1, 1_000_000),
     tuned=False,
+    task="table",
     help="Early stopping: a trial ends after this many epochs without improvement, with its "
     "best value.",
 )
@@ -94,6 +97,7 @@ MIN_IMPROVEMENT = Hyperparameter(
     levels=(0.0, 0.001),
     domain=(0.0, 1e12),
     tuned=False,
+    task="table",
     help="Early stopping: what counts as an improvement, in units of the metric.",
 )
 

@@ -27,6 +27,7 @@ WEIGHT_INIT = Hyperparameter(
     ),
     default="he_normal",
     levels=("xavier_uniform", "he_normal", "orthogonal"),
+    task="table",
     help="Distribution of the first weights; Xavier, He and orthogonal keep the signal's size "
     "over the layers, plain normal and uniform (scale 0.05) do so by luck only.",
 )

@@ -15,6 +15,7 @@ WIDTH = Hyperparameter(
     default=256,
     levels=(32, 64, 128, 256, 512),
     domain=(1, 65536),
+    task="table",
     help="Neurons of the first hidden layer; trials are stacked when their widths round up to "
     "the same power of two.",
 )
@@ -23,6 +24,7 @@ WIDTH_SHAPE = Hyperparameter(
     distribution=CategoricalDistribution(("constant", "funnel")),
     default="constant",
     levels=("constant", "funnel"),
+    task="table",
     help="constant: all hidden layers have `width` neurons; funnel: they shrink evenly, the "
     "last one to a quarter.",
 )

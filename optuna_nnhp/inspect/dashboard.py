@@ -21,6 +21,9 @@ from optuna.trial import FrozenTrial
 
 from optuna_nnhp.inspect.figures import learning_curves
 from optuna_nnhp.inspect.figures import learning_rate
+from optuna_nnhp.inspect.summary import SAMPLE
+from optuna_nnhp.inspect.summary import is_language
+from optuna_nnhp.inspect.summary import language_rows
 from optuna_nnhp.inspect.summary import metric_name
 from optuna_nnhp.inspect.summary import range_text
 from optuna_nnhp.inspect.summary import ranked
@@ -105,6 +108,11 @@ def study_note(study: optuna.Study) -> str:
     return "\n\n".join(parts)
 
 
+def _quoted(text: str) -> str:
+    """A text as it stands: every line indented, which is Markdown's code."""
+    return "\n".join("    " + line for line in text.splitlines())
+
+
 def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
     """The best trial in Markdown: how good, how long, which parameters, how to get it back.
 
@@ -127,18 +135,23 @@ def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
         "iterations": attrs.get("iterations"),
         "weights": attrs.get("weights"),
         "seconds": attrs.get("seconds"),
+        **language_rows(trial),
         "ended by": attrs.get("cause"),
     }
     known = [
         f"- **{label}**: {_escaped(fact)}" for label, fact in facts.items() if fact is not None
     ]
+    sample = study.user_attrs.get(SAMPLE, {})
+    use = "generate" if is_language(study) else "predict"
+    is_sampled = sample.get("trial") == trial.number
     parts = [
         f"## Best trial: {_escaped(metric_name(study))} {shown(trial.value)}",
         "\n".join(known),
+        f"### What it writes\n\n{_quoted(sample['text'])}" if is_sampled else "",
         _table(trial.params, ("parameter", "value")) if trial.params else "",
         "### The network",
         "In the program that ran the study, `result.model` is this trial's network at its best "
-        "epoch, and `result.predict` uses it; elsewhere `optuna_nnhp.load` reads what "
+        f"epoch, and `result.{use}` uses it; elsewhere `optuna_nnhp.load` reads what "
         "`result.save` wrote.",
     ]
     return "\n\n".join(filter(None, parts))

@@ -24,6 +24,7 @@ from optuna_nnhp.inspect.style import robust_range
 from optuna_nnhp.inspect.style import rounded
 from optuna_nnhp.inspect.style import styled
 from optuna_nnhp.inspect.summary import best_value
+from optuna_nnhp.inspect.summary import is_language
 from optuna_nnhp.inspect.summary import is_maximized
 from optuna_nnhp.inspect.summary import main_parameters
 from optuna_nnhp.inspect.summary import metric_name
@@ -120,7 +121,7 @@ def learning_curves(
         figure,
         f"Learning curves: {metric}",
         _curves_subtitle(study, len(top), len(grey)),
-        xaxis_title="epoch",
+        xaxis_title="ninths of the budget" if is_language(study) else "epoch",
         yaxis_title=f"{metric} (validation)",
     )
     values = [value for trial in [*grey, *top] for value in reported(trial).values()]

@@ -15,7 +15,10 @@ from optuna_nnhp.inspect.summary import summary
 from optuna_nnhp.study.storage import beside
 from optuna_nnhp.study.storage import without_password
 
-ROWS = ("data", "budget", "trials", "ended by", "best")
+ROWS = (
+    *("data", "budget", "trials", "ended by", "best"),
+    *("perplexity", "loss", "trained on", "speed"),
+)
 
 
 def closing_report(result: Result, storage: str, extra: Mapping[str, object] | None = None) -> str:

@@ -15,6 +15,7 @@ import pandas as pd
 from torch import nn
 
 from optuna_nnhp.templates.common import Template
+from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.predictor import Predictor
 from optuna_nnhp.training.checkpoint import BestWeights
 
@@ -48,7 +49,7 @@ class Result:
     def __init__(self, study: Study, problem: Template, weights: BestWeights) -> None:
         self.study = study
         self._problem, self._weights = problem, weights
-        self._predictors: dict[int, Predictor] = {}
+        self._predictors: dict[int, Predictor | LanguageModel] = {}
 
     @property
     def best_trial(self) -> FrozenTrial:
@@ -77,7 +78,7 @@ class Result:
     @property
     def model(self) -> nn.Module:
         """The best trial's network at its best epoch: from features to logits, or to standardized
-        numbers for a regression.
+        numbers for a regression; from token ids to logits for a language model.
 
         Shape:
             - Input: ``(rows, features)``; output: ``(rows, classes)`` or ``(rows, 1)``.
@@ -86,15 +87,37 @@ class Result:
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Predicted labels, or numbers in the target's units; see `Predictor`."""
-        return self.predictor.predict(X)
+        return self._of_table("predict").predict(X)
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
         """Predicted probability of each class, ``(rows, classes)``."""
-        return self.predictor.predict_proba(X)
+        return self._of_table("predict_proba").predict_proba(X)
 
     def score(self, X: Any, y: Any) -> float:
         """The study's metric on other data."""
-        return self.predictor.score(X, y)
+        return self._of_table("score").score(X, y)
+
+    def generate(self, prompt: str = "\n", tokens: int = 200, **options: Any) -> str:
+        """Continue a text by the best language model; see `LanguageModel.generate`.
+
+        Example:
+            >>> from optuna_nnhp import optimize
+            >>> fixed = {"iterations": 9, "width": 16, "layers": 1}
+            >>> text = "to be or not to be\\n" * 99
+            >>> result = optimize("gpt", text, n_trials=1, storage=None, fixed=fixed)
+            >>> len(result.generate("to be", tokens=10))
+            15
+        """
+        predictor = self.predictor
+        if not isinstance(predictor, LanguageModel):
+            raise TypeError("`generate` must be called for language models, not for tables.")
+        return predictor.generate(prompt, tokens, **options)
+
+    def _of_table(self, name: str) -> Predictor:
+        predictor = self.predictor
+        if not isinstance(predictor, Predictor):
+            raise TypeError(f"`{name}` must be called for tables; language models `generate`.")
+        return predictor
 
     def trials_dataframe(self) -> pd.DataFrame:
         """One row per trial: value, parameters, curves and all attributes."""
@@ -105,14 +128,14 @@ class Result:
         return self.predictor.save(folder)
 
     @property
-    def predictor(self) -> Predictor:
+    def predictor(self) -> Predictor | LanguageModel:
         """The best trial as something that predicts from data like the study's."""
         number = self.best_trial.number
         if number not in self._predictors:
             self._predictors = {number: self._predictor(number)}
         return self._predictors[number]
 
-    def _predictor(self, number: int) -> Predictor:
+    def _predictor(self, number: int) -> Predictor | LanguageModel:
         trial = self.study.get_trials(deepcopy=False)[number]
         member = self._problem.member(number, trial.params)
         if number in self._weights:

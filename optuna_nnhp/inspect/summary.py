@@ -29,9 +29,17 @@ MAIN_PARAMETERS = (
     "width",
     "activation",
     "batch_size",
+    "layers",
+    "heads",
+    "context",
+    "batch_tokens",
+    "muon_learning_rate",
     "dropout",
     "weight_decay",
 )
+
+
+SAMPLE = "sample"  # attribute of a study of language models: what its best one writes
 
 
 def shown(value: object) -> str:
@@ -55,6 +63,38 @@ def is_maximized(study: optuna.Study) -> bool:
         True
     """
     return study.direction == StudyDirection.MAXIMIZE
+
+
+def is_language(study: optuna.Study) -> bool:
+    """Whether language models are tuned.
+
+    Example:
+        >>> is_language(optuna.create_study())
+        False
+    """
+    return study.user_attrs.get("task") == "language"
+
+
+def language_rows(trial: FrozenTrial) -> dict[str, str]:
+    """What one wants to know of a language model besides bits per byte; nothing of others.
+
+    Example:
+        >>> attrs = {"tokens_per_step": 768, "iterations": 100, "validation_loss": [2.0, 1.0]}
+        >>> trial = optuna.trial.create_trial(value=1.4, user_attrs=attrs | {"seconds": 2.0})
+        >>> language_rows(trial)["perplexity"], language_rows(trial)["speed"]
+        ('2.718 a token', '38,400 tokens a second')
+    """
+    attrs = trial.user_attrs
+    if "tokens_per_step" not in attrs or not attrs.get("validation_loss"):
+        return {}
+    tokens = attrs["tokens_per_step"] * attrs["iterations"]
+    nats = attrs["validation_loss"][-1]
+    return {
+        "perplexity": f"{shown(math.exp(min(nats, 700.0)))} a token",
+        "loss": f"{shown(nats)} nats a token",
+        "trained on": f"{tokens:,} tokens in {attrs['iterations']:,} steps",
+        "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens a second",
+    }
 
 
 def metric_name(study: optuna.Study) -> str:
@@ -229,6 +269,7 @@ def summary(study: optuna.Study) -> dict[str, str]:
         "seed": attrs.get("seed"),
         "optuna_nnhp": attrs.get("version"),
         "best": best or "no trial has completed yet",
+        **(language_rows(complete[0]) if complete else {}),
         "trials": f"{len(trials)} in all" + (f": {_counts(states)}" if trials else ""),
         "ended by": _counts(causes) or None,
         "last call": _timing(attrs.get("timing")),

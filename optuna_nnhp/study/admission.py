@@ -98,6 +98,8 @@ class Admission:
         if live is not None and not is_over and live.free < max(1, live.slots // REFILL):
             return
         if live is None or is_over or not (live.invited or self.waiting):
+            if self.problem.one_by_one and self.pool.alive:
+                return
             if live is not None:
                 self._take_in(live, self.waiting)
                 self.waiting = []
@@ -164,6 +166,9 @@ class Admission:
 
     def _invite(self, live: Live, least: float = FIRST_TURN) -> None:
         """Begin a cohort's turn, of at least this share of the timeout."""
+        if self.problem.one_by_one and live.slots == 1:
+            live.invited = 0
+            return  # whom nobody joins, nobody must follow
         live.invited += max(live.slots, self._generation(TURN * live.slots))
         if self.budget.timeout is not None:
             turn = max(least * self.budget.timeout, TURN_OF_PAST * self.budget.seconds)
@@ -198,6 +203,8 @@ class Admission:
     def _affords(self, leader: RunningTrial) -> bool:
         """Whether a leader's round is short beside what the study has taken so far."""
         if self.budget.timeout is None or self.cohort_size is not None or leader.is_enqueued:
+            return True
+        if self.problem.one_by_one:
             return True
         return self._pace(leader.member).round <= AFFORDED * self.budget.seconds
 

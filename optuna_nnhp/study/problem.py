@@ -35,6 +35,9 @@ class Problem(Protocol):
         maximize: Whether a greater metric is better.
         seed: Seed of everything.
         rounds_per_epoch: How many of Optuna's steps make an epoch (see `training.rounds`).
+        one_by_one: Whether a trial is trained to its end before the next leader is asked, as where
+            trials are long and stacking them brings little.
+        first_rung: Round after which the default pruner first judges.
         description: What a reader of the study should know, as JSON; kept as its attributes.
             Two studies with different ``"template"``, ``"task"``, ``"metric"`` or
             ``"fingerprint"`` must not be mixed.
@@ -46,6 +49,8 @@ class Problem(Protocol):
     maximize: bool
     seed: int
     rounds_per_epoch: int
+    one_by_one: bool
+    first_rung: int
     description: dict[str, Any]
 
     def defaults(self) -> dict[str, Value]:
@@ -68,6 +73,9 @@ class Problem(Protocol):
 
     def count_weights(self, member: Member) -> int:
         """Number of trained weights."""
+
+    def attributes(self, member: Member) -> dict[str, Any]:
+        """What a reader should know of a trial, besides what all templates tell."""
 
     def network(self, member: Member) -> nn.Module:
         """A trial's network as a plain module, weights not yet loaded."""

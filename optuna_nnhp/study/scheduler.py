@@ -200,8 +200,8 @@ class Scheduler:
         before = [trial.last_round for trial in evaluated]
         for i, trial in enumerate(evaluated):
             trial.take(scores, i)
-            if trial.best is not None:
-                self.history[scores.rounds[i]][trial.member.number] = trial.best
+            if (standing := trial.standing) is not None:
+                self.history[scores.rounds[i]][trial.member.number] = standing
         self._report(live, evaluated)
         ends = {
             place: "ended elsewhere"
@@ -304,7 +304,7 @@ class Scheduler:
             return TrialState.COMPLETE
         if cause in CUT_SHORT:
             # Cut short it says little of its configuration, unless it is the best already.
-            if running.best is None:
+            if running.standing is None:
                 return TrialState.FAIL
             if self._is_better(running.best, self.best):
                 return TrialState.COMPLETE

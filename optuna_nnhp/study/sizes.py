@@ -25,6 +25,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 MEASUREMENT = 2  # version: what others have measured is not known
 PROBES, PROBE = 2, 0.01  # of each size, and how long each takes at least: seconds
+STEP_PROBE = 0.3  # of a budget in seconds: seconds
 GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
 # The engine's threads are kept busy by so many members each, some of which leave at every rung;
 # more of them are no faster where a step is long.
@@ -43,7 +44,7 @@ class Pace(NamedTuple):
         size:
             The smallest number of trials whose stack is about as fast, per trial, as larger ones.
         round:
-            Seconds that a trial's round takes in it.
+            Seconds that a trial's round takes in it; of a `measured_step`, its step.
     """
 
     size: int
@@ -76,6 +77,25 @@ def measured_pace(problem: Problem, leader: Member, most: int) -> Pace:
     return _known[key]._replace(size=min(most, _known[key].size))
 
 
+def measured_step(shape: str, make: Callable[[], Cohort]) -> float:
+    """Seconds of one trial's step, measured once for each shape and remembered.
+
+    Args:
+        shape:
+            What it depends on.
+        make:
+            Makes a cohort of one.
+    """
+    parts = [torch.__version__, torch.get_num_threads(), MEASUREMENT, shape]
+    key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+    if key not in _known:
+        _known.update(_read())
+    if key not in _known:
+        _known[key] = Pace(1, seconds_per_step(make(), STEP_PROBE))
+        _write({**_read(), key: _known[key]})
+    return _known[key].round
+
+
 def _copies(leader: Member, k: int) -> list[Member]:
     """Trials like one, with a budget that lasts for the measurement."""
     params = leader.params | {"epochs": 1 + PROBES, "iterations": 0}
@@ -101,7 +121,7 @@ def _measure(make: Callable[[int], Cohort], most: int) -> Pace:
     return Pace(best, fastest * per_round)
 
 
-def seconds_per_step(cohort: Cohort) -> float:
+def seconds_per_step(cohort: Cohort, probe: float = PROBE) -> float:
     """Seconds of a cohort's step, the faster of two probes; it is trained by them."""
     fastest = math.inf
     for _ in range(PROBES):
@@ -109,13 +129,13 @@ def seconds_per_step(cohort: Cohort) -> float:
 
         def enough() -> bool:  # though not before the first step
             asked.append(time.perf_counter() - start)  # noqa: B023
-            return len(asked) > 1 and asked[-1] > PROBE  # noqa: B023
+            return len(asked) > 1 and asked[-1] > probe  # noqa: B023
 
         cohort.train_round(enough)
         seconds = time.perf_counter() - start
         steps = (sum(cohort.iterations) - before) / len(cohort.members)
         fastest = min(fastest, seconds / steps)
-        if seconds > LONG:
+        if seconds > max(LONG, 2 * probe):
             break
     return fastest
 

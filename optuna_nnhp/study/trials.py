@@ -107,6 +107,13 @@ class RunningTrial:
         return max(self.values, default=0)
 
     @property
+    def standing(self) -> float | None:
+        """What it is pruned by: the best value of all evaluations, also of those that read a part
+        of the validation data only; None before the first."""
+        values = [value for value in self.values.values() if math.isfinite(value)]
+        return (max if self.maximize else min)(values, default=None)
+
+    @property
     def best(self) -> float | None:
         """Best value so far, None before the first."""
         return self.values.get(self.best_round)
@@ -132,6 +139,7 @@ class RunningTrial:
             "iterations": iterations,
             "seconds": round(time.monotonic() - self.started, 3),
             "weights": problem.count_weights(self.member),
+            **problem.attributes(self.member),
             "cause": cause,
         }
         if self.best_round:

@@ -9,17 +9,24 @@ from torch import nn
 from optuna_nnhp.messages import unknown
 from optuna_nnhp.templates.common import Template as Template
 from optuna_nnhp.templates.dnn import DNN as DNN
+from optuna_nnhp.templates.gpt import GPT as GPT
+from optuna_nnhp.templates.language_model import LanguageModel as LanguageModel
 from optuna_nnhp.templates.own import OwnNetwork as OwnNetwork
 from optuna_nnhp.templates.predictor import Predictor as Predictor
+from optuna_nnhp.templates.presets import preset as preset
 
-TEMPLATES = {"dnn": DNN}
+TEMPLATES = ("dnn", "gpt")
+# What only some templates take, and what each takes without it being given.
+TABLES = {"y": None, "target": None, "task": None, "metric": None, "direction": None}
+TEXTS = {"errors": "strict", "preset": None}
+VALIDATION = {"dnn": 0.2, "gpt": 0.1}
 
 
 def make_problem(
     template: str,
     network: Callable[[Mapping[str, Any]], nn.Module] | None,
     X: Any,
-    y: Any,
+    timeout: float | None = None,
     **options: Any,
 ) -> Template:
     """What is tuned, of a template by its name or of a user's own network.
@@ -30,25 +37,40 @@ def make_problem(
         network:
             The user's function instead; see `OwnNetwork`.
         X:
-            The examples.
-        y:
-            What to predict.
+            The examples, or the text.
+        timeout:
+            Seconds of the study.
         options:
-            As the template takes them.
+            As the template takes them; what only others take must be as if it were not given.
 
     Raises:
         ValueError: If there is no such template, or two are named.
 
     Example:
-        >>> make_problem("dnn", None, [[1.0], [2.0]] * 5, ["no", "yes"] * 5).metric.name
+        >>> make_problem("dnn", None, [[1.0], [2.0]] * 5, y=["no", "yes"] * 5).metric.name
         'accuracy'
     """
+    if network is None and (not isinstance(template, str) or template not in TEMPLATES):
+        raise unknown("a template", template, TEMPLATES)
+    validation = options.pop("validation", None)
+    default = VALIDATION[template] if network is None else VALIDATION["dnn"]
+    options["validation"] = default if validation is None else validation
+    if network is None and template == "gpt":
+        return GPT(X, timeout=timeout, **_without(options, TABLES, "tables"))
+    options = _without(options, TEXTS, "texts")
     if network is None:
-        if not isinstance(template, str) or template not in TEMPLATES:
-            raise unknown("a template", template, TEMPLATES)
-        return TEMPLATES[template](X, y, **options)
+        return DNN(X, **options)
     if not isinstance(template, str) or template != "dnn":
         raise ValueError(
             "`template` must not be given with `network`: optimize(network=network, X=X, y=y)."
         )
-    return OwnNetwork(network, X, y, **options)
+    return OwnNetwork(network, X, **options)
+
+
+def _without(options: Mapping[str, Any], others: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Options without those that are for another kind of data."""
+    for name, default in others.items():
+        given = options.get(name, default)
+        if given is not default and not (isinstance(given, str) and given == default):
+            raise ValueError(f"`{name}` must not be given here: it is for {kind}.")
+    return {name: value for name, value in options.items() if name not in others}

@@ -28,6 +28,7 @@ from optuna_nnhp.hyperparameters.loss import RegressionLoss
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.predictor import Predictor
 from optuna_nnhp.templates.predictor import to_units
 from optuna_nnhp.training.cohort import Arrays
@@ -56,8 +57,8 @@ class Template(Problem, Protocol):
 
     def predictor(
         self, network: nn.Module, member: Member, best_params: dict[str, Any], best_value: float
-    ) -> Predictor:
-        """A trained network as something that predicts from a user's data."""
+    ) -> Predictor | LanguageModel:
+        """A trained network as something that answers."""
 
 
 class Supervised(ABC):
@@ -86,6 +87,8 @@ class Supervised(ABC):
     """
 
     builder: str | None = None
+    one_by_one = False
+    first_rung = 1
 
     def __init__(
         self,
@@ -119,6 +122,10 @@ class Supervised(ABC):
     def cohort(self, members: Sequence[Member]) -> Cohort:
         """A cohort ready to train."""
         return Cohort(members, self._task)
+
+    def attributes(self, member: Member) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
 
     def predictor(
         self, network: nn.Module, member: Member, best_params: dict[str, Any], best_value: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 import json
 import math
 from pathlib import Path
@@ -27,6 +28,9 @@ from optuna_nnhp.data.target import Target
 from optuna_nnhp.data.target import check_target
 from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.networks.mlp import build_mlp
+from optuna_nnhp.templates.language_model import TEMPLATE as LANGUAGE
+from optuna_nnhp.templates.language_model import LanguageModel
+from optuna_nnhp.templates.language_model import restored
 from optuna_nnhp.training.checkpoint import load_weights
 from optuna_nnhp.training.checkpoint import save_weights
 from optuna_nnhp.training.metrics import METRICS
@@ -172,7 +176,7 @@ class Predictor:
         return outputs[:, None] if outputs.dim() == 1 else outputs
 
 
-def load(folder: str | Path, network: Build | None = None) -> Predictor:
+def load(folder: str | Path, network: Build | None = None) -> Predictor | LanguageModel:
     """Read what `Predictor.save` wrote; nothing in the files is executed.
 
     Args:
@@ -193,22 +197,35 @@ def load(folder: str | Path, network: Build | None = None) -> Predictor:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise ValueError(f"its format must be {FORMAT}, but is {record['format']}")
-        target, state = Target.from_json(record["target"]), record["preprocessor"]
-        preprocessor: Inputs = _inputs(state)
-        known, builder = records(target.task), record.get("builder")
-        params = dict(record["params"])
-        params |= {n: math.inf for n in known if params.get(n, 0) is None}  # JSON has no infinity
-        if builder is None:
-            model = _perceptron(params, preprocessor, target)
-        best = {"best_params": record["best_params"], "best_value": record["best_value"]}
-        metric = METRICS.get(record["metric"])
+        read = restored if record.get("template") == LANGUAGE else _restored
+        found: Predictor | LanguageModel = read(record)
     except (KeyError, TypeError, ValueError) as error:
         text = f"{RECORD} must be one that `save` wrote, but cannot be read: {error}"
         raise ValueError(text) from error
-    if builder is not None:
-        model = _own(network, builder, params)
-    load_weights(model, folder / WEIGHTS)
-    return Predictor(model, preprocessor, target, metric, params, **best, builder=builder)
+    if isinstance(found, Predictor) and found.builder is not None:
+        found = replace(found, model=_own(network, found.builder, found.params))
+    load_weights(found.model, folder / WEIGHTS)
+    return found
+
+
+def _restored(record: Mapping[str, Any]) -> Predictor:
+    """What `Predictor.save` wrote, weights not yet loaded; an own network is not yet made."""
+    target, state = Target.from_json(record["target"]), record["preprocessor"]
+    preprocessor: Inputs = _inputs(state)
+    known, builder = records(target.task), record.get("builder")
+    params = dict(record["params"])
+    params |= {n: math.inf for n in known if params.get(n, 0) is None}  # JSON has no infinity
+    model = _perceptron(params, preprocessor, target) if builder is None else nn.Identity()
+    return Predictor(
+        model=model,
+        preprocessor=preprocessor,
+        target=target,
+        metric=METRICS.get(record["metric"]),
+        params=params,
+        best_params=record["best_params"],
+        best_value=record["best_value"],
+        builder=builder,
+    )
 
 
 def _inputs(state: Mapping[str, Any]) -> Inputs:

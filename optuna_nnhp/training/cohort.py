@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -12,11 +13,7 @@ from torch import nn
 
 from optuna_nnhp.hyperparameters.epochs import total_iterations
 from optuna_nnhp.hyperparameters.loss import Loss
-from optuna_nnhp.hyperparameters.optimizer import update
 from optuna_nnhp.hyperparameters.regularization import EarlyStopping
-from optuna_nnhp.hyperparameters.regularization import add_l1
-from optuna_nnhp.hyperparameters.regularization import clip_gradients
-from optuna_nnhp.hyperparameters.regularization import decay_weights
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.networks.layers import subset
 from optuna_nnhp.networks.mlp import StackedMLP
@@ -29,9 +26,12 @@ from optuna_nnhp.training.native import Native
 from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.rounds import next_evaluation
 from optuna_nnhp.training.rounds import rounds_per_epoch
+from optuna_nnhp.training.update import Update
+from optuna_nnhp.training.update import Updater
 
 EVALUATED_AT_ONCE = 2**22  # numbers of layers' outputs in evaluation, to bound memory
 
+NEVER = 10**9  # epochs of patience where there is no early stopping
 STEP_OVERHEAD = 2e6  # operations in the time that a small network's step takes whatever its size
 
 
@@ -63,7 +63,7 @@ class Task:
             Makes their loss.
         metric:
             Value of each member, ``(k,)``, from the outputs on the validation part,
-            ``(k, m, outputs)``.
+            ``(k, m, outputs)``; None if `judge` needs none.
         maximize:
             Whether a greater metric is better.
         seed:
@@ -73,8 +73,8 @@ class Task:
 
     arrays: Arrays
     build: Callable[[Sequence[Member]], StackedModule]
-    loss: Callable[[Sequence[Member]], Loss]
-    metric: Callable[[Tensor], Tensor]
+    loss: Callable[[Sequence[Member]], Callable[[Tensor, Tensor], Tensor]]
+    metric: Callable[[Tensor], Tensor] | None
     maximize: bool
     seed: int
 
@@ -82,6 +82,41 @@ class Task:
     def rounds(self) -> int:
         """Rounds in an epoch."""
         return rounds_per_epoch(len(self.arrays.train_y))
+
+    def batches(self, members: Sequence[Member]) -> Batches:
+        """What some members see at each step."""
+        size, rows = int(members[0].params["batch_size"] or 1), self.arrays.train_y
+        return Batches(len(rows), size, self.rounds, self.seed, rows.device)
+
+    def total(self, member: Member, per_round: int) -> int:
+        """Steps of a trial's whole budget, given those of a round."""
+        return total_iterations(member.params, per_round * self.rounds)
+
+    def updater(
+        self, flat: FlatParameters, knobs: Knobs, network: StackedModule, members: Sequence[Member]
+    ) -> Updater:
+        """What steps the members' parameters."""
+        return Update(flat, knobs)
+
+    def judge(
+        self, apply: Callable[[Tensor], Tensor], members: Sequence[Member], is_over: bool
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Loss and metric of some members on the validation part.
+
+        Args:
+            apply:
+                Their network: from inputs to outputs.
+            members:
+                They.
+            is_over:
+                Whether one of them has done its whole budget.
+
+        Returns:
+            Both, ``(k,)``, and whether a value of this evaluation may be a trial's.
+        """
+        assert self.metric is not None
+        outputs = apply(self.arrays.valid_x)
+        return self.loss(members)(outputs, self.arrays.valid_y), self.metric(outputs), True
 
 
 @dataclass(frozen=True)
@@ -144,14 +179,12 @@ class Cohort:
         keep_freed_memory()
         self.best_weights = {n: w.clone() for n, w in self.network.state_dict().items()}
         self.stopping = EarlyStopping.start(
-            [int(m.params["patience"] or 1) for m in self.members],
-            [float(m.params["min_improvement"] or 0) for m in self.members],
+            [int(m.params.get("patience") or NEVER) for m in self.members],
+            [float(m.params.get("min_improvement") or 0) for m in self.members],
         )
-        size = int(self.members[0].params["batch_size"] or 1)
         device, k = task.arrays.train_x.device, len(self.members)
-        self.batches = Batches(len(task.arrays.train_y), size, task.rounds, task.seed, device)
-        per_epoch = self.batches.per_round * task.rounds
-        self.total = [total_iterations(m.params, per_epoch) for m in self.members]
+        self.batches = task.batches(self.members)
+        self.total = [task.total(m, self.batches.per_round) for m in self.members]
         self.done, self.iterations = [0] * k, [0] * k
         self.due = [next_evaluation(0, task.rounds)] * k
         self.loss_sum, self.seen = torch.zeros(k, device=device), torch.zeros(k)
@@ -182,14 +215,14 @@ class Cohort:
         if self.native is not None:
             return self._train_natively(self.native, rates, out_of_time)
         self.flat.prepare()
-        for step, rows in enumerate(self.batches.rows(self.done)[:steps]):
+        for step, rows in enumerate(islice(self.batches.rows(self.done), steps)):
             if out_of_time():
                 return False
             before_step()
             noise = self.batches.noise(self.done, step)
             losses = self.loss(network(data.train_x[rows], noise), data.train_y[rows])
             self.flat.backward(losses.sum())
-            self._update(rates[step])
+            self.update.step(rates[step])
             self.loss_sum += losses.detach() * rows.shape[-1]
             self.seen += rows.shape[-1]
             self.iterations = [i + 1 for i in self.iterations]
@@ -283,29 +316,12 @@ class Cohort:
         """What is read of the members' hyperparameters."""
         self.loss = self.task.loss(self.members)
         self.knobs = Knobs(self.members, self.flat.weights)
+        self.update = self.task.updater(self.flat, self.knobs, self.network, self.members)
         network, data = self.network, self.task.arrays
         self.native = None
         if isinstance(network, StackedMLP) and Native.can(network, *vars(data).values()):
+            assert isinstance(self.loss, Loss)
             self.native = Native(network, self.flat, self.knobs, self.loss, self.batches.size)
-
-    @torch.no_grad()
-    def _update(self, rates: Tensor) -> None:
-        """Regularize and clip the gradients, then step each member by its own optimizer."""
-        flat, knobs = self.flat, self.knobs
-        for block in flat.blocks:
-            weights, grads = flat.weights[block], flat.grads[block]
-            matrices = weights[:, : flat.decayed], grads[:, : flat.decayed]
-            if knobs.has_l1:
-                add_l1(*matrices, knobs.l1[block])
-            clip_gradients(grads, knobs.clip_norm[block])
-            decay = knobs.weight_decay[block], knobs.decoupled[block]
-            decay_weights(*matrices, rates[block].to(weights), *decay)
-            for row, name, rate, coefficients in zip(
-                *(flat.rows[block], knobs.optimizers[block]),
-                *(rates[block].tolist(), knobs.coefficients[block]),
-                strict=True,
-            ):
-                update(name, row, rate, coefficients)
 
     def _due(self) -> list[int]:
         """Who is to be evaluated now."""
@@ -319,12 +335,13 @@ class Cohort:
     def _score(self, places: list[int]) -> Scores:
         """Evaluate some members, note who is at its best, and say who has ended."""
         index = torch.tensor(places)
-        outputs, loss = self._evaluate(index)
-        train_loss = (self.loss_sum.cpu() / self.seen)[index]
-        validation_loss = loss(outputs, self.task.arrays.valid_y)
-        value = self.task.metric(outputs).double().cpu()
+        is_over = any(self.iterations[place] >= self.total[place] for place in places)
+        members = [self.members[place] for place in places]
+        validation_loss, value, counts = self.task.judge(self._apply(index), members, is_over)
+        train_loss, value = (self.loss_sum.cpu() / self.seen)[index], value.double().cpu()
         broken = ~(torch.isfinite(train_loss) & torch.isfinite(value))
         greater = torch.where(broken, torch.nan, value if self.task.maximize else -value)
+        greater = greater if counts else torch.full_like(greater, torch.nan)
         waited_long = self.stopping.update(
             greater, validation_loss, index, self.done, self.task.rounds
         )
@@ -355,19 +372,17 @@ class Cohort:
             for b, o, w in zip(broken, over, waited_long, strict=True)
         ]
 
-    def _evaluate(self, index: Tensor) -> tuple[Tensor, Loss]:
-        """Outputs of some members on the validation part, ``(k, m, outputs)``, and their loss."""
-        network, loss, data = self.network, self.loss, self.task.arrays
-        if len(index) < len(self.members):
-            loss = self.task.loss([self.members[i] for i in index.tolist()])
-        if self.native is not None:
-            return self.native.evaluate(data.valid_x, index.tolist()), loss
+    def _apply(self, index: Tensor) -> Callable[[Tensor], Tensor]:
+        """Some members' network, in evaluation: from inputs to outputs ``(k, m, outputs)``."""
+        network, native = self.network, self.native
+        if native is not None:
+            return lambda x: native.evaluate(x, index.tolist())
         if len(index) < len(self.members):
             network = subset(network, index.to(self.loss_sum.device))
         network.eval()
         each = network.numbers or max(p.shape[-1] for p in network.parameters())
         rows = max(1, EVALUATED_AT_ONCE // (len(index) * each))
-        return torch.cat([network(x) for x in data.valid_x.split(rows)], dim=1), loss
+        return lambda x: torch.cat([network(part) for part in x.split(rows)], dim=1)
 
 
 PER_MEMBER = ("members", "total", "done", "iterations", "due")  # lists, one entry for each

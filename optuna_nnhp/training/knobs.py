@@ -32,8 +32,8 @@ class Member:
 
 
 def column(members: Sequence[Member], name: str) -> list[float]:
-    """One hyperparameter of all members as numbers."""
-    return [float(m.params[name] or 0) for m in members]
+    """One hyperparameter of all members as numbers; 0 where they have none of this name."""
+    return [float(m.params.get(name) or 0) for m in members]
 
 
 class Knobs:

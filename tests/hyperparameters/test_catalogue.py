@@ -53,6 +53,19 @@ CHOICES: list[tuple[str, str, set[Any]]] = [
     ),
     ("binary", "batch_size", {16, 32, 64, 128, 256, 512, 1024}),
     ("binary", "normalization", {"none", "batch", "layer"}),
+    ("language", "head_size", {8, 16, 32, 64, 80, 96, 128}),
+    ("language", "context", {32, 64, 128, 256}),
+    ("language", "tokens", {"char", "byte", "bpe"}),
+    ("language", "positions", {"rotary", "learned"}),
+    ("language", "normalization", {"layer", "layer-gain", "rms"}),
+    ("language", "qk_norm", {False, True}),
+    ("language", "feed_forward", {"relu2", "gelu", "swiglu"}),
+    ("language", "token_shift", {False, True}),
+    ("language", "tied_head", {False, True}),
+    ("language", "weight_init", {"fan-in", "gpt2"}),
+    ("language", "projection_init", {"zero", "scaled", "plain"}),
+    ("language", "parametrization", {"standard", "mup"}),
+    ("language", "optimizer", {"muon", "adamw"}),
 ]
 RANGES: list[tuple[str, str, float, float, bool]] = [
     ("binary", "hidden_layers", 1, 8, False),
@@ -73,6 +86,17 @@ RANGES: list[tuple[str, str, float, float, bool]] = [
     ("binary", "clip_norm", 0.1, 10.0, True),
     ("binary", "patience", 1, 50, True),
     ("binary", "min_improvement", 0.0, 0.01, False),
+    ("language", "layers", 1, 6, False),
+    ("language", "heads", 2, 8, False),
+    ("language", "batch_tokens", 512, 4096, True),
+    ("language", "vocabulary", 512, 8192, True),
+    ("language", "logit_cap", 0.0, 30.0, False),
+    ("language", "base_width", 64, 256, True),
+    ("language", "seconds", 0.0, 3600.0, False),
+    ("language", "train_tokens", 0, 10_000_000, False),
+    ("language", "learning_rate", 1e-3, 2e-2, True),
+    ("language", "muon_learning_rate", 7e-3, 0.04, True),
+    ("language", "embedding_rate", 1.0, 10.0, True),
 ]
 
 
@@ -94,6 +118,8 @@ def test_ranges(task: str, name: str, low: float, high: float, log: bool) -> Non
 def test_nothing_is_left_untested() -> None:
     named = {row[1] for row in CHOICES} | {row[1] for row in RANGES}
     assert {h.name for h in CATALOGUE} == named
+    language = {row[1] for row in (*CHOICES, *RANGES) if row[0] == "language"}
+    assert {h.name for h in CATALOGUE if h.task == "language"} == language
 
 
 @pytest.mark.parametrize(
@@ -110,10 +136,11 @@ def test_levels(name: str, levels: set[Any]) -> None:
     assert levels <= set(records("binary")[name].levels)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, "language"])
 def test_names_are_unique(task: str) -> None:
-    kind = "regression" if task == "regression" else "classification"
-    names = [h.name for h in CATALOGUE if h.task in ("any", kind)]
+    kinds = {"regression": ("table", "regression"), "language": ("language",)}
+    kind = kinds.get(task, ("table", "classification"))
+    names = [h.name for h in CATALOGUE if h.task in ("any", *kind)]
     assert len(set(names)) == len(names)
     assert list(records(task)) == names
 
@@ -137,7 +164,7 @@ def test_record(h: Hyperparameter) -> None:
     h.check_distribution(h.distribution)
     assert len(set(h.levels)) == len(h.levels) >= 2
     assert h.help.endswith(".") and len(h.help) > 30
-    assert h.task in ("any", "classification", "regression")
+    assert h.task in ("any", "table", "classification", "regression", "language")
     # The first trial of a study is the default, so a default space must hold it.
     assert h.distribution._contains(h.distribution.to_internal_repr(h.default))
     if h.off_below is not None:
@@ -151,7 +178,7 @@ def test_record(h: Hyperparameter) -> None:
 
 
 def test_static_are_those_that_fix_shapes_or_the_graph() -> None:
-    static = {h.name for h in CATALOGUE if h.static}
+    static = {h.name for h in CATALOGUE if h.static and h.task != "language"}
     assert static == {"hidden_layers", "batch_size", "iterations", "normalization"}
 
 
@@ -191,7 +218,8 @@ def test_table() -> None:
     ],
 )
 def test_cells(name: str, column: str, expected: object) -> None:
-    assert catalogue().set_index("name").loc[name, column] == expected
+    table = catalogue()
+    assert table[table["task"] != "language"].set_index("name").loc[name, column] == expected
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,0 +1,177 @@
+"""Byte-level byte-pair encoding, by the `tokenizers` library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+import re
+from types import ModuleType
+from typing import Any
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optuna_nnhp.data.utf8 import BYTES
+from optuna_nnhp.data.utf8 import checked_ids
+from optuna_nnhp.data.utf8 import utf8
+
+BPE_VOCABULARY = 1024  # for the few hundred kilobytes that a small study reads
+# The `tokenizers` library takes time quadratic in the longest word to train on, and hundreds of
+# bytes of memory for each token to encode.
+_TRAINING_PIECE, _ENCODING_PIECE = 4096, 100_000
+# Byte-level BPE never joins what stands on both sides of such a line's end.
+_SEAM = re.compile(r"(?<=\S)\n(?=\S)")
+_PROBE = "It's  1 Ä\r\n\te\u0301\u00a0中 🙂 \n\n x "
+
+
+@dataclass(frozen=True)
+class BpeTokenizer:
+    """A token for each byte and for frequent sequences of them; takes any text.
+
+    Needs the ``tokenizers`` library.
+
+    Args:
+        state:
+            What that library calls ``Tokenizer.to_str()``.
+
+    Raises:
+        ModuleNotFoundError:
+            If the library is not installed.
+        ValueError:
+            If the state is no byte-level BPE.
+
+    Example:
+        >>> tokenizer = BpeTokenizer.train("the cat, the hat, the rat, " * 9, vocabulary=260)
+        >>> len(tokenizer.encode("the bat 🙂")), tokenizer.decode(tokenizer.encode("the bat 🙂"))
+        (9, 'the bat 🙂')
+
+    Source:
+        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), by
+        https://huggingface.co/docs/tokenizers.
+    """
+
+    state: str
+    kind: ClassVar[str] = "bpe"
+
+    def __post_init__(self) -> None:
+        values = self._model.get_vocab()
+        alphabet = _tokenizers().pre_tokenizers.ByteLevel.alphabet()
+        # A probe, since normalizers and the like of a foreign state may change the text.
+        if (
+            sorted(values.values()) != list(range(len(values)))
+            or not set(alphabet) <= set(values)
+            or self.decode(self.encode(_PROBE)) != _PROBE
+        ):
+            raise ValueError("The state of a BPE tokenizer must be lossless for any text.")
+
+    @classmethod
+    def train(cls, text: str, vocabulary: int = BPE_VOCABULARY) -> BpeTokenizer:
+        """Learns which sequences of bytes are frequent.
+
+        Args:
+            text:
+                The training part alone.
+            vocabulary:
+                The number of different tokens, bytes included.
+
+        Raises:
+            ModuleNotFoundError:
+                If the ``tokenizers`` library is not installed.
+            ValueError:
+                If the vocabulary is below 257, or the text has fewer pairs that occur twice.
+        """
+        if not isinstance(vocabulary, int) or vocabulary <= BYTES:
+            raise ValueError(
+                f"`vocabulary` must be at least {BYTES + 1} (the bytes and one merge), "
+                f"but got {vocabulary}."
+            )
+        library, length = _tokenizers(), len(utf8(text))
+        level = library.pre_tokenizers.ByteLevel
+        model = library.Tokenizer(library.models.BPE())
+        model.pre_tokenizer = level(add_prefix_space=False)
+        model.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(
+            # The library reserves memory for as many as it is asked for.
+            vocab_size=min(vocabulary, BYTES + length),
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=level.alphabet(),
+        )
+        starts = range(0, len(text), _TRAINING_PIECE)
+        model.train_from_iterator((text[i : i + _TRAINING_PIECE] for i in starts), trainer)
+        if model.get_vocab_size() < vocabulary:
+            raise ValueError(
+                f"`vocabulary` must be at most {model.get_vocab_size():,} for a training part "
+                f"of {length:,} bytes like this, but got {vocabulary:,}."
+            )
+        return cls(model.to_str())
+
+    @property
+    def size(self) -> int:
+        """The number of different tokens."""
+        return int(self._model.get_vocab_size())
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """The ids of a text, **shape** (tokens,)."""
+        utf8(text)
+        pieces = [
+            np.array(encoding.ids, dtype=np.int32)
+            for piece in _stretches(text)
+            for encoding in self._model.encode_batch_fast([piece], add_special_tokens=False)
+        ]
+        return np.concatenate(pieces)
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The text of any ids; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids:
+                From 0 to ``size`` - 1, **shape** (tokens,).
+
+        Raises:
+            ValueError:
+                If there are others.
+        """
+        plain = checked_ids(ids, self.size)
+        return str(self._model.decode(plain, skip_special_tokens=False))
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON; ``tokenizer_from_json`` restores it."""
+        return {"kind": self.kind, "tokenizer": self.state}
+
+    @cached_property
+    def _model(self) -> Any:
+        """The library's object."""
+        library = _tokenizers()
+        try:
+            return library.Tokenizer.from_str(self.state)
+        except Exception as error:  # the library has no class of its own for this
+            raise ValueError(
+                f"The state of a BPE tokenizer must be that of `tokenizers`, but: {error}."
+            ) from error
+
+
+def _tokenizers() -> ModuleType:
+    try:
+        return import_module("tokenizers")
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":
+            raise
+        raise ModuleNotFoundError(
+            "The kind 'bpe' needs the library tokenizers, which is not installed: "
+            "pip install 'optuna_nnhp[bpe]'",
+            name=error.name,
+        ) from error
+
+
+def _stretches(text: str) -> Iterator[str]:
+    """The text in pieces whose tokens, one after another, are those of the whole."""
+    start = 0
+    while seam := _SEAM.search(text, start + _ENCODING_PIECE):
+        yield text[start : seam.end()]
+        start = seam.end()
+    yield text[start:]

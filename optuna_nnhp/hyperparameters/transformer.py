@@ -1,0 +1,233 @@
+"""What makes a GPT: its size, its text's pieces, and the choices of its architecture."""
+
+from __future__ import annotations
+
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+
+from optuna_nnhp.hyperparameters.record import Hyperparameter
+
+_YES_NO = CategoricalDistribution((False, True))
+
+LAYERS = Hyperparameter(
+    name="layers",
+    distribution=IntDistribution(1, 6),
+    default=4,
+    levels=(2, 4, 6),
+    domain=(1, 200),
+    static=True,
+    task="language",
+    help="Blocks of attention and feed-forward. In seconds two are better than four, in minutes "
+    "four: fewer layers see more text.",
+)
+HEADS = Hyperparameter(
+    name="heads",
+    distribution=IntDistribution(2, 8),
+    default=4,
+    levels=(2, 4, 8),
+    domain=(1, 256),
+    static=True,
+    task="language",
+    help="Heads of attention; the width is heads times `head_size`, so that it always divides.",
+)
+HEAD_SIZE = Hyperparameter(
+    name="head_size",
+    distribution=CategoricalDistribution((8, 16, 32, 64, 80, 96, 128)),
+    default=16,
+    levels=(16, 32, 64),
+    domain=(2, 1024),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Channels of a head; an even number.",
+)
+CONTEXT = Hyperparameter(
+    name="context",
+    distribution=CategoricalDistribution((32, 64, 128, 256)),
+    default=64,
+    levels=(32, 64, 128, 256),
+    domain=(2, 1_000_000),
+    static=True,
+    task="language",
+    help="Tokens that are seen at once. Longer ones pay late: on tiny Shakespeare 128 was better "
+    "than 64 by 0.03 nats after three minutes, and equal before.",
+)
+BATCH_TOKENS = Hyperparameter(
+    name="batch_tokens",
+    distribution=IntDistribution(256, 4096, log=True),
+    default=768,
+    levels=(512, 1024, 2048),
+    domain=(2, 100_000_000),
+    static=True,
+    task="language",
+    help="Tokens of a step, rounded to whole windows of `context`: more of them make fewer and "
+    "surer steps.",
+)
+TOKENS = Hyperparameter(
+    name="tokens",
+    distribution=CategoricalDistribution(("char", "byte", "bpe")),
+    default="char",
+    levels=("char", "byte", "bpe"),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Pieces of text: characters (default for small alphabets), bytes (always work), or byte "
+    "pair encoding, trained on the training part (needs the extra `bpe`).",
+)
+VOCABULARY = Hyperparameter(
+    name="vocabulary",
+    distribution=IntDistribution(300, 8192, log=True),
+    default=1024,
+    levels=(512, 1024, 4096),
+    domain=(2, 1_000_000),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Tokens of byte pair encoding; characters and bytes have their own number. A large one "
+    "drowns a small model.",
+)
+POSITIONS = Hyperparameter(
+    name="positions",
+    distribution=CategoricalDistribution(("rotary", "learned")),
+    default="rotary",
+    levels=("rotary", "learned"),
+    static=True,
+    tuned=False,
+    task="language",
+    help="How places are known: queries and keys turned by an angle, or a learned vector (GPT-2). "
+    "Rotary was better by 0.08 nats.",
+)
+GPT_NORMALIZATION = Hyperparameter(
+    name="normalization",
+    distribution=CategoricalDistribution(("layer", "layer-gain", "rms")),
+    default="layer",
+    levels=("layer", "layer-gain", "rms"),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Before each block: LayerNorm without parameters (fastest), with a gain, or RMSNorm "
+    "without parameters; no difference was resolved.",
+)
+QK_NORM = Hyperparameter(
+    name="qk_norm",
+    distribution=_YES_NO,
+    default=False,
+    levels=(False, True),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Normalizes queries and keys; allows larger rates in deep models.",
+)
+FEED_FORWARD = Hyperparameter(
+    name="feed_forward",
+    distribution=CategoricalDistribution(("relu2", "gelu", "swiglu")),
+    default="relu2",
+    levels=("relu2", "gelu", "swiglu"),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Function of the feed-forward layer: squared ReLU (cheapest), GELU (GPT-2), or SiLU "
+    "times a gate; no difference was resolved at this size.",
+)
+TOKEN_SHIFT = Hyperparameter(
+    name="token_shift",
+    distribution=_YES_NO,
+    default=True,
+    levels=(False, True),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Half the channels that a block reads are those of the token before; better by 0.07 "
+    "nats, the largest gain of any such choice.",
+)
+TIED_HEAD = Hyperparameter(
+    name="tied_head",
+    distribution=_YES_NO,
+    default=False,
+    levels=(False, True),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Whether the embedding is the output layer too; worth it for large vocabularies only.",
+)
+LOGIT_CAP = Hyperparameter(
+    name="logit_cap",
+    distribution=FloatDistribution(0.0, 50.0),
+    default=0.0,
+    levels=(0.0, 15.0, 30.0),
+    domain=(0.0, 1000.0),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Bends logits by tanh so that none is larger; 0 is off.",
+)
+GPT_INIT = Hyperparameter(
+    name="weight_init",
+    distribution=CategoricalDistribution(("fan-in", "gpt2")),
+    default="fan-in",
+    levels=("fan-in", "gpt2"),
+    tuned=False,
+    task="language",
+    help="First matrices: normal with one over the root of the inputs, or with 0.02.",
+)
+PROJECTION_INIT = Hyperparameter(
+    name="projection_init",
+    distribution=CategoricalDistribution(("zero", "scaled", "plain")),
+    default="zero",
+    levels=("zero", "scaled", "plain"),
+    tuned=False,
+    task="language",
+    help="First weights of what a block adds: zero (and the head's), scaled by the root of twice "
+    "the layers (GPT-2), or like the others.",
+)
+PARAMETRIZATION = Hyperparameter(
+    name="parametrization",
+    distribution=CategoricalDistribution(("standard", "mup")),
+    default="standard",
+    levels=("standard", "mup"),
+    static=True,
+    tuned=False,
+    task="language",
+    help="mup: rates that are good at `base_width` stay good at other widths, so that a narrow "
+    "study serves a wide model.",
+)
+BASE_WIDTH = Hyperparameter(
+    name="base_width",
+    distribution=IntDistribution(16, 1024, log=True),
+    default=64,
+    levels=(64, 256),
+    domain=(1, 100_000),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Width that mup's rates are given for.",
+)
+SECONDS = Hyperparameter(
+    name="seconds",
+    distribution=FloatDistribution(0.0, 86_400.0),
+    default=0.0,
+    levels=(10.0, 60.0),
+    domain=(0.0, 1e9),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Budget of a trial: as many steps as fit in these seconds of training, by a measurement. "
+    "0: `train_tokens` or `iterations` say it, or the timeout.",
+)
+TRAIN_TOKENS = Hyperparameter(
+    name="train_tokens",
+    distribution=IntDistribution(0, 1_000_000_000),
+    default=0,
+    levels=(100_000, 1_000_000),
+    domain=(0, 1e15),
+    static=True,
+    tuned=False,
+    task="language",
+    help="Budget of a trial in tokens of training, so that all see as much text, however fast.",
+)
+TRANSFORMER = (
+    *(LAYERS, HEADS, HEAD_SIZE, CONTEXT, TOKENS, VOCABULARY, POSITIONS, GPT_NORMALIZATION),
+    *(QK_NORM, FEED_FORWARD, TOKEN_SHIFT, TIED_HEAD, LOGIT_CAP, GPT_INIT, PROJECTION_INIT),
+    *(PARAMETRIZATION, BASE_WIDTH, BATCH_TOKENS, SECONDS, TRAIN_TOKENS),
+)

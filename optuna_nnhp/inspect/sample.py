@@ -1,0 +1,25 @@
+"""What a study's best language model writes, kept with the study for its readers."""
+
+from __future__ import annotations
+
+from optuna_nnhp.inspect.result import Result
+from optuna_nnhp.inspect.summary import SAMPLE
+from optuna_nnhp.inspect.summary import is_language
+from optuna_nnhp.inspect.summary import ranked
+
+TOKENS = 300
+
+
+def keep_sample(result: Result) -> None:
+    """Note on the study what its best model writes, if it is new and a language model.
+
+    Args:
+        result:
+            What the study found.
+    """
+    study = result.study
+    complete = ranked(study) if is_language(study) else []
+    if not complete or study.user_attrs.get(SAMPLE, {}).get("trial") == complete[0].number:
+        return
+    number = result.best_trial.number
+    study.set_user_attr(SAMPLE, {"trial": number, "text": result.generate(tokens=TOKENS)})

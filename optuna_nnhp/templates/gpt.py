@@ -1,0 +1,404 @@
+"""The GPT template: small language models on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import math
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+import torch
+from torch import nn
+
+from optuna_nnhp import seeds
+from optuna_nnhp.data.text import Source
+from optuna_nnhp.data.text import Tokens
+from optuna_nnhp.data.text import bundled_text
+from optuna_nnhp.data.text import check_length
+from optuna_nnhp.data.text import prepare_text
+from optuna_nnhp.hyperparameters.catalogue import choose
+from optuna_nnhp.hyperparameters.catalogue import default_params
+from optuna_nnhp.hyperparameters.catalogue import effective
+from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp.hyperparameters.loss import ClassificationLoss
+from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.networks.gpt import GPT as Network
+from optuna_nnhp.networks.gpt import StackedGPT
+from optuna_nnhp.networks.transformer import Architecture
+from optuna_nnhp.networks.transformer import count_parameters
+from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.study.sizes import measured_step
+from optuna_nnhp.templates.common import budget as epochs_budget
+from optuna_nnhp.templates.common import cohort_size
+from optuna_nnhp.templates.common import digest
+from optuna_nnhp.templates.gpt_defaults import defaults_for
+from optuna_nnhp.templates.language_model import LanguageModel
+from optuna_nnhp.templates.language_model import bytes_after_first
+from optuna_nnhp.templates.presets import preset as published
+from optuna_nnhp.training.cohort import Arrays
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.language import ROUNDS
+from optuna_nnhp.training.language import Corpus
+from optuna_nnhp.training.language import LanguageTask
+from optuna_nnhp.training.language import TokenLoss
+from optuna_nnhp.training.language import bits_per_token
+from optuna_nnhp.training.machine import free_memory
+from optuna_nnhp.training.machine import to_device
+from optuna_nnhp.training.metrics import Metric
+
+TRIAL_SHARE = 0.1  # of the timeout: a trial's seconds of training, if nothing else is said
+TRIAL_SECONDS = 30.0  # without a timeout
+BUDGETS = ("seconds", "train_tokens", "iterations")
+MOST_MEMORY = 0.8  # of what is free, that a trial may take
+NORMALIZATIONS = {"layer": "layer-gain"}  # of presets, which have gains
+
+
+class GPT:
+    """Small GPTs on a text: the data, the space, the network, and bits per byte.
+
+    Args:
+        X:
+            A file, a list of files, a folder, or a text; Python's own documentation if None.
+        validation:
+            Share of the text, its end, that judges trials; or another text or file.
+        errors:
+            What becomes of bytes that are not UTF-8: ``"strict"``, ``"replace"``, ``"ignore"``.
+        space:
+            Distributions that replace the catalogue's.
+        fixed:
+            Values that are not tuned. One of ``seconds``, ``train_tokens`` and ``iterations`` is
+            a trial's budget; ``width`` may be given instead of ``heads``.
+        preset:
+            Name of a published configuration to begin with, shrunk to a CPU; see
+            `optuna_nnhp.preset`.
+        timeout:
+            Seconds of the whole study: a trial's budget is a tenth of it, if none is given.
+        seed:
+            Seed of windows, noise and first weights.
+        device:
+            Where to train; CUDA if there is any, else the CPU, if None.
+
+    Raises:
+        ValueError: If anything in the text or the wishes makes no sense.
+        FileNotFoundError: If there is no such file.
+
+    Example:
+        >>> problem = GPT("to be or not to be\\n" * 99, fixed={"context": 32, "iterations": 50})
+        >>> problem.metric.name, problem.maximize, problem.defaults()["layers"]
+        ('bits_per_byte', False, 4)
+    """
+
+    maximize = False
+    one_by_one = True
+    first_rung = 3  # a third of the budget: rankings of optimizers change before
+    rounds_per_epoch = ROUNDS
+
+    def __init__(
+        self,
+        X: Source | None = None,
+        *,
+        validation: float | Source = 0.1,
+        errors: str = "strict",
+        space: Mapping[str, BaseDistribution] | None = None,
+        fixed: Mapping[str, Value] | None = None,
+        preset: str | None = None,
+        timeout: float | None = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.seed, self.device = seeds.check_seed(seed), to_device(device)
+        source = bundled_text() if X is None else X
+        self.text = prepare_text(source, validation=validation, errors=errors)
+        self.timeout = timeout
+        self._corpora: dict[tuple[str, int | None], Corpus] = {}
+        given = _with_heads(dict(fixed or {}), space or {})
+        seconds = _seconds(given, space or {}, timeout)
+        self._start = {
+            **defaults_for(seconds, len(self.text.train)),
+            "tokens": self.text.default_kind,
+        }
+        if preset is not None:
+            self._start |= _of_preset(preset)
+        if not any(given.get(name) or name in (space or {}) for name in BUDGETS):
+            given["seconds"] = seconds
+        self.space, rest = choose("language", space, given)
+        self.fixed = {n: v if n in given else self._start.get(n, v) for n, v in rest.items()}
+        self._check_space()
+        self.metric = Metric("bits_per_byte", "minimize", ("language",), bits_per_token)
+        mark = digest(self.space, self.fixed, preset or "")
+        self.name = f"gpt-bits_per_byte-{self.text.fingerprint}-{mark}"
+        described = self.text.describe()
+        self.description: dict[str, Any] = {
+            "template": "gpt",
+            "task": "language",
+            "metric": self.metric.name,
+            "fingerprint": self.text.fingerprint,
+            "data": f"{described['characters']:,} characters, {described['alphabet']} different; "
+            f"the last {described['valid_characters']:,} judge the trials"
+            + (" (Python's documentation)" if X is None else ""),
+            "budget": self._budget_in_words(),
+            "rounds_per_epoch": ROUNDS,
+        }
+
+    # --- What is tuned ---
+
+    def _check_space(self) -> None:
+        """Raise now what would raise in every trial."""
+        smallest = self._smallest("context")
+        for kind in self._values("tokens"):
+            sizes = self._values("vocabulary") if kind == "bpe" else [None]
+            for size in sizes:
+                check_length(
+                    self.text.tokens(str(kind), None if size is None else int(size)), smallest
+                )
+        for value in self._values("head_size"):
+            if int(value or 0) % 2 and "rotary" in self._values("positions"):
+                raise ValueError(
+                    f"`head_size` must be even with rotary positions, but got {value}."
+                )
+
+    def _values(self, name: str) -> Sequence[Any]:
+        """What a hyperparameter can be: its choices, or the ends of its range."""
+        if name not in self.space:
+            return [self.fixed[name]]
+        distribution: Any = self.space[name]
+        if isinstance(distribution, CategoricalDistribution):
+            return list(distribution.choices)
+        return [distribution.low, distribution.high]
+
+    def _smallest(self, name: str) -> int:
+        return min(int(value) for value in self._values(name))
+
+    def _budget_in_words(self) -> str:
+        for name, unit in zip(BUDGETS, ("seconds of training", "tokens", "steps"), strict=True):
+            if name in self.space:
+                return f"a tuned number of {unit} a trial"
+            if self.fixed[name]:
+                return f"{self.fixed[name]:g} {unit} a trial"
+        return epochs_budget(self.space, self.fixed)
+
+    def defaults(self) -> dict[str, Value]:
+        """The configuration of the first trial: by the size of the text and the budget."""
+        defaults = default_params("language", self.space) | {
+            n: v for n, v in self._start.items() if n in self.space
+        }
+        return {n: value for n, value in defaults.items() if holds(self.space[n], value)}
+
+    # --- Trials ---
+
+    def member(self, number: int, params: Mapping[str, Any]) -> Member:
+        """A trial; its first weights follow from the study's seed and its number."""
+        return Member(number, number, effective("language", {**self.fixed, **params}))
+
+    def signature(self, member: Member) -> Hashable:
+        """Architecture, text, windows, steps and optimizer.
+
+        Raises:
+            TrialError: If the trial would need more memory or time than there is.
+        """
+        shape = self._shape(member)
+        memory, free = self.memory(member), MOST_MEMORY * free_memory(self.device)
+        if memory > free:
+            raise TrialError(
+                f"A trial must fit into {free / 2**30:.1f} GiB of memory, but this one needs "
+                f"about {memory / 2**30:.1f} GiB."
+            )
+        return (*shape, self._iterations(member))
+
+    def _shape(self, member: Member) -> tuple[Hashable, ...]:
+        """All of a signature but the number of steps."""
+        params = member.params
+        tokens = self._tokens(member)
+        try:
+            check_length(tokens, int(params["context"] or 1))
+        except ValueError as error:
+            raise TrialError(str(error)) from error
+        kind = str(params["tokens"])
+        bpe = int(params["vocabulary"] or 0) if kind == "bpe" else 0
+        architecture = Architecture.of(params, tokens.tokenizer.size)
+        return (architecture, kind, bpe, self._sequences(member), params["optimizer"])
+
+    def _tokens(self, member: Member) -> Tokens:
+        kind = str(member.params["tokens"])
+        size = int(member.params["vocabulary"] or 0) if kind == "bpe" else None
+        try:
+            return self.text.tokens(kind, size)
+        except ValueError as error:
+            raise TrialError(str(error)) from error
+
+    @staticmethod
+    def _sequences(member: Member) -> int:
+        params = member.params
+        return max(1, round(int(params["batch_tokens"] or 1) / int(params["context"] or 1)))
+
+    def _iterations(self, member: Member) -> int:
+        """Steps of a trial's budget.
+
+        Raises:
+            TrialError: If they would take longer than the study may.
+        """
+        params, each = member.params, self._sequences(member) * int(member.params["context"] or 1)
+        if params["iterations"]:
+            steps = int(params["iterations"])
+        elif params["train_tokens"]:
+            steps = math.ceil(float(params["train_tokens"]) / each)
+        else:
+            return max(ROUNDS, int(float(params["seconds"] or 0) / self.seconds_per_step(member)))
+        if self.timeout is not None:
+            seconds = steps * self.seconds_per_step(member)
+            if seconds > self.timeout:
+                raise TrialError(
+                    f"A trial must fit into the timeout of {self.timeout:g} s, but this one's "
+                    f"{steps:,} steps would take about {seconds:,.0f} s."
+                )
+        return steps
+
+    def seconds_per_step(self, member: Member) -> float:
+        """How long a step takes, alone; measured once for each shape and remembered."""
+        key = repr((self._shape(member), str(self.device)))
+        return measured_step(key, lambda: self._cohort([member], iterations=10**6))
+
+    def memory(self, member: Member) -> int:
+        """Bytes that training it takes, about: weights, gradients, states, best weights; and what
+        each layer keeps for a step's tokens."""
+        architecture = Architecture.of(member.params, self._tokens(member).tokenizer.size)
+        tokens = self._sequences(member) * architecture.context
+        kept = architecture.layers * (10 * architecture.width + 3 * architecture.inner)
+        kept += 4 * architecture.vocabulary
+        return 4 * (6 * count_parameters(architecture) + tokens * kept)
+
+    def pin(self, leader: Member) -> Callable[[str, Any], Any]:
+        """Static values become the leader's."""
+        static = _static_names()
+        return lambda name, value: leader.params[name] if name in static else value
+
+    def cohort_size(self, leader: Member) -> int:
+        """As many as memory allows."""
+        architecture = Architecture.of(leader.params, self._tokens(leader).tokenizer.size)
+        tokens = self._sequences(leader) * architecture.context
+        flops = 6.0 * count_parameters(architecture) * tokens * self._iterations(leader) / ROUNDS
+        return cohort_size(self.memory(leader), flops, self.device)
+
+    def cohort(self, members: Sequence[Member]) -> Cohort:
+        """A cohort ready to train."""
+        return self._cohort(members, self._iterations(members[0]))
+
+    def _cohort(self, members: Sequence[Member], iterations: int) -> Cohort:
+        first = members[0]
+        tokens = self._tokens(first)
+        corpus = self._corpus(str(first.params["tokens"]), int(first.params["vocabulary"] or 0))
+        train, valid = corpus.train, corpus.valid
+        architecture = Architecture.of(first.params, tokens.tokenizer.size)
+
+        def build(some: Sequence[Member]) -> StackedGPT:
+            sources = [seeds.generator(self.seed, seeds.INITIALIZATION, m.seed) for m in some]
+            stack = StackedGPT(architecture, [m.params for m in some], sources)
+            return stack.to(self.device)
+
+        task = LanguageTask(
+            arrays=Arrays(train[:-1], train[1:], valid[:-1], valid[1:]),
+            build=build,
+            loss=self._loss,
+            metric=None,
+            maximize=False,
+            seed=self.seed,
+            corpus=corpus,
+            context=architecture.context,
+            sequences=self._sequences(first),
+            iterations=iterations,
+        )
+        return Cohort(members, task)
+
+    def _loss(self, members: Sequence[Member]) -> TokenLoss:
+        zeros = torch.zeros(len(members), device=self.device)
+        return TokenLoss(ClassificationLoss(zeros, zeros))
+
+    def _corpus(self, kind: str, vocabulary: int) -> Corpus:
+        """The text as tokens on the device, held once."""
+        key = kind, vocabulary if kind == "bpe" else None
+        if key not in self._corpora:
+            tokens = self.text.tokens(*key)
+            train, valid = (
+                torch.tensor(part, dtype=torch.long, device=self.device)
+                for part in (tokens.train, tokens.valid)
+            )
+            judged = bytes_after_first(tokens.tokenizer, valid[:1].cpu(), self.text.valid)
+            self._corpora[key] = Corpus(train, valid, judged)
+        return self._corpora[key]
+
+    # --- Afterwards ---
+
+    def count_weights(self, member: Member) -> int:
+        """Number of trained weights."""
+        return count_parameters(
+            Architecture.of(member.params, self._tokens(member).tokenizer.size)
+        )
+
+    def network(self, member: Member) -> nn.Module:
+        """A trial's network as a plain module, weights not yet loaded."""
+        architecture = Architecture.of(member.params, self._tokens(member).tokenizer.size)
+        return Network(architecture, float(member.params["dropout"] or 0))
+
+    def attributes(self, member: Member) -> dict[str, Any]:
+        """What a reader should know of a trial, besides what all templates tell."""
+        each = self._sequences(member) * int(member.params["context"] or 1)
+        return {"tokens_per_step": each, "budget_iterations": self._iterations(member)}
+
+    def predictor(
+        self, network: nn.Module, member: Member, best_params: dict[str, Any], best_value: float
+    ) -> LanguageModel:
+        """A trained network as something that continues texts."""
+        assert isinstance(network, Network)
+        tokenizer = self._tokens(member).tokenizer
+        return LanguageModel(network.cpu(), tokenizer, member.params, best_params, best_value)
+
+
+@functools.cache
+def _static_names() -> frozenset[str]:
+    return frozenset(name for name, h in records("language").items() if h.static)
+
+
+def _with_heads(
+    fixed: dict[str, Value], space: Mapping[str, BaseDistribution]
+) -> dict[str, Value]:
+    """A user's ``width`` as a number of heads."""
+    if "width" not in fixed:
+        return fixed
+    if "heads" in fixed or "heads" in space or "head_size" in space:
+        raise ValueError("`width` must not be given with `heads`, or with a tuned `head_size`.")
+    width, size = fixed.pop("width"), fixed.get("head_size", 16)
+    if not isinstance(width, int) or not isinstance(size, int) or width < 1 or width % size:
+        raise ValueError(f"`width` must be a multiple of `head_size`, {size}, but got {width!r}.")
+    return fixed | {"heads": width // size}
+
+
+def _seconds(
+    fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution], timeout: float | None
+) -> float:
+    """A trial's seconds, or about so many if its budget is said otherwise."""
+    given = [name for name in BUDGETS if fixed.get(name) or name in space]
+    if len(given) > 1:
+        raise ValueError(f"A trial must have one budget, but got {' and '.join(given)}.")
+    if fixed.get("seconds"):
+        return float(fixed["seconds"] or 0)
+    if fixed.get("train_tokens"):
+        return float(fixed["train_tokens"] or 0) / 60_000
+    if fixed.get("iterations"):
+        return float(fixed["iterations"] or 0) / 50
+    return TRIAL_SECONDS if timeout is None else TRIAL_SHARE * timeout
+
+
+def _of_preset(name: str) -> dict[str, Value]:
+    """A published configuration's values, at the size of a CPU."""
+    params = published(name, scale="cpu").params
+    values = {n: v for n, v in params.items() if n not in ("iterations", "vocabulary")}
+    normalization = str(values["normalization"])
+    values["normalization"] = NORMALIZATIONS.get(normalization, normalization)
+    return values | {"weight_init": "gpt2"}

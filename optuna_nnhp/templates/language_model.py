@@ -1,0 +1,159 @@
+"""A trained language model together with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optuna_nnhp import seeds
+from optuna_nnhp.data.tokens import Tokenizer
+from optuna_nnhp.data.tokens import tokenizer_from_json
+from optuna_nnhp.data.utf8 import utf8
+from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp.networks.gpt import GPT
+from optuna_nnhp.networks.transformer import Architecture
+from optuna_nnhp.training.checkpoint import save_weights
+from optuna_nnhp.training.language import total_nats
+from optuna_nnhp.version import __version__
+
+WEIGHTS, RECORD = "model.safetensors", "model.json"
+FORMAT, TEMPLATE = 1, "gpt"
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Continues texts, and judges them.
+
+    Args:
+        model:
+            The network.
+        tokenizer:
+            From text to tokens and back.
+        params:
+            Hyperparameters of the network as trained.
+        best_params:
+            Hyperparameters as proposed, of what was tuned.
+        best_value:
+            Bits per byte of the validation part.
+
+    Shape:
+        - model: token ids ``(batch, length)`` to logits ``(batch, length, vocabulary)``.
+    """
+
+    model: GPT
+    tokenizer: Tokenizer
+    params: dict[str, Any]
+    best_params: dict[str, Any]
+    best_value: float
+
+    def generate(
+        self,
+        prompt: str = "\n",
+        tokens: int = 200,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Continue a text.
+
+        Args:
+            prompt:
+                Its beginning, which the answer begins with too.
+            tokens:
+                How many to add.
+            temperature:
+                0 takes the likeliest token always; 1 draws as the model believes.
+            top_k:
+                How many of the likeliest are drawn from; all if None.
+            seed:
+                Of the draws.
+
+        Raises:
+            ValueError: If the prompt is empty or has a character that the model does not know,
+                or a number makes no sense.
+        """
+        if not prompt:
+            raise ValueError("`prompt` must have at least one character, but is empty.")
+        if tokens < 0:
+            raise ValueError(f"`tokens` must be at least 0, but got {tokens}.")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"`temperature` must be at least 0, but got {temperature}.")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, but got {top_k}.")
+        ids = torch.from_numpy(self.tokenizer.encode(prompt).astype("int64"))
+        out = self.model.generate(
+            ids,
+            tokens,
+            temperature=temperature,
+            top_k=top_k,
+            generator=seeds.generator(seed),
+        )
+        return self.tokenizer.decode(out.numpy())
+
+    def bits_per_byte(self, text: str) -> float:
+        """How badly the model predicts a text: bits for each of its bytes, the first token's
+        excluded.
+
+        Raises:
+            ValueError: If the text has fewer than two tokens.
+        """
+        ids = torch.from_numpy(self.tokenizer.encode(text).astype("int64"))
+        if len(ids) < 2:
+            raise ValueError(f"`text` must have at least 2 tokens, but has {len(ids)}.")
+
+        def logits(some: Tensor) -> Tensor:
+            out: Tensor = self.model(some)
+            return out.flatten(0, 1)[None]
+
+        nats = float(total_nats(logits, ids, self.model.architecture.context, 1))
+        return nats / math.log(2) / bytes_after_first(self.tokenizer, ids, text)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write weights (safetensors) and everything else (JSON) for `optuna_nnhp.load`."""
+        folder = Path(folder)
+        save_weights(self.model, folder / WEIGHTS)
+        record = {
+            "format": FORMAT,
+            "template": TEMPLATE,
+            "version": __version__,
+            "params": {n: None if v == math.inf else v for n, v in self.params.items()},
+            "best_params": self.best_params,
+            "best_value": self.best_value,
+            "tokenizer": self.tokenizer.to_json(),
+        }
+        text = json.dumps(record, indent=1, allow_nan=False)
+        (folder / RECORD).write_text(text, encoding="utf-8")
+        return folder
+
+
+def restored(record: Mapping[str, Any]) -> LanguageModel:
+    """What `LanguageModel.save` wrote, weights not yet loaded; see `optuna_nnhp.load`.
+
+    Raises:
+        ValueError: If it is damaged.
+        KeyError: If an entry is missing.
+    """
+    params, known = dict(record["params"]), records("language")
+    for name, value in params.items():
+        if value is None and name in known:
+            params[name] = math.inf
+    for name in ("layers", "heads", "head_size", "context", "positions", "normalization"):
+        known[name].check(params[name])
+    tokenizer = tokenizer_from_json(record["tokenizer"])
+    model = GPT(Architecture.of(params, tokenizer.size), float(params["dropout"]))
+    best = dict(record["best_params"]), float(record["best_value"])
+    return LanguageModel(model, tokenizer, params, *best)
+
+
+def bytes_after_first(tokenizer: Tokenizer, ids: Tensor, text: str) -> int:
+    """Bytes of a text but for those of its first token, which no model can predict."""
+    whole = len(utf8(text))
+    return max(1, whole - len(utf8(tokenizer.decode(ids[:1].numpy()))))

@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+from collections import Counter
+import json
+from pathlib import Path
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optuna_nnhp.data import text as module
+from optuna_nnhp.data.text import TextData
+from optuna_nnhp.data.text import Tokens
+from optuna_nnhp.data.text import bundled_text
+from optuna_nnhp.data.text import check_length
+from optuna_nnhp.data.text import fingerprint
+from optuna_nnhp.data.text import prepare_text
+from optuna_nnhp.data.text import read_text
+from optuna_nnhp.data.tokens import KINDS
+
+AWKWARD = "It's\r\na\ttab,  two \n\n\nÄ e\u0301 中文 🙂\r\n"
+VOCABULARY = {"char": None, "byte": None, "bpe": 270}
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Path:
+    """A folder with texts at two depths, hidden ones, and others."""
+    shelf = tmp_path / "shelf"
+    for name in ("sub", ".git", "sub/.cache"):
+        (shelf / name).mkdir(parents=True)
+    for name, content in {
+        "b.txt": b"b\n",
+        "a.md": b"a",
+        "sub/c.TXT": b"c",
+        "sub/d.py": b"",
+        "z.png": b"\x89PNG\x00",
+        "noname": b"n",
+        ".hidden.txt": b"h",
+        ".git/e.txt": b"e",
+        "sub/.cache/f.txt": b"f",
+    }.items():
+        (shelf / name).write_bytes(content)
+    return shelf
+
+
+@pytest.mark.parametrize("path", [str, Path])
+def test_file(tmp_path: Path, path: type) -> None:
+    file = tmp_path / "t.txt"
+    file.write_bytes(AWKWARD.encode())
+    assert read_text(path(file)) == AWKWARD
+
+
+def test_mark_of_utf8_is_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    file.write_bytes(b"\xef\xbb\xbfa\xef\xbb\xbf")
+    assert read_text(file) == "a\ufeff"
+
+
+def test_folder(shelf: Path, log: pytest.LogCaptureFixture) -> None:
+    assert read_text(shelf) == read_text(str(shelf)) == "a\nb\nc"
+    assert "shelf' 4 files are read, but not 'noname', 'z.png'." in log.text
+
+
+def test_hidden_folder_above(tmp_path: Path) -> None:
+    folder = tmp_path / ".books"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    assert read_text(folder) == "a"
+
+
+def test_folder_without_texts(shelf: Path, tmp_path: Path) -> None:
+    for name in ("b.txt", "a.md", "sub/c.TXT", "sub/d.py"):
+        (shelf / name).unlink()
+    with pytest.raises(ValueError, match=r"such as .txt .*shelf' has 'noname', 'z.png'\.$"):
+        read_text(shelf)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty' has no files\."):
+        read_text(tmp_path / "empty")
+
+
+def test_files(shelf: Path) -> None:
+    # In the order given, whatever their suffix.
+    assert read_text([shelf / "noname", str(shelf / "b.txt"), shelf / "a.md"]) == "n\nb\na"
+    assert read_text((shelf / "sub", shelf / "a.md")) == "c\na"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\nb",
+        "no.such/file\n",
+        "a/b.txt" * 1000,
+        "some words/more",
+        "word",
+        "x" * 300 + " a",
+        "e.g.",
+    ],
+)
+def test_text_itself(text: str) -> None:
+    assert read_text(text) == text
+
+
+def test_a_path_that_exists_is_no_text(folder: Path) -> None:
+    Path("two words").write_text("content")
+    assert read_text("two words") == "content"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["no.txt", "my novel.txt", "no/such/folder", "no\\such", "corpus.dat", "a" * 300 + ".txt"],
+)
+def test_a_path_that_does_not_exist(path: str) -> None:
+    with pytest.raises(FileNotFoundError, match="`source` must be a file or folder that exists"):
+        read_text(path)
+
+
+def test_paths_of_a_list_are_no_texts(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="but got 'some words'"):
+        read_text(["some words"])
+    with pytest.raises(FileNotFoundError, match=r"but got '.*no'"):
+        read_text(tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ab\xff", r"must be UTF-8, but '.*t.txt' has the byte 0xff at position 2; errors="),
+        (b"\xef\xbb\xbfab\xe9 ", "has the byte 0xe9 at position 5"),
+        (b"ab\x00c\xff", r"no zero bytes, but '.*t.txt' has one at position 2: it is binary"),
+        ("ab".encode("utf-16"), "UTF-16"),
+        (b"", "`source` must have at least one character"),
+        (b"\xef\xbb\xbf", "`source` must have at least one character"),
+    ],
+)
+def test_file_errors(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "t.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        prepare_text(file)
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    file.write_bytes(b"a\xff\xc3\xa9")
+    assert read_text(file, errors="replace") == "a\ufffdé"
+    assert read_text(file, errors="ignore") == "aé"
+    with pytest.raises(ValueError, match=r"'replac' is not .* did you mean 'replace'\?"):
+        read_text(file, errors="replac")
+    file.write_bytes(b"a\xff\x00")
+    with pytest.raises(ValueError, match="zero bytes"):
+        read_text(file, errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "`source` must have at least one character"),
+        ([], "`source` must have at least one file, but is an empty list"),
+        (5, "`source` must be text, or the path of .* but got int"),
+        (None, "but got NoneType"),
+        (b"some bytes", "but got bytes"),
+        ([1, 2], "but got list"),
+        ("a\n\ud83d", r"`source` must be Unicode .* U\+D83D at character 2"),
+    ],
+)
+def test_source_errors(source: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_text(source)
+
+
+@pytest.mark.parametrize(
+    ("validation", "length", "train"), [(0.1, 1003, 902), (0.5, 5, 2), (np.float32(0.25), 8, 6)]
+)
+def test_the_last_part_is_for_validation(validation: Any, length: int, train: int) -> None:
+    text = ("\n0123456789" * length)[:length]
+    data = prepare_text(text, validation=validation)
+    assert (data.train, data.valid) == (text[:train], text[train:])
+
+
+def test_default_split_is_that_of_nanogpt() -> None:
+    text = bundled_text()
+    assert prepare_text(text).train == text[: int(0.9 * len(text))]
+
+
+def test_another_source_for_validation(tmp_path: Path) -> None:
+    (tmp_path / "v.txt").write_text("cab")
+    text = "abc\n" * 9
+    for validation in (tmp_path / "v.txt", str(tmp_path / "v.txt"), [tmp_path / "v.txt"]):
+        data = prepare_text(text, validation=validation)
+        assert (data.train, data.valid) == (text, "cab")
+    assert prepare_text(text, validation="a\n").valid == "a\n"
+    (tmp_path / "v.txt").write_bytes(b"a\xff")
+    with pytest.raises(ValueError, match="must be UTF-8"):
+        prepare_text(text, validation=tmp_path / "v.txt")
+    assert prepare_text(text, validation=tmp_path / "v.txt", errors="ignore").valid == "a"
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        (0, "`validation` must be between 0 and 1, but got 0"),
+        (1.0, r"between 0 and 1, but got 1\.0"),
+        (-0.1, "between 0 and 1"),
+        (float("nan"), "between 0 and 1, but got nan"),
+        (True, "`validation` must be a share of the text, .* but got bool"),
+        (None, "but got NoneType"),
+        ("", "`validation` must have at least one character"),
+        ([], "`validation` must have at least one file"),
+        ("a\n\ud83d", "`validation` must be Unicode"),
+        (1e-17, "`validation`=1e-17 of 40 gives 40 for training and 0"),
+        (0.99, "of 40 gives 0 for training and 40 for validation"),
+    ],
+)
+def test_validation_errors(validation: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_text("abc\n" * 10, validation=validation)
+
+
+def test_absent_file_for_validation() -> None:
+    with pytest.raises(FileNotFoundError, match="`validation` must be a file or folder"):
+        prepare_text("abc\n" * 10, validation="no.txt")
+
+
+def test_one_character() -> None:
+    with pytest.raises(ValueError, match=r"two different characters, but has only 'a'\."):
+        prepare_text("a" * 5000)
+    with pytest.raises(ValueError, match="two different characters"):
+        prepare_text("a" * 90 + "b" * 10 + " ", validation=0.2)
+    with pytest.raises(ValueError, match=r"but has only '\\n'"):
+        prepare_text("\n" * 10, validation="abc\n")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens(kind: str) -> None:
+    if kind == "bpe":
+        pytest.importorskip("tokenizers")
+    data = prepare_text(AWKWARD * 40, validation=f"unseen: é🙂 {AWKWARD}")
+    tokens = data.tokens(kind, VOCABULARY[kind])
+    assert isinstance(tokens, Tokens)
+    assert tokens.tokenizer.kind == kind
+    assert tokens.tokenizer.decode(tokens.train) == data.train
+    assert tokens.tokenizer.decode(tokens.valid) == data.valid
+    assert tokens.valid_bytes == data.valid_bytes == len(data.valid.encode())
+    for array in (tokens.train, tokens.valid):
+        assert array.dtype == np.int32
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_what_is_read_only_is_not_the_callers() -> None:
+    ids = np.arange(3, dtype=np.int32)
+    tokens = prepare_text("abc\n" * 10).tokens("byte")
+    Tokens(tokens.tokenizer, ids, ids, 3)
+    ids[0] = 5
+
+
+def test_tokens_are_made_once() -> None:
+    pytest.importorskip("tokenizers")
+    data, other = prepare_text(AWKWARD * 40), prepare_text(AWKWARD * 40)
+    assert data.tokens("char") is data.tokens("char")
+    assert data.tokens("char") is not data.tokens("byte")
+    assert data.tokens("bpe", 270) is data.tokens("bpe", 270)
+    assert data.tokens("bpe", 270).tokenizer.size == 270
+    assert data.tokens("bpe", 265).tokenizer.size == 265
+    assert data.tokens("char") is not other.tokens("char")
+    assert data == other
+
+
+def test_default_vocabulary() -> None:
+    pytest.importorskip("tokenizers")
+    data = prepare_text(bundled_text())
+    assert data.tokens("bpe") is data.tokens("bpe", 1024)
+    assert data.tokens("bpe").tokenizer.size == 1024
+
+
+def test_bpe_never_sees_the_validation_part() -> None:
+    pytest.importorskip("tokenizers")
+    text = "the cat\n" * 50
+    tokenizers = [
+        prepare_text(text, validation=valid).tokens("bpe", 260).tokenizer
+        for valid in ("the cat\n", "dog dog\n" * 500)
+    ]
+    assert tokenizers[0] == tokenizers[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "message"),
+    [
+        ("word", None, "'word' is not a kind of tokenizer. Known: char, byte, bpe"),
+        ("byte", 256, "`vocabulary` must be None for the kind 'byte'"),
+    ],
+)
+def test_tokens_errors(kind: str, vocabulary: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_text("abc\n" * 10).tokens(kind, vocabulary)
+
+
+def test_describe() -> None:
+    data = prepare_text("aé\n" * 10, validation="b🙂")
+    assert json.loads(json.dumps(data.describe())) == {
+        "characters": 32,
+        "bytes": 45,
+        "alphabet": 5,
+        "train_characters": 30,
+        "valid_characters": 2,
+        "valid_bytes": 5,
+    }
+
+
+def test_default_kind() -> None:
+    for size, kind in ((256, "char"), (257, "byte")):
+        text = "".join(chr(0x400 + i) for i in range(size))
+        assert prepare_text(text * 2, validation=0.5).default_kind == kind
+    # Those of the validation part count.
+    assert prepare_text(text[:256], validation=text[256:] + "\n").default_kind == "byte"
+
+
+def test_a_text_is_not_printed() -> None:
+    data = prepare_text("abc\n" * 10)
+    assert repr(data) == f"TextData(fingerprint={data.fingerprint!r})"
+
+
+def test_fingerprint() -> None:
+    parts = [("ab", "c"), ("a", "bc"), ("ab", "d"), ("ac", "c"), ("é", "c"), ("ab", "c\n")]
+    marks = [fingerprint(*part) for part in parts]
+    assert Counter(map(len, marks)) == {8: len(parts)}
+    assert len(set(marks)) == len(parts)
+    data = prepare_text("ab", validation="c\n")
+    assert data.fingerprint == fingerprint("ab", "c\n") == marks[-1]
+
+
+def lengths(train: int, valid: int) -> Tokens:
+    tokenizer = prepare_text("abc\n" * 10).tokens("byte").tokenizer
+    return Tokens(tokenizer, np.zeros(train, np.int32), np.zeros(valid, np.int32), valid)
+
+
+def test_length() -> None:
+    check_length(lengths(9, 9), 8)
+    with pytest.raises(
+        ValueError,
+        match=r"at least 101 tokens for a `context` of 100, but of 1,100 tokens 1,000 are for "
+        r"training and 100 for validation; `context` can be at most 99\.",
+    ):
+        check_length(lengths(1000, 100), 100)
+    with pytest.raises(ValueError, match=r"8 are for training and 9 for .* at most 7"):
+        check_length(lengths(8, 9), 8)
+    with pytest.raises(ValueError, match=r"9 are for training and 1 for .* give a longer text\."):
+        check_length(lengths(9, 1), 8)
+    with pytest.raises(ValueError, match="`context` must be at least 1, but got 0"):
+        check_length(lengths(9, 9), 0)
+
+
+def test_bundled_text() -> None:
+    text = bundled_text()
+    assert "assert" in text and len(text) > 100_000
+    assert text.index('The "assert" statement') < text.index('The "while" statement')
+    data = prepare_text(text)
+    assert isinstance(data, TextData)
+    assert data.default_kind == "char"
+
+
+def test_without_bundled_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module.DEFAULT_TEXT, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pydoc_data\.topics, .*give a text or file"):
+        bundled_text()

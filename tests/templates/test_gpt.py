@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+import pytest
+import torch
+
+from optuna_nnhp import load
+from optuna_nnhp import optimize
+from optuna_nnhp.data.text import bundled_text
+from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.templates import gpt as template
+from optuna_nnhp.templates.gpt import GPT
+from optuna_nnhp.templates.language_model import LanguageModel
+
+TEXT = "".join(f"{n} and {n + 1} make {2 * n + 1}.\n" for n in range(400))
+SMALL: dict[str, Any] = {"width": 16, "layers": 1, "context": 16, "batch_tokens": 64}
+
+
+def tune(**wishes: Any) -> Any:
+    settings = {"storage": None, "n_trials": 2, "fixed": SMALL | {"iterations": 18}}
+    return optimize("gpt", wishes.pop("X", TEXT), **{**settings, **wishes})
+
+
+def test_a_study_finds_saves_and_loads_a_model(tmp_path: Path) -> None:
+    result = tune()
+    assert result.study.trials[0].state == TrialState.COMPLETE
+    assert len(result.study.trials) == 2
+    written = result.generate("12 and", tokens=20, seed=3)
+    assert written.startswith("12 and")
+    assert len(written) == 26
+    folder = result.save(tmp_path / "model")
+    model = load(folder)
+    assert isinstance(model, LanguageModel)
+    assert model.generate("12 and", tokens=20, seed=3) == written
+    valid = GPT(TEXT).text.valid
+    assert model.bits_per_byte(valid) == pytest.approx(result.best_value, rel=1e-6)
+    assert model.best_params == result.best_params
+
+
+def test_training_learns_the_text() -> None:
+    result = tune(n_trials=1, fixed=SMALL | {"iterations": 300})
+    assert result.best_value < 0.6 * GPT(TEXT).text.alphabet_size ** 0.5
+
+
+def test_the_same_seed_gives_the_same_study() -> None:
+    values = [[t.value for t in tune(seed=5).study.trials] for _ in range(2)]
+    assert values[0] == values[1]
+    assert values[0] != [t.value for t in tune(seed=6).study.trials]
+
+
+def test_the_same_call_continues_the_study(tmp_path: Path) -> None:
+    storage = str(tmp_path / "text.journal")
+    first = tune(storage=storage)
+    again = tune(storage=storage, n_trials=3)
+    assert len(again.study.trials) == 3
+    assert again.study.study_name == first.study.study_name
+    assert again.study.user_attrs["sample"]["text"]
+
+
+def test_pieces_of_text_are_judged_alike() -> None:
+    pytest.importorskip("tokenizers")
+    space = {"tokens": CategoricalDistribution(("char", "byte", "bpe"))}
+    fixed = SMALL | {"iterations": 9, "vocabulary": 300}
+    result = tune(space=space, fixed=fixed, n_trials=8, method="random")
+    kinds = {t.params["tokens"]: t for t in result.study.trials}
+    assert len(kinds) == 3
+    for kind, trial in kinds.items():
+        untrained = {"char": 4.4, "byte": 8.0, "bpe": 8.3}[kind]  # bits of a token, about
+        assert trial.value is not None
+        assert 0.5 < trial.value < untrained
+
+
+def test_a_budget_in_tokens() -> None:
+    result = tune(n_trials=1, fixed=SMALL | {"train_tokens": 1000})
+    assert result.best_trial.user_attrs["iterations"] == 16
+    assert result.best_trial.user_attrs["tokens_per_step"] == 64
+
+
+def test_a_budget_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "measured_step", lambda key, make: 0.01)
+    problem = GPT(TEXT, fixed=SMALL | {"seconds": 0.5})
+    assert problem._iterations(problem.member(0, problem.defaults())) == 50
+
+
+def test_without_a_budget_a_trial_gets_a_tenth_of_the_timeout() -> None:
+    assert GPT(TEXT, timeout=80.0).fixed["seconds"] == 8.0
+    assert GPT(TEXT).fixed["seconds"] == 30.0
+
+
+def test_the_default_is_chosen_by_text_and_budget() -> None:
+    short, long = (GPT(bundled_text(), timeout=t).defaults() for t in (20.0, 900.0))
+    assert short["layers"] < long["layers"]
+    assert short["context"] < long["context"]
+    little, much = (GPT(TEXT * n, fixed={"seconds": 30.0}).defaults() for n in (1, 90))
+    assert little["dropout"] > much["dropout"]
+
+
+def test_a_preset_is_the_first_trial() -> None:
+    problem = GPT(bundled_text(), preset="gpt2", fixed={"iterations": 9})
+    member = problem.member(0, problem.defaults())
+    wanted = {"positions": "learned", "normalization": "layer-gain", "feed_forward": "gelu"}
+    assert {name: member.params[name] for name in wanted} == wanted
+    assert member.params["optimizer"] == "adamw"
+
+
+def test_trials_that_cannot_fit_are_refused_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = GPT(TEXT, fixed=SMALL | {"iterations": 9})
+    member = problem.member(0, problem.defaults())
+    with monkeypatch.context() as patch:
+        patch.setattr(template, "free_memory", lambda device: 1000)
+        with pytest.raises(TrialError, match=r"must fit into 0\.0 GiB .* needs about"):
+            problem.signature(member)
+    patched = GPT(TEXT, fixed=SMALL | {"iterations": 1000}, timeout=2.0)
+    monkeypatch.setattr(template, "measured_step", lambda key, make: 0.5)
+    with pytest.raises(TrialError, match=r"timeout of 2 s.*1,000 steps would take about 500 s"):
+        patched.signature(patched.member(0, patched.defaults()))
+
+
+def test_the_default_pruner_waits_for_a_third_of_the_budget() -> None:
+    result = tune(n_trials=12, method="random")
+    pruned = [t for t in result.study.trials if t.state == TrialState.PRUNED]
+    assert pruned
+    assert all(max(t.intermediate_values) >= 3 for t in pruned)
+
+
+def test_trials_are_trained_one_by_one() -> None:
+    result = tune(n_trials=4)
+    times = [(t.datetime_start, t.datetime_complete) for t in result.study.trials]
+    assert all(end <= start for (_, end), (start, _) in pairwise(times))
+
+
+@pytest.mark.parametrize(
+    ("X", "wishes", "message"),
+    [
+        ("", {}, "at least one character"),
+        ("abc", {}, "at least"),
+        ("aaaa\n".replace("\n", "") * 50, {}, "two different characters"),
+        (TEXT, {"fixed": {"context": 100_000, "iterations": 9}}, "`context` can be at most"),
+        (TEXT, {"fixed": {"width": 17}}, "`width` must be a multiple of `head_size`"),
+        (TEXT, {"fixed": {"head_size": 5}}, "`head_size` must be even"),
+        (TEXT, {"fixed": {"seconds": 3.0, "iterations": 5}}, "one budget"),
+        (TEXT, {"fixed": {"hidden_layers": 3}}, "a hyperparameter of language networks"),
+        (TEXT, {"preset": "gpt5"}, "a preset"),
+        (TEXT, {"fixed": {"tokens": "words"}}, "a choice of `tokens`"),
+        (TEXT, {"errors": "guess"}, "UTF-8"),
+        (TEXT, {"y": [1]}, "`y` must not be given here"),
+        (TEXT, {"metric": "accuracy"}, "`metric` must not be given here"),
+        (TEXT, {"space": {"learning_rate": FloatDistribution(-1, 1)}}, "`learning_rate`"),
+        (TEXT, {"validation": 2.0}, "`validation`"),
+    ],
+)
+def test_bad_input_is_refused_before_any_training(
+    X: str, wishes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tune(X=X, **wishes)
+
+
+def test_a_vocabulary_larger_than_the_text_supports() -> None:
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match="vocabulary"):
+        tune(fixed=SMALL | {"tokens": "bpe", "vocabulary": 50_000, "iterations": 9})
+
+
+def test_options_of_texts_are_not_for_tables() -> None:
+    with pytest.raises(ValueError, match="`preset` must not be given here"):
+        optimize("dnn", [[1.0]], [1.0], n_trials=1, storage=None, preset="gpt2")
+
+
+def test_language_models_do_not_predict_and_tables_do_not_generate() -> None:
+    with pytest.raises(TypeError, match="`predict` must be called for tables"):
+        tune(n_trials=1).predict([[1.0]])
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"prompt": ""}, "`prompt`"),
+        ({"prompt": "é"}, "é"),
+        ({"tokens": -1}, "`tokens`"),
+        ({"temperature": -1.0}, "`temperature`"),
+        ({"top_k": 0}, "`top_k`"),
+    ],
+)
+def test_bad_wishes_for_a_text(wishes: dict[str, Any], message: str) -> None:
+    result = _MODEL.setdefault("result", tune(n_trials=1))
+    with pytest.raises(ValueError, match=message):
+        result.generate(**wishes)
+
+
+_MODEL: dict[str, Any] = {}
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    folder = tune(n_trials=1).save(tmp_path / "model")
+    record = folder / "model.json"
+    record.write_text(record.read_text().replace('"alphabet"', '"alphabets"'))
+    with pytest.raises(ValueError, match=r"model\.json must be one that `save` wrote"):
+        load(folder)
+
+
+def test_stored_weights_are_those_of_the_best_value() -> None:
+    result = tune(n_trials=1)
+    assert isinstance(result.model, torch.nn.Module)
+    logits = result.model(torch.zeros(1, 4, dtype=torch.long))
+    assert logits.shape == (1, 4, GPT(TEXT).text.alphabet_size)
