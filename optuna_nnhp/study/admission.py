@@ -268,6 +268,8 @@ class Admission:
         if (count < max(1, most // REFILL) and count != left) or count < 1:
             return
         self._group(self.asker.ask(count))
+        for live in self.pool.lives:  # all of them, by those who fit
+            live.is_filled = True
 
     def _group(self, trials: Sequence[RunningTrial]) -> None:
         """Let trials join cohorts of their signature, or begin new ones."""

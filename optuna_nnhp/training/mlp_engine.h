@@ -33,17 +33,15 @@ static int64_t NAME(cut)(const struct Network *net, int64_t rows, REAL *memory,
 
 /* z (rows, width) = from (rows, size) times w; as the sum of two products where a team would. */
 static void NAME(apply)(const struct Network *net, long rows, long width, long size,
-                        const REAL *from, const REAL *w, long ld, REAL *z) {
-    if (!net->halves) {
-        NAME(multiply)('N', 'N', rows, width, size, from, size, w, ld, z, width, 0);
-        return;
-    }
-    for (int half = 0; half < 2; half++) {
-        struct Range some = part_of(size, half);
-        if (some.end > some.first)
-            NAME(multiply)('N', 'N', rows, width, some.end - some.first, from + some.first, size,
-                           w + some.first * ld, ld, z, width, some.first > 0);
-    }
+                        const REAL *from, const REAL *w, long ld, REAL *z,
+                        const struct NAME(Space) *space) {
+    const struct Range some = part_of(size, net->halves ? 1 : WHOLE);
+    REAL *last = some.first ? space->other : z;
+    NAME(multiply)('N', 'N', rows, width, some.end - some.first, from + some.first, size,
+                   w + some.first * ld, ld, last, width);
+    if (!some.first) return;
+    NAME(multiply)('N', 'N', rows, width, some.first, from, size, w, ld, z, width);
+    for (long i = 0; i < rows * width; i++) z[i] += last[i];
 }
 
 /* Outputs of some examples. */
@@ -57,7 +55,7 @@ static void NAME(forward)(const struct Network *net, const struct Member *me, lo
         long width = hidden ? me->widths[layer] : net->outputs;
         long ld = hidden ? net->padded : net->outputs;
         REAL *z = !hidden ? space->out : net->norm ? space->normal[layer] : space->slope[layer];
-        NAME(apply)(net, rows, width, size, from, weights + at->weight, ld, z);
+        NAME(apply)(net, rows, width, size, from, weights + at->weight, ld, z, space);
         if (at->bias >= 0) {
             const REAL *bias = weights + at->bias;
             for (long r = 0; r < rows; r++)
@@ -108,7 +106,7 @@ static void NAME(layer_grads)(const struct Network *net, const struct Member *me
     struct Range some = part_of(layer ? me->widths[layer - 1] : net->inputs, part);
     if (some.end > some.first)
         NAME(multiply)('T', 'N', some.end - some.first, width, rows, from, ld_from, d, width,
-                       grads + at->weight + some.first * ld, ld, 0);
+                       grads + at->weight + some.first * ld, ld);
     if (at->bias < 0) return;
     some = part_of(width, part);
     REAL *bias = grads + at->bias;
@@ -133,7 +131,7 @@ static void NAME(backward)(const struct Network *net, const struct Member *me, l
         REAL *back = space->other, *slope = space->slope[layer - 1];
         NAME(multiply)('N', 'T', rows, size, width, d, width,
                        weights + net->layers[layer].weight, hidden ? net->padded : net->outputs,
-                       back, size, 0);
+                       back, size);
         for (long i = 0; i < rows * size; i++) slope[i] *= back[i];
         if (net->norm)
             NAME(norm_backward)(net, me, layer - 1, rows, size, space->normal[layer - 1],

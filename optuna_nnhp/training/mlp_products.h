@@ -116,10 +116,9 @@ static void NAME(pack_transposed)(long deep, long columns, long pitch, const REA
     }
 }
 
-/* c (m, n) = a (m, k) times b (k, n), or is increased by it; 'T' for an a or b that is stored the
- * other way round. */
+/* c (m, n) = a (m, k) times b (k, n); 'T' for an a or b that is stored the other way round. */
 static void NAME(multiply)(char ta, char tb, long m, long n, long k, const REAL *a, long lda,
-                           const REAL *b, long ldb, REAL *c, long ldc, int add) {
+                           const REAL *b, long ldb, REAL *c, long ldc) {
     REAL packed[DEEP * WIDE] __attribute__((aligned(64)));
     REAL edge[TALL * WIDE] __attribute__((aligned(64)));
     const long row = ta == 'N' ? lda : 1, col = ta == 'N' ? 1 : lda;
@@ -143,13 +142,13 @@ static void NAME(multiply)(char ta, char tb, long m, long n, long k, const REAL 
                 const REAL *from = a + i * row + p * col;
                 REAL *to = c + i * ldc + j;
                 if (columns == pitch) {
-                    kernel(deep, from, row, col, part, distance, to, ldc, add || p);
+                    kernel(deep, from, row, col, part, distance, to, ldc, p > 0);
                     continue;
                 }
                 kernel(deep, from, row, col, part, distance, edge, pitch, 0);
                 for (long r = 0; r < tall; r++)
                     for (long s = 0; s < columns; s++)
-                        to[r * ldc + s] = (add || p ? to[r * ldc + s] : 0) + edge[r * pitch + s];
+                        to[r * ldc + s] = (p ? to[r * ldc + s] : 0) + edge[r * pitch + s];
             }
         }
     }

@@ -25,7 +25,7 @@ static int NAME(forward_shared)(const struct Network *net, const struct Member *
         REAL *const *partial = space->partial[layer % 2];
         if (own)
             NAME(multiply)('N', 'N', batch, width, own, from, ld_from,
-                           weights + at->weight + some.first * ld, ld, partial[half], width, 0);
+                           weights + at->weight + some.first * ld, ld, partial[half], width);
         else
             memset(partial[half], 0, batch * width * sizeof(REAL));
         if (!meet(team, half)) return 0;
@@ -69,7 +69,7 @@ static int NAME(backward_shared)(const struct Network *net, const struct Member 
         long ld = hidden ? net->padded : net->outputs;
         if (n)
             NAME(multiply)('N', 'T', batch, n, width, d, width,
-                           weights + net->layers[layer].weight + some.first * ld, ld, back, n, 0);
+                           weights + net->layers[layer].weight + some.first * ld, ld, back, n);
         for (long r = 0; r < batch; r++) {
             REAL *slope = space->slope[layer - 1] + r * size + some.first;
             EACH slope[i] *= back[r * n + i];

@@ -195,8 +195,14 @@ def test_two_threads_that_share_a_members_steps(
     assert any(teams)
 
 
-def test_sharing_steps_changes_no_bit_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    members, before = varied(9, batch_size=32, width=53, hidden_layers=3), torch.get_num_threads()
+@pytest.mark.parametrize(
+    "width", [1, 53, 64, 700]
+)  # 700: more inputs than a product packs at once
+def test_sharing_steps_changes_no_bit_of_the_weights(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = varied(9, batch_size=32, width=width, hidden_layers=3)
+    before = torch.get_num_threads()
     weights = []
     monkeypatch.setattr(native, "TEAM_FLOPS", 0.0)
     try:
