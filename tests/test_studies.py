@@ -55,7 +55,8 @@ def adult(tmp_path: Path) -> Path:
 
 
 def test_every_script_is_tested() -> None:
-    assert SCRIPTS == ["compare_with_optuna", "dnn_csv", "dnn_digits", "own_network"]
+    tables = ["compare_with_optuna", "dnn_csv", "dnn_digits"]
+    assert [*tables, "gpt_text", "gpt_transfer", "own_network"] == SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -73,6 +74,34 @@ def test_dnn_digits(run: Run, tmp_path: Path) -> None:
     assert "dashboards/serve.py dnn_digits.journal" in output.splitlines()[-1]
     assert (tmp_path / "dnn_digits.journal").exists()
     assert (tmp_path / "dnn_digits.figures" / "index.html").exists()
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    path = tmp_path / "sums.txt"
+    path.write_text("".join(f"{n} and {n + 1} make {2 * n + 1}.\n" for n in range(900)))
+    return path
+
+
+def test_gpt_text(run: Run, sums: Path, tmp_path: Path) -> None:
+    line = ("gpt_text", str(sums), "--timeout", "8", "--seconds", "1", "--n-trials", "2")
+    code, output, errors = run(*line, "--prompt", "12 and")
+    assert code == 0, errors
+    assert output.startswith("12 and") and "perplexity" in output and "tokens a second" in output
+    assert "dashboards/serve.py sums.journal" in output.splitlines()[-1]
+    assert optuna_nnhp.load(tmp_path / "sums-model").generate("12", tokens=3).startswith("12")
+
+
+def test_gpt_transfer(run: Run, sums: Path) -> None:
+    sizes = ("--narrow", "16", "--wide", "32", "--train-tokens", "8000", "--final-tokens", "8000")
+    code, output, errors = run("gpt_transfer", str(sums), "--timeout", "4", *sizes)
+    assert code == 0, errors
+    assert "tuned at width   16" in output and "tuned at width   32" in output
+
+
+def test_a_text_that_is_none(run: Run) -> None:
+    code, _, errors = run("gpt_text", "missing.txt", "--timeout", "1")
+    assert code == 2 and "missing.txt" in errors
 
 
 def test_own_network(run: Run, tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ class Admission:
         most = self._generation(pace.size)
         if self.budget.timeout is None:
             return most
-        rounds = self.problem.rounds_per_epoch * int(leader.params["epochs"] or 1)
+        rounds = self.problem.rounds_per_epoch * int(leader.params.get("epochs") or 1)
         share = max(ROUND_SHARE, COHORT_SHARE / rounds)
         return max(1, min(most, int(share * self.budget.timeout / pace.round)))
 

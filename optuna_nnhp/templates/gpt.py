@@ -92,7 +92,7 @@ class GPT:
     Example:
         >>> problem = GPT("to be or not to be\\n" * 99, fixed={"context": 32, "iterations": 50})
         >>> problem.metric.name, problem.maximize, problem.defaults()["layers"]
-        ('bits_per_byte', False, 4)
+        ('bits_per_byte', False, 2)
     """
 
     maximize = False

@@ -105,6 +105,9 @@ def test_attributes() -> None:
         def count_weights(self, member: Member) -> int:
             return 7
 
+        def attributes(self, member: Member) -> dict[str, Any]:
+            return {}
+
     problem: Any = Problem()
     study, trial = running(maximize=True)
     trial.describe(problem, 0, "killed")
