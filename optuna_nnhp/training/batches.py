@@ -13,7 +13,23 @@ from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
 from optuna_nnhp.training.noise import Noise
 
 
-class Batches:
+class ByAge:
+    """Noise that depends on the study's seed and a member's own rounds."""
+
+    _seed: int
+    _device: torch.device
+
+    def noise(self, done: Sequence[int], step: int) -> Noise:
+        """The noise of a step of the next round."""
+        ages, which = _distinct(done)
+        return Noise([self.noise_key(age) for age in ages], which.to(self._device), step)
+
+    def noise_key(self, age: int) -> int:
+        """Where the noise of a member's next round comes from; by the rounds that it has done."""
+        return seeds.mixed(self._seed, seeds.NOISE, age)
+
+
+class Batches(ByAge):
     """The rows and the noise of every round of every trial with one batch size.
 
     Each epoch has a new order of the rows and is cut into rounds of equal length, so that members
@@ -75,15 +91,6 @@ class Batches:
         ages, which = self._ages(done)
         orders = [self._round(age) for age in ages]
         return [orders[i] for i in which.tolist()]
-
-    def noise(self, done: Sequence[int], step: int) -> Noise:
-        """The noise of a step of the next round."""
-        ages, which = _distinct(done)
-        return Noise([self.noise_key(age) for age in ages], which.to(self._device), step)
-
-    def noise_key(self, age: int) -> int:
-        """Where the noise of a member's next round comes from; by the rounds that it has done."""
-        return seeds.mixed(self._seed, seeds.NOISE, age)
 
     def _ages(self, done: Sequence[int]) -> tuple[list[int], Tensor]:
         """The ages that there are, and whose each is; orders of other epochs are forgotten."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from optuna_nnhp import seeds
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.training.batches import ByAge
 from optuna_nnhp.training.cohort import Task
 from optuna_nnhp.training.groups import GroupedUpdate
 from optuna_nnhp.training.knobs import Knobs
 from optuna_nnhp.training.knobs import Member
-from optuna_nnhp.training.noise import Noise
 from optuna_nnhp.training.parameters import FlatParameters
 
 ROUNDS = 9  # of a trial's budget: evaluated after 1, 3 and all of them
@@ -26,7 +26,7 @@ JUDGED_EARLY = 2**15  # tokens of the validation part in evaluations before the 
 LOGITS_AT_ONCE = 2**22  # numbers, to bound memory
 
 
-class Windows:
+class Windows(ByAge):
     """The windows of text that a trial sees at each step, whoever trains beside it.
 
     Args:
@@ -83,16 +83,6 @@ class Windows:
             else:
                 first = torch.stack([starts[age][step] for age in done])
             yield first[..., None] + self._places
-
-    def noise(self, done: Sequence[int], step: int) -> Noise:
-        """The noise of a step of the next round."""
-        ages = sorted(set(done))
-        which = torch.tensor([ages.index(age) for age in done]).to(self._device)
-        return Noise([self.noise_key(age) for age in ages], which, step)
-
-    def noise_key(self, age: int) -> int:
-        """Where the noise of a member's next round comes from."""
-        return seeds.mixed(self._seed, seeds.NOISE, age)
 
     def _starts(self, age: int) -> Tensor:
         source = seeds.generator(self._seed, seeds.WINDOWS, age)

@@ -252,8 +252,10 @@ def test_tokens(kind: str) -> None:
 def test_what_is_read_only_is_not_the_callers() -> None:
     ids = np.arange(3, dtype=np.int32)
     tokens = prepare_text("abc\n" * 10).tokens("byte")
-    Tokens(tokens.tokenizer, ids, ids, 3)
+    made = Tokens(tokens.tokenizer, ids, ids, 3)
     ids[0] = 5
+    assert ids.flags.writeable
+    assert not made.train.flags.writeable
 
 
 def test_tokens_are_made_once() -> None:
