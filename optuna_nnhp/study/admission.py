@@ -33,8 +33,8 @@ TURN_SHARE, ROUND_SHARE, COHORT_SHARE = 0.04, 0.002, 0.1
 # Early turns are shorter, so that several leaders are known before one of them has eaten much:
 # shares of the timeout, and of the time that the study has taken so far.
 FIRST_TURN, TURN_OF_PAST = 0.005, 0.1
-# The default configuration comes early and is what all others must beat: it has the machine for
-# itself, for this share of the timeout at most.
+# The default configuration comes early and is what all others must beat: it and the template's
+# portfolio have the machine for themselves, for this share of the timeout at most.
 BASELINE_SHARE = 0.1
 # What costs a hundred times as much as others must wait: a leader begins once a round of a member
 # takes at most this share of the time so far, or if so many wait and it is the quickest of them.
@@ -63,7 +63,7 @@ class Admission:
         turn: The cohort that is filled.
         turns: How many there were.
         asking: Seconds that a new cohort's proposals took.
-        baseline: Number of the trial with the default configuration, while it leads.
+        openers: The default configuration and the portfolio, while they have the machine.
         waiting: Followers of `turn` that were asked for while a cohort trained.
         parked: Leaders that cannot be afforded yet.
         first_round: Seconds that a new cohort took to its first scores.
@@ -76,7 +76,7 @@ class Admission:
     turns: int = 0
     asking: float = 0.0
     first_round: float = 0.0
-    baseline: int | None = None
+    openers: list[tuple[RunningTrial, Live]] = field(default_factory=list)
     waiting: list[RunningTrial] = field(default_factory=list)
     parked: list[RunningTrial] = field(default_factory=list)
 
@@ -92,8 +92,10 @@ class Admission:
             self._admit_planned()
             return
         live = self.turn
-        if live is not None and self.baseline is not None and self.baseline not in live.running:
-            self._follow_baseline(live)
+        if live is not None and self.openers:
+            if self._openers_run(live):
+                return
+            self.turn = live = self._follow_openers()
         is_over = live is None or time.monotonic() > live.until
         if live is not None and not is_over and live.free < max(1, live.slots // REFILL):
             return
@@ -103,10 +105,9 @@ class Admission:
             if live is not None:
                 self._take_in(live, self.waiting)
                 self.waiting = []
-            self.baseline = None  # if it has had its share, it goes on beside the others
             self.turn = live = self._lead()
-            for other in self.pool.lives:
-                other.is_filled = other is live
+        for other in self.pool.lives:
+            other.is_filled = other is live
         if live is not None:
             self._follow(live)
 
@@ -120,7 +121,7 @@ class Admission:
         if live is None or not self._prepares(live) or self.asker.plans or self._must_end():
             return
         count = self._may_ask(live, max(1, live.slots // PREPARED) - len(self.waiting))
-        if count and self.baseline is None:
+        if count and not self.openers:
             stop = is_over if self.budget.timeout is not None else None
             self.waiting += self._ask(live, count, stop)
 
@@ -151,18 +152,38 @@ class Admission:
         self.turns += 1
         live = self._proven() if self.turns % 2 == 0 else None
         live = live or self._new_leader()
-        if live is None:
-            return None
-        if self.baseline is None:
+        if live is not None and not self.openers:
             self._invite(live)
-        elif self.budget.timeout is not None:
+        return live
+
+    def _open_with(self, baseline: RunningTrial) -> Live:
+        """The default configuration and the portfolio begin, and nothing else beside them."""
+        trials = [baseline, *self.asker.ask(self.asker.portfolio)]
+        self._group(trials)
+        for trial in trials:
+            lives = (one for one in self.pool.lives if trial.member.number in one.running)
+            self.openers.append((trial, next(lives)))
+        live = self.openers[0][1]
+        if self.budget.timeout is not None:
             live.until = time.monotonic() + BASELINE_SHARE * self.budget.timeout
         return live
 
-    def _follow_baseline(self, live: Live) -> None:
-        """The baseline has ended: its shape is a good one to begin with, for a whole turn."""
-        self.baseline, live.slots = None, self._size(live.leader)
+    def _openers_run(self, live: Live) -> bool:
+        """Whether they still have the machine; after their share they go on beside others."""
+        if time.monotonic() > live.until:
+            return False
+        return any(opener.member.number in self.asker.running for opener, _ in self.openers)
+
+    def _follow_openers(self) -> Live:
+        """The best opener's shape is a good one to begin with, for a whole turn."""
+        best, live = self.openers[0]
+        for opener, other in self.openers[1:]:
+            if opener.best is not None and opener.is_better(opener.best, best.best):
+                best, live = opener, other
+        self.openers = []
+        live.slots = self._size(live.leader)
         self._invite(live, TURN_SHARE)
+        return live
 
     def _invite(self, live: Live, least: float = FIRST_TURN) -> None:
         """Begin a cohort's turn, of at least this share of the timeout."""
@@ -214,15 +235,14 @@ class Admission:
         if leader is None:
             return None
         signature, live = leader.signature, self.pool.with_signature(leader.signature)
-        alone = leader.is_baseline and self.cohort_size is None
-        size = 1 if alone else self._size(leader.member)
+        if leader.is_baseline and self.cohort_size is None:
+            return self._open_with(leader)
+        size = self._size(leader.member)
         if live is None:
             live = self._open(signature, [leader], size)
         else:
             self._join(live, [leader])
             live.slots = max(live.slots, size)
-        if alone:
-            self.baseline = leader.member.number
         live.invited = -1
         return live
 

@@ -32,6 +32,8 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 # These decide every value themselves: trials are grouped as they come.
 PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
 BASELINE = "baseline"  # attribute of the trial with the default configuration
+PORTFOLIO = "portfolio"  # attribute of the trials with the template's other first configurations
+PORTFOLIO_SHARE = 10  # of a number of trials, at most one of so many is from the portfolio
 FIXED = "fixed_params"  # system attribute of trials that were enqueued
 CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
 
@@ -52,6 +54,7 @@ class Asker:
 
     Attributes:
         is_grid: Whether the points of a grid are enqueued.
+        portfolio: How many of the template's first configurations were enqueued here.
         finished: Number of trials that have ended.
         running: Trials that were asked here and have not ended, by number.
     """
@@ -61,6 +64,7 @@ class Asker:
     budget: Budget
     storage: DeferredStorage
     is_grid: bool = False
+    portfolio: int = 0
     finished: int = 0
     running: dict[int, RunningTrial] = field(default_factory=dict)
 
@@ -72,6 +76,10 @@ class Asker:
             self.is_grid, self.study.sampler = True, RandomSampler()
         elif not self.study.get_trials(deepcopy=False):
             self.study.enqueue_trial(defaults, user_attrs={BASELINE: True})
+            portfolio, left = self.problem.portfolio(), self.budget.n_trials
+            for params in portfolio[: None if left is None else left // PORTFOLIO_SHARE]:
+                self.study.enqueue_trial(params, user_attrs={PORTFOLIO: True})
+                self.portfolio += 1
 
     @property
     def plans(self) -> bool:
@@ -141,6 +149,7 @@ class Asker:
         is_enqueued = FIXED in self.storage.get_trial(trial._trial_id).system_attrs
         running = RunningTrial(trial, member, self.problem.maximize, signature)
         running.is_baseline = is_enqueued and bool(trial.user_attrs.get(BASELINE))
+        running.is_opener = is_enqueued and bool(trial.user_attrs.get(PORTFOLIO))
         running.is_enqueued = is_enqueued
         return [running]
 

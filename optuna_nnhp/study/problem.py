@@ -56,6 +56,9 @@ class Problem(Protocol):
     def defaults(self) -> dict[str, Value]:
         """The configuration of the first trial, as far as it lies in the space."""
 
+    def portfolio(self) -> list[dict[str, Value]]:
+        """More configurations worth trying before anything is known; cheap ones, best first."""
+
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
         """A trial, given its number and the values of what is tuned."""
 

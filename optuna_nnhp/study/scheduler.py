@@ -208,7 +208,7 @@ class Scheduler:
             for place, member in enumerate(live.cohort.members)
             if live.running[member.number].told
         }
-        kept: dict[int, set[int]] = {}  # by round
+        kept: dict[tuple[int, bool], set[int]] = {}  # by round, among openers or among all
         for place, trial, previous, ended in zip(
             scores.places, evaluated, before, scores.ended, strict=True
         ):
@@ -216,7 +216,7 @@ class Scheduler:
                 continue
             if ended is not None:
                 ends[place] = ended
-            elif self._is_pruned(trial, previous, kept):
+            elif self._is_pruned(live, trial, previous, kept):
                 ends[place] = "pruned"
         return ends
 
@@ -237,16 +237,27 @@ class Scheduler:
         trial.told = True
         _logger.warning(f"Trial {trial.member.number} was ended by another process.")
 
-    def _is_pruned(self, trial: RunningTrial, previous: int, kept: dict[int, set[int]]) -> bool:
+    def _is_pruned(
+        self,
+        live: Live,
+        trial: RunningTrial,
+        previous: int,
+        kept: dict[tuple[int, bool], set[int]],
+    ) -> bool:
         """Whether the pruner ends a trial after this evaluation."""
         pruner, done = self.study.pruner, trial.last_round
         if not isinstance(pruner, CohortHalvingPruner):
             return bool(trial.trial.should_prune())
         if trial.is_baseline or not pruner.is_rung(done, previous):
             return False
-        if done not in kept:
-            kept[done] = pruner.keep(self.history[done], maximize=self.problem.maximize)
-        return trial.member.number not in kept[done]
+        key = done, trial.is_opener
+        if key not in kept:
+            values = self.history[done]
+            if trial.is_opener:  # one of each shape comes to its end: shapes differ late
+                rivals = {n for n, rival in live.running.items() if rival.is_opener}
+                values = {n: value for n, value in values.items() if n in rivals}
+            kept[key] = pruner.keep(values, maximize=self.problem.maximize)
+        return trial.member.number not in kept[key]
 
     # --- Ends ---
 

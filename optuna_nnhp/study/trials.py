@@ -62,6 +62,8 @@ class RunningTrial:
             What it must have in common with others to be stacked with them.
         is_baseline:
             Whether it has the default configuration, which is what others must beat.
+        is_opener:
+            Whether it is of the template's portfolio, and begins beside the baseline.
         is_enqueued:
             Whether somebody wants its values, and no sampler proposed them.
         train_loss:
@@ -85,6 +87,7 @@ class RunningTrial:
     maximize: bool
     signature: Hashable = None
     is_baseline: bool = False
+    is_opener: bool = False
     is_enqueued: bool = False
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)

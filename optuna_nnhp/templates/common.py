@@ -90,6 +90,10 @@ class Supervised(ABC):
     one_by_one = False
     first_rung = 1
 
+    def portfolio(self) -> list[dict[str, Value]]:
+        """None, unless a template knows some."""
+        return []
+
     def __init__(
         self,
         template: str,

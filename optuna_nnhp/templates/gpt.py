@@ -193,6 +193,10 @@ class GPT:
 
     # --- Trials ---
 
+    def portfolio(self) -> list[dict[str, Value]]:
+        """None: a trial takes long, and the defaults are chosen by text and budget."""
+        return []
+
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
         """A trial; its first weights follow from the study's seed and its number."""
         return Member(number, number, effective("language", {**self.fixed, **params}))
