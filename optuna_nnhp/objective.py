@@ -42,7 +42,7 @@ class Objective:
             A function of your own from parameters to a network, instead of ``template``.
         options:
             Any of ``target``, ``task``, ``validation``, ``metric``, ``direction``, ``space``,
-            ``fixed``, ``seed`` and ``device``. The sampler has its own seed.
+            ``fixed``, ``seed``, ``device`` and ``compile``. The sampler has its own seed.
 
     Attributes:
         direction: ``"maximize"`` or ``"minimize"``: what to create the study with.

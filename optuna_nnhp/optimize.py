@@ -71,6 +71,7 @@ def optimize(
     cohort_size: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    compile: bool = False,
 ) -> Result:
     """Tune a network on data, many trials at once.
 
@@ -147,6 +148,10 @@ def optimize(
             machine.
         device:
             Where to train; CUDA if there is any, else the CPU, if None.
+        compile:
+            Whether `torch.compile` makes the networks' code, which takes seconds to minutes once
+            for each shape. It pays for long trials of large networks; the compiled engine's
+            networks (the DNN template on a CPU) are not touched by it.
 
     Returns:
         The best model and the study.
@@ -190,6 +195,7 @@ def optimize(
         fixed=fixed,
         seed=seed,
         device=device,
+        compile=compile,
     )
     if isinstance(chosen, GridSampler):
         check_grid(chosen, problem.space)

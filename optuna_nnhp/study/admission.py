@@ -180,8 +180,8 @@ class Admission:
         for opener, other in self.openers[1:]:
             if opener.best is not None and opener.is_better(opener.best, best.best):
                 best, live = opener, other
-        self.openers = []
-        live.slots = self._size(live.leader)
+        self.openers, live.slots = [], self._size(live.leader)
+        live.invited = -1  # its leader is the first of them
         self._invite(live, TURN_SHARE)
         return live
 

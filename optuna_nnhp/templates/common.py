@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 import hashlib
 import json
 from pathlib import Path
@@ -35,6 +36,7 @@ from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Task
+from optuna_nnhp.training.compiling import check_compile
 from optuna_nnhp.training.knobs import column
 from optuna_nnhp.training.machine import free_memory
 from optuna_nnhp.training.machine import to_device
@@ -81,6 +83,8 @@ class Supervised(ABC):
             The study's.
         device:
             Where to train; CUDA if there is any, else the CPU, if None.
+        compile:
+            Whether `torch.compile` makes the networks' code.
 
     Attributes:
         builder: Name of the user's function that makes the networks, if there is one.
@@ -104,6 +108,7 @@ class Supervised(ABC):
         *more: str,
         seed: int,
         device: str | torch.device | None,
+        compile: bool = False,
     ) -> None:
         self.data, self.target, self.metric = data, data.target, metric
         self.maximize = metric.direction == "maximize"
@@ -111,7 +116,8 @@ class Supervised(ABC):
         self.seed, self.device = seed, to_device(device)
         mark = digest(space, fixed, *more)
         self.name = f"{template}-{metric.name}-{data.fingerprint}-{mark}"
-        self._task = make_task(data, metric, self._build, seed, self.device)
+        task = make_task(data, metric, self._build, seed, self.device)
+        self._task = replace(task, compile=check_compile(compile))
         self.rounds_per_epoch = self._task.rounds
         self.description: dict[str, Any] = {
             "template": template,

@@ -67,6 +67,9 @@ class DNN(Supervised):
             Seed of the split, of batch order, noise and first weights.
         device:
             Where to train; CUDA if there is any, else the CPU, if None.
+        compile:
+            Whether `torch.compile` makes the networks' code, which takes seconds to minutes once
+            for each shape; of no effect on what the compiled engine trains.
 
     Shape:
         - X: ``(rows, columns)``; y: ``(rows,)``.
@@ -97,6 +100,7 @@ class DNN(Supervised):
         fixed: Mapping[str, Value] | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
+        compile: bool = False,
     ) -> None:
         seeds.check_seed(seed)
         X, y = read(X, y, target)
@@ -105,7 +109,7 @@ class DNN(Supervised):
         chosen = choose(data.target.task, space, fixed)
         self.inputs: int = data.train_X.shape[1]
         self.outputs = max(1, len(data.target.classes))
-        super().__init__("dnn", data, judge, *chosen, seed=seed, device=device)
+        super().__init__("dnn", data, judge, *chosen, seed=seed, device=device, compile=compile)
 
     def defaults(self) -> dict[str, Value]:
         """The catalogue's defaults, as far as they lie in the space."""

@@ -44,6 +44,7 @@ from optuna_nnhp.templates.presets import preset as published
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.compiling import check_compile
 from optuna_nnhp.training.language import ROUNDS
 from optuna_nnhp.training.language import Corpus
 from optuna_nnhp.training.language import LanguageTask
@@ -84,6 +85,9 @@ class GPT:
             Seed of windows, noise and first weights.
         device:
             Where to train; CUDA if there is any, else the CPU, if None.
+        compile:
+            Whether `torch.compile` makes the networks' code, which takes seconds to minutes once
+            for each shape; of no effect on what the compiled engine trains.
 
     Raises:
         ValueError: If anything in the text or the wishes makes no sense.
@@ -112,8 +116,10 @@ class GPT:
         timeout: float | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
+        compile: bool = False,
     ) -> None:
         self.seed, self.device = seeds.check_seed(seed), to_device(device)
+        self.compile = check_compile(compile)
         source = bundled_text() if X is None else X
         self.text = prepare_text(source, validation=validation, errors=errors)
         self.timeout = timeout
@@ -317,6 +323,7 @@ class GPT:
             context=architecture.context,
             sequences=self._sequences(first),
             iterations=iterations,
+            compile=self.compile,
         )
         return Cohort(members, task)
 

@@ -94,6 +94,9 @@ class OwnNetwork(Supervised):
             Seed of the split, of batch order, noise and first weights.
         device:
             Where to train; CUDA if there is any, else the CPU, if None.
+        compile:
+            Whether `torch.compile` makes the networks' code, which takes seconds to minutes once
+            for each shape; of no effect on what the compiled engine trains.
 
     Shape:
         - X: ``(rows, ...)``; y: ``(rows,)``.
@@ -133,6 +136,7 @@ class OwnNetwork(Supervised):
         fixed: Mapping[str, Value] | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
+        compile: bool = False,
     ) -> None:
         if isinstance(network, nn.Module) or not callable(network):
             kind = type(network).__name__
@@ -148,7 +152,9 @@ class OwnNetwork(Supervised):
         self._known: dict[Hashable, Examination] = {}
         self.target, self._reads = data.target, set[str]()
         chosen = self._only_read(*chosen, given={*(space or {}), *(fixed or {})})
-        super().__init__("own", data, judge, *chosen, self.builder, seed=seed, device=device)
+        super().__init__(
+            "own", data, judge, *chosen, self.builder, seed=seed, device=device, compile=compile
+        )
         self.description["network"] = self.builder
         self._examiner = Examiner(self._task.arrays.train_x)
         self._check_default()

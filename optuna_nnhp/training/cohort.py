@@ -18,6 +18,7 @@ from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.networks.layers import subset
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.training.batches import Batches
+from optuna_nnhp.training.compiling import compiled
 from optuna_nnhp.training.knobs import Knobs
 from optuna_nnhp.training.knobs import Member as Member
 from optuna_nnhp.training.machine import keep_freed_memory
@@ -69,6 +70,8 @@ class Task:
         seed:
             The study's seed: batch order and dropout noise, which all members share, so that
             trials differ by their hyperparameters and not by their luck.
+        compile:
+            Whether `torch.compile` makes the code of a step's forward and backward pass.
     """
 
     arrays: Arrays
@@ -77,6 +80,7 @@ class Task:
     metric: Callable[[Tensor], Tensor] | None
     maximize: bool
     seed: int
+    compile: bool = False
 
     @property
     def rounds(self) -> int:
@@ -175,6 +179,7 @@ class Cohort:
         self.members, self.task = _sorted(members), task
         with threads_for(0.0):  # many small decompositions, where weights start orthogonal
             self.network = task.build(self.members)
+        self.forward = compiled(self.network.forward) if task.compile else self.network
         self.flat = FlatParameters(self.network)
         keep_freed_memory()
         self.best_weights = {n: w.clone() for n, w in self.network.state_dict().items()}
@@ -208,7 +213,8 @@ class Cohort:
 
     def _train(self, out_of_time: Callable[[], bool], before_step: Callable[[], None]) -> bool:
         """THE loop: every member's steps of one round; whether there was time for it."""
-        data, network = self.task.arrays, self.network.train()
+        data = self.task.arrays
+        self.network.train()
         left = max(t - i for t, i in zip(self.total, self.iterations, strict=True))
         steps = min(left, self.batches.per_round)
         rates = self.knobs.rates(self.iterations, steps, self.total)
@@ -220,7 +226,7 @@ class Cohort:
                 return False
             before_step()
             noise = self.batches.noise(self.done, step)
-            losses = self.loss(network(data.train_x[rows], noise), data.train_y[rows])
+            losses = self.loss(self.forward(data.train_x[rows], noise), data.train_y[rows])
             self.flat.backward(losses.sum())
             self.update.step(rates[step])
             self.loss_sum += losses.detach() * rows.shape[-1]

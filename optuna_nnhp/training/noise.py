@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import functools
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from torch import Tensor
 ROW_KEY, UNIT_KEY = 0x9E3779B1, 0x85EBCA77
 STEP_KEY, DRAW_KEY = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
 BITS = 23  # of a number: exact in float32
+TRACED_DRAWS = 256  # layers with dropout that compiled code can have
 
 
 class Noise:
@@ -45,13 +48,35 @@ class Noise:
     def __call__(self, batch: int, width: int) -> Tensor:
         """Numbers in (0, 1) for the next layer: ``(batch, width)``, or ``(k, batch, width)``."""
         places = _places(batch, width, self._which.device)
-        drawn = [_uniform(places, _draw_key(key, self._draw)) for key in self._keys]
+        keys = [_draw_key(key, self._draw) for key in self._keys]
+        return self._draw_with(places, keys)
+
+    def _draw_with(self, places: Tensor, keys: Sequence[int | Tensor]) -> Tensor:
+        drawn = [_uniform(places, key) for key in keys]
         self._draw += 1
         return drawn[0] if len(drawn) == 1 else torch.stack(drawn)[self._which]
 
+    def traced(self) -> Noise:
+        """The same noise for code by `torch.compile`."""
+        return _Traced(self)
 
-def _draw_key(key: int, draw: int) -> int:
-    """The upper half of splitmix64's finalizer, but for its last shift."""
+
+class _Traced(Noise):
+    """The same numbers, with keys as a tensor: as numbers they would be part of the code."""
+
+    def __init__(self, noise: Noise) -> None:
+        self._which, self._draw = noise._which, 0
+        draws = np.arange(TRACED_DRAWS, dtype=np.uint64)
+        keys = [_draw_key(np.uint64(key), draws).astype(np.int64) for key in noise._keys]
+        self._table = torch.from_numpy(np.stack(keys)).to(self._which.device)
+
+    def __call__(self, batch: int, width: int) -> Tensor:
+        places = _places.__wrapped__(batch, width, self._which.device)
+        return self._draw_with(places, [key[self._draw] for key in self._table])
+
+
+def _draw_key(key: Any, draw: Any) -> Any:
+    """The upper half of splitmix64's finalizer, but for its last shift; of arrays too."""
     z = (key + draw * DRAW_KEY) & (2**64 - 1)
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & (2**64 - 1)
@@ -64,7 +89,7 @@ def _places(batch: int, width: int, device: torch.device) -> Tensor:
     return (rows + torch.arange(width, device=device) * UNIT_KEY) & (2**32 - 1)
 
 
-def _uniform(places: Tensor, key: int) -> Tensor:
+def _uniform(places: Tensor, key: int | Tensor) -> Tensor:
     h = places ^ key
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = h.bitwise_xor_(h >> shift).mul_(factor).bitwise_and_(2**32 - 1)

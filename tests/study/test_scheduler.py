@@ -213,6 +213,34 @@ def test_the_baseline_is_trained_alone_before_all_others(monkeypatch: pytest.Mon
     assert 0 not in rounds[4] and len(rounds[4]) > 1
 
 
+def test_the_portfolio_begins_beside_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, rounds = Cohort.train_round, list[list[int]]()
+
+    def noted(cohort: Cohort, *arguments: Any) -> Any:
+        rounds.append(sorted(m.number for m in cohort.members))
+        return train(cohort, *arguments)
+
+    monkeypatch.setattr(Cohort, "train_round", noted)
+    monkeypatch.setattr(sizes, "_known", {})
+    monkeypatch.setattr(sizes, "_measure", lambda make, most: sizes.Pace(most, 1e-3))
+    few = tune(*numbers(), fixed={"epochs": 4}, pruner=None, n_trials=9)
+    assert not any(t.user_attrs.get("portfolio") for t in trials(few))
+    rounds.clear()
+    wishes: dict[str, Any] = {"fixed": {"epochs": 4}, "pruner": None, "method": "random"}
+    result = tune(*numbers(), n_trials=40, **wishes)
+    first, sixth = trials(result)[:5], trials(result)[5].params
+    marks = [t.user_attrs.get("portfolio", False) for t in trials(result)]
+    assert marks == [False] + [True] * 4 + [False] * 35
+    assert [t.params["width"] for t in first] == [256, 256, 256, 512, 512]
+    by_shape = [[t.user_attrs["cause"] for t in pair] for pair in (first[1:3], first[3:])]
+    assert all(sorted(ends) == ["finished", "pruned"] for ends in by_shape)
+    last = max(i for i, members in enumerate(rounds) if min(members) < 5)
+    assert all(max(members) < 5 for members in rounds[: last + 1])
+    best = min(first, key=lambda t: t.value or 0.0)
+    assert sixth["hidden_layers"] == best.params["hidden_layers"]
+    assert best.params["width"] / 2 < sixth["width"] <= best.params["width"]
+
+
 def test_a_baseline_that_takes_long_does_not_hold_up_the_study() -> None:
     endless = TINY | {"epochs": 10**6, "patience": 10**6}
     result = tune(n_trials=10**6, timeout=4.0, fixed=endless)
@@ -284,8 +312,8 @@ def test_a_value_does_not_depend_on_the_cohort(cohort_size: int) -> None:
 
 
 def test_trials_of_one_signature_are_stacked() -> None:
-    fixed = {"epochs": 1}
-    result = tune(n_trials=12, cohort_size=6, fixed=fixed, method="random")
+    wishes = {"fixed": {"epochs": 1}, "space": {"width": IntDistribution(4, 64)}}
+    result = tune(n_trials=12, cohort_size=6, method="random", **wishes)
     static = ("hidden_layers", "normalization", "batch_size")
     first, second = trials(result)[:6], trials(result)[6:]
     for cohort in (first, second):

@@ -10,6 +10,7 @@ from optuna.distributions import IntDistribution
 import pytest
 import torch
 
+from optuna_nnhp.hyperparameters.record import holds
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.templates import DNN
 from optuna_nnhp.templates import common
@@ -167,3 +168,23 @@ def test_standardized_numbers_come_back_in_their_unit() -> None:
     error = np.sqrt(np.mean((predictor.predict(X) - y) ** 2))
     assert error < 0.3 * y.std()
     assert predictor.score(X, y) == pytest.approx(error)
+
+
+def test_the_portfolio_lies_in_the_space_and_differs() -> None:
+    problem = DNN(*classes(), fixed={"epochs": 3})
+    portfolio = problem.portfolio()
+    assert len(portfolio) == 4 and problem.defaults() not in portfolio
+    assert len({tuple(params.items()) for params in portfolio}) == 4
+    for params in portfolio:
+        assert params.keys() == problem.space.keys() and params["hidden_layers"] == 1
+        assert all(holds(problem.space[name], value) for name, value in params.items())
+
+
+def test_the_portfolio_is_what_is_left_of_it_in_a_users_space() -> None:
+    def portfolio(**wishes: Any) -> list[dict[str, Any]]:
+        return DNN(*classes(), **wishes).portfolio()
+
+    assert portfolio(fixed={"hidden_layers": 2}) == []
+    assert portfolio(space={"width": IntDistribution(8, 300)}) == portfolio()[:2]
+    rates = [p["dropout"] for p in portfolio(fixed={"learning_rate": 0.1})]
+    assert rates == [0.1, 0.05]  # one of each shape: they differ by nothing else
