@@ -1,4 +1,4 @@
-"""The compiled engine, which setup.cfg has no words for; without a C compiler it is left out."""
+"""The compiled engines, for which setup.cfg has no words; without a C compiler there are none."""
 
 from setuptools import Extension
 from setuptools import setup
@@ -8,16 +8,21 @@ from setuptools import setup
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fopenmp-simd", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fno-signed-zeros"]
 
-HEADERS = ("mlp_engine", "mlp_engine_twice", "mlp_pieces", "mlp_products", "mlp_team")
+SHARED = ("machines", "twice", "functions", "products")
+PARTS = {
+    "mlp": ("mlp_parts", "mlp_pieces", "mlp_engine", "mlp_team"),
+    "gpt": ("gpt_parts", "gpt_pieces", "gpt_attention", "gpt_blocks", "gpt_muon"),
+}
 
 setup(
     ext_modules=[
         Extension(
-            "optuna_nnhp.training._mlp_engine",
-            ["optuna_nnhp/training/mlp_engine.c"],
-            depends=[f"optuna_nnhp/training/{name}.h" for name in HEADERS],
+            f"optuna_nnhp.training._{name}_engine",
+            [f"optuna_nnhp/training/{name}_engine.c"],
+            depends=[f"optuna_nnhp/training/{header}.h" for header in (*SHARED, *parts)],
             extra_compile_args=FLAGS,
             optional=True,
         )
+        for name, parts in PARTS.items()
     ]
 )

@@ -19,16 +19,21 @@ from optuna_nnhp.networks.layers import subset
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.training.batches import Batches
 from optuna_nnhp.training.compiling import compiled
+from optuna_nnhp.training.gpt_native import NativeApply
+from optuna_nnhp.training.gpt_native import NativeGPT
 from optuna_nnhp.training.knobs import Knobs
 from optuna_nnhp.training.knobs import Member as Member
 from optuna_nnhp.training.machine import keep_freed_memory
 from optuna_nnhp.training.machine import threads_for
 from optuna_nnhp.training.native import Native
+from optuna_nnhp.training.noise import Noise
 from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.rounds import next_evaluation
 from optuna_nnhp.training.rounds import rounds_per_epoch
 from optuna_nnhp.training.update import Update
 from optuna_nnhp.training.update import Updater
+
+Apply = Callable[[Tensor], Tensor] | NativeApply  # some members' network, in evaluation
 
 EVALUATED_AT_ONCE = 2**22  # numbers of layers' outputs in evaluation, to bound memory
 
@@ -102,8 +107,12 @@ class Task:
         """What steps the members' parameters."""
         return Update(flat, knobs)
 
+    def engine(self, network: StackedModule, flat: FlatParameters) -> NativeGPT | None:
+        """What computes gradients instead of autograd, if there is something."""
+        return None
+
     def judge(
-        self, apply: Callable[[Tensor], Tensor], members: Sequence[Member], is_over: bool
+        self, apply: Apply, members: Sequence[Member], is_over: bool
     ) -> tuple[Tensor, Tensor, bool]:
         """Loss and metric of some members on the validation part.
 
@@ -118,7 +127,7 @@ class Task:
         Returns:
             Both, ``(k,)``, and whether a value of this evaluation may be a trial's.
         """
-        assert self.metric is not None
+        assert self.metric is not None and not isinstance(apply, NativeApply)
         outputs = apply(self.arrays.valid_x)
         return self.loss(members)(outputs, self.arrays.valid_y), self.metric(outputs), True
 
@@ -205,7 +214,9 @@ class Cohort:
         Returns:
             The scores, or None if time ran out.
         """
-        with threads_for(3 * self._forward * len(self.members)) as before_step:
+        # Beside an engine's own threads those of torch would spin.
+        work = 0.0 if self.engine is not None else 3 * self._forward * len(self.members)
+        with threads_for(work) as before_step:
             while self._train(out_of_time, before_step):
                 if places := self._due():
                     return self._score(places)
@@ -213,7 +224,6 @@ class Cohort:
 
     def _train(self, out_of_time: Callable[[], bool], before_step: Callable[[], None]) -> bool:
         """THE loop: every member's steps of one round; whether there was time for it."""
-        data = self.task.arrays
         self.network.train()
         left = max(t - i for t, i in zip(self.total, self.iterations, strict=True))
         steps = min(left, self.batches.per_round)
@@ -225,15 +235,22 @@ class Cohort:
             if out_of_time():
                 return False
             before_step()
-            noise = self.batches.noise(self.done, step)
-            losses = self.loss(self.forward(data.train_x[rows], noise), data.train_y[rows])
-            self.flat.backward(losses.sum())
+            losses = self._backward(rows, self.batches.noise(self.done, step))
             self.update.step(rates[step])
-            self.loss_sum += losses.detach() * rows.shape[-1]
+            self.loss_sum += losses * rows.shape[-1]
             self.seen += rows.shape[-1]
             self.iterations = [i + 1 for i in self.iterations]
         self.done = [d + 1 for d in self.done]
         return True
+
+    def _backward(self, rows: Tensor, noise: Noise) -> Tensor:
+        """Gradients of a step; each member's loss."""
+        if self.engine is not None:
+            return self.engine.backward(rows, noise)
+        data = self.task.arrays
+        losses: Tensor = self.loss(self.forward(data.train_x[rows], noise), data.train_y[rows])
+        self.flat.backward(losses.sum())
+        return losses.detach()
 
     def _train_natively(
         self, native: Native, rates: Tensor, out_of_time: Callable[[], bool]
@@ -324,7 +341,7 @@ class Cohort:
         self.knobs = Knobs(self.members, self.flat.weights)
         self.update = self.task.updater(self.flat, self.knobs, self.network, self.members)
         network, data = self.network, self.task.arrays
-        self.native = None
+        self.native, self.engine = None, self.task.engine(network, self.flat)
         if isinstance(network, StackedMLP) and Native.can(network, *vars(data).values()):
             assert isinstance(self.loss, Loss)
             self.native = Native(network, self.flat, self.knobs, self.loss, self.batches.size)
@@ -378,11 +395,13 @@ class Cohort:
             for b, o, w in zip(broken, over, waited_long, strict=True)
         ]
 
-    def _apply(self, index: Tensor) -> Callable[[Tensor], Tensor]:
+    def _apply(self, index: Tensor) -> Apply:
         """Some members' network, in evaluation: from inputs to outputs ``(k, m, outputs)``."""
         network, native = self.network, self.native
         if native is not None:
             return lambda x: native.evaluate(x, index.tolist())
+        if self.engine is not None:
+            return NativeApply(self.engine, index.tolist())
         if len(index) < len(self.members):
             network = subset(network, index.to(self.loss_sum.device))
         network.eval()

@@ -15,6 +15,8 @@ from optuna_nnhp.hyperparameters.optimizer import Row
 from optuna_nnhp.hyperparameters.optimizer import update
 from optuna_nnhp.hyperparameters.regularization import clip_gradients
 from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.training.gpt_native import is_native
+from optuna_nnhp.training.gpt_native import straighten
 from optuna_nnhp.training.knobs import Member
 from optuna_nnhp.training.knobs import column
 from optuna_nnhp.training.parameters import FlatParameters
@@ -147,8 +149,11 @@ class GroupedUpdate:
                 stacks.setdefault(key, []).append((step, weight))
         for (inputs, outputs), pairs in stacks.items():
             stack = torch.stack([step for step, _ in pairs], dim=1)  # (k, n, inputs, outputs)
-            straight = orthogonalized(stack.flatten(0, 1)).view(stack.shape)
-            straight = straight * (-rate * rate_factor(inputs, outputs))[:, None, None, None]
+            if is_native(stack):
+                straighten(stack.flatten(0, 1))
+            else:
+                stack = orthogonalized(stack.flatten(0, 1)).view(stack.shape)
+            straight = stack * (-rate * rate_factor(inputs, outputs))[:, None, None, None]
             for place, (_, weight) in enumerate(pairs):
                 weight.mul_(keep[:, None, None]).add_(straight[:, place])
 

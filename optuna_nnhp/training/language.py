@@ -13,9 +13,13 @@ from torch import Tensor
 
 from optuna_nnhp import seeds
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
+from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.training.batches import ByAge
+from optuna_nnhp.training.cohort import Apply
 from optuna_nnhp.training.cohort import Task
+from optuna_nnhp.training.gpt_native import NativeApply
+from optuna_nnhp.training.gpt_native import NativeGPT
 from optuna_nnhp.training.groups import GroupedUpdate
 from optuna_nnhp.training.knobs import Knobs
 from optuna_nnhp.training.knobs import Member
@@ -153,8 +157,16 @@ class LanguageTask(Task):
         """Muon and AdamW, with a rate for each kind of parameter."""
         return GroupedUpdate(flat, network, members)
 
+    def engine(self, network: StackedModule, flat: FlatParameters) -> NativeGPT | None:
+        """The compiled engine, where there is one and no other code is wanted."""
+        if self.compile or not NativeGPT.can(network, flat.weights):
+            return None
+        assert isinstance(network, StackedGPT)
+        arrays = self.arrays
+        return NativeGPT(network, flat, arrays.train_x, arrays.train_y, self.sequences)
+
     def judge(
-        self, apply: Callable[[Tensor], Tensor], members: Sequence[Member], is_over: bool
+        self, apply: Apply, members: Sequence[Member], is_over: bool
     ) -> tuple[Tensor, Tensor, bool]:
         """Nats for each token and bits for each byte of the validation part.
 
@@ -166,7 +178,10 @@ class LanguageTask(Task):
         """
         valid = self.corpus.valid
         tokens = valid if is_over else valid[: JUDGED_EARLY + 1]
-        nats = total_nats(apply, tokens, self.context, len(members))
+        if isinstance(apply, NativeApply):
+            nats = apply.nats(tokens)
+        else:
+            nats = total_nats(apply, tokens, self.context, len(members))
         count, share = len(tokens) - 1, (len(tokens) - 1) / max(1, len(valid) - 1)
         bits = nats / math.log(2) / (self.corpus.valid_bytes * share)
         return nats / count, bits, is_over

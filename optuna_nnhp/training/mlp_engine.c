@@ -24,12 +24,9 @@
 #define RUNNING_MOMENTUM 0.1 /* networks/layers.py */
 #define ADAM_EPSILON 1e-8    /* hyperparameters/optimizer.py */
 #define SURE 1e-7            /* hyperparameters/loss.py */
-#define ROW_KEY 0x9e3779b1u  /* training/noise.py */
-#define UNIT_KEY 0x85ebca77u /* training/noise.py */
 
 /* In the order of `training/native.py`. */
 enum { NO_NORM, BATCH_NORM, LAYER_NORM };
-enum { ACT_RELU, ACT_LEAKY_RELU, ACT_TANH, ACT_SIGMOID, ACT_ELU, ACT_SELU, ACT_GELU, ACT_SILU, ACT_MISH };
 enum { CROSS_ENTROPY, MSE, MAE, HUBER };
 enum { SGD, NESTEROV, ADAM, RMSPROP };
 
@@ -161,63 +158,22 @@ static uint32_t draw_key(uint64_t key, int layer) {
     return (uint32_t)(z >> 32);
 }
 
-#ifdef __has_builtin /* GCC has it from version 12 on */
-#if __has_builtin(__builtin_shufflevector)
-#define HAS_SHUFFLE 1
-#endif
-#endif
-
-/* The engine in each precision for each instruction set. */
-#define JOIN_(a, b, c) a##_##b##_##c
-#define JOIN(a, b, c) JOIN_(a, b, c)
-
-#define NAME(x) JOIN(x, PRECISION, MACHINE)
-
-#define MACHINE any
-#define VECTOR_BYTES 16
-#include "mlp_engine_twice.h"
-#undef MACHINE
-#undef VECTOR_BYTES
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_MORE 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define MACHINE avx2
-#define VECTOR_BYTES 32
-#include "mlp_engine_twice.h"
-#undef MACHINE
-#undef VECTOR_BYTES
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
-#define MACHINE avx512
-#define VECTOR_BYTES 64
-#include "mlp_engine_twice.h"
-#undef MACHINE
-#undef VECTOR_BYTES
-#pragma GCC pop_options
-#endif
+#define PARTS "mlp_parts.h"
+#include "machines.h"
 
 typedef void (*run_type)(struct Job *, double, void *, int);
 static run_type run_float = run_float_any, run_double = run_double_any;
 
 /* ---- What Python calls, by ctypes: see `training/native.py` ---- */
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
 /* Choose the instruction set; whether Python's structures are as large as these. */
 EXPORT int32_t engine_start(int64_t network, int64_t member, int64_t team, int64_t job) {
+    switch (machine()) {
 #ifdef HAS_MORE
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        run_float = run_float_avx2, run_double = run_double_avx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        run_float = run_float_avx512, run_double = run_double_avx512;
+    case AVX2: run_float = run_float_avx2, run_double = run_double_avx2; break;
+    case AVX512: run_float = run_float_avx512, run_double = run_double_avx512; break;
 #endif
+    }
     return network == sizeof(struct Network) && member == sizeof(struct Member) &&
            team == sizeof(struct Team) && job == sizeof(struct Job);
 }

@@ -128,16 +128,3 @@ static void NAME(run)(struct Job *job, double until, void *memory, int half) {
         }
 }
 
-#undef EACH
-/* What this and the other parts were included with. */
-#undef PRECISION
-#undef REAL
-#undef REAL_BYTES
-#undef EXP
-#undef TANH
-#undef ERF
-#undef LOG
-#undef EXPM1
-#undef POW
-#undef SQRT
-#undef FABS

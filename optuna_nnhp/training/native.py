@@ -114,10 +114,9 @@ class _Job(Structure):
     )
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled engine; None, and a line in the log, without it."""
-    found = importlib.util.find_spec("optuna_nnhp.training._mlp_engine")
+def load_engine(name: str) -> ctypes.CDLL | None:
+    """A compiled extension as a library; None, and a line in the log, without it."""
+    found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
         _logger.info(
             "The compiled engine is missing: training by torch's operations, which is slower. "
@@ -125,9 +124,17 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     try:
-        engine = ctypes.CDLL(found.origin)
+        return ctypes.CDLL(found.origin)
     except OSError as error:
         _logger.warning(f"The compiled engine cannot be loaded, training without it: {error}")
+        return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled engine; None, and a line in the log, without it."""
+    engine = load_engine("optuna_nnhp.training._mlp_engine")
+    if engine is None:
         return None
     engine.engine_start.argtypes = [c_int64] * 4
     engine.engine_memory.argtypes = [POINTER(_Network)]
@@ -143,6 +150,11 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def _threads(count: int, is_team: bool) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "optuna_nnhp-engine")
+
+
+def worker_threads(count: int) -> ThreadPoolExecutor:
+    """Threads for the engines, besides the one that calls them."""
+    return _threads(count, False)
 
 
 if hasattr(os, "register_at_fork"):  # a new process has none of its parent's threads

@@ -56,6 +56,15 @@ class Noise:
         self._draw += 1
         return drawn[0] if len(drawn) == 1 else torch.stack(drawn)[self._which]
 
+    def keys(self, draws: int) -> tuple[Tensor, list[int]]:
+        """Keys of the first draws, for the compiled engines; and each member's place among them.
+
+        Shape:
+            - Output: ``(ages, draws)``, 32 bits each.
+        """
+        keys = [[_draw_key(key, draw) for draw in range(draws)] for key in self._keys]
+        return torch.from_numpy(np.array(keys, dtype=np.uint32)), self._which.tolist()
+
     def traced(self) -> Noise:
         """The same noise for code by `torch.compile`."""
         return _Traced(self)

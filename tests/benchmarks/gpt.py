@@ -25,14 +25,12 @@ from typing import Any
 
 import optuna
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from optuna_nnhp import optimize
 from optuna_nnhp.networks.transformer import Architecture
 from optuna_nnhp.networks.transformer import count_parameters
 from optuna_nnhp.templates.gpt import GPT
-from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from tests.benchmarks.common import gemm_peak
 from tests.benchmarks.common import paired
@@ -212,28 +210,18 @@ def _with(problem: GPT, member: Member, **changes: Any) -> Member:
 
 
 def cohort_steps(problem: GPT, members: list[Member], count: int = 10) -> Callable[[], float]:
-    """Seconds of a step of all members, as the training loop makes them."""
-    cohort = problem._cohort(members, iterations=10**7)
-    rates = cohort.knobs.rates(cohort.iterations, 1, cohort.total)[0]
+    """Seconds of a step of all members, by the training loop itself."""
+    cohort = problem._cohort(members, iterations=9000)
 
     def run() -> float:
-        cohort.flat.prepare()
-        cohort.network.train()
-        rows = cohort.batches.rows(cohort.done)
-        some = [next(rows) for _ in range(count)]
+        left = iter(range(count))
         start = time.perf_counter()
-        for place in some:
-            _step(cohort, place, rates)
-        return (time.perf_counter() - start) / count
+        cohort.train_round(lambda: next(left, None) is None)
+        seconds = time.perf_counter() - start
+        assert cohort.done[0] == 0 and cohort.iterations[0] % count == 0
+        return seconds / count
 
     return run
-
-
-def _step(cohort: Cohort, rows: Tensor, rates: Tensor) -> None:
-    data = cohort.task.arrays
-    losses = cohort.loss(cohort.network(data.train_x[rows], None), data.train_y[rows])
-    cohort.flat.backward(losses.sum())
-    cohort.update.step(rates)
 
 
 def plain_steps(problem: GPT, member: Member, count: int = 10) -> Callable[[], float]:

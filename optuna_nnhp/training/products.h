@@ -116,9 +116,10 @@ static void NAME(pack_transposed)(long deep, long columns, long pitch, const REA
     }
 }
 
-/* c (m, n) = a (m, k) times b (k, n); 'T' for an a or b that is stored the other way round. */
-static void NAME(multiply)(char ta, char tb, long m, long n, long k, const REAL *a, long lda,
-                           const REAL *b, long ldb, REAL *c, long ldc) {
+/* c (m, n) = a (m, k) times b (k, n), or c += it; 'T' for an a or b that is stored the other way
+ * round. */
+static void NAME(multiply_to)(char ta, char tb, long m, long n, long k, const REAL *a, long lda,
+                              const REAL *b, long ldb, REAL *c, long ldc, int add) {
     REAL packed[DEEP * WIDE] __attribute__((aligned(64)));
     REAL edge[TALL * WIDE] __attribute__((aligned(64)));
     const long row = ta == 'N' ? lda : 1, col = ta == 'N' ? 1 : lda;
@@ -142,16 +143,21 @@ static void NAME(multiply)(char ta, char tb, long m, long n, long k, const REAL 
                 const REAL *from = a + i * row + p * col;
                 REAL *to = c + i * ldc + j;
                 if (columns == pitch) {
-                    kernel(deep, from, row, col, part, distance, to, ldc, p > 0);
+                    kernel(deep, from, row, col, part, distance, to, ldc, add || p);
                     continue;
                 }
                 kernel(deep, from, row, col, part, distance, edge, pitch, 0);
                 for (long r = 0; r < tall; r++)
                     for (long s = 0; s < columns; s++)
-                        to[r * ldc + s] = (p ? to[r * ldc + s] : 0) + edge[r * pitch + s];
+                        to[r * ldc + s] = (add || p ? to[r * ldc + s] : 0) + edge[r * pitch + s];
             }
         }
     }
+}
+
+static void NAME(multiply)(char ta, char tb, long m, long n, long k, const REAL *a, long lda,
+                           const REAL *b, long ldb, REAL *c, long ldc) {
+    NAME(multiply_to)(ta, tb, m, n, k, a, lda, b, ldb, c, ldc, 0);
 }
 
 #undef KERNEL

@@ -1,0 +1,54 @@
+/* PARTS in both precisions, for the instruction set MACHINE. */
+#define PRECISION float
+#define REAL float
+#define EXP NAME(fast_exp)
+#define TANH NAME(fast_tanh)
+#define ERF NAME(fast_erf)
+#define LOG logf
+#define EXPM1 expm1f
+#define POW powf
+#define SQRT sqrtf
+#define FABS fabsf
+#define REAL_BYTES 4
+#include "products.h"
+#include "functions.h"
+#include PARTS
+#undef EACH
+#undef PRECISION
+#undef REAL
+#undef REAL_BYTES
+#undef EXP
+#undef TANH
+#undef ERF
+#undef LOG
+#undef EXPM1
+#undef POW
+#undef SQRT
+#undef FABS
+
+#define PRECISION double
+#define REAL double
+#define EXP exp
+#define TANH tanh
+#define ERF erf
+#define LOG log
+#define EXPM1 expm1
+#define POW pow
+#define SQRT sqrt
+#define FABS fabs
+#define REAL_BYTES 8
+#include "products.h"
+#include "functions.h"
+#include PARTS
+#undef EACH
+#undef PRECISION
+#undef REAL
+#undef REAL_BYTES
+#undef EXP
+#undef TANH
+#undef ERF
+#undef LOG
+#undef EXPM1
+#undef POW
+#undef SQRT
+#undef FABS
