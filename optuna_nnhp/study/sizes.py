@@ -16,6 +16,7 @@ import optuna
 import torch
 
 from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.training import gpt_native
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.machine import full_threads
@@ -23,7 +24,7 @@ from optuna_nnhp.training.native import library
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-MEASUREMENT = 2  # version: what others have measured is not known
+MEASUREMENT = 3  # version: what others have measured is not known
 PROBES, PROBE = 2, 0.01  # of each size, and how long each takes at least: seconds
 STEP_PROBE = 0.3  # of a budget in seconds: seconds
 GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
@@ -87,6 +88,7 @@ def measured_step(shape: str, make: Callable[[], Cohort]) -> float:
             Makes a cohort of one.
     """
     parts = [torch.__version__, torch.get_num_threads(), MEASUREMENT, shape]
+    parts += [gpt_native.library() is not None]
     key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
     if key not in _known:
         _known.update(_read())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from optuna_nnhp.hyperparameters.record import Value
 
 # What the measurements in tests/benchmarks/LOG.md came to, on two cores of a CPU.
-SHORT = 5.0  # seconds of training: two layers see more text than four, up to here
-LONG = 40.0  # from here on a longer context pays
+SHORT, MIDDLE = 9.0, 20.0  # seconds of training: two and three layers see more text, up to here
 OFTEN = 10.0  # passes over the text from which dropout pays
+TOKENS_PER_SECOND = 80_000  # of four layers of width 64
 
 COMMON: dict[str, Value] = {
     "learning_rate_decay": "linear",
@@ -35,11 +35,10 @@ def defaults_for(seconds: float, characters: int) -> dict[str, Value]:
         (2, 128)
     """
     values = dict(COMMON)
-    if seconds <= SHORT:
-        values |= {"layers": 2}
-    if seconds >= LONG:
+    if seconds <= MIDDLE:
+        values |= {"layers": 2 if seconds <= SHORT else 3}
+    else:
         values |= {"context": 128, "batch_tokens": 1536}
-    # Some 60,000 tokens a second: what two cores came to at width 64.
-    if seconds * 60_000 > OFTEN * characters:
+    if seconds * TOKENS_PER_SECOND > OFTEN * characters:
         values |= {"dropout": 0.1}
     return values
