@@ -151,7 +151,7 @@ def optimize(
         compile:
             Whether `torch.compile` makes the networks' code, which takes seconds to minutes once
             for each shape. It pays for long trials of large networks; the compiled engine's
-            networks (the DNN template on a CPU) are not touched by it.
+            networks (the templates' on a CPU) are not touched by it.
 
     Returns:
         The best model and the study.
@@ -202,7 +202,7 @@ def optimize(
     pruner = pruner or CohortHalvingPruner(first_rung=problem.first_rung)
     study, weights = _open(problem, storage, study_name, chosen, pruner)
     if sampler is None:
-        study.sampler = _continued(chosen, method, seed, study)
+        study.sampler = _for_study(chosen, method, seed, study, few=problem.one_by_one)
     scheduler = Scheduler(
         study=study,
         problem=problem,
@@ -250,12 +250,17 @@ def _is(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _continued(sampler: BaseSampler, method: str, seed: int, study: optuna.Study) -> BaseSampler:
-    """The sampler with new random numbers, else a continued study repeats its first trials."""
-    known = len(study.get_trials(deepcopy=False))
-    if not known or isinstance(sampler, QMCSampler):  # one seed is one sequence
+def _for_study(
+    sampler: BaseSampler, method: str, seed: int, study: optuna.Study, *, few: bool
+) -> BaseSampler:
+    """The method's sampler, with new random numbers where a study is continued.
+
+    Else it would repeat its first trials.
+    """
+    if isinstance(sampler, QMCSampler):  # one seed is one sequence
         return sampler
-    return make_sampler(method, (seed + 1_000_003 * known) % 2**32)
+    known = len(study.get_trials(deepcopy=False))
+    return make_sampler(method, (seed + 1_000_003 * known) % 2**32, few=few)
 
 
 def _check_sampler(sampler: object) -> BaseSampler:

@@ -230,7 +230,8 @@ def rotate(x: Tensor) -> Tensor:
         Su et al. 2021 (arXiv:2104.09864), with neighbouring channels as pairs.
     """
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    turned = pairs * rotations(x.shape[1], x.shape[-1], x.dtype, x.device)
+    make = rotations.__wrapped__ if torch.compiler.is_compiling() else rotations
+    turned = pairs * make(x.shape[1], x.shape[-1], x.dtype, x.device)
     return torch.view_as_real(turned).flatten(-2)
 
 

@@ -14,6 +14,10 @@ from optuna.samplers import RandomSampler
 from optuna_nnhp.messages import unknown
 from optuna_nnhp.search.history import HistorySampler
 
+# Trials before Bayesian search learns: Optuna's own number, and where trials are so long that there
+# are few of them. Those after the first then lie around it, and it is a good one.
+STARTUP, STARTUP_OF_FEW = 10, 1
+
 METHODS: dict[str, Callable[[int | None], BaseSampler]] = {
     "bayes": lambda seed: HistorySampler(seed=seed),
     "bayes-gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
@@ -28,7 +32,7 @@ def _sobol(seed: int | None) -> BaseSampler:
         return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
-def make_sampler(method: str, seed: int | None) -> BaseSampler:
+def make_sampler(method: str, seed: int | None, *, few: bool = False) -> BaseSampler:
     """The Optuna sampler of a method.
 
     Args:
@@ -37,6 +41,9 @@ def make_sampler(method: str, seed: int | None) -> BaseSampler:
             Gaussian process), ``"random"`` or ``"quasi-random"`` (scrambled Sobol points).
         seed:
             Seed of the sampler.
+        few:
+            Whether trials are long, so that there will be few; ``"bayes"`` then learns from the
+            first on.
 
     Raises:
         ValueError: If there is no such method.
@@ -47,4 +54,6 @@ def make_sampler(method: str, seed: int | None) -> BaseSampler:
     """
     if method not in METHODS:
         raise unknown("a method", method, METHODS)
+    if method == "bayes":
+        return HistorySampler(seed=seed, n_startup_trials=STARTUP_OF_FEW if few else STARTUP)
     return METHODS[method](seed)

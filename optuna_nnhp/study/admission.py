@@ -158,9 +158,10 @@ class Admission:
 
     def _open_with(self, baseline: RunningTrial) -> Live:
         """The default configuration and the portfolio begin, and nothing else beside them."""
-        trials = [baseline, *self.asker.ask(self.asker.portfolio)]
+        trials = [baseline, *self.asker.ask_portfolio()]
         self._group(trials)
         for trial in trials:
+            trial.is_opener = trial is not baseline
             lives = (one for one in self.pool.lives if trial.member.number in one.running)
             self.openers.append((trial, next(lives)))
         live = self.openers[0][1]

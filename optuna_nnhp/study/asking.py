@@ -54,7 +54,6 @@ class Asker:
 
     Attributes:
         is_grid: Whether the points of a grid are enqueued.
-        portfolio: How many of the template's first configurations were enqueued here.
         finished: Number of trials that have ended.
         running: Trials that were asked here and have not ended, by number.
     """
@@ -64,7 +63,6 @@ class Asker:
     budget: Budget
     storage: DeferredStorage
     is_grid: bool = False
-    portfolio: int = 0
     finished: int = 0
     running: dict[int, RunningTrial] = field(default_factory=dict)
 
@@ -77,9 +75,10 @@ class Asker:
         elif not self.study.get_trials(deepcopy=False):
             self.study.enqueue_trial(defaults, user_attrs={BASELINE: True})
             portfolio, left = self.problem.portfolio(), self.budget.n_trials
+            if self.plans:
+                return  # it has its own wishes, of all trials
             for params in portfolio[: None if left is None else left // PORTFOLIO_SHARE]:
                 self.study.enqueue_trial(params, user_attrs={PORTFOLIO: True})
-                self.portfolio += 1
 
     @property
     def plans(self) -> bool:
@@ -97,6 +96,11 @@ class Asker:
             rest = points_left(self.study)
             return rest if left is None else min(left, rest)
         return left
+
+    def ask_portfolio(self) -> list[RunningTrial]:
+        """The template's first configurations, of those that nobody has taken yet."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return self.ask(sum(bool(trial.user_attrs.get(PORTFOLIO)) for trial in waiting))
 
     def ask(
         self,
@@ -149,7 +153,6 @@ class Asker:
         is_enqueued = FIXED in self.storage.get_trial(trial._trial_id).system_attrs
         running = RunningTrial(trial, member, self.problem.maximize, signature)
         running.is_baseline = is_enqueued and bool(trial.user_attrs.get(BASELINE))
-        running.is_opener = is_enqueued and bool(trial.user_attrs.get(PORTFOLIO))
         running.is_enqueued = is_enqueued
         return [running]
 

@@ -208,7 +208,7 @@ class Scheduler:
             for place, member in enumerate(live.cohort.members)
             if live.running[member.number].told
         }
-        kept: dict[tuple[int, bool], set[int]] = {}  # by round, among openers or among all
+        kept: dict[tuple[int, bool], set[int]] = {}  # by round, of the openers or of all
         for place, trial, previous, ended in zip(
             scores.places, evaluated, before, scores.ended, strict=True
         ):
@@ -216,7 +216,7 @@ class Scheduler:
                 continue
             if ended is not None:
                 ends[place] = ended
-            elif self._is_pruned(live, trial, previous, kept):
+            elif self._is_pruned(trial, previous, kept):
                 ends[place] = "pruned"
         return ends
 
@@ -238,11 +238,7 @@ class Scheduler:
         _logger.warning(f"Trial {trial.member.number} was ended by another process.")
 
     def _is_pruned(
-        self,
-        live: Live,
-        trial: RunningTrial,
-        previous: int,
-        kept: dict[tuple[int, bool], set[int]],
+        self, trial: RunningTrial, previous: int, kept: dict[tuple[int, bool], set[int]]
     ) -> bool:
         """Whether the pruner ends a trial after this evaluation."""
         pruner, done = self.study.pruner, trial.last_round
@@ -254,7 +250,8 @@ class Scheduler:
         if key not in kept:
             values = self.history[done]
             if trial.is_opener:  # one of each shape comes to its end: shapes differ late
-                rivals = {n for n, rival in live.running.items() if rival.is_opener}
+                running, shape = self.asker.running, trial.signature
+                rivals = {n for n, t in running.items() if t.is_opener and t.signature == shape}
                 values = {n: value for n, value in values.items() if n in rivals}
             kept[key] = pruner.keep(values, maximize=self.problem.maximize)
         return trial.member.number not in kept[key]

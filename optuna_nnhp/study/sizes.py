@@ -32,6 +32,7 @@ GAIN = 1.1  # a larger stack must be faster by this factor, per network, than th
 # more of them are no faster where a step is long.
 MEMBERS_OF_THREAD = 4
 SLOW = 2e-3  # seconds: the engine's throughput is known from one member with a longer step
+WARM_UP = 3  # steps before the first probe of compiled code
 FACTOR = 4  # from one size that is tried to the next
 LONG = 0.1  # seconds: a stack whose step is expected to take longer is not tried
 
@@ -67,8 +68,9 @@ def measured_pace(problem: Problem, leader: Member, most: int) -> Pace:
             Trials that memory allows.
     """
     parts = [torch.__version__, torch.get_num_threads(), problem.signature(leader)]
-    parts += [MEASUREMENT, library() is not None]
+    parts += [MEASUREMENT, library() is not None, gpt_native.library() is not None]
     parts += [problem.description["fingerprint"], str(getattr(problem, "device", "cpu"))]
+    parts += [getattr(problem, "compile", False)]
     key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
     if key not in _known:
         _known.update(_read())
@@ -126,6 +128,9 @@ def _measure(make: Callable[[int], Cohort], most: int) -> Pace:
 def seconds_per_step(cohort: Cohort, probe: float = PROBE) -> float:
     """Seconds of a cohort's step, the faster of two probes; it is trained by them."""
     fastest = math.inf
+    if cohort.task.compile:  # the first steps are those that make the code
+        asked_for = iter(range(WARM_UP + 1))
+        cohort.train_round(lambda: next(asked_for, None) is None)
     for _ in range(PROBES):
         before, start, asked = sum(cohort.iterations), time.perf_counter(), list[float]()
 

@@ -117,7 +117,8 @@ class Supervised(ABC):
         mark = digest(space, fixed, *more)
         self.name = f"{template}-{metric.name}-{data.fingerprint}-{mark}"
         task = make_task(data, metric, self._build, seed, self.device)
-        self._task = replace(task, compile=check_compile(compile))
+        self.compile = check_compile(compile, self.device)
+        self._task = replace(task, compile=self.compile)
         self.rounds_per_epoch = self._task.rounds
         self.description: dict[str, Any] = {
             "template": template,

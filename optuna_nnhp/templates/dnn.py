@@ -34,7 +34,9 @@ from optuna_nnhp.training.cohort import Member
 
 # Cheap configurations that are often better than the default: one wide hidden layer at high rates,
 # by width and dropout. On 13 data sets with two seeds each the best of the four beat the default
-# in 22 of 26 (tests/benchmarks/LOG.md, 2026-11-25), for a sixth to a third of its arithmetic.
+# in 22 of 26 (tests/benchmarks/LOG.md, 2026-11-25). A wide table makes them dear: then they are
+# left out.
+CHEAP = 0.5  # of the default's weights, that one of them has at most
 SHALLOW: dict[str, Value] = {"hidden_layers": 1, "batch_size": 64, "label_smoothing": 0.1}
 WIDTHS, RATES = {256: 0.1, 512: 0.05}, (6e-3, 1.2e-2)
 
@@ -117,15 +119,19 @@ class DNN(Supervised):
         return {n: value for n, value in defaults.items() if holds(self.space[n], value)}
 
     def portfolio(self) -> list[dict[str, Value]]:
-        """Shallow networks at high rates, as far as the space has them."""
+        """Shallow networks at high rates, as far as the space has them and they are cheap."""
         portfolio = list[dict[str, Value]]()
+        default = self.count_weights(self.member(0, self.defaults()))
         for (width, dropout), rate in product(WIDTHS.items(), RATES):
             wishes = {**SHALLOW, "width": width, "dropout": dropout, "learning_rate": rate}
             tuned = {name: value for name, value in wishes.items() if name in self.space}
             has_shape = {"hidden_layers", "width"} <= tuned.keys()
-            if has_shape and all(holds(self.space[n], value) for n, value in tuned.items()):
-                params = {**self.defaults(), **tuned}
-                portfolio += [] if params in portfolio else [params]
+            if not has_shape or not all(holds(self.space[n], v) for n, v in tuned.items()):
+                continue
+            params = {**self.defaults(), **tuned}
+            weights = self.count_weights(self.member(0, params))
+            if weights <= CHEAP * default and params not in portfolio:
+                portfolio.append(params)
         return portfolio
 
     def member(self, number: int, params: Mapping[str, Any]) -> Member:

@@ -37,6 +37,7 @@ from optuna_nnhp.study.sizes import measured_step
 from optuna_nnhp.templates.common import budget as epochs_budget
 from optuna_nnhp.templates.common import cohort_size
 from optuna_nnhp.templates.common import digest
+from optuna_nnhp.templates.gpt_defaults import TOKENS_PER_SECOND
 from optuna_nnhp.templates.gpt_defaults import defaults_for
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.language_model import bytes_after_first
@@ -57,6 +58,7 @@ from optuna_nnhp.training.metrics import Metric
 TRIAL_SHARE = 0.1  # of the timeout: a trial's seconds of training, if nothing else is said
 TRIAL_SECONDS = 30.0  # without a timeout
 BUDGETS = ("seconds", "train_tokens", "iterations")
+TOKENS_PER_STEP = 768  # about, where the budget is a number of steps
 MOST_MEMORY = 0.8  # of what is free, that a trial may take
 NORMALIZATIONS = {"layer": "layer-gain"}  # of presets, which have gains
 
@@ -119,7 +121,7 @@ class GPT:
         compile: bool = False,
     ) -> None:
         self.seed, self.device = seeds.check_seed(seed), to_device(device)
-        self.compile = check_compile(compile)
+        self.compile = check_compile(compile, self.device)
         source = bundled_text() if X is None else X
         self.text = prepare_text(source, validation=validation, errors=errors)
         self.timeout = timeout
@@ -272,17 +274,17 @@ class GPT:
 
     def seconds_per_step(self, member: Member) -> float:
         """How long a step takes, alone; measured once for each shape and remembered."""
-        key = repr((self._shape(member), str(self.device)))
+        key = repr((self._shape(member), str(self.device), self.compile))
         return measured_step(key, lambda: self._cohort([member], iterations=10**6))
 
     def memory(self, member: Member) -> int:
-        """Bytes that training it takes, about: weights, gradients, states, best weights; and what
-        each layer keeps for a step's tokens."""
+        """Bytes that training it takes, about: weights, gradients (of two halves too), states,
+        best weights; and what each layer keeps for a step's tokens."""
         architecture = Architecture.of(member.params, self._tokens(member).tokenizer.size)
         tokens = self._sequences(member) * architecture.context
         kept = architecture.layers * (10 * architecture.width + 3 * architecture.inner)
         kept += 4 * architecture.vocabulary
-        return 4 * (6 * count_parameters(architecture) + tokens * kept)
+        return 4 * (8 * count_parameters(architecture) + tokens * kept)
 
     def pin(self, leader: Member) -> Callable[[str, Any], Any]:
         """Static values become the leader's."""
@@ -400,9 +402,9 @@ def _seconds(
     if fixed.get("seconds"):
         return float(fixed["seconds"] or 0)
     if fixed.get("train_tokens"):
-        return float(fixed["train_tokens"] or 0) / 60_000
+        return float(fixed["train_tokens"] or 0) / TOKENS_PER_SECOND
     if fixed.get("iterations"):
-        return float(fixed["iterations"] or 0) / 50
+        return float(fixed["iterations"] or 0) * TOKENS_PER_STEP / TOKENS_PER_SECOND
     return TRIAL_SECONDS if timeout is None else TRIAL_SHARE * timeout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
@@ -23,6 +24,7 @@ from optuna_nnhp.training.gpt_native import NativeApply
 from optuna_nnhp.training.gpt_native import NativeGPT
 from optuna_nnhp.training.knobs import Knobs
 from optuna_nnhp.training.knobs import Member as Member
+from optuna_nnhp.training.machine import do_nothing
 from optuna_nnhp.training.machine import keep_freed_memory
 from optuna_nnhp.training.machine import threads_for
 from optuna_nnhp.training.native import Native
@@ -118,7 +120,7 @@ class Task:
 
         Args:
             apply:
-                Their network: from inputs to outputs.
+                Their network: from inputs to outputs, or by a language model's engine.
             members:
                 They.
             is_over:
@@ -214,9 +216,10 @@ class Cohort:
         Returns:
             The scores, or None if time ran out.
         """
-        # Beside an engine's own threads those of torch would spin.
-        work = 0.0 if self.engine is not None else 3 * self._forward * len(self.members)
-        with threads_for(work) as before_step:
+        # Beside an engine's own threads those of torch would spin; compiled code is for as many
+        # threads as there are when it is made.
+        work = 0.0 if self.engine is not None else 3 * self._operations * len(self.members)
+        with nullcontext(do_nothing) if self.task.compile else threads_for(work) as before_step:
             while self._train(out_of_time, before_step):
                 if places := self._due():
                     return self._score(places)
@@ -230,7 +233,7 @@ class Cohort:
         rates = self.knobs.rates(self.iterations, steps, self.total)
         if self.native is not None:
             return self._train_natively(self.native, rates, out_of_time)
-        self.flat.prepare()
+        self.flat.prepare(by_autograd=self.engine is None)
         for step, rows in enumerate(islice(self.batches.rows(self.done), steps)):
             if out_of_time():
                 return False
@@ -308,10 +311,10 @@ class Cohort:
     @property
     def work_of_step(self) -> float:
         """Operations of a step of all members, about, and what a small step costs beside them."""
-        return len(self.members) * (3 * self._forward + STEP_OVERHEAD)
+        return len(self.members) * (3 * self._operations + STEP_OVERHEAD)
 
     @property
-    def _forward(self) -> float:
+    def _operations(self) -> float:
         """Operations of one member's forward pass of a batch, about."""
         return self.batches.size * (self.network.flops or 2.0 * self.flat.weights.shape[1])
 
@@ -396,7 +399,8 @@ class Cohort:
         ]
 
     def _apply(self, index: Tensor) -> Apply:
-        """Some members' network, in evaluation: from inputs to outputs ``(k, m, outputs)``."""
+        """Some members' network, in evaluation: from inputs to outputs ``(k, m, outputs)``, or
+        what their engine says a text costs."""
         network, native = self.network, self.native
         if native is not None:
             return lambda x: native.evaluate(x, index.tolist())

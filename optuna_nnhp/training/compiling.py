@@ -11,22 +11,29 @@ from torch import Tensor
 
 from optuna_nnhp.training.noise import Noise
 
+# Codes of one function that torch keeps: one for each number of members, architecture and number
+# of ages; after its own 8 it would go on without.
+MOST_CODES = 256
 
-def check_compile(wanted: bool) -> bool:
+
+def check_compile(wanted: object, device: torch.device) -> bool:
     """Whether to use `torch.compile`, where that can work.
 
     Raises:
-        ValueError: If it is wanted, and neither a C++ compiler nor CUDA is there.
+        ValueError: If it is neither True nor False, or if it is wanted on the CPU and there is no
+            C++ compiler.
 
     Example:
-        >>> check_compile(False)
+        >>> check_compile(False, torch.device("cpu"))
         False
     """
-    if wanted and not torch.cuda.is_available():
+    if not isinstance(wanted, bool):
+        raise ValueError(f"`compile` must be True or False, but got {wanted!r}.")
+    if wanted and device.type == "cpu":
         compilers = os.environ.get("CXX", "c++"), "g++", "clang++", "cl"
         if not any(shutil.which(name) for name in compilers):
             raise ValueError("`compile` must be False without a C++ compiler, but got True.")
-    return bool(wanted)
+    return wanted
 
 
 def compiled(forward: Callable[[Tensor, Noise], Tensor]) -> Callable[[Tensor, Noise], Tensor]:
@@ -35,4 +42,11 @@ def compiled(forward: Callable[[Tensor, Noise], Tensor]) -> Callable[[Tensor, No
     The code is made at the first call with each shape.
     """
     made = torch.compile(forward)
-    return lambda x, noise: made(x, noise.traced())
+
+    def call(x: Tensor, noise: Noise) -> Tensor:
+        limits = {"recompile_limit": MOST_CODES, "accumulated_recompile_limit": MOST_CODES}
+        with torch._dynamo.config.patch(limits):
+            out: Tensor = made(x, noise.traced())
+            return out
+
+    return call

@@ -85,6 +85,15 @@ static void NAME(activate)(int kind, long n, REAL *restrict x, REAL *restrict y)
 }
 /* ---- Dropout ---- */
 
+/* A number in (0, 1) for a place, from the key of a draw. */
+static inline REAL NAME(noise)(uint32_t place, uint32_t key) {
+    uint32_t h = place ^ key;
+    h = (h ^ (h >> 16)) * 0x7feb352du;
+    h = (h ^ (h >> 15)) * 0x846ca68bu;
+    h ^= h >> 16;
+    return ((REAL)(int32_t)(h >> 9) + (REAL)0.5) * (REAL)(1.0 / 8388608);
+}
+
 /* Factors 0 and 1 / (1 - p) on an example's activations and slopes, from unit `first` on;
  * `training/noise.py` has the same noise. */
 static inline void NAME(drop)(uint32_t row, uint32_t first, uint32_t n, REAL p, uint32_t key,
@@ -92,12 +101,7 @@ static inline void NAME(drop)(uint32_t row, uint32_t first, uint32_t n, REAL p, 
     const REAL kept = 1 / (1 - p);
     const uint32_t start = row * ROW_KEY + first * UNIT_KEY;
     for (uint32_t j = 0; j < n; j++) {
-        uint32_t h = (start + j * UNIT_KEY) ^ key;
-        h = (h ^ (h >> 16)) * 0x7feb352du;
-        h = (h ^ (h >> 15)) * 0x846ca68bu;
-        h ^= h >> 16;
-        REAL noise = ((REAL)(int32_t)(h >> 9) + (REAL)0.5) * (REAL)(1.0 / 8388608);
-        REAL factor = noise < p ? 0 : kept;
+        REAL factor = NAME(noise)(start + j * UNIT_KEY, key) < p ? 0 : kept;
         y[j] *= factor;
         slope[j] *= factor;
     }

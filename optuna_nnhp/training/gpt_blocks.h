@@ -8,7 +8,7 @@ struct NAME(Kept) {
 
 struct NAME(Space) {
     struct NAME(Kept) kept[MAX_LAYERS];
-    REAL *x, *normed, *rstd, *read, *logits, *weights, *slopes;
+    REAL *x, *normed, *rstd, *read, *logits, *bent, *weights, *slopes;
     REAL *dx, *d1, *d2;
 };
 
@@ -57,6 +57,7 @@ static int64_t NAME(cut)(const struct Gpt *gpt, REAL *memory, struct NAME(Space)
     to->read = to->normed;
     if (gpt->norm == LAYER_GAIN) TAKE(to->read, rows * w);
     TAKE(to->logits, NAME(logit_rows)(gpt) * gpt->vocabulary);
+    TAKE(to->bent, gpt->logit_cap ? gpt->vocabulary : 0);
     TAKE(to->weights, STRIP * gpt->length);
     TAKE(to->slopes, STRIP * gpt->length);
     TAKE(to->dx, rows * w);
@@ -195,7 +196,7 @@ static double NAME(head)(const struct Gpt *gpt, const struct Task *task, long wi
             target[r] = gpt->y[task->starts[window + (first + r) / n] + (first + r) % n];
         NAME(multiply)('N', tied ? 'T' : 'N', some, size, w, from, w, matrix, tied ? w : size,
                        logits, size);
-        loss += NAME(cross_entropy)(gpt, some, target, share, logits);
+        loss += NAME(cross_entropy)(gpt, some, target, share, logits, space->bent);
         if (!gpt->training) continue;
         if (tied)
             NAME(multiply_to)('T', 'N', size, w, some, logits, size, from, w, to, w, 1);

@@ -110,7 +110,7 @@ EXPORT void gpt_run(struct Job *job, void *memory) {
     (job->gpt->is_double ? run_double : run_float)(job, memory);
 }
 
-/* Take matrices until there are none left; memory is for three of them and a square. */
+/* Take matrices until there are none left; memory is for one and two squares. */
 EXPORT void gpt_straighten(struct Stack *stack, void *memory) {
     (stack->is_double ? straighten_double : straighten_float)(stack, memory);
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures import wait
 import ctypes
 from ctypes import POINTER
@@ -28,6 +29,7 @@ from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.networks.transformer import rotations
 from optuna_nnhp.training.machine import full_threads
+from optuna_nnhp.training.native import checked
 from optuna_nnhp.training.native import load_engine
 from optuna_nnhp.training.native import worker_threads
 from optuna_nnhp.training.noise import Noise
@@ -93,16 +95,15 @@ def library() -> ctypes.CDLL | None:
     engine.gpt_run.argtypes = [POINTER(_Job), c_void_p]
     engine.gpt_straighten.argtypes = [POINTER(_Stack), c_void_p]
     engine.gpt_run.restype = engine.gpt_straighten.restype = None
-    sizes = map(ctypes.sizeof, (_Gpt, _Task, _Job, _Stack))
-    return engine if engine.gpt_start(*sizes) else None
+    return checked(engine, engine.gpt_start(*map(ctypes.sizeof, (_Gpt, _Task, _Job, _Stack))))
 
 
 def _with_threads(count: int, work: Callable[[int], None]) -> None:
-    """Have so many threads, of those there are, do something; each with its number."""
-    count = min(full_threads(), count)
-    others = worker_threads(count - 1) if count > 1 else None
-    futures = [others.submit(work, i) for i in range(1, count)] if others else []
+    """Have so many threads do something; each with its number."""
+    others, futures = worker_threads(count - 1) if count > 1 else None, list[Future[None]]()
     try:
+        if others:
+            futures += [others.submit(work, i) for i in range(1, count)]
         work(0)
     finally:  # none may still compute with what is freed after this
         wait(futures)
@@ -246,7 +247,8 @@ class NativeGPT:
 
     def _run(self, gpt: _Gpt, tasks: ctypes.Array[_Task], memory: list[Tensor]) -> None:
         job = _Job(ctypes.pointer(gpt), tasks, len(tasks), 0)
-        _with_threads(len(tasks), lambda i: self._engine.gpt_run(byref(job), memory[i].data_ptr()))
+        count = min(len(memory), len(tasks))
+        _with_threads(count, lambda i: self._engine.gpt_run(byref(job), memory[i].data_ptr()))
 
 
 class NativeApply:
@@ -315,5 +317,6 @@ def straighten(matrices: Tensor) -> None:
         matrices.data_ptr(), count, rows, columns, int(matrices.dtype == torch.float64), 0
     )
     numbers = 2 * min(rows, columns) ** 2 + rows * columns
-    memory = matrices.new_empty(full_threads(), numbers)
-    _with_threads(count, lambda i: engine.gpt_straighten(byref(stack), memory[i].data_ptr()))
+    threads = min(full_threads(), count)
+    memory = matrices.new_empty(threads, numbers)
+    _with_threads(threads, lambda i: engine.gpt_straighten(byref(stack), memory[i].data_ptr()))

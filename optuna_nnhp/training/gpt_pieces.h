@@ -72,11 +72,12 @@ static void NAME(silence)(const struct Gpt *gpt, const struct Task *task, long w
                           int draw, REAL *restrict x) {
     const long w = gpt->heads * gpt->head_size;
     if (!task->keys || task->dropout <= 0) return;
-    REAL slope[w]; /* of no use here */
-    for (long j = 0; j < w; j++) slope[j] = 0;
-    for (long r = 0; r < rows; r++)
-        NAME(drop)((uint32_t)(window * gpt->length + r), 0, (uint32_t)w, (REAL)task->dropout,
-                   task->keys[draw], x + r * w, slope);
+    const REAL p = (REAL)task->dropout, kept = 1 / (1 - p);
+    for (long r = 0; r < rows; r++) {
+        const uint32_t start = (uint32_t)(window * gpt->length + r) * ROW_KEY;
+        for (uint32_t j = 0; j < (uint32_t)w; j++)
+            x[r * w + j] *= NAME(noise)(start + j * UNIT_KEY, task->keys[draw]) < p ? 0 : kept;
+    }
 }
 
 /* ---- The feed-forward layer's function: its slopes take the place of the arguments ---- */
@@ -87,7 +88,7 @@ static void NAME(feed)(const struct Gpt *gpt, long rows, REAL *restrict up, REAL
         NAME(activate)(ACT_GELU, rows * n, up, units);
     } else if (gpt->feed_forward == FF_RELU2) {
         for (long i = 0; i < rows * n; i++) {
-            const REAL v = up[i] > 0 ? up[i] : 0;
+            const REAL v = up[i] < 0 ? 0 : up[i]; /* NaN stays */
             units[i] = v * v;
             up[i] = 2 * v;
         }
@@ -116,11 +117,10 @@ static void NAME(feed_back)(const struct Gpt *gpt, long rows, const REAL *d, REA
 
 /* Nats of some tokens; the gradient is that of their sum times `share`. */
 static double NAME(cross_entropy)(const struct Gpt *gpt, long rows, const int64_t *target,
-                                  REAL share, REAL *restrict logits) {
+                                  REAL share, REAL *restrict logits, REAL *restrict slope) {
     const long n = gpt->vocabulary;
     const REAL scale = (REAL)gpt->head_scale, most = (REAL)gpt->logit_cap;
     double loss = 0;
-    REAL slope[most ? n : 1];
     for (long r = 0; r < rows; r++) {
         REAL *row = logits + r * n, top, sum = 0;
         for (long j = 0; j < n; j++) row[j] *= scale;

@@ -158,8 +158,8 @@ class LanguageTask(Task):
         return GroupedUpdate(flat, network, members)
 
     def engine(self, network: StackedModule, flat: FlatParameters) -> NativeGPT | None:
-        """The compiled engine, where there is one and no other code is wanted."""
-        if self.compile or not NativeGPT.can(network, flat.weights):
+        """The compiled engine, where there is one."""
+        if not NativeGPT.can(network, flat.weights):
             return None
         assert isinstance(network, StackedGPT)
         arrays = self.arrays

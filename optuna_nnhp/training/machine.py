@@ -61,13 +61,13 @@ def threads_for(flops: float) -> Iterator[Callable[[], None]]:
         try:
             if flops < FLOPS_FOR_THREADS or _threads.before == 1:
                 torch.set_num_threads(1)
-            yield _Watch().before_step if torch.get_num_threads() > 1 else _do_nothing
+            yield _Watch().before_step if torch.get_num_threads() > 1 else do_nothing
         finally:
             _threads.leave()
 
 
-def _do_nothing() -> None:
-    pass
+def do_nothing() -> None:
+    """What is done before a step where threads stay as they are."""
 
 
 class _Watch:

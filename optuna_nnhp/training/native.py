@@ -130,6 +130,14 @@ def load_engine(name: str) -> ctypes.CDLL | None:
         return None
 
 
+def checked(engine: ctypes.CDLL, fits: int) -> ctypes.CDLL | None:
+    """An engine, if its structures are as large as Python's; else None, and a warning."""
+    if fits:
+        return engine
+    _logger.warning("The compiled engine is of another version: install optuna_nnhp again.")
+    return None
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled engine; None, and a line in the log, without it."""
@@ -141,10 +149,8 @@ def library() -> ctypes.CDLL | None:
     engine.engine_memory.restype = c_int64
     engine.engine_run.argtypes = [POINTER(_Job), c_double, c_void_p, c_int32]
     engine.engine_run.restype = None
-    if not engine.engine_start(*map(ctypes.sizeof, (_Network, _Member, _Team, _Job))):
-        _logger.warning("The compiled engine is of another version: install optuna_nnhp again.")
-        return None
-    return engine
+    sizes = map(ctypes.sizeof, (_Network, _Member, _Team, _Job))
+    return checked(engine, engine.engine_start(*sizes))
 
 
 @functools.cache

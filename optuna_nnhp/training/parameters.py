@@ -52,6 +52,7 @@ class FlatParameters:
         self.first = torch.zeros_like(self.weights)
         self.second = torch.zeros_like(self.weights)
         self.steps = self.weights.new_zeros(len(self.weights), dtype=torch.float32)
+        self._prepared = False
         self._bind(network)
 
     def backward(self, loss: Tensor) -> None:
@@ -79,11 +80,24 @@ class FlatParameters:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
         self._bind(network)
 
-    def prepare(self) -> None:
-        """Make the tensors that steps by torch need, before the first of them."""
-        if self._places:
+    def prepare(self, by_autograd: bool = True) -> None:
+        """Make what steps need, before the first of them.
+
+        Args:
+            by_autograd:
+                Whether `backward` will write the gradients.
+        """
+        if self._prepared:
             return
-        self.grads = torch.zeros_like(self.weights)
+        self._prepared, self.grads = True, torch.zeros_like(self.weights)
+        k, size = self.weights.shape
+        self.rows = [self._row(i) for i in range(k)]
+        step = max(1, BLOCK // size)
+        self.blocks = [slice(i, i + step) for i in range(0, k, step)]
+        if by_autograd:
+            self._place_gradients()
+
+    def _place_gradients(self) -> None:
         # Products are fastest into tensors without gaps: sinks, copied to the rows.
         sinks: dict[nn.Parameter, Tensor] = {}
         for layer in self._network.modules():
@@ -96,12 +110,9 @@ class FlatParameters:
         for parameter, start in self.starts.items():
             place = self.grads[:, start : start + parameter[0].numel()].view(parameter.shape)
             self._places.append((parameter, sinks.get(parameter), place))
-        k, size = self.weights.shape
-        self.rows = [self._row(i) for i in range(k)]
-        step = max(1, BLOCK // size)
-        self.blocks = [slice(i, i + step) for i in range(0, k, step)]
 
     def _bind(self, network: nn.Module) -> None:
+        self._prepared = False
         self._network, self.starts, start = network, dict[nn.Parameter, int](), 0
         for parameter in _sorted(network):
             end, shape = start + parameter[0].numel(), parameter.shape

@@ -241,6 +241,22 @@ def test_the_portfolio_begins_beside_the_baseline(monkeypatch: pytest.MonkeyPatc
     assert best.params["width"] / 2 < sixth["width"] <= best.params["width"]
 
 
+def test_the_portfolio_is_judged_by_shape_where_nobody_is_stacked() -> None:
+    wishes: dict[str, Any] = {"fixed": {"epochs": 4}, "pruner": None, "method": "random"}
+    result = tune(*numbers(), n_trials=40, cohort_size=1, **wishes)
+    openers = [t for t in trials(result) if t.user_attrs.get("portfolio")]
+    assert len(openers) == 4
+    assert "pruned" in {t.user_attrs["cause"] for t in openers}
+
+
+def test_a_sampler_that_fixes_values_gets_no_portfolio() -> None:
+    sampler = optuna.samplers.PartialFixedSampler(
+        {"hidden_layers": 3}, optuna.samplers.RandomSampler(seed=0)
+    )
+    result = tune(fixed={"epochs": 1}, n_trials=20, sampler=sampler)
+    assert {t.params["hidden_layers"] for t in trials(result)[1:]} == {3}
+
+
 def test_a_baseline_that_takes_long_does_not_hold_up_the_study() -> None:
     endless = TINY | {"epochs": 10**6, "patience": 10**6}
     result = tune(n_trials=10**6, timeout=4.0, fixed=endless)

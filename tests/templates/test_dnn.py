@@ -186,5 +186,7 @@ def test_the_portfolio_is_what_is_left_of_it_in_a_users_space() -> None:
 
     assert portfolio(fixed={"hidden_layers": 2}) == []
     assert portfolio(space={"width": IntDistribution(8, 300)}) == portfolio()[:2]
+    wide = np.random.default_rng(0).normal(size=(40, 800))
+    assert DNN(wide, wide[:, 0] > 0).portfolio() == []  # no cheaper than the default
     rates = [p["dropout"] for p in portfolio(fixed={"learning_rate": 0.1})]
     assert rates == [0.1, 0.05]  # one of each shape: they differ by nothing else

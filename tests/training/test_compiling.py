@@ -12,9 +12,13 @@ import torch
 from torch import nn
 
 from optuna_nnhp import optimize
+from optuna_nnhp.templates import DNN
 from optuna_nnhp.templates import OwnNetwork
 from optuna_nnhp.training import compiling
+from optuna_nnhp.training.gpt_native import NativeGPT
+from optuna_nnhp.training.native import Native
 from optuna_nnhp.training.noise import Noise
+from tests.tiny import SHAPE
 from tests.tiny import classes
 from tests.tolerance import FLOAT32
 from tests.tolerance import assert_close
@@ -26,6 +30,21 @@ def network(params: Mapping[str, Any]) -> nn.Module:
     return nn.Sequential(
         nn.Linear(3, 8), nn.Tanh(), nn.Dropout(params["dropout"]), nn.Linear(8, 2)
     )
+
+
+class Odd(nn.Module):
+    """Takes a number out of a tensor, which no stack can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * (1.0 if float(x.detach().sum()) < 1e9 else 0.5)
+
+
+def odd(params: Mapping[str, Any]) -> nn.Module:
+    return Odd()
 
 
 def losses(compile: bool) -> list[list[float]]:
@@ -41,18 +60,68 @@ def losses(compile: bool) -> list[list[float]]:
 
 
 def test_compiled_steps_are_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, make = [], torch.compile
+    calls, make = [0], torch.compile
 
     def noted(function: Any) -> Any:
-        calls.append(function)
-        return make(function)
+        made = make(function)
+
+        def call(*arguments: Any) -> Any:
+            calls[0] += 1
+            return made(*arguments)
+
+        return call
 
     monkeypatch.setattr(torch, "compile", noted)
     plain = losses(compile=False)
-    assert not calls
+    assert not calls[0]
     for ours, theirs in zip(losses(compile=True), plain, strict=True):
         assert_close(torch.tensor(ours), torch.tensor(theirs), FLOAT32)
-    assert calls
+    assert calls[0] >= 2  # a round each
+
+
+@pytest.mark.parametrize("template", ["gpt", "dnn", "alone"])
+def test_all_kinds_of_stacks_can_be_compiled(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(NativeGPT, "can", lambda *_: False)
+    monkeypatch.setattr(Native, "can", lambda *_: False)
+    values = []
+    for compile in (True, False):
+        wishes: dict[str, Any] = {"storage": None, "n_trials": 3, "compile": compile}
+        if template == "gpt":
+            fixed = {"iterations": 9, "layers": 1, "heads": 2, "context": 16, "batch_tokens": 64}
+            result = optimize("gpt", "to be or not to be\n" * 99, fixed=fixed, **wishes)
+        elif template == "dnn":
+            result = optimize("dnn", *classes(), fixed={"epochs": 2}, **wishes)
+        else:
+            one = {"network": odd, "fixed": {"epochs": 2}}
+            result = optimize(X=classes()[0], y=classes()[1], **one, **wishes)
+        values.append([list(t.intermediate_values.values()) for t in result.study.trials])
+    assert all(len(v) for v in values[0])
+    for ours, theirs in zip(*values, strict=True):
+        assert ours == pytest.approx(theirs, rel=FLOAT32["rtol"])
+
+
+def test_code_is_made_for_every_number_of_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        made.append(len(inputs))
+        return module
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(Native, "can", lambda *_: False)
+    problem = DNN(*classes(), fixed={"epochs": 20} | SHAPE, compile=True)
+    cohort = problem.cohort([problem.member(i, problem.defaults()) for i in range(12)])
+    counts = []
+    for left in range(11, 0, -1):
+        before = len(made)
+        assert cohort.train_round() is not None
+        counts.append(len(made) - before)
+        cohort.keep(list(range(left)))
+    assert min(counts) > 0  # torch itself stops after 8
 
 
 def test_a_study_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +144,9 @@ def test_traced_noise_is_the_same_noise() -> None:
 
 def test_without_a_compiler_it_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"`compile` must be False without a C\+\+ compiler"):
-        optimize("dnn", *classes(), n_trials=1, storage=None, compile=True)
-    assert compiling.check_compile(False) is False
+        optimize("dnn", *classes(), n_trials=1, storage=None, compile=True, device="cpu")
+    cpu = torch.device("cpu")
+    assert compiling.check_compile(False, cpu) is False
+    with pytest.raises(ValueError, match="`compile` must be True or False, but got 'max'"):
+        compiling.check_compile("max", cpu)

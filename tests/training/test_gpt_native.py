@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import os
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from torch import Tensor
@@ -26,7 +28,9 @@ from tests.tolerance import FLOAT32
 from tests.tolerance import FLOAT64
 from tests.tolerance import assert_close
 
-pytestmark = pytest.mark.skipif(library() is None, reason="there is no compiled engine")
+pytestmark = pytest.mark.skipif(
+    library() is None and "CI" not in os.environ, reason="there was no C compiler"
+)
 
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -145,6 +149,49 @@ def test_a_text_costs_what_torch_says(changes: dict[str, Any], float64: None) ->
         expected = total_nats(network, some, length, 3)
         assert_close(engine.nats(some, [0, 1, 2]), expected, FLOAT64)
         assert_close(engine.nats(some, [2, 0]), expected[[2, 0]], FLOAT64)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_a_broken_member_is_seen_and_its_mate_is_not_touched(changes: dict[str, Any]) -> None:
+    rows, network = places(stack(2, **changes), 5), stack(2, **changes)
+    losses, grads = by_engine(network, rows, quiet(2))
+    for name in ("up", "embedding"):
+        broken = stack(2, **changes)
+        found = [p for n, p in broken.named_parameters() if name in n]
+        with torch.no_grad():
+            found[0][0].view(-1)[0] = torch.nan
+            if name == "embedding":
+                found[0][0].fill_(torch.inf)
+        loss, grad = by_engine(broken, rows, quiet(2))
+        assert not torch.isfinite(loss[0])
+        assert_close(loss[1], losses[1], EXACT)
+        assert_close(grad[1], grads[1], EXACT)
+        tokens, flat = text(broken), FlatParameters(broken)
+        nats = NativeGPT(broken, flat, tokens[:-1], tokens[1:], 4).nats(tokens, [0, 1])
+        assert not torch.isfinite(nats[0]) and torch.isfinite(nats[1])
+
+
+def test_fewer_threads_than_there_was_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = stack(1)
+    rows, tokens, flat = places(network, 4), text(network), FlatParameters(network)
+    flat.prepare(by_autograd=False)
+    engine, losses = NativeGPT(network, flat, tokens[:-1], tokens[1:], 4), []
+    for threads in (1, 3, 2):
+        monkeypatch.setattr(gpt_native, "full_threads", lambda threads=threads: threads)
+        losses.append(float(engine.backward(rows, quiet(1))))
+    assert len(set(losses)) == 1
+
+
+def test_an_engine_of_another_version_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gpt_native, "_Stack", gpt_native._Task)
+    optuna.logging.enable_propagation()
+    try:
+        assert library.__wrapped__() is None
+    finally:
+        optuna.logging.disable_propagation()
+    assert "of another version" in caplog.text
 
 
 def test_threads_and_mates_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:

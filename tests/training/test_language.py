@@ -16,9 +16,12 @@ from optuna_nnhp.hyperparameters.muon import orthogonalized
 from optuna_nnhp.hyperparameters.muon import rate_factor
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.transformer import Architecture
+from optuna_nnhp.training import groups
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.gpt_native import NativeGPT
+from optuna_nnhp.training.gpt_native import library
 from optuna_nnhp.training.groups import GroupedUpdate
 from optuna_nnhp.training.language import ROUNDS
 from optuna_nnhp.training.language import Corpus
@@ -118,6 +121,28 @@ def test_members_together_are_members_alone(
     for member in some:
         alone = trained(Cohort([member], chosen))
         assert_close(together[member.number], alone[member.number], FLOAT64)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_both_engines_take_the_same_course(
+    optimizer: str, dropout: float, float64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wishes = {"optimizer": optimizer, "dropout": dropout, "token_shift": True}
+    courses = []
+    for is_native in (True, False):
+        if not is_native:
+            monkeypatch.setattr(NativeGPT, "can", lambda *_: False)
+            monkeypatch.setattr(groups, "is_native", lambda *_: False)
+        cohort = Cohort(members(3, **wishes), task(iterations=25, **wishes))
+        assert (cohort.engine is not None) == (is_native and library() is not None)
+        first = cohort.train_round()
+        cohort.keep([0, 2])
+        second = cohort.train_round()
+        assert first is not None and second is not None
+        last = trained(cohort)
+        courses.append([*first.train_loss, *first.value, *second.value, *last[0], *last[2]])
+    assert_close(courses[0], courses[1], FLOAT64)
 
 
 def test_evaluations_at_a_ninth_a_third_and_the_end_of_the_budget() -> None:
