@@ -86,6 +86,7 @@ class Objective:
         problem = self._problem
         self._check_direction(trial.study)
         member = problem.member(trial.number, suggest(trial, problem.space))
+        problem.signature(member)  # raises what keeps it from being trained
         running = RunningTrial(trial, member, problem.maximize)
         cohort = problem.cohort([member])
         cause: str | None = None

@@ -23,7 +23,6 @@ from optuna_nnhp.templates.presets import PRESETS
 TIMEOUT = 120.0  # seconds, if neither --timeout nor --n-trials is given
 METHOD = "bayes"
 SEED = 0
-PROMPT = "\n"
 TOKENS = 300  # that the best model writes
 
 
@@ -40,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tokens", help="char, byte or bpe (default: char for small alphabets, else byte)")
     add("--preset", help=f"begin with a published recipe, on this scale: {', '.join(PRESETS)}")
     add("--method", default=METHOD, help=f"how to search: {', '.join(METHODS)}")
-    add("--prompt", default=PROMPT, help="what the best model continues")
+    add("--prompt", help="what the best model continues (default: a new line)")
     add("--storage", help="journal file or database URL (default: FILE's name with .journal)")
     add("--study-name", help="name in the storage (default: from the data)")
     add("--seed", type=int, default=SEED, help=f"seed of everything (default {SEED})")

@@ -200,18 +200,28 @@ def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str
             if value not in distribution.choices:
                 continue
         else:
-            assert isinstance(distribution, IntDistribution | FloatDistribution)
-            value = _nearest(float(value or 0), distribution)
+            value = nearest(value, distribution)
         defaults[name] = value
     return defaults
 
 
-def _nearest(value: float, distribution: IntDistribution | FloatDistribution) -> float:
+def nearest(value: Value, distribution: BaseDistribution) -> Value:
+    """The value of a range that is nearest to one; a choice is as it is.
+
+    Example:
+        >>> (
+        ...     nearest(0.0, FloatDistribution(0.005, 0.6, log=True)),
+        ...     nearest(9, IntDistribution(1, 4)),
+        ... )
+        (0.005, 4)
+    """
+    if not isinstance(distribution, IntDistribution | FloatDistribution):
+        return value
     low, high, step = distribution.low, distribution.high, distribution.step
-    value = min(max(value, low), high)
+    number = min(max(float(value or 0), low), high)
     if step is not None:
-        value = min(low + round((value - low) / step) * step, high)
-    return int(value) if isinstance(distribution, IntDistribution) else value
+        number = min(low + round((number - low) / step) * step, high)
+    return int(number) if isinstance(distribution, IntDistribution) else number
 
 
 def effective(task: str, params: Mapping[str, Value]) -> dict[str, Value]:

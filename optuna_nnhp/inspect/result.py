@@ -97,7 +97,7 @@ class Result:
         """The study's metric on other data."""
         return self._of_table("score").score(X, y)
 
-    def generate(self, prompt: str = "\n", tokens: int = 200, **options: Any) -> str:
+    def generate(self, prompt: str | None = None, tokens: int = 200, **options: Any) -> str:
         """Continue a text by the best language model; see `LanguageModel.generate`.
 
         Example:
@@ -147,7 +147,10 @@ class Result:
     def _retrain(self, trial: FrozenTrial) -> nn.Module:
         """Train a trial again, whose weights are not here: same seed, same data, same course."""
         _logger.warning(f"The weights of trial {trial.number} are not here: training it again.")
-        cohort = self._problem.cohort([self._problem.member(trial.number, trial.params)])
+        params = dict(trial.params)
+        if steps := trial.user_attrs.get("budget_iterations"):  # of seconds of another machine
+            params["iterations"] = steps
+        cohort = self._problem.cohort([self._problem.member(trial.number, params)])
         best_round = round(trial.user_attrs["best_epoch"] * self._problem.rounds_per_epoch)
         while cohort.done[0] < best_round:
             cohort.train_round()

@@ -193,7 +193,7 @@ class StackedGPT(StackedModule):
         gpt = GPT(self.architecture, float(self.dropout[i]))
         own = {n.removesuffix(".weight"): w[i] for n, w in state.items() if n != "dropout"}
         gpt.load_state_dict({n: w.detach().clone() for n, w in own.items()})
-        return gpt.to(self.embedding.device)
+        return gpt.to(self.embedding.device).eval()
 
 
 def _of_block(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

@@ -193,7 +193,9 @@ def first_weights(
         std = NORMAL_STD
         if is_hidden or part == "head":
             if weight_init == "fan-in":
-                std = shape[0] ** -0.5
+                # muP's head has the base width's, since its products are scaled.
+                ratio = architecture.width_ratio if part == "head" else 0.0
+                std = (shape[0] / (ratio or 1.0)) ** -0.5
             elif architecture.width_ratio and is_hidden:
                 std *= architecture.width_ratio**-0.5
         is_projection = part in ("out", "down")

@@ -14,8 +14,8 @@ from optuna.samplers import RandomSampler
 from optuna_nnhp.messages import unknown
 from optuna_nnhp.search.history import HistorySampler
 
-# Trials before Bayesian search learns: Optuna's own number, and where trials are so long that there
-# are few of them. Those after the first then lie around it, and it is a good one.
+# Trials before Bayesian search learns: Optuna's own number, and one where trials are so long that
+# there are few. Those after the first then lie around it, and it is a good one.
 STARTUP, STARTUP_OF_FEW = 10, 1
 
 METHODS: dict[str, Callable[[int | None], BaseSampler]] = {

@@ -35,6 +35,7 @@ BASELINE = "baseline"  # attribute of the trial with the default configuration
 PORTFOLIO = "portfolio"  # attribute of the trials with the template's other first configurations
 PORTFOLIO_SHARE = 10  # of a number of trials, at most one of so many is from the portfolio
 FIXED = "fixed_params"  # system attribute of trials that were enqueued
+MOST_REFUSED = 100  # trials in a row, before a study ends
 CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
 
 
@@ -54,6 +55,7 @@ class Asker:
 
     Attributes:
         is_grid: Whether the points of a grid are enqueued.
+        refused: How many trials in a row could not be trained.
         finished: Number of trials that have ended.
         running: Trials that were asked here and have not ended, by number.
     """
@@ -63,6 +65,7 @@ class Asker:
     budget: Budget
     storage: DeferredStorage
     is_grid: bool = False
+    refused: int = 0
     finished: int = 0
     running: dict[int, RunningTrial] = field(default_factory=dict)
 
@@ -148,13 +151,24 @@ class Asker:
             self.study.tell(trial, state=TrialState.FAIL)
             if isinstance(error, TrialError):
                 _logger.warning(f"Trial {trial.number} failed: {error}")
+                self._refuse(error)
                 return []
             raise
+        self.refused = 0
         is_enqueued = FIXED in self.storage.get_trial(trial._trial_id).system_attrs
         running = RunningTrial(trial, member, self.problem.maximize, signature)
         running.is_baseline = is_enqueued and bool(trial.user_attrs.get(BASELINE))
         running.is_enqueued = is_enqueued
         return [running]
+
+    def _refuse(self, error: TrialError) -> None:
+        """Note that a trial cannot be trained; too many of them in a row are an error."""
+        self.refused += 1
+        if self.refused >= MOST_REFUSED:
+            raise ValueError(
+                f"One of {MOST_REFUSED} trials in a row must be possible, but the last is not "
+                f"either: {error}"
+            ) from error
 
 
 def _never_trained(trial: FrozenTrial) -> bool:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import math
+from numbers import Integral
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 import torch
@@ -24,6 +26,7 @@ from optuna_nnhp.data.text import prepare_text
 from optuna_nnhp.hyperparameters.catalogue import choose
 from optuna_nnhp.hyperparameters.catalogue import default_params
 from optuna_nnhp.hyperparameters.catalogue import effective
+from optuna_nnhp.hyperparameters.catalogue import nearest
 from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.record import Value
@@ -54,6 +57,8 @@ from optuna_nnhp.training.language import bits_per_token
 from optuna_nnhp.training.machine import free_memory
 from optuna_nnhp.training.machine import to_device
 from optuna_nnhp.training.metrics import Metric
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 TRIAL_SHARE = 0.1  # of the timeout: a trial's seconds of training, if nothing else is said
 TRIAL_SECONDS = 30.0  # without a timeout
@@ -123,17 +128,24 @@ class GPT:
         self.seed, self.device = seeds.check_seed(seed), to_device(device)
         self.compile = check_compile(compile, self.device)
         source = bundled_text() if X is None else X
+        if X is None:
+            _logger.info("No text was given: Python's own documentation is the text.")
         self.text = prepare_text(source, validation=validation, errors=errors)
         self.timeout = timeout
         self._corpora: dict[tuple[str, int | None], Corpus] = {}
-        given = _with_heads(dict(fixed or {}), space or {})
+        begins = {} if preset is None else _of_preset(preset)
+        given = _with_heads(dict(fixed or {}), space or {}, begins)
+        choose("language", space, given)  # before anything is computed with it
         seconds = _seconds(given, space or {}, timeout)
+        if timeout is not None and given.get("seconds") and seconds > timeout:
+            raise ValueError(
+                f"`seconds` must be at most the timeout, {timeout:g}, but got {seconds:g}."
+            )
         self._start = {
             **defaults_for(seconds, len(self.text.train)),
             "tokens": self.text.default_kind,
+            **begins,
         }
-        if preset is not None:
-            self._start |= _of_preset(preset)
         if not any(given.get(name) or name in (space or {}) for name in BUDGETS):
             given["seconds"] = seconds
         self.space, rest = choose("language", space, given)
@@ -166,10 +178,11 @@ class GPT:
                 check_length(
                     self.text.tokens(str(kind), None if size is None else int(size)), smallest
                 )
-        for value in self._values("head_size"):
+        step = getattr(self.space.get("head_size"), "step", 2)
+        for value in [*self._values("head_size"), step]:
             if int(value or 0) % 2 and "rotary" in self._values("positions"):
                 raise ValueError(
-                    f"`head_size` must be even with rotary positions, but got {value}."
+                    f"`head_size` must be even with rotary positions, but can be odd: {value}."
                 )
 
     def _values(self, name: str) -> Sequence[Any]:
@@ -195,9 +208,22 @@ class GPT:
     def defaults(self) -> dict[str, Value]:
         """The configuration of the first trial: by the size of the text and the budget."""
         defaults = default_params("language", self.space) | {
-            n: v for n, v in self._start.items() if n in self.space
+            name: nearest(value, self.space[name])
+            for name, value in self._start.items()
+            if name in self.space
         }
-        return {n: value for n, value in defaults.items() if holds(self.space[n], value)}
+        defaults = {n: value for n, value in defaults.items() if holds(self.space[n], value)}
+        return defaults | self._context_that_fits(defaults)
+
+    def _context_that_fits(self, defaults: Mapping[str, Value]) -> dict[str, Value]:
+        """The longest context of the space that the text has room for, up to the wanted one."""
+        if "context" not in self.space:
+            return {}
+        tokens = self._tokens(self.member(0, defaults))
+        room = min(len(tokens.train), len(tokens.valid)) - 1
+        wanted = int(defaults.get("context") or 0)
+        fitting = [int(v) for v in self._values("context") if int(v) <= min(room, wanted)]
+        return {"context": max(fitting)} if wanted > room and fitting else {}
 
     # --- Trials ---
 
@@ -379,17 +405,20 @@ def _static_names() -> frozenset[str]:
 
 
 def _with_heads(
-    fixed: dict[str, Value], space: Mapping[str, BaseDistribution]
+    fixed: dict[str, Value], space: Mapping[str, BaseDistribution], begins: Mapping[str, Value]
 ) -> dict[str, Value]:
-    """A user's ``width`` as a number of heads."""
+    """A user's ``width`` as a number of heads, whose size is fixed or a preset's."""
     if "width" not in fixed:
         return fixed
     if "heads" in fixed or "heads" in space or "head_size" in space:
         raise ValueError("`width` must not be given with `heads`, or with a tuned `head_size`.")
-    width, size = fixed.pop("width"), fixed.get("head_size", 16)
-    if not isinstance(width, int) or not isinstance(size, int) or width < 1 or width % size:
-        raise ValueError(f"`width` must be a multiple of `head_size`, {size}, but got {width!r}.")
-    return fixed | {"heads": width // size}
+    width: Any = fixed.pop("width")
+    size: Any = fixed.get("head_size", begins.get("head_size", 16))
+    if not isinstance(width, Integral) or not isinstance(size, Integral) or size < 1:
+        raise ValueError(f"`width` must be a whole number, but got {width!r}.")
+    if width < 1 or width % size:
+        raise ValueError(f"`width` must be a multiple of `head_size`, {size}, but got {width}.")
+    return fixed | {"heads": int(width) // int(size), "head_size": int(size)}
 
 
 def _seconds(

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 import json
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class LanguageModel:
 
     def generate(
         self,
-        prompt: str = "\n",
+        prompt: str | None = None,
         tokens: int = 200,
         *,
         temperature: float = 0.8,
@@ -66,7 +68,8 @@ class LanguageModel:
 
         Args:
             prompt:
-                Its beginning, which the answer begins with too.
+                Its beginning, which the answer begins with too; a new line if None, or where the
+                model knows none the first of its characters.
             tokens:
                 How many to add.
             temperature:
@@ -80,14 +83,17 @@ class LanguageModel:
             ValueError: If the prompt is empty or has a character that the model does not know,
                 or a number makes no sense.
         """
+        if prompt is None:
+            prompt = self._first()
         if not prompt:
             raise ValueError("`prompt` must have at least one character, but is empty.")
-        if tokens < 0:
-            raise ValueError(f"`tokens` must be at least 0, but got {tokens}.")
+        number: Any
+        for name, number, least in (("tokens", tokens, 0), ("top_k", top_k, 1)):
+            if number is not None and (not isinstance(number, Integral) or number < least):
+                raise ValueError(f"`{name}` must be a number from {least} on, but got {number!r}.")
+        seeds.check_seed(seed)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"`temperature` must be at least 0, but got {temperature}.")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, but got {top_k}.")
         ids = torch.from_numpy(self.tokenizer.encode(prompt).astype("int64"))
         out = self.model.generate(
             ids,
@@ -97,6 +103,14 @@ class LanguageModel:
             generator=seeds.generator(seed),
         )
         return self.tokenizer.decode(out.numpy())
+
+    def _first(self) -> str:
+        """What a text can begin with."""
+        try:
+            self.tokenizer.encode("\n")
+        except ValueError:
+            return self.tokenizer.decode(np.array([0]))
+        return "\n"
 
     def bits_per_byte(self, text: str) -> float:
         """How badly the model predicts a text: bits for each of its bytes, the first token's

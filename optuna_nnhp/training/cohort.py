@@ -90,6 +90,11 @@ class Task:
     compile: bool = False
 
     @property
+    def joinable(self) -> bool:
+        """Whether members of different ages can be evaluated together."""
+        return True
+
+    @property
     def rounds(self) -> int:
         """Rounds in an epoch."""
         return rounds_per_epoch(len(self.arrays.train_y))
@@ -321,7 +326,7 @@ class Cohort:
     @property
     def joinable(self) -> bool:
         """Whether new members may join those that have trained already."""
-        return not any(m.params["iterations"] for m in self.members)
+        return self.task.joinable and not any(m.params["iterations"] for m in self.members)
 
     def best_value(self, place: int) -> float:
         """Best value of a member so far; infinite, on the bad side, before the first."""

@@ -136,6 +136,11 @@ class LanguageTask(Task):
     iterations: int
 
     @property
+    def joinable(self) -> bool:
+        """No: only the last evaluation reads the whole validation part."""
+        return False
+
+    @property
     def rounds(self) -> int:
         """Rounds of a budget, which is what this task has for an epoch."""
         return ROUNDS

@@ -60,6 +60,23 @@ def test_the_whole_catalogue_is_a_space_for_it(method: str) -> None:
         assert set(params) == set(SPACE)
 
 
+def test_where_trials_are_few_they_lie_around_the_first() -> None:
+    space = {name: SPACE[name] for name in ("learning_rate", "width", "dropout")}
+
+    def near(few: bool) -> int:
+        """How many of the second trials have a rate within a factor of three of the first."""
+        count = 0
+        for seed in range(20):
+            study = optuna.create_study(sampler=make_sampler("bayes", seed, few=few))
+            study.enqueue_trial({"learning_rate": 2e-3, "width": 64, "dropout": 0.1})
+            for _ in range(2):
+                study.tell(study.ask(space), 1.0)
+            count += 1 / 3 < study.trials[1].params["learning_rate"] / 2e-3 < 3
+        return count
+
+    assert near(few=True) > near(few=False)
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_without_a_seed_runs_differ(method: str) -> None:
     def first() -> Any:

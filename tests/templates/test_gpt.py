@@ -4,19 +4,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 import pytest
 import torch
 
+from optuna_nnhp import Objective
+from optuna_nnhp import Result
 from optuna_nnhp import load
 from optuna_nnhp import optimize
+from optuna_nnhp import preset
 from optuna_nnhp.data.text import bundled_text
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.templates import gpt as template
 from optuna_nnhp.templates.gpt import GPT
 from optuna_nnhp.templates.language_model import LanguageModel
+from optuna_nnhp.templates.presets import PRESETS
+from optuna_nnhp.training.checkpoint import BestWeights
 
 TEXT = "".join(f"{n} and {n + 1} make {2 * n + 1}.\n" for n in range(400))
 SMALL: dict[str, Any] = {"width": 16, "layers": 1, "context": 16, "batch_tokens": 64}
@@ -212,3 +218,62 @@ def test_stored_weights_are_those_of_the_best_value() -> None:
     assert isinstance(result.model, torch.nn.Module)
     logits = result.model(torch.zeros(1, 4, dtype=torch.long))
     assert logits.shape == (1, 4, GPT(TEXT).text.alphabet_size)
+
+
+def test_a_text_without_a_new_line_has_a_sample_too() -> None:
+    result = tune(X="to be or not to be " * 99, n_trials=1)
+    assert result.study.user_attrs["sample"]["text"]
+    with pytest.raises(ValueError, match=r"`tokens` must be a number from 0 on, but got 1\.5"):
+        result.generate(tokens=1.5)
+
+
+def test_a_trial_that_cannot_end_in_time_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="`seconds` must be at most the timeout, 5, but got 9"):
+        GPT(TEXT, fixed={"seconds": 9.0}, timeout=5.0)
+    with pytest.raises(ValueError, match=r"trials in a row must be possible.*steps would take"):
+        tune(n_trials=None, timeout=20.0, fixed=SMALL | {"iterations": 10**8})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_study_begins_with_all_of_a_preset(name: str) -> None:
+    problem, wanted = GPT(bundled_text(), preset=name), preset(name, scale="cpu").params
+    begun = problem.member(0, problem.defaults()).params
+    assert problem.defaults().keys() == problem.space.keys()
+    left_out = ("iterations", "vocabulary", "normalization", "tokens", "context")
+    differ = {n for n, v in wanted.items() if n not in left_out and begun[n] != v}
+    assert differ <= {"final_fraction"}  # the range ends at a thousandth
+
+
+def test_the_width_beside_a_preset_is_the_width() -> None:
+    problem = GPT(bundled_text(), preset="gpt2", fixed={"width": 64})
+    params = problem.member(0, problem.defaults()).params
+    assert int(params["heads"] or 0) * int(params["head_size"] or 0) == 64
+
+
+def test_the_default_fits_a_short_text() -> None:
+    problem = GPT("to be or not to be\n" * 53)  # a hundred characters of it judge
+    assert problem.defaults()["context"] == 64
+    problem.signature(problem.member(0, problem.defaults()))
+
+
+def test_an_objective_refuses_what_does_not_fit() -> None:
+    objective = Objective("gpt", "to be or not to be\n" * 53, fixed={"iterations": 9})
+    study = optuna.create_study(direction=objective.direction)
+    study.enqueue_trial(objective.defaults | {"context": 256})
+    with pytest.raises(TrialError, match="context"):
+        study.optimize(objective, n_trials=1)
+
+
+def test_trials_of_different_ages_are_not_judged_together() -> None:
+    problem = GPT(TEXT, fixed=SMALL | {"seconds": 0.1})
+    assert not problem.cohort([problem.member(0, problem.defaults())]).joinable
+
+
+def test_a_model_that_is_trained_again_has_as_many_steps() -> None:
+    result = tune(n_trials=1, fixed=SMALL | {"seconds": 0.05, "dropout": 0.3})
+    elsewhere = GPT(TEXT, fixed=SMALL | {"seconds": 9.0, "dropout": 0.3})
+    again = Result(result.study, elsewhere, BestWeights(None))
+    some = TEXT[-200:]
+    assert again.predictor.bits_per_byte(some) == pytest.approx(
+        result.predictor.bits_per_byte(some), rel=1e-4
+    )
