@@ -121,16 +121,19 @@ class DNN(Supervised):
     def portfolio(self) -> list[dict[str, Value]]:
         """Shallow networks at high rates, as far as the space has them and they are cheap."""
         portfolio = list[dict[str, Value]]()
-        default = self.count_weights(self.member(0, self.defaults()))
+        defaults = self.defaults()
+        if not (self.space.keys() <= defaults.keys()):
+            return []  # there is no default for them to be cheaper than
+        most = CHEAP * self.count_weights(self.member(0, defaults))
         for (width, dropout), rate in product(WIDTHS.items(), RATES):
             wishes = {**SHALLOW, "width": width, "dropout": dropout, "learning_rate": rate}
             tuned = {name: value for name, value in wishes.items() if name in self.space}
             has_shape = {"hidden_layers", "width"} <= tuned.keys()
             if not has_shape or not all(holds(self.space[n], v) for n, v in tuned.items()):
                 continue
-            params = {**self.defaults(), **tuned}
-            weights = self.count_weights(self.member(0, params))
-            if weights <= CHEAP * default and params not in portfolio:
+            params = {**defaults, **tuned}
+            is_cheap = self.count_weights(self.member(0, params)) <= most
+            if is_cheap and params not in portfolio:
                 portfolio.append(params)
         return portfolio
 

@@ -185,6 +185,7 @@ def test_the_portfolio_is_what_is_left_of_it_in_a_users_space() -> None:
         return DNN(*classes(), **wishes).portfolio()
 
     assert portfolio(fixed={"hidden_layers": 2}) == []
+    assert portfolio(space={"activation": CategoricalDistribution(("tanh", "elu"))}) == []
     assert portfolio(space={"width": IntDistribution(8, 300)}) == portfolio()[:2]
     wide = np.random.default_rng(0).normal(size=(40, 800))
     assert DNN(wide, wide[:, 0] > 0).portfolio() == []  # no cheaper than the default
