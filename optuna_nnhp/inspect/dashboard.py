@@ -99,6 +99,7 @@ def study_note(study: optuna.Study) -> str:
         value = f"{_escaped(metric_name(study))} {shown(best.value)}"
         parts.append(f"**{value}** in trial {best.number}")
         parts.append(_table(best.params, ("parameter", "value")))
+        parts += _sample(study, best)
     else:
         parts.append("No trial has completed yet.")
     if space := {name: range_text(found) for name, found in search_space(study).items()}:
@@ -106,6 +107,14 @@ def study_note(study: optuna.Study) -> str:
     if fixed := study.user_attrs.get("fixed"):
         parts += ["### What is fixed", _table(fixed, ("parameter", "value"))]
     return "\n\n".join(parts)
+
+
+def _sample(study: optuna.Study, trial: FrozenTrial) -> list[str]:
+    """What a language model writes, if it is the study's best."""
+    sample = study.user_attrs.get(SAMPLE, {})
+    if sample.get("trial") != trial.number:
+        return []
+    return ["### What it writes", _quoted(sample["text"])]
 
 
 def _quoted(text: str) -> str:
@@ -141,13 +150,11 @@ def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
     known = [
         f"- **{label}**: {_escaped(fact)}" for label, fact in facts.items() if fact is not None
     ]
-    sample = study.user_attrs.get(SAMPLE, {})
     use = "generate" if is_language(study) else "predict"
-    is_sampled = sample.get("trial") == trial.number
     parts = [
         f"## Best trial: {_escaped(metric_name(study))} {shown(trial.value)}",
         "\n".join(known),
-        f"### What it writes\n\n{_quoted(sample['text'])}" if is_sampled else "",
+        *_sample(study, trial),
         _table(trial.params, ("parameter", "value")) if trial.params else "",
         "### The network",
         "In the program that ran the study, `result.model` is this trial's network at its best "

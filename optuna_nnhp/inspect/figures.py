@@ -121,7 +121,7 @@ def learning_curves(
         figure,
         f"Learning curves: {metric}",
         _curves_subtitle(study, len(top), len(grey)),
-        xaxis_title="ninths of the budget" if is_language(study) else "epoch",
+        xaxis_title="share of the budget" if is_language(study) else "epoch",
         yaxis_title=f"{metric} (validation)",
     )
     values = [value for trial in [*grey, *top] for value in reported(trial).values()]

@@ -165,6 +165,16 @@ def test_markup_in_notes_is_escaped() -> None:
     assert head == f"## {expected}"
 
 
+def test_what_the_best_model_writes_stands_in_its_notes() -> None:
+    study = make_study(3, 0)
+    best = study.best_trial
+    study.set_user_attr("sample", {"trial": best.number, "text": "ROMEO:\n<b>"})
+    for note in (study_note(study), trial_note(study, best)):
+        assert "### What it writes\n\n    ROMEO:\n    <b>" in note
+    study.set_user_attr("sample", {"trial": best.number + 1, "text": "ROMEO:"})
+    assert "What it writes" not in study_note(study) + trial_note(study, best)
+
+
 def test_without_optuna_dashboard_the_error_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
