@@ -75,7 +75,8 @@ def optimize(
 ) -> Result:
     """Tune a network on data, many trials at once.
 
-    The first trial is the catalogue's default configuration. The same call again continues the
+    The first trial is the catalogue's default configuration; for a text it depends on the text's
+    size and the trial's budget, and may be a preset's. The same call again continues the
     same study, and does nothing more once it has its ``n_trials``.
 
     Args:
