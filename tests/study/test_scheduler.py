@@ -198,7 +198,8 @@ def test_the_baseline_is_never_pruned_by_default(monkeypatch: pytest.MonkeyPatch
     assert [t.user_attrs.get("baseline") for t in trials(result)] == [True] + [None] * 5
 
 
-def test_the_baseline_is_trained_alone_before_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def noted_rounds(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Who trains in each round; sizes of cohorts are not measured, which would be rounds too."""
     train, rounds = Cohort.train_round, list[list[int]]()
 
     def noted(cohort: Cohort, *arguments: Any) -> Any:
@@ -208,21 +209,18 @@ def test_the_baseline_is_trained_alone_before_all_others(monkeypatch: pytest.Mon
     monkeypatch.setattr(Cohort, "train_round", noted)
     monkeypatch.setattr(sizes, "_known", {})
     monkeypatch.setattr(sizes, "_measure", lambda make, most: sizes.Pace(most, 1e-3))
+    return rounds
+
+
+def test_the_baseline_is_trained_alone_before_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = noted_rounds(monkeypatch)
     tune(n_trials=30)
     assert rounds[:4] == [[0]] * 4
     assert 0 not in rounds[4] and len(rounds[4]) > 1
 
 
 def test_the_portfolio_begins_beside_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, rounds = Cohort.train_round, list[list[int]]()
-
-    def noted(cohort: Cohort, *arguments: Any) -> Any:
-        rounds.append(sorted(m.number for m in cohort.members))
-        return train(cohort, *arguments)
-
-    monkeypatch.setattr(Cohort, "train_round", noted)
-    monkeypatch.setattr(sizes, "_known", {})
-    monkeypatch.setattr(sizes, "_measure", lambda make, most: sizes.Pace(most, 1e-3))
+    rounds = noted_rounds(monkeypatch)
     few = tune(*numbers(), fixed={"epochs": 4}, pruner=None, n_trials=9)
     assert not any(t.user_attrs.get("portfolio") for t in trials(few))
     rounds.clear()
