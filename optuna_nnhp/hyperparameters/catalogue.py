@@ -99,6 +99,16 @@ def records(task: str) -> dict[str, Hyperparameter]:
     return {h.name: h for h in CATALOGUE if h.task in ("any", *kind)}
 
 
+def changing() -> frozenset[str]:
+    """Names of those that may change while a network trains.
+
+    Example:
+        >>> "learning_rate" in changing(), "hidden_layers" in changing()
+        (True, False)
+    """
+    return frozenset(h.name for h in CATALOGUE if h.changes)
+
+
 def catalogue() -> pd.DataFrame:
     """Every hyperparameter with its range, default, grid levels and effect.
 

@@ -18,6 +18,7 @@ EPOCHS = Hyperparameter(
     domain=(1, 1_000_000),
     tuned=False,
     task="table",
+    only_with={"iterations": (0,)},
     help="Passes over the training data, the budget of a trial: iterations = ceil(examples / "
     "batch size) * epochs. Early stopping and pruning may end it sooner.",
 )

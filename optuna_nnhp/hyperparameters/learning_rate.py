@@ -21,6 +21,7 @@ LEARNING_RATE = Hyperparameter(
     default=2e-3,
     levels=(0.1, 0.01, 0.001),
     domain=(1e-10, 100.0),
+    changes=True,
     task="table",
     help="Size of the steps, the most important number: too small does not arrive in time, too "
     "large diverges; at its peak, after warm-up.",
@@ -31,6 +32,7 @@ GPT_LEARNING_RATE = Hyperparameter(
     default=1e-2,
     levels=(0.003, 0.01),
     domain=(1e-10, 100.0),
+    changes=True,
     task="language",
     help="Size of adamw's steps at their peak. Small models on little text want ten times GPT-2's "
     "6e-4 and more.",
@@ -41,6 +43,7 @@ EMBEDDING_RATE = Hyperparameter(
     default=1.0,
     levels=(1.0, 3.0),
     domain=(1e-6, 1e6),
+    changes=True,
     task="language",
     help="Rate of embeddings and head over the learning rate.",
 )
@@ -60,6 +63,7 @@ WARMUP = Hyperparameter(
     default=0.05,
     levels=(0.0, 0.1),
     domain=(0.0, 0.9),
+    not_with={"learning_rate_decay": ("one_cycle",)},
     help="Share of the budget over which the rate climbs linearly from near zero.",
 )
 FINAL_FRACTION = Hyperparameter(
@@ -68,6 +72,7 @@ FINAL_FRACTION = Hyperparameter(
     default=1e-2,
     levels=(0.001, 0.1),
     domain=(1e-9, 1.0),
+    not_with={"learning_rate_decay": ("constant",)},
     help="Rate at the end as a share of its peak; 1 is no decay.",
 )
 STEP_DROPS = 3  # the step schedule's equal drops, a quarter of the budget apart

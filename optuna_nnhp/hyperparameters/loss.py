@@ -27,7 +27,9 @@ FOCAL_GAMMA = Hyperparameter(
     default=2.0,
     levels=(1.0, 2.0),
     domain=(0.0, 20.0),
+    changes=True,
     task="classification",
+    only_with={"loss": ("focal",)},
     help="How strongly the focal loss turns away from easy examples (0 is cross-entropy).",
 )
 LOSS_REGRESSION = Hyperparameter(
@@ -45,7 +47,9 @@ HUBER_DELTA = Hyperparameter(
     default=1.0,
     levels=(0.1, 1.0),
     domain=(1e-6, 1e6),
+    changes=True,
     task="regression",
+    only_with={"loss": ("huber",)},
     help="Error at which huber turns from square to absolute, in standard deviations of y.",
 )
 

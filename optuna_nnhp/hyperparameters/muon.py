@@ -27,7 +27,9 @@ MUON_LEARNING_RATE = Hyperparameter(
     default=0.02,
     levels=(0.01, 0.02, 0.04),
     domain=(1e-10, 100.0),
+    changes=True,
     task="language",
+    only_with={"optimizer": ("muon",)},
     help="Size of muon's steps; decays as the learning rate does, which is adamw's.",
 )
 

@@ -31,6 +31,7 @@ MOMENTUM = Hyperparameter(
     default=0.9,
     levels=(0.5, 0.9, 0.99),
     domain=(0.0, 0.9999),
+    changes=True,
     help="How much of the last step is kept: momentum of sgd, nesterov and rmsprop, beta1 of "
     "adam and adamw.",
 )
@@ -40,6 +41,8 @@ SQUARED_DECAY = Hyperparameter(
     default=0.999,
     levels=(0.95, 0.999),
     domain=(0.0, 0.999999),
+    changes=True,
+    only_with={"optimizer": ("adam", "adamw", "rmsprop", "muon")},
     help="How slowly the running mean of squared gradients forgets: beta2 of adam and adamw, "
     "alpha of rmsprop; sgd and nesterov have none.",
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field
 import math
 from numbers import Real
 from typing import Any
@@ -55,6 +57,9 @@ class Hyperparameter:
             Whether it fixes shapes or the graph, so that trials must share it to be stacked.
         tuned:
             Whether the default space holds it; otherwise it is pinned to its default.
+        changes:
+            Whether it may have another value from a step of training on; otherwise it makes the
+            network, its first weights or its whole course.
         task:
             ``"any"``, ``"table"`` (both ``"classification"`` and ``"regression"``), one of these
             two, or ``"language"``.
@@ -63,6 +68,10 @@ class Hyperparameter:
             continuous parameter and stays in the joint model of Optuna's TPE.
         off_above:
             The same from above, for a bound that stops binding (gradient clipping).
+        only_with:
+            Values of other hyperparameters, by name, without which it has no effect.
+        not_with:
+            Values of others beside which it has no effect.
 
     Example:
         >>> from optuna_nnhp.hyperparameters.regularization import WEIGHT_DECAY
@@ -78,9 +87,12 @@ class Hyperparameter:
     domain: tuple[float, float] | None = None
     static: bool = False
     tuned: bool = True
+    changes: bool = False
     task: str = "any"
     off_below: float | None = None
     off_above: float | None = None
+    only_with: Mapping[str, tuple[Value, ...]] = field(default_factory=dict, hash=False)
+    not_with: Mapping[str, tuple[Value, ...]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for value in (self.default, *self.levels):
@@ -95,6 +107,22 @@ class Hyperparameter:
         if self.off_above is not None and float(value or 0) > self.off_above:
             return math.inf
         return value
+
+    def acts(self, params: Mapping[str, Value]) -> bool:
+        """Whether its value matters beside those of other hyperparameters.
+
+        Args:
+            params:
+                Theirs, by name; one that is not there takes nothing away.
+
+        Example:
+            >>> from optuna_nnhp.hyperparameters.loss import HUBER_DELTA
+            >>> HUBER_DELTA.acts({"loss": "huber"}), HUBER_DELTA.acts({"loss": "mse"})
+            (True, False)
+        """
+        return all(params[n] in v for n, v in self.only_with.items() if n in params) and not any(
+            params[n] in v for n, v in self.not_with.items() if n in params
+        )
 
     def check(self, value: Any) -> None:
         """Raise unless ``value`` is one the effect can work with.

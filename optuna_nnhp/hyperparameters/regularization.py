@@ -24,6 +24,7 @@ DROPOUT = Hyperparameter(
     levels=(0.005, 0.2, 0.5),
     domain=(0.0, 0.95),
     off_below=0.04,
+    changes=True,
     help="Share of hidden units silenced at each step; more for wide networks on few examples.",
 )
 WEIGHT_DECAY = Hyperparameter(
@@ -33,6 +34,7 @@ WEIGHT_DECAY = Hyperparameter(
     levels=(1e-7, 1e-4, 1e-2),
     domain=(0.0, 10.0),
     off_below=1e-5,
+    changes=True,
     help="L2: pulls weights (not biases) to zero; decoupled from the gradient for adamw, part "
     "of it for the others, as in torch.optim.",
 )
@@ -43,6 +45,7 @@ L1 = Hyperparameter(
     levels=(1e-8, 1e-4),
     domain=(0.0, 10.0),
     off_below=1e-6,
+    changes=True,
     task="table",
     help="L1: adds this times the sum of absolute weights (not biases) to the loss; pushes "
     "useless weights to zero.",
@@ -66,6 +69,7 @@ LABEL_SMOOTHING = Hyperparameter(
     levels=(0.002, 0.1),
     domain=(0.0, 0.99),
     off_below=0.01,
+    changes=True,
     task="classification",
     help="Share of each label spread over all classes; against overconfidence.",
 )
@@ -76,6 +80,7 @@ CLIP_NORM = Hyperparameter(
     levels=(1.0, 100.0),
     domain=(1e-6, math.inf),
     off_above=30.0,
+    changes=True,
     help="Largest norm of the whole gradient; longer ones are scaled down, so that one bad "
     "batch cannot throw a trial off.",
 )

@@ -84,6 +84,7 @@ VOCABULARY = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
+    only_with={"tokens": ("bpe",)},
     help="Tokens of byte pair encoding; characters and bytes have their own number. A large one "
     "drowns a small model.",
 )
@@ -201,6 +202,7 @@ BASE_WIDTH = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
+    only_with={"parametrization": ("mup",)},
     help="Width that mup's rates are given for.",
 )
 SECONDS = Hyperparameter(
@@ -212,6 +214,7 @@ SECONDS = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
+    only_with={"iterations": (0,), "train_tokens": (0,)},
     help="Budget of a trial: as many steps as fit in these seconds of training, by a measurement. "
     "0: `train_tokens` or `iterations` say it, or the timeout.",
 )
@@ -224,6 +227,7 @@ TRAIN_TOKENS = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
+    only_with={"iterations": (0,)},
     help="Budget of a trial in tokens of training, so that all see as much text, however fast.",
 )
 TRANSFORMER = (

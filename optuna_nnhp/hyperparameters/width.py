@@ -25,6 +25,7 @@ WIDTH_SHAPE = Hyperparameter(
     default="constant",
     levels=("constant", "funnel"),
     task="table",
+    not_with={"hidden_layers": (1,)},
     help="constant: all hidden layers have `width` neurons; funnel: they shrink evenly, the "
     "last one to a quarter.",
 )

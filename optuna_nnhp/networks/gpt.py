@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -186,6 +187,14 @@ class StackedGPT(StackedModule):
         """Take in another stack's members."""
         join_members(self, other)
         self.drops = bool((self.dropout > 0).any())
+
+    def retune(
+        self, params: Sequence[Mapping[str, Any]], twin: Callable[[], StackedModule]
+    ) -> None:
+        """Give every member other hyperparameters, of the same architecture; weights stay."""
+        rates = torch.tensor([float(p["dropout"] or 0) for p in params])
+        self.dropout.copy_(rates[:, None, None])
+        self.drops = bool((rates > 0).any())
 
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> GPT:
         """One member as a plain network."""

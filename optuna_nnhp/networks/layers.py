@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import copy
 from typing import Any
 
@@ -47,6 +48,19 @@ class StackedModule(nn.Module):
     @abstractmethod
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         """One member as a plain network, from its present weights or a `state_dict`."""
+
+    @abstractmethod
+    def retune(
+        self, params: Sequence[Mapping[str, Any]], twin: Callable[[], StackedModule]
+    ) -> None:
+        """Give every member other hyperparameters, of the same structure; weights stay.
+
+        Args:
+            params:
+                All hyperparameters of each member.
+            twin:
+                Makes a new stack with these hyperparameters, for those who do not know them.
+        """
 
 
 class StackedLinear(nn.Module):

@@ -67,6 +67,21 @@ class OfPlainNetworks(StackedModule):
         """Go on with some members ``(m,)`` only."""
         keep_members(self, members)
 
+    def retune(
+        self, params: Sequence[Mapping[str, Any]], twin: Callable[[], StackedModule]
+    ) -> None:
+        """Give every member other rates of dropout, those of a new stack; weights stay."""
+        layers = dict(self._working[0].named_modules())
+        settings = [
+            key
+            for key, name in self.names.items()
+            if isinstance(layers.get(name.rpartition(".")[0]), _Dropout)
+        ]
+        if settings:
+            other = twin()
+            for key in settings:
+                self.get_buffer(key).copy_(other.get_buffer(key))
+
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         """One member as the plain network it came from, in evaluation mode.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -197,6 +198,13 @@ class StackedMLP(StackedModule):
         """Take in the members of another stack with the same signature."""
         join_members(self, other)
         self.params = [*self.params, *other.params]
+        self._group()
+
+    def retune(self, params: Sequence[Params], twin: Callable[[], StackedModule]) -> None:
+        """Give every member other hyperparameters, of the same structure; weights stay."""
+        self.params = list(params)
+        rates = torch.tensor([float(p["dropout"] or 0) for p in params])
+        self.get_buffer("dropout").copy_(rates)
         self._group()
 
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Sequential:

@@ -7,12 +7,14 @@ from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 from typing import Protocol
+from typing import Self
 
 from optuna.distributions import BaseDistribution
 from optuna.distributions import distribution_to_json
@@ -134,6 +136,13 @@ class Supervised(ABC):
         """A cohort ready to train."""
         return Cohort(members, self._task)
 
+    def reseeded(self, seed: int) -> Self:
+        """The same data and split with other first weights, batches and noise."""
+        other = copy(self)
+        other.seed = seed
+        other._task = replace(self._task, build=other._build, seed=seed)
+        return other
+
     def attributes(self, member: Member) -> dict[str, Any]:
         """Nothing more."""
         return {}
@@ -234,7 +243,15 @@ def make_task(
     arrays = Arrays(
         tensor(data.train_X), tensor(data.train_y), tensor(data.valid_X), tensor(data.valid_y)
     )
-    return Task(arrays, build, loss, compute, metric.direction == "maximize", seed)
+    return Task(
+        arrays,
+        build,
+        loss,
+        compute,
+        metric.direction == "maximize",
+        seed,
+        validation_loss=_plain_loss(data.target.task, device),
+    )
 
 
 def make_loss(task: str, members: Sequence[Member], device: torch.device) -> Loss:
@@ -258,6 +275,14 @@ def make_loss(task: str, members: Sequence[Member], device: torch.device) -> Los
     if task == "regression":
         return RegressionLoss(tensor("huber_delta"), has("mse"), has("mae"))
     return ClassificationLoss(tensor("focal_gamma") * has("focal"), tensor("label_smoothing"))
+
+
+def _plain_loss(task: str, device: torch.device) -> Loss:
+    """Cross-entropy or squared error, by which all trials can be compared."""
+    zero, yes = torch.zeros(1, device=device), torch.ones(1, dtype=torch.bool, device=device)
+    if task == "regression":
+        return RegressionLoss(zero, yes, ~yes)
+    return ClassificationLoss(zero, zero)
 
 
 def cohort_size(bytes_each: int, flops_each: float, device: torch.device) -> int:

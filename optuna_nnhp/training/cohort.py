@@ -79,6 +79,9 @@ class Task:
             trials differ by their hyperparameters and not by their luck.
         compile:
             Whether `torch.compile` makes the code of a step's forward and backward pass.
+        validation_loss:
+            Loss on the validation part, ``(k,)``, from outputs and targets: one that does not
+            depend on the members' hyperparameters; what they train with if None.
     """
 
     arrays: Arrays
@@ -88,6 +91,7 @@ class Task:
     maximize: bool
     seed: int
     compile: bool = False
+    validation_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def joinable(self) -> bool:
@@ -129,14 +133,15 @@ class Task:
             members:
                 They.
             is_over:
-                Whether one of them has done its whole budget.
+                Whether one of them has done its whole budget, or all data are to be read anyway.
 
         Returns:
             Both, ``(k,)``, and whether a value of this evaluation may be a trial's.
         """
         assert self.metric is not None and not isinstance(apply, NativeApply)
         outputs = apply(self.arrays.valid_x)
-        return self.loss(members)(outputs, self.arrays.valid_y), self.metric(outputs), True
+        loss = self.validation_loss or self.loss(members)
+        return loss(outputs, self.arrays.valid_y), self.metric(outputs), True
 
 
 @dataclass(frozen=True)
@@ -199,17 +204,14 @@ class Cohort:
         self.flat = FlatParameters(self.network)
         keep_freed_memory()
         self.best_weights = {n: w.clone() for n, w in self.network.state_dict().items()}
-        self.stopping = EarlyStopping.start(
-            [int(m.params.get("patience") or NEVER) for m in self.members],
-            [float(m.params.get("min_improvement") or 0) for m in self.members],
-        )
+        self.forget_best()
         device, k = task.arrays.train_x.device, len(self.members)
         self.batches = task.batches(self.members)
         self.total = [task.total(m, self.batches.per_round) for m in self.members]
         self.done, self.iterations = [0] * k, [0] * k
-        self.due = [next_evaluation(0, task.rounds)] * k
+        self.due, self.judges_all = [next_evaluation(0, task.rounds)] * k, False
         self.loss_sum, self.seen = torch.zeros(k, device=device), torch.zeros(k)
-        self._tabulate()
+        self.tabulate()
 
     def train_round(self, out_of_time: Callable[[], bool] = lambda: False) -> Scores | None:
         """Train every member up to the next evaluation of any, and evaluate.
@@ -279,8 +281,22 @@ class Cohort:
         self.done = [d + 1 for d in self.done]
         return True
 
+    def forget_best(self) -> None:
+        """Let no evaluation have been so far."""
+        self.stopping = EarlyStopping.start(
+            [int(m.params.get("patience") or NEVER) for m in self.members],
+            [float(m.params.get("min_improvement") or 0) for m in self.members],
+        )
+
+    def evaluate_at(self, done: int) -> None:
+        """Evaluate all members next when they have done so many rounds, on all of the data."""
+        self.due, self.judges_all = [done] * len(self.members), True
+
     def keep(self, places: Sequence[int]) -> None:
-        """Go on with some members only, given by their places in ``self.members``."""
+        """Go on with some members only, given by their places in ``self.members``.
+
+        A place that is named twice is copied.
+        """
         index = torch.tensor(places, dtype=torch.long)
         for name in PER_MEMBER:
             setattr(self, name, [getattr(self, name)[i] for i in places])
@@ -291,7 +307,7 @@ class Cohort:
         self.network.keep(index)
         self.flat.keep(index, self.network)
         self.best_weights = {n: w[index] for n, w in self.best_weights.items()}
-        self._tabulate()
+        self.tabulate()
 
     def join(self, members: Sequence[Member]) -> None:
         """Take in new members with the same signature and batch size, at their beginning.
@@ -343,8 +359,8 @@ class Cohort:
         """A member's network as it was at its best round, plain."""
         return self.network.member(place, self.best_weights)
 
-    def _tabulate(self) -> None:
-        """What is read of the members' hyperparameters."""
+    def tabulate(self) -> None:
+        """Read anew what training needs of the members' hyperparameters."""
         self.loss = self.task.loss(self.members)
         self.knobs = Knobs(self.members, self.flat.weights)
         self.update = self.task.updater(self.flat, self.knobs, self.network, self.members)
@@ -367,8 +383,9 @@ class Cohort:
         """Evaluate some members, note who is at its best, and say who has ended."""
         index = torch.tensor(places)
         is_over = any(self.iterations[place] >= self.total[place] for place in places)
+        is_over = is_over or self.judges_all
         members = [self.members[place] for place in places]
-        validation_loss, value, counts = self.task.judge(self._apply(index), members, is_over)
+        validation_loss, value, counts = self.task.judge(self.apply(index), members, is_over)
         train_loss, value = (self.loss_sum.cpu() / self.seen)[index], value.double().cpu()
         broken = ~(torch.isfinite(train_loss) & torch.isfinite(value))
         greater = torch.where(broken, torch.nan, value if self.task.maximize else -value)
@@ -403,7 +420,7 @@ class Cohort:
             for b, o, w in zip(broken, over, waited_long, strict=True)
         ]
 
-    def _apply(self, index: Tensor) -> Apply:
+    def apply(self, index: Tensor) -> Apply:
         """Some members' network, in evaluation: from inputs to outputs ``(k, m, outputs)``, or
         what their engine says a text costs."""
         network, native = self.network, self.native

@@ -1,0 +1,115 @@
+"""Courses: hyperparameters that change while a network trains, and members that copy others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+
+import torch
+
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From when on a member has which values.
+
+    Args:
+        begin:
+            Rounds that it has trained then.
+        member:
+            It, with these values.
+        is_fresh:
+            Whether it begins anew with its first weights.
+    """
+
+    begin: int
+    member: Member
+    is_fresh: bool = False
+
+
+@torch.no_grad()
+def go_on(
+    cohort: Cohort, sources: Sequence[int], members: Sequence[Member], fresh: Collection[int] = ()
+) -> None:
+    """Let each place of a cohort go on from the state of another one, with other values.
+
+    A copy is an index: weights, the optimizer's state, running statistics, counters and best
+    values of the sources become those of the places.
+
+    Args:
+        cohort:
+            The cohort, between two rounds.
+        sources:
+            Whose state each place takes; as many places as are wanted.
+        members:
+            Who is in each place from now on. Structure and activation must be the source's.
+        fresh:
+            Places that begin with their member's first weights and a new optimizer; their
+            counters, which the learning rate's decay follows, are the source's all the same.
+
+    Raises:
+        ValueError: If a member's structure is not that of its source.
+    """
+    for source, member in zip(sources, members, strict=True):
+        old, new = cohort.members[source].params, member.params
+        for name in ("activation", "optimizer", "batch_size"):
+            if old.get(name) != new.get(name):
+                raise ValueError(
+                    f"`{name}` must stay {old.get(name)!r} when a network goes on, but "
+                    f"got {new.get(name)!r}."
+                )
+    order = sorted(range(len(sources)), key=lambda place: str(members[place].params["activation"]))
+    members = [members[place] for place in order]
+    cohort.keep([sources[place] for place in order])
+    cohort.members = members
+    cohort.network.retune([m.params for m in members], lambda: cohort.task.build(members))
+    for place, member in enumerate(members):
+        if order[place] in fresh:
+            _begin_anew(cohort, place, member)
+    cohort.tabulate()
+
+
+def _begin_anew(cohort: Cohort, place: int, member: Member) -> None:
+    """Put a member's first weights in its place, and forget its optimizer's state."""
+    first = cohort.task.build([member]).state_dict()
+    for name, tensor in cohort.network.state_dict().items():
+        tensor[place].copy_(first[name][0])
+    for state in (cohort.flat.first, cohort.flat.second, cohort.flat.steps):
+        state[place] = 0
+
+
+def follow(
+    cohort: Cohort,
+    course: Sequence[Stage],
+    until: int,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Train a cohort of one along a course; its value at the end, None if time ran out.
+
+    Args:
+        cohort:
+            A new cohort of one; its member is that of the first stage.
+        course:
+            All stages, the first of which begins at 0.
+        until:
+            Rounds to train.
+        out_of_time:
+            Asked before every step; once it says yes, training stops.
+    """
+    value = math.nan
+    for stage, following in zip(course, [*course[1:], None], strict=True):
+        if cohort.done[0] or stage.is_fresh:
+            go_on(cohort, [0], [stage.member], fresh=[0] if stage.is_fresh else [])
+        end = until if following is None else min(until, following.begin)
+        while cohort.done[0] < end:
+            cohort.evaluate_at(end)
+            scores = cohort.train_round(out_of_time)
+            if scores is None:
+                return None
+            value = scores.value[0]
+    return value
