@@ -284,7 +284,10 @@ class Admission:
 
     def _admit_planned(self) -> None:
         """Ask for the next points of a plan, and group them as they come."""
-        most, left = self.cohort_size or self._generation(PLANNED), self.asker.left()
+        if self.problem.one_by_one and self.pool.alive:
+            return
+        planned = 1 if self.problem.one_by_one else self._generation(PLANNED)
+        most, left = self.cohort_size or planned, self.asker.left()
         count = most - self.pool.alive if left is None else min(most - self.pool.alive, left)
         if (count < max(1, most // REFILL) and count != left) or count < 1:
             return

@@ -17,9 +17,14 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.search.follower import FollowerSampler
+from optuna_nnhp.search.levels import LevelsSampler
 from optuna_nnhp.study.deferred import DeferredStorage
-from optuna_nnhp.study.grid import enqueue_grid
-from optuna_nnhp.study.grid import points_left
+from optuna_nnhp.study.grid import CUT_SHORT as CUT_SHORT
+from optuna_nnhp.study.grid import DUPLICATE
+from optuna_nnhp.study.grid import FIXED
+from optuna_nnhp.study.grid import Points
+from optuna_nnhp.study.grid import as_levels
+from optuna_nnhp.study.grid import is_cut_short
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
@@ -34,9 +39,7 @@ PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
 BASELINE = "baseline"  # attribute of the trial with the default configuration
 PORTFOLIO = "portfolio"  # attribute of the trials with the template's other first configurations
 PORTFOLIO_SHARE = 10  # of a number of trials, at most one of so many is from the portfolio
-FIXED = "fixed_params"  # system attribute of trials that were enqueued
 MOST_REFUSED = 100  # trials in a row, before a study ends
-CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Asker:
             The study's storage.
 
     Attributes:
-        is_grid: Whether the points of a grid are enqueued.
+        points: Those of a grid, if there is one.
         refused: How many trials in a row could not be trained.
         finished: Number of trials that have ended.
         running: Trials that were asked here and have not ended, by number.
@@ -64,41 +67,42 @@ class Asker:
     problem: Problem
     budget: Budget
     storage: DeferredStorage
-    is_grid: bool = False
+    points: Points | None = None
     refused: int = 0
     finished: int = 0
     running: dict[int, RunningTrial] = field(default_factory=dict)
 
-    def begin(self) -> None:
+    def begin(self, *, with_portfolio: bool = True) -> None:
         """Enqueue what comes first: the defaults in a new study, the points of a grid."""
         defaults, sampler = self.problem.defaults(), self.study.sampler
-        if isinstance(sampler, GridSampler):
-            enqueue_grid(self.study, sampler, defaults)
-            self.is_grid, self.study.sampler = True, RandomSampler()
+        if isinstance(sampler, GridSampler | LevelsSampler):
+            self.points = Points(self.study, self.storage)
+            self.points.enqueue(as_levels(sampler, self.problem), self.problem, self.budget)
+            self.study.sampler = RandomSampler()
         elif not self.study.get_trials(deepcopy=False):
             self.study.enqueue_trial(defaults, user_attrs={BASELINE: True})
             portfolio, left = self.problem.portfolio(), self.budget.n_trials
-            if self.plans:
-                return  # it has its own wishes, of all trials
+            if self.plans or not with_portfolio:
+                return  # there are other wishes, of all trials
             for params in portfolio[: None if left is None else left // PORTFOLIO_SHARE]:
                 self.study.enqueue_trial(params, user_attrs={PORTFOLIO: True})
 
     @property
     def plans(self) -> bool:
         """Whether the sampler fixes every value, so that there are no followers."""
-        return self.is_grid or isinstance(self.study.sampler, PLANNERS)
+        return self.points is not None or isinstance(self.study.sampler, PLANNERS)
 
     def left(self) -> int | None:
         """Trials still to start, those of other workers counted; a grid ends by itself."""
         self.storage.refresh()
         trials = self.study.get_trials(deepcopy=False)
-        self.finished = sum(t.state.is_finished() and not _never_trained(t) for t in trials)
+        is_free = _never_trained if self.points is None else is_cut_short
+        self.finished = sum(t.state.is_finished() and not is_free(t) for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in trials)
         left = self.budget.left(self.finished + running)
-        if self.is_grid:
-            rest = points_left(self.study)
-            return rest if left is None else min(left, rest)
-        return left
+        if self.points is None:
+            return left
+        return self.points.left if left is None else min(left, self.points.left)
 
     def ask_portfolio(self) -> list[RunningTrial]:
         """The template's first configurations, of those that nobody has taken yet."""
@@ -141,7 +145,9 @@ class Asker:
 
     def _ask_one(self) -> list[RunningTrial]:
         """One trial, or none if its network cannot be built; then it has failed already."""
-        trial = self.study.ask()
+        trial = self.study.ask() if self.points is None else self.points.take()
+        if trial is None:  # another worker was faster
+            return []
         try:
             member = self.problem.member(trial.number, suggest(trial, self.problem.space))
             signature = self.problem.signature(member)
@@ -174,4 +180,4 @@ class Asker:
 def _never_trained(trial: FrozenTrial) -> bool:
     """Whether a trial failed through no fault of its own, and so does not count."""
     cause = trial.user_attrs.get("cause")
-    return trial.state == TrialState.FAIL and cause in ("killed", *CUT_SHORT)
+    return trial.state == TrialState.FAIL and cause in ("killed", DUPLICATE, *CUT_SHORT)

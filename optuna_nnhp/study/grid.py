@@ -1,79 +1,361 @@
-"""Grids: each point once, also after an interruption and with several workers."""
+"""Grids: planned before a study; each point once, by any number of workers, whatever happens."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict
 from collections.abc import Mapping
-import itertools
+from collections.abc import Sequence
+import dataclasses
+import time
 from typing import Any
 
+import optuna
 from optuna import Study
+from optuna import Trial
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp.hyperparameters.record import Hyperparameter
 from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.search.levels import MOST_POINTS
+from optuna_nnhp.search.levels import Grid
+from optuna_nnhp.search.levels import LevelsSampler
+from optuna_nnhp.search.levels import Point
+from optuna_nnhp.search.levels import as_held
+from optuna_nnhp.search.levels import check_levels
+from optuna_nnhp.search.levels import key
+from optuna_nnhp.search.levels import levels_of
+from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.study.sizes import measured_pace
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.machine import single_blas
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+FIXED = "fixed_params"  # system attribute of trials that were enqueued
+CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
+DUPLICATE = "duplicate"  # cause of a trial whose point another worker had enqueued before
+FIRST_POINTS = 10_000  # of a huge grid, where no number of trials says how many are wanted
+# A grid's time is that of a few points, which the order spreads over it: so many, or as many as
+# are measured in these seconds.
+PROBED, PROBE_SECONDS = 16, 3.0
+# What a user's own network makes of the catalogue's structure is up to it.
+STRUCTURE = ("width_shape",)
+ADVICE = (
+    "give fewer `levels`, pin more in `fixed`, or take the part that fits, spread over the "
+    "grid, with `method_options={'partial': True}`."
+)
 
 
-def check_grid(sampler: GridSampler, names: Collection[str]) -> None:
-    """Raise unless a grid holds exactly the hyperparameters that are tuned.
+def plan_grid(
+    problem: Problem,
+    budget: Budget,
+    levels: Mapping[str, Sequence[Value]] | None = None,
+    partial: bool = False,
+    seed: int = 0,
+) -> LevelsSampler:
+    """The points of a grid, in an order whose beginning is spread over it.
+
+    The default configuration comes first if it is on the grid. Points that differ only in what
+    has no effect (`huber_delta` beside another loss) are one point. Whether all of it fits into
+    a timeout, or a study that is continued, is checked when it begins (`Points.enqueue`).
+
+    Args:
+        problem:
+            What is tuned.
+        budget:
+            How long.
+        levels:
+            Values by name, and all else that is tuned keeps its default; if None the catalogue's
+            levels of all that is tuned (see `search.levels.levels_of`).
+        partial:
+            Whether a part of the grid is enough where the budget is too small.
+        seed:
+            Of the order.
 
     Raises:
-        ValueError: If it lacks one or has another one.
+        ValueError: If a level is none of its range, or the grid is larger than the budget.
+    """
+    grid = _grid(problem, levels)
+    if not partial:
+        _check_count(grid, budget)
+    most = budget.n_trials if partial else None
+    if most is None:
+        most = FIRST_POINTS if grid.count > MOST_POINTS else grid.count
+    points, defaults = grid.spread(seed, most), problem.defaults()
+    if grid.levels.keys() <= defaults.keys() and grid.has(held := _held(defaults, problem.space)):
+        first = {**grid.rest, **grid.settled({name: held[name] for name in grid.levels})}
+        points = [first, *(point for point in points if key(point) != key(first))][:most]
+    part = f"; {len(points):,} are tried, spread over it" if len(points) < grid.count else ""
+    return LevelsSampler(points, f"{grid}{part}", is_part=partial)
+
+
+def _grid(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Grid:
+    """All combinations of a problem's levels."""
+    space, known = problem.space, _records(problem)
+    if not space:
+        raise ValueError("A grid must have something to tune, but everything is in `fixed`.")
+    if levels is None:
+        chosen = {name: levels_of(d, known.get(name)) for name, d in space.items()}
+    else:
+        chosen = check_levels(levels, space, known)
+    defaults = _held(problem.defaults(), space)
+    rest = {
+        name: defaults[name] if name in defaults else levels_of(d, known.get(name))[0]
+        for name, d in space.items()
+        if name not in chosen
+    }
+    resting = {name: defaults.get(name, values[0]) for name, values in chosen.items()}
+    return Grid(chosen, rest, problem.fixed, resting, known)
+
+
+def _records(problem: Problem) -> dict[str, Hyperparameter]:
+    """What the catalogue knows of a problem's hyperparameters."""
+    known = records(problem.description["task"])
+    if problem.description["template"] == "own":
+        for name in STRUCTURE:
+            known[name] = dataclasses.replace(known[name], only_with={}, not_with={})
+    return known
+
+
+def _held(point: Mapping[str, Value], space: Mapping[str, BaseDistribution]) -> Point:
+    return {name: as_held(value, space[name]) for name, value in point.items()}
+
+
+def _check_count(grid: Grid, budget: Budget) -> None:
+    """Raise if a grid has more points than there are trials, or than can be listed."""
+    trials = budget.n_trials
+    if trials is not None and grid.count > trials:
+        raise ValueError(
+            f"A grid must have at most `n_trials` points, {trials:,}, but has {grid}: {ADVICE}"
+        )
+    if grid.count > MOST_POINTS:
+        raise ValueError(
+            f"A grid must have at most {MOST_POINTS:,} points, but has {grid}: {ADVICE}"
+        )
+
+
+def check_grid(sampler: GridSampler, space: Mapping[str, BaseDistribution]) -> None:
+    """Raise unless a grid of Optuna's holds exactly what is tuned, within its ranges.
+
+    Raises:
+        ValueError: If a hyperparameter is missing, another one is there, or a value is none.
 
     Example:
-        >>> check_grid(GridSampler({"depth": [1, 2]}), ["depth"])
+        >>> from optuna.distributions import IntDistribution
+        >>> check_grid(GridSampler({"depth": [1, 2]}), {"depth": IntDistribution(1, 8)})
     """
     grid = sampler._search_space
-    if set(grid) != set(names):
-        lacks, more = sorted({*names} - {*grid}), sorted({*grid} - {*names})
+    if set(grid) != set(space):
+        lacks, more = sorted({*space} - {*grid}), sorted({*grid} - {*space})
         raise ValueError(
             "The grid must hold what is tuned and nothing else (`space`, `fixed`), but it lacks "
             f"[{', '.join(lacks)}] and has [{', '.join(more)}] besides."
         )
+    count = Grid(check_levels(grid, space, {}), {}, {}, {}, {}).count
+    if count > MOST_POINTS:
+        raise ValueError(f"A grid must have at most {MOST_POINTS:,} points, but has {count:,}.")
 
 
-def enqueue_grid(study: Study, sampler: GridSampler, defaults: Mapping[str, Value]) -> None:
-    """Enqueue the default configuration and every point that no trial of the study has.
+def as_levels(sampler: GridSampler | LevelsSampler, problem: Problem) -> LevelsSampler:
+    """A grid's points; of Optuna's own all that the user wrote, after the default configuration.
 
     Optuna's sampler itself expects to be asked within `Study.optimize`, gives two workers the
     same point, and never comes back to one whose trial was killed.
+    """
+    if isinstance(sampler, LevelsSampler):
+        return sampler
+    grid = Grid(check_levels(sampler._search_space, problem.space, {}), {}, {}, {}, {})
+    points = grid.spread(seed=0)
+    first = points[0] | _held(problem.defaults(), problem.space)
+    return LevelsSampler(
+        [first, *(p for p in points if key(p) != key(first))], str(grid), is_part=True
+    )
+
+
+class Points:
+    """The points of a grid in a study: each is enqueued once, and handed out once.
+
+    Two workers that begin together may both enqueue them. Then the trial with the lowest number
+    is the point's; any other one ends as FAIL, by whoever finds it, and counts nowhere.
 
     Args:
         study:
             The study.
-        sampler:
-            Only its grid is used.
-        defaults:
-            Tried first in a new study; a point of the grid is not tried twice.
+        storage:
+            Its storage.
 
     Example:
-        >>> import optuna
-        >>> study = optuna.create_study()
-        >>> enqueue_grid(study, GridSampler({"depth": [1, 2]}), {"depth": 2})
-        >>> [t.system_attrs["fixed_params"] for t in study.trials]
-        [{'depth': 2}, {'depth': 1}]
+        >>> storage = DeferredStorage(optuna.storages.InMemoryStorage())
+        >>> points = Points(optuna.create_study(storage=storage), storage)
+        >>> points.add([{"depth": 2}, {"depth": 1}])
+        >>> points.add([{"depth": 2}])
+        >>> points.withdraw_duplicates()
+        >>> [points.left, points.take().number, points.take().number, points.take()]
+        [2, 0, 1, None]
     """
-    grid = sampler._search_space
-    trials = study.get_trials(deepcopy=False)
-    first = {name: values[0] for name, values in grid.items()} | dict(defaults)
-    points = [dict(zip(grid, p, strict=True)) for p in itertools.product(*grid.values())]
-    known = {_key(_point(t)) for t in trials if t.state != TrialState.FAIL}
-    for point in points if trials else [first, *points]:
-        if _key(point) not in known:
-            known.add(_key(point))
-            study.enqueue_trial(point)
+
+    def __init__(self, study: Study, storage: DeferredStorage) -> None:
+        self._study, self._storage = study, storage
+        self._numbers: dict[str, list[int]] = defaultdict(list)  # of trials, by their point's key
+        self._known = 0  # trials that are in there
+
+    @property
+    def left(self) -> int:
+        """How many wait to be started."""
+        return len(self._waiting())
+
+    def enqueue(self, plan: LevelsSampler, problem: Problem, budget: Budget) -> None:
+        """Enqueue what no trial has, as far as the number of trials goes.
+
+        Points whose trial ended before its time are tried again, and those whose trial failed
+        too, after all others, if there are trials left.
+
+        Raises:
+            ValueError: If the budget is too small for all that is left, and a part is not enough.
+        """
+        self._storage.refresh()
+        trials = self._study.get_trials(deepcopy=False)
+        owners = {key(point_of(t)): t for t in reversed(trials) if not is_undone(t)}
+        found = [(point, owners.get(key(point))) for point in plan.points]
+        missing = [point for point, owner in found if owner is None]
+        begun = sum(o is not None and o.state != TrialState.WAITING for _, o in found)
+        failed = {key(point_of(t)) for t in trials if is_undone(t) and not is_cut_short(t)}
+        missing.sort(key=lambda point: key(point) in failed)
+        fresh = [point for point in missing if key(point) not in failed]
+        waiting = [point_of(t) for t in reversed(owners.values()) if t.state == TrialState.WAITING]
+        ended = sum(t.state.is_finished() and not is_cut_short(t) for t in trials)
+        running = sum(t.state == TrialState.RUNNING for t in owners.values())
+        left = budget.left(ended + running)
+        _logger.info(f"The grid has {plan.text}{f'; begun before: {begun:,}' if trials else ''}.")
+        if not plan.is_part:
+            _check_left(problem, budget, left, [*fresh, *waiting])
+        self.add(missing if left is None else missing[: max(0, left - len(waiting))])
+        self.withdraw_duplicates()
+
+    def add(self, points: Sequence[Point]) -> None:
+        """Enqueue points, all at once."""
+        templates = [
+            optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={FIXED: point})
+            for point in points
+        ]
+        if templates:
+            self._storage.create_new_trials(self._study._study_id, templates)
+
+    def withdraw_duplicates(self) -> None:
+        """End the trials that wait for a point that has one already."""
+        self._storage.refresh()
+        trials = self._listed()
+        with self._storage.batch():
+            for trial in trials:
+                waits = trial.state == TrialState.WAITING and FIXED in trial.system_attrs
+                if waits and self._is_duplicate(trial, trials) and self._claim(trial):
+                    self._withdraw(trial)
+
+    def take(self) -> Trial | None:
+        """Start the next point's trial; None if there is none left."""
+        for trial in self._waiting():
+            if not self._claim(trial):
+                continue
+            if not self._is_duplicate(trial, self._listed()):
+                return Trial(self._study, trial._trial_id)
+            self._withdraw(trial)
+        return None
+
+    def _waiting(self) -> list[FrozenTrial]:
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return [trial for trial in waiting if FIXED in trial.system_attrs]
+
+    def _claim(self, trial: FrozenTrial) -> bool:
+        """Start a trial, unless another worker is the first to do so."""
+        try:
+            return self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        except UpdateFinishedTrialError:
+            return False
+
+    def _withdraw(self, trial: FrozenTrial) -> None:
+        self._storage.set_trial_user_attr(trial._trial_id, "cause", DUPLICATE)
+        self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    def _listed(self) -> list[FrozenTrial]:
+        """All trials; the new ones are noted by their point."""
+        trials = self._study.get_trials(deepcopy=False)
+        for trial in trials[self._known :]:
+            self._numbers[key(point_of(trial))].append(trial.number)
+        self._known = len(trials)
+        return trials
+
+    def _is_duplicate(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
+        """Whether a trial with a lower number has the point; all of those are known here."""
+        same = self._numbers[key(point_of(trial))]
+        return any(n < trial.number and not is_undone(trials[n]) for n in same)
 
 
-def points_left(study: Study) -> int:
-    """How many trials of the grid wait to be started."""
-    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    return sum("fixed_params" in trial.system_attrs for trial in waiting)
+def point_of(trial: FrozenTrial) -> dict[str, Any]:
+    """What a trial has or will have; one that begins does not have all of it yet."""
+    return {**trial.system_attrs.get(FIXED, {}), **trial.params}
 
 
-def _point(trial: FrozenTrial) -> dict[str, Any]:
-    return trial.params or trial.system_attrs.get("fixed_params", {})
+def is_cut_short(trial: FrozenTrial) -> bool:
+    """Whether a trial of a grid ended before its time, so that it does not count."""
+    is_partial = trial.state in (TrialState.FAIL, TrialState.PRUNED)
+    return is_partial and trial.user_attrs.get("cause") in ("killed", DUPLICATE, *CUT_SHORT)
 
 
-def _key(point: Mapping[str, Any]) -> str:
-    return repr(sorted(point.items()))
+def is_undone(trial: FrozenTrial) -> bool:
+    """Whether a trial's point is to be tried again."""
+    return trial.state == TrialState.FAIL or is_cut_short(trial)
+
+
+def _check_left(
+    problem: Problem, budget: Budget, left: int | None, points: Sequence[Point]
+) -> None:
+    """Raise if the budget is too small for some points; nothing to do is no fault."""
+    if left and len(points) > left:
+        raise ValueError(
+            f"What is left of a grid must be at most as many points as `n_trials` leaves trials, "
+            f"{left:,}, but is {len(points):,}: {ADVICE}"
+        )
+    if budget.timeout is None or left == 0 or not points:
+        return
+    seconds = len(points) * _seconds_each(problem, points[:PROBED])
+    if seconds > budget.seconds_left:
+        raise ValueError(
+            f"A grid must fit into the timeout of {budget.timeout:,g} s, but {len(points):,} "
+            f"points take about {seconds:,.0f} s if none ends early: {ADVICE}"
+        )
+
+
+def _seconds_each(problem: Problem, points: Sequence[Mapping[str, Value]]) -> float:
+    """Mean seconds of a trial's whole budget, of some points; those that cannot be take none."""
+    seconds, started = list[float](), time.monotonic()
+    with single_blas:
+        for point in points:
+            try:
+                seconds.append(_seconds_of(problem, problem.member(0, point)))
+            except TrialError:
+                seconds.append(0.0)
+            if time.monotonic() - started > PROBE_SECONDS:
+                break
+    return sum(seconds) / len(seconds)
+
+
+def _seconds_of(problem: Problem, member: Member) -> float:
+    """Seconds of a trial's whole budget: given, or by a measurement."""
+    params = member.params
+    if params.get("seconds") and not (params["iterations"] or params["train_tokens"]):
+        return float(params["seconds"] or 0)
+    step = getattr(problem, "seconds_per_step", None)
+    if step is not None:  # the template measures its steps itself
+        return float(step(member) * problem.attributes(member)["budget_iterations"])
+    problem.signature(member)  # raises what keeps it from being trained
+    pace = measured_pace(problem, member, problem.cohort_size(member))
+    cohort = problem.cohort([member])
+    return pace.round * cohort.total[0] / cohort.batches.per_round

@@ -1,0 +1,467 @@
+"""Grids: planned, checked against the budget, each point once, whoever trains it."""
+
+from __future__ import annotations
+
+from collections import Counter
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.samplers import GridSampler
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+import pytest
+from torch import nn
+
+from optuna_nnhp import Result
+from optuna_nnhp import optimize
+from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp.search.levels import LevelsSampler
+from optuna_nnhp.search.levels import key
+from optuna_nnhp.study import grid
+from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.grid import Points
+from optuna_nnhp.study.grid import check_grid
+from optuna_nnhp.study.grid import plan_grid
+from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.study.sizes import Pace
+from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.templates import DNN
+from optuna_nnhp.templates import GPT
+from optuna_nnhp.templates import OwnNetwork
+from tests.tiny import ENVIRONMENT
+from tests.tiny import TINY
+from tests.tiny import classes
+from tests.tiny import trials
+from tests.tiny import tune
+
+X, Y = classes()
+# All is fixed but these; the default's rate, 0.002, is on the grid.
+LEVELS: dict[str, list[Any]] = {
+    "learning_rate": [0.002, 0.01, 0.1],
+    "optimizer": ["sgd", "adamw"],
+    "squared_decay": [0.9, 0.999],
+}
+FIXED = {
+    name: value
+    for name, value in ({n: h.default for n, h in records("binary").items()} | TINY).items()
+    if name not in (*LEVELS, "iterations")
+}
+COUNT = 9  # sgd has no squared_decay
+FOREVER = Budget(None, None)
+
+
+def dnn(**options: Any) -> DNN:
+    return DNN(X, Y, device="cpu", **({"fixed": FIXED} | options))
+
+
+def planned(n_trials: int | None = None, levels: Any = LEVELS, **options: Any) -> LevelsSampler:
+    return plan_grid(dnn(), Budget(n_trials, None), levels, **options)
+
+
+def run(storage: Any = None, n_trials: int | None = COUNT, **options: Any) -> Result:
+    """A study of the whole grid, unless said otherwise."""
+    usual = {"sampler": planned(), "fixed": FIXED, "storage": storage, "n_trials": n_trials}
+    return tune(X, Y, **(usual | options))
+
+
+def ended(result: Result) -> dict[str, list[FrozenTrial]]:
+    """Finished trials by their point, without those that do not count."""
+    found: dict[str, list[FrozenTrial]] = {}
+    for trial in trials(result):
+        if trial.state.is_finished() and not grid.is_undone(trial):
+            found.setdefault(key(trial.params), []).append(trial)
+    return found
+
+
+# --- Plans ---
+
+
+def test_points_are_complete_and_the_default_comes_first() -> None:
+    problem = dnn(fixed=TINY)
+    plan = plan_grid(problem, FOREVER, LEVELS)
+    assert len(plan.points) == COUNT
+    assert plan.points[0] == problem.defaults()
+    rest = {n: v for n, v in problem.defaults().items() if n not in LEVELS}
+    for point in plan.points:
+        assert point.keys() == problem.space.keys()
+        assert {**point, **rest} == point
+        assert point["optimizer"] == "adamw" or point["squared_decay"] == 0.999
+
+
+def test_a_default_that_is_not_on_the_grid_is_not_tried() -> None:
+    plan = planned(levels=LEVELS | {"learning_rate": [0.01, 0.1]})
+    assert {point["learning_rate"] for point in plan.points} == {0.01, 0.1}
+
+
+def test_without_levels_all_that_is_tuned_has_the_catalogues() -> None:
+    plan = planned(levels=None)
+    points = {(p["learning_rate"], p["optimizer"], p["squared_decay"]) for p in plan.points}
+    rates, names = (0.1, 0.01, 0.001), ("adam", "adamw", "rmsprop")
+    assert points == {
+        *((rate, name, decay) for rate in rates for name in names for decay in (0.95, 0.999)),
+        *((rate, "sgd", 0.999) for rate in rates),
+    }
+
+
+def test_a_default_that_is_no_choice_leaves_a_level_in_its_place() -> None:
+    space = {"optimizer": CategoricalDistribution(("sgd", "nesterov"))}
+    plan = plan_grid(dnn(space=space), FOREVER, {"learning_rate": [0.1]})
+    assert [point["optimizer"] for point in plan.points] == ["sgd"]
+
+
+def test_an_own_network_says_itself_what_its_structure_means() -> None:
+    def network(params: Any) -> nn.Module:
+        width = params["width"] if params["width_shape"] == "funnel" else params["heads"]
+        return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
+
+    levels: dict[str, Any] = {"width_shape": ["constant", "funnel"], "hidden_layers": [1]}
+    space: dict[str, BaseDistribution] = {"heads": IntDistribution(1, 3)}
+    own = OwnNetwork(network, X, Y, space=space, fixed={"epochs": 1}, device="cpu")
+    del levels["hidden_layers"]
+    assert len(plan_grid(own, FOREVER, levels | {"heads": [1, 2]}).points) == 4
+    table = dnn(fixed={"epochs": 1})
+    assert len(plan_grid(table, FOREVER, levels | {"hidden_layers": [1]}).points) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"n_trials": 8},
+            r"at most `n_trials` points, 8, but has 9 points: learning_rate 3 x optimizer 2 x "
+            r"squared_decay 2, less those without a difference: give fewer `levels`.*partial",
+        ),
+        ({"levels": {"learning_rate": [1.0]}}, r"`learning_rate` must be .* but got 1\.0"),
+        ({"levels": {"epochs": [1]}}, "'epochs' is not a hyperparameter that is tuned"),
+    ],
+)
+def test_bad_plans(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(**options)
+
+
+@pytest.mark.parametrize("n_trials", [None, 10**9])
+def test_a_huge_grid(n_trials: int | None) -> None:
+    problem, budget = dnn(fixed=TINY), Budget(n_trials, 60.0)
+    with pytest.raises(ValueError, match=r"at most 100,000 points, but has [\d,]{9,} points"):
+        plan_grid(problem, budget)
+    assert len(plan_grid(problem, Budget(12, None), partial=True).points) == 12
+    assert len(plan_grid(problem, Budget(None, 60.0), partial=True).points) == grid.FIRST_POINTS
+
+
+def test_there_must_be_something_to_tune() -> None:
+    fixed = FIXED | {name: values[0] for name, values in LEVELS.items()}
+    with pytest.raises(ValueError, match="must have something to tune"):
+        plan_grid(dnn(fixed=fixed), FOREVER)
+
+
+def test_part_of_a_grid_is_its_beginning() -> None:
+    part, whole = planned(5, partial=True), planned()
+    assert part.points == whole.points[:5]
+    assert part.text == f"{whole.text}; 5 are tried, spread over it"
+
+
+# --- Studies ---
+
+
+def test_the_size_is_said_before_it_starts(log: pytest.LogCaptureFixture) -> None:
+    storage, seen = optuna.storages.InMemoryStorage(), list[bool]()
+    text = "The grid has 9 points: learning_rate 3 x optimizer 2 x squared_decay 2, less"
+    sampler = planned(4, partial=True)
+    run(storage, 4, sampler=sampler, callbacks=[lambda *_: seen.append(text in log.text)])
+    assert seen == [True] * 4
+    run(storage)
+    assert f"{text} those without a difference; begun before: 4." in log.text
+
+
+@pytest.mark.parametrize("budget", [{"n_trials": COUNT}, {"n_trials": None, "timeout": 300}])
+def test_each_point_once(budget: dict[str, Any]) -> None:
+    result = run(**budget)
+    assert trials(result)[0].params == dnn().defaults()
+    assert Counter(map(len, ended(result).values())) == {1: COUNT}
+    assert len(trials(result)) == COUNT
+
+
+def test_a_part_goes_on_to_the_whole() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    seen = [
+        len(trials(run(storage, n, sampler=planned(n, partial=True)))) for n in (3, 3, 5, COUNT)
+    ]
+    assert seen == [3, 3, 5, COUNT]  # and none is left waiting for another method
+    assert Counter(map(len, ended(run(storage, 50)).values())) == {1: COUNT}
+
+
+def test_what_was_cut_short_is_tried_again() -> None:
+    class Pressed(optuna.pruners.NopPruner):
+        """Prunes nothing, and presses Ctrl-C after the second epoch."""
+
+        def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+            if trial.number == 0 and trial.last_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().prune(study, trial)
+
+    storage = optuna.storages.InMemoryStorage()
+    first = run(storage, pruner=Pressed(), cohort_size=4)
+    cut = [trial for trial in trials(first) if grid.is_cut_short(trial)]
+    assert {trial.state for trial in cut} == {TrialState.PRUNED}
+    result = run(storage)
+    assert Counter(map(len, ended(result).values())) == {1: COUNT}
+    assert len(trials(result)) == COUNT + len(cut)
+    assert all(trial.state.is_finished() for trial in trials(result))
+
+
+def test_a_point_that_failed_is_tried_again_if_there_are_trials_left() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    run(storage, 4, sampler=planned(4, partial=True))
+    study = optuna.load_study(study_name=None, storage=storage)
+    failed = planned().points[5]
+    study.enqueue_trial(failed)
+    study.tell(study.ask(), state=TrialState.FAIL)
+    result = run(storage)  # its trials are those of the points but one: no fault
+    assert len(trials(result)) == COUNT
+    assert key(failed) not in ended(result)
+    assert Counter(map(len, ended(run(storage, COUNT + 1)).values())) == {1: COUNT}
+
+
+def test_the_trials_left_must_suffice_for_the_points_left() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    run(storage, 4, sampler=None, method="random")
+    with pytest.raises(ValueError, match=r"`n_trials` leaves trials, 5, but is [89]: give fewer"):
+        run(storage)
+    assert len(trials(run(storage, sampler=planned(COUNT, partial=True)))) == COUNT
+    assert len(trials(run(storage))) == COUNT  # nothing to do is no fault
+
+
+def test_the_timeout_must_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "_seconds_of", lambda problem, member: 10.0)
+    message = "fit into the timeout of 60 s, but 9 points take about 90 s if none ends early: give"
+    with pytest.raises(ValueError, match=message):
+        run(n_trials=None, timeout=60)
+    part = run(n_trials=None, timeout=60, sampler=planned(partial=True))
+    assert len(ended(part)) == COUNT
+    assert len(ended(run(n_trials=None, timeout=95))) == COUNT
+
+
+TEXT = "to be or not to be that is the question " * 60
+
+
+@pytest.mark.parametrize(
+    "budget, seconds", [({"epochs": 4}, 2.0), ({"iterations": 10}, 2.5), ({"iterations": 2}, 0.5)]
+)
+def test_seconds_of_a_point(
+    budget: dict[str, int], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "measured_pace", lambda *_: Pace(size=1, round=0.5))
+    problem = dnn(fixed={n: v for n, v in FIXED.items() if n != "epochs"} | budget)
+    member = problem.member(0, problem.defaults())
+    assert grid._seconds_of(problem, member) == seconds  # a round is of two steps
+
+
+@pytest.mark.parametrize(
+    "budget, seconds", [({"seconds": 3.0}, 3.0), ({"iterations": 20}, 2.0), ({"seconds": 7}, 7.0)]
+)
+def test_seconds_of_a_point_of_a_text(
+    budget: dict[str, float], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPT, "seconds_per_step", lambda *_: 0.1)
+    problem = GPT(TEXT, fixed={"context": 32, **budget}, device="cpu")
+    assert grid._seconds_of(problem, problem.member(0, problem.defaults())) == seconds
+
+
+def test_points_that_cannot_be_trained_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(problem: Any, member: Any) -> float:
+        if member.params["optimizer"] == "sgd":
+            raise TrialError
+        return 4.0
+
+    monkeypatch.setattr(grid, "_seconds_of", refuse)
+    points: list[dict[str, Any]] = [
+        {"optimizer": name} for name in ("sgd", "adam", "adam", "adam")
+    ]
+    assert grid._seconds_each(dnn(), points) == 3.0
+
+
+def test_a_study_of_an_own_network() -> None:
+    def network(params: Any) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(3, params["units"]), nn.ReLU(), nn.Linear(params["units"], 2)
+        )
+
+    space: dict[str, BaseDistribution] = {"units": IntDistribution(2, 8, log=True)}
+    wishes: dict[str, Any] = {"space": space, "fixed": {"epochs": 1}}
+    own = OwnNetwork(network, X, Y, device="cpu", **wishes)
+    plan = plan_grid(own, Budget(6, None), {"units": [2, 4, 8], "optimizer": ["sgd", "adamw"]})
+    result = optimize(
+        network=network, X=X, y=Y, sampler=plan, n_trials=6, storage=None, device="cpu", **wishes
+    )
+    points = {(t.params["units"], t.params["optimizer"]) for t in trials(result)}
+    assert len(points) == len(trials(result)) == 6
+
+
+def test_a_study_of_language_models() -> None:
+    fixed = {"iterations": 9, "layers": 1, "heads": 2, "context": 32, "batch_tokens": 64}
+    levels: Any = {"optimizer": ["muon", "adamw"], "muon_learning_rate": [0.01, 0.02]}
+    problem = GPT(TEXT, fixed=fixed, device="cpu")
+    plan = plan_grid(problem, Budget(3, None), levels)
+    wishes: dict[str, Any] = {"fixed": fixed, "n_trials": 3, "storage": None, "device": "cpu"}
+    result = optimize("gpt", TEXT, sampler=plan, **wishes)
+    points = [(t.params["optimizer"], t.params["muon_learning_rate"]) for t in trials(result)]
+    assert points[0] == ("muon", 0.02)  # the default
+    assert sorted(points) == [("adamw", 0.02), ("muon", 0.01), ("muon", 0.02)]
+
+
+# --- Optuna's own ---
+
+
+@pytest.mark.parametrize(
+    "levels, message",
+    [
+        ({"learning_rate": [0.1, 0.7]}, r"`learning_rate` must be .* but got 0\.7"),
+        ({"depth": [1]}, r"lacks \[learning_rate\] and has \[depth\] besides"),
+    ],
+)
+def test_bad_grids_of_optuna(levels: dict[str, list[Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_grid(GridSampler(levels), {"learning_rate": FloatDistribution(0.1, 0.5)})
+
+
+def test_a_huge_grid_of_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "MOST_POINTS", 5)
+    with pytest.raises(ValueError, match="at most 5 points, but has 6"):
+        check_grid(GridSampler({"x": range(6)}), {"x": IntDistribution(0, 9)})
+
+
+# --- Workers ---
+
+
+def two_workers() -> tuple[Points, Points, optuna.Study]:
+    """Two workers of one study, and the study as it is."""
+    backend = optuna.storages.InMemoryStorage()
+    plain = optuna.create_study(storage=backend, study_name="both")
+
+    def worker() -> Points:
+        storage = DeferredStorage(backend)
+        return Points(optuna.load_study(study_name="both", storage=storage), storage)
+
+    return worker(), worker(), plain
+
+
+def test_of_equal_points_the_lowest_number_counts() -> None:
+    one, other, study = two_workers()
+    one.add([{"x": 1}, {"x": 2}])
+    other.add([{"x": 2}, {"x": 1}, {"x": 3}])
+    taken = [trial.number for trial in iter(one.take, None)]
+    assert taken == [0, 1, 4]
+    assert [t.state.name for t in study.trials] == [
+        "RUNNING",
+        "RUNNING",
+        "FAIL",
+        "FAIL",
+        "RUNNING",
+    ]
+    assert {t.user_attrs.get("cause") for t in study.trials[2:4]} == {"duplicate"}
+    assert other.take() is None
+
+
+def test_who_enqueues_too_late_withdraws() -> None:
+    one, other, study = two_workers()
+    one.add([{"x": 1}, {"x": 2}])
+    first = one.take()
+    other.add([{"x": 1}, {"x": 2}])
+    other.withdraw_duplicates()
+    assert [t.state.name for t in study.trials] == ["RUNNING", "WAITING", "FAIL", "FAIL"]
+    second = other.take()
+    assert first is not None and second is not None
+    assert (first.number, second.number, one.take()) == (0, 1, None)
+
+
+def test_duplicates_that_nobody_has_withdrawn_yet_are_no_points() -> None:
+    backend = optuna.storages.InMemoryStorage()
+    run(backend, 1, sampler=planned(1, partial=True))
+    study = optuna.load_study(study_name=None, storage=backend)
+    for point in planned().points[1:] * 2:
+        study.enqueue_trial(point)
+    result = run(backend)
+    assert Counter(map(len, ended(result).values())) == {1: COUNT}
+    assert sum(t.state == TrialState.FAIL for t in trials(result)) == COUNT - 1
+
+
+def test_a_point_whose_trial_failed_is_no_duplicate() -> None:
+    one, _, study = two_workers()
+    one.add([{"x": 1}, {"x": 1}])
+    study._storage.set_trial_state_values(study.trials[0]._trial_id, TrialState.FAIL)
+    taken = one.take()
+    assert taken is not None and taken.number == 1
+
+
+def test_trials_that_nobody_enqueued_are_left_alone() -> None:
+    one, _, study = two_workers()
+    study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
+    assert (one.left, one.take()) == (0, None)
+
+
+STORAGES = {"journal": "both.journal", "sqlite": "sqlite:///both.db"}
+WORKER = """
+import sys, time
+from pathlib import Path
+from optuna_nnhp.study.grid import Points
+from tests.study import test_grid
+
+add = Points.add
+
+
+def add_together(points, missing):
+    Path(f"{storage}-{sys.argv[1]}").touch()
+    while not all(Path(f"{storage}-{name}").exists() for name in "ab"):
+        time.sleep(1e-3)
+    add(points, missing)
+
+
+Points.add = add_together
+for storage, url in test_grid.STORAGES.items():
+    test_grid.run(url)
+"""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where two processes have worked, which enqueued all points at once."""
+    folder = tmp_path_factory.mktemp("both")
+    environment = {**os.environ, **ENVIRONMENT}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for url in STORAGES.values():
+            open_storage(url)
+        workers = [
+            subprocess.Popen([sys.executable, "-c", WORKER, name], env=environment)
+            for name in "ab"
+        ]
+        assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_two_processes_cover_each_point_once(
+    storage: str, both: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(both)
+    (study,) = (
+        optuna.load_study(study_name=name, storage=open_storage(STORAGES[storage]))
+        for name in optuna.get_all_study_names(open_storage(STORAGES[storage]))
+    )
+    causes = Counter(trial.user_attrs["cause"] for trial in study.trials)
+    assert causes.pop("duplicate") == COUNT  # both had enqueued all
+    assert sum(causes.values()) == COUNT
+    done = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    assert len({key(trial.params) for trial in done}) == len(done) == COUNT
+    assert not any(t.params for t in study.trials if t.user_attrs["cause"] == "duplicate")
