@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Generator
 
-INITIALIZATION, NOISE, WINDOWS = 1, 2, 3  # what the numbers are for: the second key
+INITIALIZATION, NOISE, WINDOWS, REPLICATES = 1, 2, 3, 4  # what the numbers are for: the second key
 _global_state = threading.RLock()
 
 

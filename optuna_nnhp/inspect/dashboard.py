@@ -21,12 +21,14 @@ from optuna.trial import FrozenTrial
 
 from optuna_nnhp.inspect.figures import learning_curves
 from optuna_nnhp.inspect.figures import learning_rate
+from optuna_nnhp.inspect.replicated import replicated
 from optuna_nnhp.inspect.summary import SAMPLE
 from optuna_nnhp.inspect.summary import is_language
 from optuna_nnhp.inspect.summary import language_rows
+from optuna_nnhp.inspect.summary import leading
 from optuna_nnhp.inspect.summary import metric_name
+from optuna_nnhp.inspect.summary import over_seeds
 from optuna_nnhp.inspect.summary import range_text
-from optuna_nnhp.inspect.summary import ranked
 from optuna_nnhp.inspect.summary import search_space
 from optuna_nnhp.inspect.summary import shown
 from optuna_nnhp.inspect.summary import summary
@@ -92,12 +94,13 @@ def study_note(study: optuna.Study) -> str:
     rows = summary(study)
     parts = [f"## {_escaped(rows.pop('study'))}"]
     rows.pop("best")
+    rows.pop("other seeds", None)
     parts.append("\n".join(f"- **{_escaped(k)}**: {_escaped(text)}" for k, text in rows.items()))
     parts.append("### Best so far")
-    if complete := ranked(study):
-        best = complete[0]
+    if best := leading(study):
         value = f"{_escaped(metric_name(study))} {shown(best.value)}"
-        parts.append(f"**{value}** in trial {best.number}")
+        seeds = f"; {_escaped(words)}" if (words := over_seeds(study)) else ""
+        parts.append(f"**{value}** in trial {best.number}{seeds}")
         parts.append(_table(best.params, ("parameter", "value")))
         parts += _sample(study, best)
     else:
@@ -139,6 +142,7 @@ def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
     """
     attrs = trial.user_attrs
     facts = {
+        "other seeds": _words(study, trial),
         "best epoch": attrs.get("best_epoch"),
         "epochs": attrs.get("epochs"),
         "iterations": attrs.get("iterations"),
@@ -162,6 +166,11 @@ def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
         "`result.save` wrote.",
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def _words(study: optuna.Study, trial: FrozenTrial) -> str | None:
+    """What a trial came to with other seeds."""
+    return next((r.words for r in replicated(study) if r.number == trial.number), None)
 
 
 def _fingerprint(study: optuna.Study) -> str:
@@ -203,14 +212,14 @@ def _note_target(study: optuna.Study, number: int) -> optuna.Trial:
 def _annotate_best(study: optuna.Study, before: int | None) -> int | None:
     """Write the note of the best trial, take ours off the trial that was best before."""
     dashboard = _optuna_dashboard()
-    complete = ranked(study)
-    best = complete[0].number if complete else None
+    leader = leading(study)
+    best = leader.number if leader else None
     if before is not None and before != best:
         target = _note_target(study, before)
         _write_note(target, dashboard.get_note(target).partition(_OWN_NOTES)[2].strip())
-    if best is not None:
-        target = _note_target(study, best)
-        own = trial_note(study, complete[0])
+    if leader is not None:
+        target = _note_target(study, leader.number)
+        own = trial_note(study, leader)
         _write_note(target, _merged(own, dashboard.get_note(target)))
     return best
 

@@ -9,8 +9,8 @@ from html import escape
 import optuna
 import plotly.graph_objects as go
 
+from optuna_nnhp.inspect.summary import leading
 from optuna_nnhp.inspect.summary import range_text
-from optuna_nnhp.inspect.summary import ranked
 from optuna_nnhp.inspect.summary import search_space
 from optuna_nnhp.inspect.summary import shown
 from optuna_nnhp.inspect.summary import summary
@@ -73,9 +73,9 @@ def index_html(study: optuna.Study, figures: Mapping[str, go.Figure]) -> str:
         True
     """
     top, bottom = [_table(summary(study))], []
-    if complete := ranked(study):
-        best = _table(complete[0].params, ("parameter", "value"))
-        top.append(f"<h2>Best trial: {complete[0].number}</h2>{best}")
+    if leader := leading(study):
+        best = _table(leader.params, ("parameter", "value"))
+        top.append(f"<h2>Best trial: {leader.number}</h2>{best}")
     if space := {name: range_text(found) for name, found in search_space(study).items()}:
         bottom.append("<h2>What is tuned</h2>" + _table(space, ("parameter", "range")))
     if fixed := study.user_attrs.get("fixed"):

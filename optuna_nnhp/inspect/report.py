@@ -16,7 +16,7 @@ from optuna_nnhp.study.storage import beside
 from optuna_nnhp.study.storage import without_password
 
 ROWS = (
-    *("data", "budget", "trials", "ended by", "best"),
+    *("data", "budget", "trials", "ended by", "best", "other seeds"),
     *("perplexity", "loss", "trained on", "speed"),
 )
 

@@ -14,10 +14,15 @@ from optuna.trial import TrialState
 import pandas as pd
 from torch import nn
 
+from optuna_nnhp.inspect.replicated import replicates_frame
+from optuna_nnhp.inspect.replicated import winner
+from optuna_nnhp.study.lockstep import stages_of
+from optuna_nnhp.study.trials import params_as_trained
 from optuna_nnhp.templates.common import Template
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.predictor import Predictor
 from optuna_nnhp.training.checkpoint import BestWeights
+from optuna_nnhp.training.course import follow
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -53,7 +58,13 @@ class Result:
 
     @property
     def best_trial(self) -> FrozenTrial:
-        """The best trial; of equal ones the first."""
+        """The best trial; of equal ones the first.
+
+        With replicates that with the best mean over the other seeds, as far as there are as many
+        of it as of any other, or one less. Its value is then not always the study's best one.
+        """
+        if (chosen := winner(self.study)) is not None:
+            return self.study.get_trials(deepcopy=False)[chosen.number]
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if not complete:
             raise RuntimeError(
@@ -70,7 +81,7 @@ class Result:
 
     @property
     def best_value(self) -> float:
-        """The metric on the validation part."""
+        """The best trial's metric on the validation part, in the study: what `model` has."""
         value = self.best_trial.value
         assert value is not None
         return value
@@ -119,6 +130,25 @@ class Result:
             raise TypeError(f"`{name}` must be called for tables; language models `generate`.")
         return predictor
 
+    @property
+    def replicates(self) -> pd.DataFrame:
+        """What the best configurations came to with other seeds, that with the best mean first.
+
+        One row for each: the trial's ``number``, its ``value`` in the study, and of ``n`` fresh
+        seeds the ``mean`` and the standard deviation ``std``. If ``diverged`` of them have no
+        value, the mean is infinite, on the bad side. No rows in a study without replicates.
+
+        Example:
+            >>> from optuna_nnhp import optimize
+            >>> X = [[float(i)] for i in range(40)]
+            >>> result = optimize(
+            ...     "dnn", X, [i[0] > 9 for i in X], n_trials=1, storage=None, fixed={"epochs": 2}
+            ... )
+            >>> len(result.replicates)
+            0
+        """
+        return replicates_frame(self.study)
+
     def trials_dataframe(self) -> pd.DataFrame:
         """One row per trial: value, parameters, curves and all attributes."""
         return self.study.trials_dataframe()
@@ -147,19 +177,23 @@ class Result:
     def _retrain(self, trial: FrozenTrial) -> nn.Module:
         """Train a trial again, whose weights are not here: same seed, same data, same course."""
         _logger.warning(f"The weights of trial {trial.number} are not here: training it again.")
-        params = dict(trial.params)
-        if steps := trial.user_attrs.get("budget_iterations"):  # of seconds of another machine
-            params["iterations"] = steps
-        cohort = self._problem.cohort([self._problem.member(trial.number, params)])
         best_round = round(trial.user_attrs["best_epoch"] * self._problem.rounds_per_epoch)
-        while cohort.done[0] < best_round:
-            cohort.train_round()
-        value = cohort.best_value(0)
+        if course := stages_of(self._problem, trial):
+            cohort = self._problem.cohort([course[0].member])
+            value = follow(cohort, course, best_round)
+            network = cohort.network.member(0)
+        else:
+            cohort = self._problem.cohort(
+                [self._problem.member(trial.number, params_as_trained(trial))]
+            )
+            while cohort.done[0] < best_round:
+                cohort.train_round()
+            value, network = cohort.best_value(0), cohort.best_network(0)
+        assert value is not None
         if not math.isclose(value, trial.value or 0.0, rel_tol=1e-3, abs_tol=1e-6):
             # Another machine, or a study that was continued with another seed.
             _logger.warning(
                 f"Trial {trial.number} reached {trial.value:.6g}, but {value:.6g} this time."
             )
-        network = cohort.best_network(0)
         self._weights.put(trial.number, network)
         return network

@@ -5,7 +5,7 @@ from __future__ import annotations
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.inspect.summary import SAMPLE
 from optuna_nnhp.inspect.summary import is_language
-from optuna_nnhp.inspect.summary import ranked
+from optuna_nnhp.inspect.summary import leading
 
 TOKENS = 300
 
@@ -18,8 +18,8 @@ def keep_sample(result: Result) -> None:
             What the study found.
     """
     study = result.study
-    complete = ranked(study) if is_language(study) else []
-    if not complete or study.user_attrs.get(SAMPLE, {}).get("trial") == complete[0].number:
+    best = leading(study) if is_language(study) else None
+    if best is None or study.user_attrs.get(SAMPLE, {}).get("trial") == best.number:
         return
-    number = result.best_trial.number
-    study.set_user_attr(SAMPLE, {"trial": number, "text": result.generate(tokens=TOKENS)})
+    text = result.generate(tokens=TOKENS)
+    study.set_user_attr(SAMPLE, {"trial": best.number, "text": text})

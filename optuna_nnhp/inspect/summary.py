@@ -21,6 +21,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.inspect.replicated import winner
+
 # What a short label of a trial shows first; what else the study tunes fills the rest.
 MAIN_PARAMETERS = (
     "learning_rate",
@@ -171,6 +173,35 @@ def ranked(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list
     return [trial for _, trial in sorted(found, key=lambda it: (sign * it[0], it[1].number))]
 
 
+def leading(study: optuna.Study) -> FrozenTrial | None:
+    """What the study's result is: its best trial, with replicates that with the best mean.
+
+    Example:
+        >>> study = optuna.create_study()
+        >>> study.add_trials([optuna.trial.create_trial(value=v) for v in (0.5, 0.4)])
+        >>> leading(study).number
+        1
+    """
+    if (chosen := winner(study)) is not None:
+        return study.get_trials(deepcopy=False)[chosen.number]
+    return next(iter(ranked(study)), None)
+
+
+def over_seeds(study: optuna.Study) -> str:
+    """What the best trial came to with other seeds, in words; empty without replicates.
+
+    Example:
+        >>> study = optuna.create_study()
+        >>> study.add_trial(optuna.trial.create_trial(value=0.25))
+        >>> record = {"0": {"seeds": [1, 2, 3], "values": [0.25, 0.27, 0.29]}}
+        >>> study.set_user_attr("replicates", record)
+        >>> over_seeds(study)
+        '0.27 ± 0.02 over 3 seeds'
+    """
+    chosen = winner(study)
+    return "" if chosen is None else chosen.words
+
+
 def main_parameters(params: Mapping[str, Any], count: int = 8) -> dict[str, Any]:
     """The first ``count`` parameters, those of :data:`MAIN_PARAMETERS` before all others.
 
@@ -256,9 +287,8 @@ def summary(study: optuna.Study) -> dict[str, str]:
     trials = study.get_trials(deepcopy=False)
     states = Counter(trial.state.name.lower().replace("fail", "failed") for trial in trials)
     causes = Counter(str(t.user_attrs["cause"]) for t in trials if "cause" in t.user_attrs)
-    complete = ranked(study)
-    metric = metric_name(study)
-    best = f"{metric} {shown(complete[0].value)} in trial {complete[0].number}" if complete else ""
+    leader, metric = leading(study), metric_name(study)
+    best = f"{metric} {shown(leader.value)} in trial {leader.number}" if leader else ""
     rows = {
         "study": study.study_name,
         "template": attrs.get("template"),
@@ -269,7 +299,8 @@ def summary(study: optuna.Study) -> dict[str, str]:
         "seed": attrs.get("seed"),
         "optuna_nnhp": attrs.get("version"),
         "best": best or "no trial has completed yet",
-        **(language_rows(complete[0]) if complete else {}),
+        "other seeds": over_seeds(study) or None,
+        **(language_rows(leader) if leader else {}),
         "trials": f"{len(trials)} in all" + (f": {_counts(states)}" if trials else ""),
         "ended by": _counts(causes) or None,
         "last call": _timing(attrs.get("timing")),

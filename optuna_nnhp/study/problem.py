@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import Protocol
+from typing import Self
 
 from optuna.distributions import BaseDistribution
 from torch import nn
@@ -73,6 +74,9 @@ class Problem(Protocol):
 
     def cohort(self, members: Sequence[Member]) -> Cohort:
         """A cohort of members with one signature."""
+
+    def reseeded(self, seed: int) -> Self:
+        """The same on the same data, with other first weights, batches and noise."""
 
     def count_weights(self, member: Member) -> int:
         """Number of trained weights."""

@@ -16,6 +16,7 @@ from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.study.problem import Problem
@@ -162,3 +163,17 @@ class RunningTrial:
         if not self.told:
             self.describe(problem, 0, cause)
             self.tell(study, TrialState.FAIL)
+
+
+def params_as_trained(trial: FrozenTrial) -> dict[str, Any]:
+    """What a trial is to be trained again with: its steps if its budget was in seconds.
+
+    Example:
+        >>> trial = optuna.trial.create_trial(value=1.0, user_attrs={"budget_iterations": 90})
+        >>> params_as_trained(trial)
+        {'iterations': 90}
+    """
+    params = dict(trial.params)
+    if steps := trial.user_attrs.get("budget_iterations"):  # of seconds of another machine
+        params["iterations"] = steps
+    return params

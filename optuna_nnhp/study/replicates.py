@@ -1,0 +1,239 @@
+"""Replicates: the best configurations, trained again with other seeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+import math
+from numbers import Integral
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from optuna_nnhp import seeds
+from optuna_nnhp.study.lockstep import COURSE
+from optuna_nnhp.study.lockstep import stages_of
+from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.loop import tidy_interrupts
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.study.sizes import seconds_per_step
+from optuna_nnhp.study.trials import params_as_trained
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.course import follow
+from optuna_nnhp.training.machine import single_blas
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+REPLICATES = "replicates"  # attribute of the study: what each trial came to with other seeds
+CONFIGURATIONS = 5  # so many of the best are trained again
+FEWEST = 2  # where time is short: one alone would have nothing to be compared with
+MOST_SHARE = 0.25  # of the timeout, that replicates may take
+PREDICT_AFTER = 0.5  # of the timeout: then the best networks' kind is known
+MARGIN = 1.5  # times what is predicted: the best trials may still become longer ones
+
+Record = dict[str, dict[str, list[Any]]]  # by trial number, as text: seeds, and values
+
+
+def check_replicates(count: object) -> int | None:
+    """How many replicates are wanted, or a ValueError.
+
+    Example:
+        >>> check_replicates(None), check_replicates(3)
+        (None, 3)
+    """
+    is_whole = isinstance(count, Integral) and not isinstance(count, bool)
+    if count is not None and (not is_whole or count < 1):  # type: ignore[operator]
+        raise ValueError(f"`replicates` must be a whole number of at least 1, but got {count!r}.")
+    return None if count is None else int(count)  # type: ignore[call-overload]
+
+
+@dataclass
+class Replication:
+    """Trains a study's best configurations again, each ``count`` times, with other seeds.
+
+    Other first weights, another order of the data and other noise, but the same data. These are
+    no trials: they are kept as the study's attribute `REPLICATES`, so that the same call again
+    trains only what is missing. A timeout is shared: this object takes a quarter of it from the
+    budget when it is made, and as a callback of the study gives back what it will not need, once
+    half of the time is over and the best configurations can be measured.
+
+    Args:
+        problem:
+            What is tuned.
+        count:
+            Replicates of each configuration.
+        budget:
+            The study's; call `run` after it.
+
+    Attributes:
+        timeout: Seconds for the study and its replicates together.
+        predicted: Whether the budget is final.
+    """
+
+    problem: Problem
+    count: int
+    budget: Budget
+    timeout: float | None = field(init=False)
+    predicted: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.timeout = self.budget.timeout
+        if self.timeout is not None:
+            self.budget.timeout = self.timeout * (1 - MOST_SHARE)
+
+    def __call__(self, study: Study, trial: FrozenTrial) -> None:
+        """Give back what is not needed; a callback of the study."""
+        if self.predicted or self.timeout is None:
+            return
+        if self.budget.seconds < PREDICT_AFTER * self.timeout:
+            return
+        if not (trials := _best(study, self.problem)):
+            return
+        self.predicted, needed = True, MARGIN * self._seconds(trials)
+        self.budget.timeout = self.timeout - min(needed, self.timeout * MOST_SHARE)
+        _logger.debug(f"Up to {needed:.2f} s are kept for replicates.")
+
+    def run(self, study: Study) -> None:
+        """Train what is missing, one seed after the other, until the timeout or Ctrl-C.
+
+        What is not trained to its end is left out.
+        """
+        self.budget.timeout = self.timeout
+        with single_blas, tidy_interrupts(self.budget):
+            trials = self._affordable(study)
+            for seed in (_seed(self.problem.seed, place) for place in range(self.count)):
+                record = study.user_attrs.get(REPLICATES, {})
+                missing = [t for t in trials if self._lacks(record, t.number, seed)]
+                problem = self.problem.reseeded(seed)
+                if not self._train_all(study, problem, seed, missing):
+                    _logger.info("There was no time for all replicates.")
+                    return
+
+    def _train_all(
+        self, study: Study, problem: Problem, seed: int, trials: Sequence[FrozenTrial]
+    ) -> bool:
+        """Train some trials with another seed, and keep their values; whether there was time."""
+        out_of_time = self.budget.out_of_time
+        plain = [trial for trial in trials if COURSE not in trial.user_attrs]
+        for group in _groups(problem, plain):
+            if not out_of_time():
+                _keep(study, seed, dict(_train(problem.cohort(group), out_of_time)))
+        for trial in trials:
+            if COURSE in trial.user_attrs and not out_of_time():
+                _keep(study, seed, _train_course(problem, trial, out_of_time))
+        return not out_of_time()
+
+    def _affordable(self, study: Study) -> list[FrozenTrial]:
+        """The best configurations: rather few of them than few replicates of each."""
+        trials = _best(study, self.problem)
+        if self.timeout is None or self.budget.out_of_time():
+            return trials
+        while len(trials) > FEWEST and self._seconds(trials) > self.budget.seconds_left:
+            trials.pop()
+        return trials
+
+    def _lacks(self, record: Record, number: int, seed: int) -> bool:
+        """Whether a trial has not enough replicates, and none with this seed."""
+        known = record.get(str(number), {}).get("seeds", [])
+        return len(known) < self.count and seed not in known
+
+    def _seconds(self, trials: Sequence[FrozenTrial]) -> float:
+        """Seconds that the replicates of some trials take, by a few steps of each cohort."""
+        steps = {t.number: int(t.user_attrs.get("iterations", 0)) for t in trials}
+        return self.count * sum(
+            max(steps[m.number] for m in group) * seconds_per_step(self.problem.cohort(group))
+            for group in _groups(self.problem, trials)
+        )
+
+
+def _seed(seed: int, place: int) -> int:
+    """The seed of the replicates at one place; all configurations have the same ones.
+
+    Example:
+        >>> len({_seed(study, place) for study in range(3) for place in range(3)})
+        9
+    """
+    return seeds.mixed(seed, seeds.REPLICATES, place) % 2**32
+
+
+def _best(study: Study, problem: Problem) -> list[FrozenTrial]:
+    """The best few COMPLETE trials, best first, without those that repeat another's values."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    sign = -1.0 if problem.maximize else 1.0
+    distinct: dict[tuple[Any, ...], FrozenTrial] = {}
+    for trial in sorted(complete, key=lambda t: (sign * (t.value or 0.0), t.number)):
+        if len(distinct) < CONFIGURATIONS:
+            distinct.setdefault(tuple(sorted(trial.params.items())), trial)
+    return list(distinct.values())
+
+
+def _groups(problem: Problem, trials: Sequence[FrozenTrial]) -> list[list[Member]]:
+    """Trials that can be trained as one cohort each."""
+    groups: dict[Hashable, list[Member]] = defaultdict(list)
+    for trial in trials:
+        try:
+            member = problem.member(trial.number, params_as_trained(trial))
+            groups[problem.signature(member)].append(member)
+        except TrialError as error:
+            _logger.warning(f"Trial {trial.number} cannot be trained again: {error}")
+    parts = list[list[Member]]()
+    for group in groups.values():
+        most = problem.cohort_size(group[0])
+        parts += [group[start : start + most] for start in range(0, len(group), most)]
+    return parts
+
+
+def _train(cohort: Cohort, out_of_time: Callable[[], bool]) -> Iterator[tuple[int, float | None]]:
+    """Train a cohort to its members' ends: trial numbers and best values, None if diverged.
+
+    Those whose time ran out are left out.
+    """
+    while True:
+        scores = cohort.train_round(out_of_time)
+        if scores is None:
+            return
+        ends = {p: end for p, end in zip(scores.places, scores.ended, strict=True) if end}
+        for place, end in ends.items():
+            value = cohort.best_value(place)
+            is_value = end != "diverged" and math.isfinite(value)
+            yield cohort.members[place].number, value if is_value else None
+        stay = [place for place in range(len(cohort.members)) if place not in ends]
+        if not stay:
+            return
+        if ends:
+            cohort.keep(stay)
+
+
+def _train_course(
+    problem: Problem, trial: FrozenTrial, out_of_time: Callable[[], bool]
+) -> dict[int, float | None]:
+    """Train a network along a trial's course, up to the round where the trial was at its best."""
+    course = stages_of(problem, trial)
+    until = round(trial.user_attrs["best_epoch"] * problem.rounds_per_epoch)
+    value = follow(problem.cohort([course[0].member]), course, until, out_of_time)
+    if value is None:
+        return {}
+    return {trial.number: value if math.isfinite(value) else None}
+
+
+def _keep(study: Study, seed: int, found: dict[int, float | None]) -> None:
+    """Add values to the study's record, which other processes may have added to meanwhile."""
+    if not found:
+        return
+    record = study.user_attrs.get(REPLICATES, {})
+    for number, value in found.items():
+        entry = record.setdefault(str(number), {"seeds": [], "values": []})
+        if seed not in entry["seeds"]:
+            entry["seeds"].append(seed)
+            entry["values"].append(value)
+    study.set_user_attr(REPLICATES, record)

@@ -1,0 +1,356 @@
+"""Replicates: the best configurations with other seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import os
+import signal
+import statistics
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+
+from optuna_nnhp import Result
+from optuna_nnhp.inspect.summary import summary
+from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.replicates import CONFIGURATIONS
+from optuna_nnhp.study.replicates import MOST_SHARE
+from optuna_nnhp.study.replicates import REPLICATES
+from optuna_nnhp.study.replicates import Replication
+from optuna_nnhp.study.replicates import check_replicates
+from optuna_nnhp.templates import DNN
+from optuna_nnhp.templates import GPT
+from optuna_nnhp.templates import OwnNetwork
+from optuna_nnhp.templates import Template
+from tests.tiny import DIVERGING
+from tests.tiny import TINY
+from tests.tiny import classes
+from tests.tiny import numbers
+from tests.tiny import tune
+
+X, Y = numbers()
+
+
+def problem_of(**options: Any) -> DNN:
+    return DNN(X, Y, fixed=TINY, device="cpu", **options)
+
+
+def tuned(n_trials: int = 8, **options: Any) -> Result:
+    return tune(X, Y, n_trials=n_trials, method="random", **options)
+
+
+def replicate(result: Result, count: int = 3, budget: Budget | None = None) -> Replication:
+    replication = Replication(result._problem, count, budget or Budget(None, None))
+    replication.run(result.study)
+    return replication
+
+
+def record(result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = result.study.user_attrs.get(REPLICATES, {})
+    return found
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    found = tuned()
+    replicate(found)
+    return found
+
+
+def test_the_best_configurations_have_values_with_other_seeds(result: Result) -> None:
+    complete = sorted(result.study.trials, key=lambda t: t.value or 0.0)
+    assert set(record(result)) == {str(t.number) for t in complete[:CONFIGURATIONS]}
+    seeds = {tuple(entry["seeds"]) for entry in record(result).values()}
+    assert len(seeds) == 1  # the same for all, so that they can be compared
+    assert len(set(*seeds)) == 3
+    assert result.study.user_attrs["seed"] not in next(iter(seeds))
+    for entry in record(result).values():
+        assert len(set(entry["values"])) == 3  # each seed has its own luck
+    assert len(result.study.trials) == 8  # none of them is a trial
+
+
+def test_the_frame_and_the_best_trial_follow_the_mean(result: Result) -> None:
+    frame = result.replicates
+    assert list(frame.columns) == ["number", "value", "mean", "std", "n", "diverged"]
+    assert frame["mean"].is_monotonic_increasing
+    for row in frame.itertuples():
+        values = record(result)[str(row.number)]["values"]
+        assert row.mean == pytest.approx(statistics.fmean(values))
+        assert row.std == pytest.approx(statistics.stdev(values))
+        assert row.value == result.study.trials[int(row.number)].value
+        assert (row.n, row.diverged) == (3, 0)
+    assert result.best_trial.number == frame["number"][0]
+    assert result.best_value == frame["value"][0]
+    assert result.best_params == result.best_trial.params
+
+
+def test_the_winner_by_its_mean_predicts_though_it_did_not_lead() -> None:
+    found = tuned()
+    order = sorted(found.study.trials, key=lambda t: t.value or 0.0)
+    lucky, steady = order[0].number, order[1].number
+    entries = {lucky: [90.0, 91.0], steady: [50.0, 51.0]}
+    found.study.set_user_attr(
+        REPLICATES, {str(n): {"seeds": [1, 2], "values": v} for n, v in entries.items()}
+    )
+    assert found.best_trial.number == steady
+    assert found.best_value == order[1].value != found.study.best_value
+    # Its weights are not kept: it is trained again, as it was.
+    rmse = float(np.sqrt(np.mean((found.predict(X) - Y) ** 2)))
+    assert rmse < np.std(Y)
+    assert found.score(*_validation(found)) == pytest.approx(found.best_value, rel=1e-5)
+    assert summary(found.study)["best"].endswith(f"in trial {steady}")
+    assert summary(found.study)["other seeds"] == "50.5 ± 0.7071 over 2 seeds"
+
+
+def _validation(found: Result) -> tuple[Any, Any]:
+    """The rows that judged the trials, as the user gave them."""
+    problem: Any = found._problem
+    seen = problem.data.valid_X
+    everything = found.predictor.preprocessor.transform(X)  # type: ignore[union-attr]
+    rows = [int(np.abs(everything - row).sum(axis=1).argmin()) for row in seen]
+    return X[rows], Y[rows]
+
+
+def test_a_replicate_is_the_study_with_another_seed(result: Result) -> None:
+    """Its value is what a study of that seed with that split would give its trial."""
+    number, entry = next(iter(record(result).items()))
+    trial = result.study.trials[int(number)]
+    problem = result._problem.reseeded(entry["seeds"][1])
+    cohort = problem.cohort([problem.member(trial.number, trial.params)])
+    while cohort.train_round().ended == [None]:  # type: ignore[union-attr]
+        pass
+    assert cohort.best_value(0) == pytest.approx(entry["values"][1], rel=1e-4)
+
+
+def test_the_same_call_again_trains_nothing(
+    result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any) -> None:
+        raise AssertionError("nothing is missing")
+
+    monkeypatch.setattr(DNN, "cohort", train)
+    before = record(result)
+    replicate(result)
+    replicate(result, count=2)
+    assert record(result) == before
+
+
+def test_what_is_missing_is_trained() -> None:
+    found = tuned()
+    replicate(found, count=1)
+    once = record(found)
+    replicate(found, count=3)
+    for number, entry in record(found).items():
+        assert len(entry["values"]) == 3
+        for name in ("seeds", "values"):
+            assert entry[name][:1] == once[number][name]
+
+
+def test_configurations_that_repeat_another_are_one() -> None:
+    found = tuned(n_trials=1)
+    trial = found.study.trials[0]
+    found.study.add_trials([trial, trial])
+    replicate(found, count=1)
+    assert set(record(found)) == {"0"}
+
+
+def test_a_diverged_replicate_is_the_worst_and_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = tuned(n_trials=2)
+    original = DNN.member
+    monkeypatch.setattr(DNN, "member", lambda self, n, p: original(self, n, p | DIVERGING))
+    replicate(found, count=2)
+    monkeypatch.undo()
+    entries = record(found)
+    assert [entries[name]["values"] for name in "01"] == [[None, None]] * 2
+    first, second = sorted(entries, key=lambda n: found.study.trials[int(n)].value or 0.0)
+    assert found.best_trial.number == int(first)  # all diverge: the best in the study
+    assert summary(found.study)["other seeds"] == "2 of 2 diverged with other seeds"
+    entries[second]["values"] = [1e6, 1e6]
+    found.study.set_user_attr(REPLICATES, entries)
+    assert found.best_trial.number == int(second)
+    frame = found.replicates
+    assert frame["mean"].tolist() == [1e6, np.inf]
+    assert frame["diverged"].tolist() == [0, 2]
+    assert frame["std"].isna().tolist() == [False, True]
+
+
+def test_a_trial_with_few_replicates_does_not_win() -> None:
+    found = tuned()
+    lengths = {0: 3, 1: 2, 2: 1}  # a timeout leaves one less; fewer are luck
+    entries = {
+        str(n): {"seeds": list(range(k)), "values": [10.0 - n] * k} for n, k in lengths.items()
+    }
+    found.study.set_user_attr(REPLICATES, entries)
+    assert found.best_trial.number == 1
+    assert found.replicates["number"].tolist() == [2, 1, 0]
+
+
+@dataclass
+class Steps(Budget):
+    """A budget that ends after some questions, each before a step."""
+
+    steps: int = 0
+    asked: int = 0
+
+    def out_of_time(self) -> bool:
+        self.asked += 1
+        return self.interrupted or self.asked > self.steps
+
+
+def test_what_is_cut_short_is_left_out() -> None:
+    found = tune(*classes(), n_trials=3, cohort_size=3, method="random")
+    whole = tune(*classes(), n_trials=3, cohort_size=3, method="random")
+    budget = Steps(None, None, steps=10**9)
+    replicate(whole, count=2, budget=budget)
+    assert {len(entry["values"]) for entry in record(whole).values()} == {2}
+    replicate(found, count=2, budget=Steps(None, None, steps=budget.asked * 3 // 4))
+    assert {len(entry["values"]) for entry in record(found).values()} == {1}
+    for number, entry in record(found).items():
+        assert entry["values"] == record(whole)[number]["values"][:1]
+    assert found.best_trial.number in {0, 1, 2}
+
+
+def test_no_time_at_all() -> None:
+    found = tuned()
+    replicate(found, budget=Steps(None, None, steps=0))
+    assert record(found) == {}
+    assert found.replicates.empty
+    assert found.best_trial.number == found.study.best_trial.number
+    assert "other seeds" not in summary(found.study)
+
+
+def test_an_interrupt_ends_tidily(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tuned()
+    original = DNN.reseeded
+
+    def pressed(self: DNN, seed: int) -> DNN:
+        if record(found):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, seed)
+
+    monkeypatch.setattr(DNN, "reseeded", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    replicate(found)
+    assert {len(entry["values"]) for entry in record(found).values()} == {1}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_nothing_has_finished() -> None:
+    study = optuna.create_study()
+    Replication(problem_of(), 3, Budget(None, None)).run(study)
+    assert REPLICATES not in study.user_attrs
+
+
+def test_a_quarter_of_the_timeout_is_reserved_and_given_back() -> None:
+    found = tuned()
+    budget = Budget(None, timeout=1000.0)
+    replication = Replication(found._problem, 3, budget)
+    assert budget.timeout == 1000.0 * (1 - MOST_SHARE)
+    trial = found.study.trials[0]
+    replication(found.study, trial)
+    assert budget.timeout == 1000.0 * (1 - MOST_SHARE)  # too early to know
+    budget.started -= 600.0
+    replication(found.study, trial)
+    given_back = budget.timeout
+    assert 900.0 < given_back < 1000.0  # networks of a few milliseconds
+    replication.run(found.study)
+    assert budget.timeout == 1000.0
+    assert {len(entry["values"]) for entry in record(found).values()} == {3}
+
+
+@pytest.mark.parametrize("seconds, configurations", [(0.5, 5), (1.1, 4), (1.6, 3), (9.0, 2)])
+def test_where_time_is_short_fewer_configurations_have_all_replicates(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, configurations: int
+) -> None:
+    found, budget = tuned(), Budget(None, timeout=1000.0)
+    replication = Replication(found._problem, 3, budget)
+    left = 1000.0 - budget.seconds
+    # A training of each configuration takes as much as a fifth of the time that is left, or so.
+    monkeypatch.setattr(replication, "_seconds", lambda some: len(some) / 5 * left * seconds)
+    replication.run(found.study)
+    assert [len(entry["values"]) for entry in record(found).values()] == [3] * configurations
+    best = sorted(found.study.trials, key=lambda t: t.value or 0.0)[:configurations]
+    assert set(record(found)) == {str(trial.number) for trial in best}
+
+
+def test_long_trials_take_their_quarter() -> None:
+    found = tuned()
+    for trial in found.study.get_trials(deepcopy=False):
+        trial.user_attrs["iterations"] = 10**9
+    budget = Budget(None, timeout=1000.0)
+    replication = Replication(found._problem, 3, budget)
+    budget.started -= 600.0
+    replication(found.study, found.study.trials[0])
+    assert replication.predicted
+    assert budget.timeout == 1000.0 * (1 - MOST_SHARE)
+
+
+def test_without_a_timeout_nothing_is_reserved() -> None:
+    found, budget = tuned(), Budget(8, None)
+    replication = Replication(found._problem, 3, budget)
+    replication(found.study, found.study.trials[0])
+    assert budget.timeout is None
+    assert not replication.predicted
+
+
+def _own(params: Any) -> Any:
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+PROBLEMS = {
+    "dnn": problem_of,
+    "own": lambda: OwnNetwork(_own, X, Y, fixed={"epochs": 2, "batch_size": 32}, device="cpu"),
+    "gpt": lambda: GPT(
+        "to be or not to be\n" * 99,
+        fixed={"iterations": 9, "width": 16, "layers": 1, "context": 16},
+        device="cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_another_seed_changes_the_weights_and_the_order_alone(kind: str) -> None:
+    problem: Template = PROBLEMS[kind]()
+
+    def trained(some: Template) -> tuple[list[float], list[float]]:
+        cohort = some.cohort([some.member(0, some.defaults())])
+        first = [float(p.detach().sum()) for p in cohort.network.parameters()]
+        rows = [float(row.double().mean()) for row in cohort.batches.rows([0])]
+        return first, rows
+
+    other = problem.reseeded(7)
+    (first, rows), (other_first, other_rows) = trained(problem), trained(other)
+    assert first != other_first
+    assert rows != other_rows
+    assert trained(problem.reseeded(7)) == (other_first, other_rows)
+    assert problem.seed == 0  # it is left as it was
+    assert trained(problem) == (first, rows)
+    if isinstance(problem, DNN):
+        assert isinstance(other, DNN)
+        assert other._task.arrays is problem._task.arrays  # the same split
+
+
+@pytest.mark.parametrize("count, found", [(None, None), (1, 1), (np.int64(3), 3)])
+def test_good_counts(count: Any, found: int | None) -> None:
+    assert check_replicates(count) == found
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 2.0, "3", float("nan")])
+def test_bad_counts(count: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"`replicates` must be a whole number of at least 1, but got {count!r}"
+    ):
+        check_replicates(count)
+
+
+def test_a_frame_without_replicates() -> None:
+    frame = tuned(n_trials=1).replicates
+    assert isinstance(frame, pd.DataFrame)
+    assert frame.empty
