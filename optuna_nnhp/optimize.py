@@ -14,8 +14,6 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.samplers import GridSampler
-from optuna.samplers import QMCSampler
 from optuna.storages import BaseStorage
 import torch
 from torch import nn
@@ -25,11 +23,11 @@ from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.inspect.sample import keep_sample
 from optuna_nnhp.search.halving import CohortHalvingPruner
-from optuna_nnhp.search.methods import make_sampler
-from optuna_nnhp.study.grid import check_grid
 from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.replicates import CONFIGURATIONS
+from optuna_nnhp.study.replicates import Replication
+from optuna_nnhp.study.replicates import check_replicates
 from optuna_nnhp.study.scheduler import Callback
-from optuna_nnhp.study.scheduler import Scheduler
 from optuna_nnhp.study.storage import DEFAULT_STORAGE
 from optuna_nnhp.study.storage import MODELS
 from optuna_nnhp.study.storage import models_folder
@@ -37,6 +35,8 @@ from optuna_nnhp.study.storage import open_storage
 from optuna_nnhp.study.storage import open_study
 from optuna_nnhp.study.storage import read_directly
 from optuna_nnhp.study.storage import without_password
+from optuna_nnhp.study.wish import begin_zoomed
+from optuna_nnhp.study.wish import wish_of
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.checkpoint import BestWeights
@@ -61,7 +61,10 @@ def optimize(
     fixed: Mapping[str, Value] | None = None,
     n_trials: int | None = None,
     timeout: float | None = None,
-    method: str = "bayes",
+    method: str | BaseSampler = "bayes",
+    method_options: Mapping[str, Any] | None = None,
+    levels: Mapping[str, Sequence[Value]] | None = None,
+    replicates: int | None = None,
     sampler: BaseSampler | None = None,
     pruner: BasePruner | None = None,
     storage: str | Path | BaseStorage | None = DEFAULT_STORAGE,
@@ -116,6 +119,7 @@ def optimize(
             A published GPT to begin with, at the size of a CPU; see `preset`.
         space:
             Distributions that replace the catalogue's, by name; and those of your own parameters.
+            Of `zoom`: the study begins with the other one's best configuration.
         fixed:
             Values that are not to be tuned, by name.
         n_trials:
@@ -123,9 +127,24 @@ def optimize(
         timeout:
             Seconds of this call; trials are stopped within a training step of it.
         method:
-            ``"bayes"``, ``"bayes-gp"``, ``"random"`` or ``"quasi-random"``.
+            ``"grid"``, ``"random"``, ``"quasi-random"``, ``"zoom"``, ``"bayes"``, ``"bayes-gp"``,
+            ``"gradient"``, ``"evolution"`` or ``"population"``, see `search.methods.METHODS`; or
+            an Optuna sampler.
+        method_options:
+            Of the method: ``partial`` (grid: take the part that fits into the budget);
+            ``round_size``, ``patience`` (zoom); ``n_startup_trials`` (bayes); ``starts``,
+            ``rate`` (gradient); ``population_size`` (evolution); ``size``, ``generations``
+            (population).
+        levels:
+            For a grid, values by name; all else keeps its default. The catalogue's levels of all
+            that is tuned if None.
+        replicates:
+            How often the best five configurations are trained again with other seeds, as
+            cohorts and within the timeout; the best trial is then the one with the best mean,
+            see `Result.replicates`. None for no replicates.
         sampler:
-            An Optuna sampler, instead of ``method``.
+            An Optuna sampler, the same as giving it as ``method``; with ``"gradient"`` and
+            ``"population"`` it proposes what these leave to others.
         pruner:
             An Optuna pruner, asked trial by trial after every evaluation; successive halving over
             whole cohorts if None, no pruning with `optuna.pruners.NopPruner`.
@@ -175,8 +194,8 @@ def optimize(
     """
     _check_budget(n_trials, timeout, cohort_size)
     seeds.check_seed(seed)
-    budget = Budget(n_trials, timeout)
-    chosen = _check_sampler(sampler) if sampler is not None else make_sampler(method, seed)
+    budget, count = Budget(n_trials, timeout), check_replicates(replicates)
+    wish = wish_of(method, sampler, method_options, levels, seed)
     if pruner is not None:
         _check_pruner(pruner)
     problem = make_problem(
@@ -198,22 +217,25 @@ def optimize(
         device=device,
         compile=compile,
     )
-    if isinstance(chosen, GridSampler):
-        check_grid(chosen, problem.space)
+    wish.check(problem, budget)
     pruner = pruner or CohortHalvingPruner(first_rung=problem.first_rung)
-    study, weights = _open(problem, storage, study_name, chosen, pruner)
-    if sampler is None:
-        study.sampler = _for_study(chosen, method, seed, study, few=problem.one_by_one)
-    scheduler = Scheduler(
+    study, weights = _open(problem, storage, study_name, wish.sampler, pruner)
+    begin_zoomed(study, space, problem)
+    study.sampler = wish.for_study(study, few=problem.one_by_one)
+    replication = Replication(problem, count, budget) if count else None
+    scheduler = wish.scheduler(
         study=study,
         problem=problem,
         budget=budget,
         weights=weights,
-        callbacks=callbacks or (),
+        callbacks=[*(callbacks or ()), *([replication] if replication else [])],
         cohort_size=cohort_size,
         show_progress_bar=show_progress_bar,
+        kept=CONFIGURATIONS if replication else 1,
     )
     scheduler.run()
+    if replication:
+        replication.run(study)
     result = Result(read_directly(study), problem, weights)
     keep_sample(result)
     return result
@@ -249,25 +271,6 @@ def _check_budget(n_trials: Any, timeout: Any, cohort_size: Any) -> None:
 
 def _is(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _for_study(
-    sampler: BaseSampler, method: str, seed: int, study: optuna.Study, *, few: bool
-) -> BaseSampler:
-    """The method's sampler, with new random numbers where a study is continued.
-
-    Else it would repeat its first trials.
-    """
-    if isinstance(sampler, QMCSampler):  # one seed is one sequence
-        return sampler
-    known = len(study.get_trials(deepcopy=False))
-    return make_sampler(method, (seed + 1_000_003 * known) % 2**32, few=few)
-
-
-def _check_sampler(sampler: object) -> BaseSampler:
-    if not isinstance(sampler, BaseSampler):
-        raise ValueError(f"`sampler` must be an Optuna sampler, but got {sampler!r}.")
-    return sampler
 
 
 def _check_pruner(pruner: object) -> BasePruner:

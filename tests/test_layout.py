@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("templates",),
     ("inspect",),
     ("objective", "optimize"),
+    ("samplers",),
     ("__init__",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}

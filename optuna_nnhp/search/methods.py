@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 import warnings
 
 from optuna.exceptions import ExperimentalWarning
@@ -12,18 +15,36 @@ from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 
 from optuna_nnhp.messages import unknown
+from optuna_nnhp.search.evolution import EvolutionSampler
 from optuna_nnhp.search.history import HistorySampler
+from optuna_nnhp.search.zoom import ZoomSampler
 
 # Trials before Bayesian search learns: Optuna's own number, and one where trials are so long that
 # there are few. Those after the first then lie around it, and it is a good one.
 STARTUP, STARTUP_OF_FEW = 10, 1
 
-METHODS: dict[str, Callable[[int | None], BaseSampler]] = {
-    "bayes": lambda seed: HistorySampler(seed=seed),
-    "bayes-gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
-    "random": lambda seed: RandomSampler(seed=seed),
-    "quasi-random": lambda seed: _sobol(seed),
-}
+
+@dataclass(frozen=True)
+class Method:
+    """One way to tune.
+
+    Args:
+        sampler:
+            Makes what proposes, given the seed and the sampler's options. Where the study's own
+            loop proposes too (a grid's points, a population's children, steps along a gradient),
+            it proposes what that leaves to others.
+        options:
+            What `method_options` may hold for the sampler.
+        loop_options:
+            The same for the study's loop.
+        help:
+            One line.
+    """
+
+    sampler: Callable[..., BaseSampler]
+    options: tuple[str, ...] = ()
+    loop_options: tuple[str, ...] = ()
+    help: str = ""
 
 
 def _sobol(seed: int | None) -> BaseSampler:
@@ -32,18 +53,61 @@ def _sobol(seed: int | None) -> BaseSampler:
         return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
-def make_sampler(method: str, seed: int | None, *, few: bool = False) -> BaseSampler:
+METHODS: dict[str, Method] = {
+    "grid": Method(
+        RandomSampler,
+        loop_options=("partial",),
+        help="the catalogue's levels, or `levels`, each combination once",
+    ),
+    "random": Method(RandomSampler, help="every value by itself, anywhere in its range"),
+    "quasi-random": Method(_sobol, help="scrambled Sobol points, which cover a space evenly"),
+    "zoom": Method(
+        ZoomSampler,
+        ("round_size", "patience"),
+        help="random in a box that closes in on the best trials",
+    ),
+    "bayes": Method(
+        HistorySampler, ("n_startup_trials",), help="Optuna's TPE on a bounded number of trials"
+    ),
+    "bayes-gp": Method(
+        lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
+        help="Optuna's Gaussian process",
+    ),
+    "gradient": Method(
+        HistorySampler,
+        loop_options=("starts", "rate"),
+        help="rates and regularization follow the gradient of the validation loss while trials "
+        "train; TPE proposes the rest",
+    ),
+    "evolution": Method(
+        EvolutionSampler,
+        ("population_size",),
+        help="offspring of the best trials: CMA-ES, or a genetic algorithm if there are choices",
+    ),
+    "population": Method(
+        RandomSampler,
+        loop_options=("size", "generations"),
+        help="population-based training: networks that do badly go on as copies of good ones, "
+        "with values moved a little",
+    ),
+}
+
+
+def make_sampler(
+    method: str, seed: int | None, *, few: bool = False, options: Mapping[str, Any] | None = None
+) -> BaseSampler:
     """The Optuna sampler of a method.
 
     Args:
         method:
-            ``"bayes"`` (Optuna's TPE, of a bounded number of trials), ``"bayes-gp"`` (its
-            Gaussian process), ``"random"`` or ``"quasi-random"`` (scrambled Sobol points).
+            A key of `METHODS`.
         seed:
             Seed of the sampler.
         few:
             Whether trials are long, so that there will be few; ``"bayes"`` then learns from the
             first on.
+        options:
+            Of the sampler.
 
     Raises:
         ValueError: If there is no such method.
@@ -54,6 +118,32 @@ def make_sampler(method: str, seed: int | None, *, few: bool = False) -> BaseSam
     """
     if method not in METHODS:
         raise unknown("a method", method, METHODS)
-    if method == "bayes":
-        return HistorySampler(seed=seed, n_startup_trials=STARTUP_OF_FEW if few else STARTUP)
-    return METHODS[method](seed)
+    given = dict(options or {})
+    if METHODS[method].sampler is HistorySampler:
+        given.setdefault("n_startup_trials", STARTUP_OF_FEW if few else STARTUP)
+    return METHODS[method].sampler(seed=seed, **given)
+
+
+def split_options(
+    method: str, options: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a user wants of a method: options of its sampler, and of the study's loop.
+
+    Raises:
+        ValueError: If there is no such method, or it has no such option.
+
+    Example:
+        >>> split_options("population", {"size": 8})
+        ({}, {'size': 8})
+    """
+    if method not in METHODS:
+        raise unknown("a method", method, METHODS)
+    known = METHODS[method]
+    given = dict(options or {})
+    for name in given:
+        if name not in (*known.options, *known.loop_options):
+            raise unknown(
+                f"an option of the method {method!r}", name, (*known.options, *known.loop_options)
+            )
+    mine = {n: v for n, v in given.items() if n in known.options}
+    return mine, {n: v for n, v in given.items() if n not in mine}

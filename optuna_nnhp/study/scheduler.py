@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dataclasses import field
 import time
 from typing import Any
+from typing import ClassVar
 
 import optuna
 from optuna import Study
@@ -63,13 +64,18 @@ class Scheduler:
             Trials in a cohort; None to choose it by memory and measurement.
         show_progress_bar:
             Whether to draw a progress bar.
+        kept:
+            Of how many of the best trials the weights are kept.
 
     Attributes:
         history: Best value so far of every trial, by round and trial number, of the whole study.
         best: Best value of the study.
         leader: Number of the trial that has it.
+        podium: The best trials, whose weights are kept: values, the smaller the better, and
+            numbers.
         pool: The cohorts in training.
         timing: Where the time went.
+        has_portfolio: Whether the template's portfolio is tried beside the default.
     """
 
     study: Study
@@ -79,11 +85,14 @@ class Scheduler:
     callbacks: Sequence[Callback] = ()
     cohort_size: int | None = None
     show_progress_bar: bool = False
+    kept: int = 1
     history: dict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
     best: float | None = None
     leader: int | None = None
+    podium: list[tuple[float, int]] = field(default_factory=list)
     pool: Pool = field(default_factory=Pool)
     timing: Timing = field(default_factory=Timing)
+    has_portfolio: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         storage = self.study._storage
@@ -107,11 +116,7 @@ class Scheduler:
             Progress(self.show_progress_bar, self.budget, self.asker.finished) as self.progress,
         ):
             try:
-                self._admit()
-                while (live := self.pool.next()) or self.admission.has_more():
-                    if live:
-                        self._train(live)
-                    self._admit()
+                self._train_all()
                 self._drop_waiting()
             except BaseException:
                 self._fail_all()
@@ -121,6 +126,14 @@ class Scheduler:
                 self.trainer.shutdown()
                 self._note_timing()
                 self.storage.flush()
+
+    def _train_all(self) -> None:
+        """Ask for trials and train them, until there are no more."""
+        self._admit()
+        while (live := self.pool.next()) or self.admission.has_more():
+            if live:
+                self._train(live)
+            self._admit()
 
     def _note_timing(self) -> None:
         """Note on the study where this call's time went."""
@@ -134,14 +147,14 @@ class Scheduler:
     def _recall(self) -> None:
         """Take in what the study holds already; begin a new one with the defaults."""
         trials = self.study.get_trials(deepcopy=False)
-        self.asker.begin()
+        self.asker.begin(with_portfolio=self.has_portfolio)
         for trial in trials:
             best: float | None = None
             for step, value in sorted(trial.intermediate_values.items()):
                 best = value if best is None or self._is_better(value, best) else best
                 self.history[step][trial.number] = best
-            if trial.state == TrialState.COMPLETE and self._leads(trial.value, trial.number):
-                self.best, self.leader = trial.value, trial.number
+            if trial.state == TrialState.COMPLETE and trial.value is not None:
+                self._enters(trial.value, trial.number)
 
     def _admit(self) -> None:
         with self.timing("asking"):
@@ -262,7 +275,7 @@ class Scheduler:
         """End some members, by their places, and shrink the cohort to the others."""
         if not ends:
             return
-        cohort, told, before = live.cohort, list[RunningTrial](), self.leader
+        cohort, told, before = live.cohort, list[RunningTrial](), self.podium
         with self.storage.batch():
             for place, cause in ends.items():
                 running = live.running[cohort.members[place].number]
@@ -273,8 +286,7 @@ class Scheduler:
         stay = [place for place in range(len(cohort.members)) if place not in ends]
         if stay:
             cohort.keep(stay)
-        if self.leader is not None and self.leader != before:
-            self.weights.drop_others([self.leader])  # only now that Optuna knows of it
+        self._drop_weights(before)
         self.asker.finished += len(told)
         self._call_back(told)
 
@@ -288,16 +300,23 @@ class Scheduler:
             self._lose(running)
             return
         state, number = self._state(running, cause), running.member.number
-        if state == TrialState.COMPLETE and self._leads(running.best, number):
+        is_complete = state == TrialState.COMPLETE and running.best is not None
+        if is_complete and self._enters(running.best or 0.0, number):
             self._keep_weights(cohort, place)
-            self.best, self.leader = running.best, number
         running.tell(self.study, state)
 
-    def _leads(self, value: float | None, number: int) -> bool:
-        """Whether a trial is the best so far; of equal ones the first is."""
-        if value == self.best and self.leader is not None:
-            return number < self.leader
-        return self._is_better(value, self.best)
+    def _enters(self, value: float, number: int) -> bool:
+        """Note a COMPLETE trial; whether it is one of the best. Of equal ones the first is."""
+        entry = (-value if self.problem.maximize else value, number)
+        self.podium = sorted([*self.podium, entry])[: self.kept]
+        if entry == self.podium[0]:
+            self.best, self.leader = value, number
+        return entry in self.podium
+
+    def _drop_weights(self, before: Sequence[tuple[float, int]]) -> None:
+        """Forget the weights of those that are not among the best any more."""
+        if self.podium != before:  # and only now that Optuna knows of the others
+            self.weights.drop_others([number for _, number in self.podium])
 
     def _keep_weights(self, cohort: Cohort, place: int) -> None:
         number = cohort.members[place].number

@@ -1,0 +1,326 @@
+"""Hypergradients in the stacked engine: continuous hyperparameters that learn while they train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+import math
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import FloatDistribution
+from optuna.samplers import BaseSampler
+import torch
+from torch import Tensor
+
+from optuna_nnhp.hyperparameters.catalogue import CATALOGUE
+from optuna_nnhp.search.hypergradient import RATE
+from optuna_nnhp.search.hypergradient import Descent
+from optuna_nnhp.search.units import from_unit
+from optuna_nnhp.search.units import to_unit
+from optuna_nnhp.study.lockstep import COURSE
+from optuna_nnhp.study.lockstep import ROOT
+from optuna_nnhp.study.lockstep import LockstepScheduler
+from optuna_nnhp.study.lockstep import check_count
+from optuna_nnhp.study.lockstep import noted
+from optuna_nnhp.study.pool import Live
+from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import Scores
+from optuna_nnhp.training.course import go_on
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+STARTS = 4
+STEPS = 50  # of the hyperparameters in a trial's budget, if it has so many rounds
+DIFFERENCE = 0.02  # of a range, between a network and its twin
+LEAST_RATE = 0.1  # of the rate of the steps, at the end of a budget: they decay linearly
+RATES = ("learning_rate", "muon_learning_rate", "embedding_rate")
+MOVED = (*RATES, "momentum", "weight_decay", "l1", "dropout", "label_smoothing")
+# A network that has learnt nothing yet and does not go on learning has rates that are too large:
+# it begins anew with smaller ones.
+# Shares of the best constant prediction's loss, of the loss before, of a rate's range.
+LOST, PROGRESS, RETREAT = 0.95, 1e-4, 0.1
+OFF_BELOW = {h.name: h.off_below for h in CATALOGUE}
+
+
+@dataclass
+class Start:
+    """One trial whose hyperparameters move.
+
+    Args:
+        trial:
+            The trial; its parameters are where it began.
+        values:
+            What is moved, as it is now.
+        descent:
+            Who moves it.
+        course:
+            Which values it had from which round on, and whether it began anew then.
+        loss:
+            Validation loss at the last step.
+        is_fresh:
+            Whether it begins anew.
+    """
+
+    trial: RunningTrial
+    values: dict[str, float]
+    descent: Descent
+    loss: float
+    course: list[tuple[int, dict[str, float], bool]] = field(default_factory=list)
+    is_fresh: bool = False
+
+    @property
+    def number(self) -> int:
+        """Number of its trial."""
+        return self.trial.member.number
+
+    def twin(self, place: int) -> int:
+        """A number for its twin, that no trial has."""
+        return -1 - place - len(self.descent.distributions) * self.number
+
+
+@dataclass
+class HypergradientScheduler(LockstepScheduler):
+    """Trains trials whose continuous hyperparameters follow the gradient of the validation loss.
+
+    Beside each trial a twin for every moved hyperparameter trains in the same stack, from the same
+    state, with the same batches and noise, and a slightly larger value. After a stretch (an epoch,
+    or a fiftieth of the budget) the differences of their validation losses are the gradient
+    through that stretch, a truncated unroll; the hyperparameters take a step of Adam on the unit
+    scale of their ranges, and the twins begin again from the trial's state. So there is no second
+    implementation of any update rule, whatever can be stacked can be tuned, and what has no
+    derivative in autograd's sense (dropout's rate) has one too. It costs one network for each
+    moved hyperparameter; forward-mode differentiation costs at least two.
+
+    Static hyperparameters and all that cannot change come from the wrapped sampler.
+
+    Args:
+        starts:
+            Trials of a group, from different beginnings.
+        rate:
+            Longest step of a hyperparameter, as a share of its range.
+
+    Source:
+        Franceschi et al. 2017 (arXiv:1703.01785): hypergradients during training; Baydin et al.
+        2018 (arXiv:1703.04782) and Chandra et al. 2022 (arXiv:1909.13371): their short horizon.
+    """
+
+    starts: int = STARTS
+    rate: float = RATE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("starts", self.starts, 1)
+        rate: object = self.rate
+        if type(rate) is bool or not isinstance(rate, int | float) or not rate > 0:
+            raise ValueError(f"`rate` must be a number above 0, but got {rate!r}.")
+
+    def _train_group(self, base: BaseSampler) -> None:
+        moved = moved_by_gradient(self.problem.space)
+        leader = self._lead()
+        if leader is None:
+            return
+        most = self.problem.cohort_size(leader.member) // (1 + len(moved))
+        if most < 1:
+            raise ValueError(
+                f"The gradient must have room for {1 + len(moved)} networks in one stack, but "
+                f"only {self.problem.cohort_size(leader.member)} can be trained together."
+            )
+        count = max(1, self._that_fit(leader, (1 + len(moved)) * self.starts) // (1 + len(moved)))
+        trials = [leader, *self._follow(leader, min(most, count) - 1)]
+        starts = [
+            Start(
+                trial,
+                {name: trial.trial.params[name] for name in moved},
+                Descent(moved, self.rate),
+                math.inf,
+            )
+            for trial in trials
+        ]
+        others = ", ".join(sorted(self.problem.space.keys() - moved)) or "nothing"
+        _logger.info(
+            f"The gradient moves {', '.join(moved)} of {len(trials)} trials; from "
+            f"{type(base).__name__} and unmoved: {others}."
+        )
+        live = self._open(trials, [m for start in starts for m in self._members(start)])
+        self._descend(live, starts)
+
+    def _descend(self, live: Live, starts: list[Start]) -> None:
+        """Train, move, and train on, until the budget is spent."""
+        cohort, rounds, scores = live.cohort, self._rounds(live), None
+        untrained, lost = _losses(cohort), LOST * constant_loss(cohort.task.arrays.valid_y)
+        for start in starts:
+            start.loss = untrained[start.number]
+            start.trial.trial.set_user_attr(ROOT, start.number)
+        steps = min(STEPS, rounds)
+        for step in range(1, steps + 1):
+            for start in starts:
+                start.course.append((cohort.done[0], dict(start.values), start.is_fresh))
+            scores = self._train_to(live, math.ceil(rounds * step / steps))
+            if scores is None:
+                break
+            scale = 1 - (1 - LEAST_RATE) * step / steps
+            states = [self._move(start, cohort, scores, scale, lost) for start in starts]
+            self._report(live, [start.trial for start in starts])
+            if step < steps:
+                self._go_on(cohort, starts, states)
+        for start in starts:
+            start.trial.trial.set_user_attr(COURSE, noted(start.course))
+        if scores is None:
+            self._cut_short(live)
+        else:
+            self._end_trials(live, {start.number: _cause(start) for start in starts})
+
+    def _move(
+        self, start: Start, cohort: Cohort, scores: Scores, scale: float, lost: float
+    ) -> int:
+        """Take in what a stretch has brought and move the values; whose state to go on from."""
+        index = {cohort.members[place].number: i for i, place in enumerate(scores.places)}
+        twins = {start.twin(i): name for i, name in enumerate(start.descent.distributions)}
+        losses = {n: scores.validation_loss[index[n]] for n in (start.number, *twins)}
+        chosen = start.number
+        if not math.isfinite(losses[chosen]):
+            chosen = min(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n]))
+        start.trial.take(scores, index[chosen])
+        loss, start.is_fresh = losses[chosen], False
+        began = start.values
+        if chosen != start.number:  # a twin's stretch becomes the trial's
+            name = twins[chosen]
+            start.values = {**began, name: self._twin_value(start, name)}
+            begin, _, is_fresh = start.course[-1]
+            start.course[-1] = begin, dict(start.values), is_fresh
+        slopes = self._slopes(start, {twins[n]: losses[n] for n in twins}, loss)
+        is_stuck = loss >= max(lost, (1 - PROGRESS) * start.loss)
+        wants_more = any(slopes.get(name, 0.0) < -PROGRESS * loss / DIFFERENCE for name in RATES)
+        if not math.isfinite(loss) or (is_stuck and not wants_more):
+            self._retreat(start)
+        elif chosen == start.number:
+            start.values = start.descent.step(start.values, slopes, scale)
+            start.loss = loss
+        return chosen
+
+    def _slopes(self, start: Start, losses: Mapping[str, float], loss: float) -> dict[str, float]:
+        """Of the validation loss, by each value on its unit scale."""
+        slopes = {}
+        for name, distribution in start.descent.distributions.items():
+            there, here = self._twin_value(start, name), start.values[name]
+            distance = to_unit(distribution, there) - to_unit(distribution, here)
+            slopes[name] = (losses[name] - loss) / distance
+        steepest = max((abs(s) for s in slopes.values() if math.isfinite(s)), default=1.0)
+        for name, slope in slopes.items():
+            if not math.isfinite(slope):  # the twin has diverged: away from it
+                slopes[name] = (
+                    steepest if self._twin_value(start, name) > start.values[name] else -steepest
+                )
+        return slopes
+
+    @staticmethod
+    def _retreat(start: Start) -> None:
+        """Begin anew with smaller rates."""
+        for name in RATES:
+            if distribution := start.descent.distributions.get(name):
+                unit = to_unit(distribution, start.values[name]) - RETREAT
+                start.values = {**start.values, name: float(from_unit(distribution, unit))}
+        start.descent = Descent(start.descent.distributions, start.descent.rate)
+        start.is_fresh, start.loss = True, math.inf
+
+    def _go_on(self, cohort: Cohort, starts: list[Start], chosen: list[int]) -> None:
+        """Let trials and twins go on from the trials' states, with the new values."""
+        places = {member.number: place for place, member in enumerate(cohort.members)}
+        members, sources, fresh = list[Member](), list[int](), set[int]()
+        for start, number in zip(starts, chosen, strict=True):
+            for member in self._members(start):
+                if start.is_fresh:
+                    fresh.add(len(members))
+                members.append(member)
+                sources.append(places[number])
+        go_on(cohort, sources, members, fresh)
+
+    def _members(self, start: Start) -> list[Member]:
+        """A trial with its present values, and its twins."""
+        params, names = start.trial.trial.params, list(start.descent.distributions)
+        values = [start.values]
+        values += [{**start.values, name: self._twin_value(start, name)} for name in names]
+        numbers = [start.number, *(start.twin(i) for i in range(len(names)))]
+        made = (self.problem.member(start.number, {**params, **v}) for v in values)
+        return [
+            Member(n, start.trial.member.seed, m.params)
+            for n, m in zip(numbers, made, strict=True)
+        ]
+
+    @staticmethod
+    def _twin_value(start: Start, name: str) -> float:
+        return twin_value(name, start.descent.distributions[name], start.values[name])
+
+
+def moved_by_gradient(space: Mapping[str, BaseDistribution]) -> dict[str, FloatDistribution]:
+    """What of a space follows the gradient.
+
+    Raises:
+        ValueError: If there is nothing.
+
+    Example:
+        >>> list(moved_by_gradient({"dropout": FloatDistribution(0.0, 0.5)}))
+        ['dropout']
+    """
+    moved = {
+        name: d
+        for name, d in space.items()
+        if name in MOVED and isinstance(d, FloatDistribution) and d.step is None and not d.single()
+    }
+    if not moved:
+        raise ValueError(
+            "The method 'gradient' must have a continuous hyperparameter to move "
+            f"({', '.join(MOVED)}), but what is tuned is: {', '.join(space) or 'nothing'}."
+        )
+    return moved
+
+
+def twin_value(name: str, distribution: FloatDistribution, value: float) -> float:
+    """A value a little above another one, or below at the upper end of the range.
+
+    Where the value is off, the twin's is the smallest that is on.
+
+    Example:
+        >>> round(twin_value("momentum", FloatDistribution(0.5, 1.0), 0.8), 6)
+        0.81
+        >>> twin_value("dropout", FloatDistribution(0.005, 0.6, log=True), 0.01)
+        0.04
+    """
+    unit = to_unit(distribution, value)
+    if unit + DIFFERENCE > 1:
+        return float(from_unit(distribution, unit - DIFFERENCE))
+    above = float(from_unit(distribution, unit + DIFFERENCE))
+    off_below = OFF_BELOW.get(name) or 0.0
+    return max(above, off_below) if value < off_below <= distribution.high else above
+
+
+def constant_loss(target: Tensor) -> float:
+    """Loss of the best constant prediction: entropy of labels, variance of numbers.
+
+    Shape:
+        - target: ``(n,)``.
+
+    Example:
+        >>> constant_loss(torch.tensor([0, 1])), constant_loss(torch.tensor([1.0, 3.0]))
+        (0.6931..., 1.0)
+    """
+    if target.is_floating_point():
+        return float(target.double().var(correction=0))
+    share = target.flatten().bincount().double() / target.numel()
+    return float(-torch.xlogy(share, share).sum())
+
+
+@torch.no_grad()
+def _losses(cohort: Cohort) -> dict[int, float]:
+    """Validation loss of every member, by its number."""
+    everybody = torch.arange(len(cohort.members))
+    loss, _, _ = cohort.task.judge(cohort.apply(everybody), cohort.members, True)
+    return dict(zip((m.number for m in cohort.members), loss.tolist(), strict=True))
+
+
+def _cause(start: Start) -> str:
+    return "diverged" if start.trial.best is None else "finished"

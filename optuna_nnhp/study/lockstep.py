@@ -1,0 +1,177 @@
+"""Trials in lockstep: groups that share a leader's static values, begin and go on together."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+from numbers import Integral
+from typing import Any
+from typing import ClassVar
+
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from optuna_nnhp.search.follower import FollowerSampler
+from optuna_nnhp.study.pool import Live
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.scheduler import Scheduler
+from optuna_nnhp.study.sizes import measured_pace
+from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.study.trials import params_as_trained
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import Scores
+from optuna_nnhp.training.course import Stage
+
+COURSE, ROOT = "course", "root"  # attributes: see `noted`; whose first weights a trial began with
+FITTING = 0.8  # of the seconds that are left: what a group may be expected to take
+
+
+@dataclass
+class LockstepScheduler(Scheduler):
+    """Runs a study group after group, each of them one cohort from beginning to end.
+
+    Nothing is pruned: who is no good is replaced, or moved, by the method itself.
+    """
+
+    has_portfolio: ClassVar[bool] = False
+
+    def _train_all(self) -> None:
+        sampler = self.study.sampler
+        while not self._is_over():
+            try:
+                self._train_group(sampler)
+            finally:
+                self.study.sampler = sampler
+
+    @abstractmethod
+    def _train_group(self, base: BaseSampler) -> None:
+        """Ask for a group and train it; `base` proposes what the method leaves to others."""
+
+    def _is_over(self) -> bool:
+        stopped = self.budget.out_of_time() or self.study._stop_flag
+        return stopped or self.asker.left() == 0
+
+    def _lead(self) -> RunningTrial | None:
+        """Ask for a trial that is free in everything."""
+        with self.timing("asking"):
+            asked = self.asker.ask(1)
+        return asked[0] if asked else None
+
+    def _follow(self, leader: RunningTrial, count: int) -> list[RunningTrial]:
+        """Ask for trials with a leader's static values and budget."""
+        left = self.asker.left()
+        count = count if left is None else min(count, left)
+        sampler, epochs = self.study.sampler, leader.trial.params.get("epochs")
+        self.study.sampler = FollowerSampler(
+            sampler, lambda name, value: epochs if name == "epochs" else value
+        )
+        try:
+            with self.timing("asking"):
+                asked = self.asker.ask(count, leader.member)
+        finally:
+            self.study.sampler = sampler
+        fitting = [trial for trial in asked if trial.signature == leader.signature]
+        for trial in asked:
+            if trial not in fitting:  # enqueued by somebody, or a network that is made otherwise
+                trial.fail(self.study, self.problem, "other static values than its leader's")
+                del self.asker.running[trial.member.number]
+        return fitting
+
+    def _open(self, trials: Sequence[RunningTrial], members: Sequence[Member]) -> Live:
+        """Begin a cohort of these members, some of which may be no trials."""
+        running = {trial.member.number: trial for trial in trials}
+        cohort = self.problem.cohort(members)
+        live = Live(cohort, trials[0].signature, trials[0].member, running, len(members))
+        self.pool.add(live)
+        return live
+
+    @staticmethod
+    def _rounds(live: Live) -> int:
+        """Rounds of the whole budget."""
+        return math.ceil(max(live.cohort.total) / live.cohort.batches.per_round)
+
+    def _that_fit(self, leader: RunningTrial, most: int) -> int:
+        """How many members a group may have by memory and time."""
+        fitting = min(most, self.problem.cohort_size(leader.member))
+        if self.budget.timeout is None or self.problem.one_by_one:
+            return fitting
+        pace = measured_pace(self.problem, leader.member, fitting)
+        rounds = self.problem.rounds_per_epoch * int(leader.member.params.get("epochs") or 1)
+        return min(fitting, int(FITTING * self.budget.seconds_left / (rounds * pace.round)))
+
+    def _train_to(self, live: Live, end: int) -> Scores | None:
+        """Train everybody to a round and evaluate; None if time ran out."""
+        cohort, members = live.cohort, len(live.cohort.members)
+        cohort.evaluate_at(end)
+        before, work = cohort.iterations[0], cohort.work_of_step
+        scores, seconds = self._train_round(cohort)
+        self.pool.note(live, members, seconds, work * (cohort.iterations[0] - before))
+        self.progress.show(self.asker.finished, len(live.running), self.best)
+        return scores
+
+    def _cut_short(self, live: Live) -> None:
+        """End all trials of a group as they stand."""
+        cause = "interrupted" if self.budget.interrupted else "timeout"
+        self._end_trials(live, dict.fromkeys(live.running, cause))
+
+    def _end_trials(self, live: Live, causes: Mapping[int, str]) -> None:
+        """End trials by their numbers; the cohort stays as it is."""
+        places = {member.number: place for place, member in enumerate(live.cohort.members)}
+        with self.timing("bookkeeping"):
+            told = [live.running.pop(number) for number in causes]
+            before = self.podium
+            with self.storage.batch():
+                for trial in told:
+                    number = trial.member.number
+                    self._end(trial, causes[number], live.cohort, places[number])
+                    del self.asker.running[number]
+            self._drop_weights(before)
+            self.asker.finished += len(told)
+            self._call_back(told)
+            self.storage.flush_if_due()
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise unless an option is a whole number, and large enough.
+
+    Example:
+        >>> check_count("size", 2, least=2)
+    """
+    if type(value) is bool or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {least}, but got {value!r}."
+        )
+
+
+def noted(course: Sequence[tuple[int, Mapping[str, Any], bool]]) -> list[list[Any]]:
+    """A course as an attribute of a trial.
+
+    Args:
+        course:
+            From which round on which values held, and whether the network began anew then.
+
+    Example:
+        >>> noted([(0, {"dropout": 0.1}, False)])
+        [[0, {'dropout': 0.1}, False]]
+    """
+    return [[begin, dict(params), is_fresh] for begin, params, is_fresh in course]
+
+
+def stages_of(problem: Problem, trial: FrozenTrial) -> list[Stage]:
+    """The course of a trial whose values changed while it trained; empty for all others.
+
+    Args:
+        problem:
+            What was tuned.
+        trial:
+            A trial of its study.
+    """
+    attributes = trial.user_attrs
+    params, root = params_as_trained(trial), attributes.get(ROOT, trial.number)
+    return [
+        Stage(begin, problem.member(root, {**params, **changed}), is_fresh)
+        for begin, changed, is_fresh in attributes.get(COURSE, [])
+    ]

@@ -1,0 +1,163 @@
+"""How a user wants to tune: a method's sampler, its loop, their options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+import functools
+from typing import Any
+
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.samplers import GridSampler
+from optuna.samplers import QMCSampler
+
+from optuna_nnhp.hyperparameters.catalogue import nearest
+from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.search.methods import make_sampler
+from optuna_nnhp.search.methods import split_options
+from optuna_nnhp.search.zoomed import ZoomedSpace
+from optuna_nnhp.study.asking import BASELINE
+from optuna_nnhp.study.grid import check_grid
+from optuna_nnhp.study.grid import plan_grid
+from optuna_nnhp.study.hypergradient import HypergradientScheduler
+from optuna_nnhp.study.hypergradient import moved_by_gradient
+from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.population import PopulationScheduler
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.scheduler import Scheduler
+
+ZOOMED_FROM = "zoomed_from"  # study attribute: whose trials proposed its space
+LOOPS: dict[str | None, type[Scheduler]] = {
+    "population": PopulationScheduler,
+    "gradient": HypergradientScheduler,
+}
+
+
+@dataclass
+class Wish:
+    """A method with its options.
+
+    Args:
+        method:
+            Its name; None for a user's own sampler.
+        sampler:
+            What proposes.
+        is_own:
+            Whether the sampler is a user's.
+        options:
+            Of the method's sampler.
+        loop_options:
+            Of the study's loop.
+        levels:
+            Of a grid.
+        seed:
+            The study's.
+    """
+
+    method: str | None
+    sampler: BaseSampler
+    is_own: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    loop_options: dict[str, Any] = field(default_factory=dict)
+    levels: Mapping[str, Sequence[Value]] | None = None
+    seed: int = 0
+
+    def check(self, problem: Problem, budget: Budget) -> None:
+        """Raise what makes no sense for a problem, and plan a grid.
+
+        Raises:
+            ValueError: If a grid does not fit, or the gradient has nothing to move.
+        """
+        if self.method == "grid":
+            partial = self.loop_options.get("partial", False)
+            self.sampler = plan_grid(problem, budget, self.levels, partial, self.seed)
+        elif isinstance(self.sampler, GridSampler):
+            check_grid(self.sampler, problem.space)
+        if self.method == "gradient":
+            moved_by_gradient(problem.space)
+
+    def for_study(self, study: Study, *, few: bool) -> BaseSampler:
+        """The sampler, with new random numbers where a study is continued.
+
+        Else it would repeat its first trials.
+        """
+        is_planned = self.method == "grid" or isinstance(self.sampler, QMCSampler)
+        if self.method is None or self.is_own or is_planned:  # one seed is one sequence
+            return self.sampler
+        seed = (self.seed + 1_000_003 * len(study.get_trials(deepcopy=False))) % 2**32
+        return make_sampler(self.method, seed, few=few, options=self.options)
+
+    @property
+    def scheduler(self) -> functools.partial[Scheduler]:
+        """The study's loop, still without its study."""
+        options = {} if self.method == "grid" else self.loop_options
+        return functools.partial(LOOPS.get(self.method, Scheduler), **options)
+
+
+def wish_of(
+    method: str | BaseSampler,
+    sampler: BaseSampler | None,
+    options: Mapping[str, Any] | None,
+    levels: Mapping[str, Sequence[Value]] | None,
+    seed: int,
+) -> Wish:
+    """What a user's arguments mean.
+
+    Raises:
+        ValueError: If they contradict each other, or name something unknown.
+
+    Example:
+        >>> wish_of("random", None, None, None, seed=0).method
+        'random'
+    """
+    if isinstance(method, BaseSampler):
+        if sampler is not None:
+            raise ValueError("The sampler must be given once, as `method` or as `sampler`.")
+        return wish_of("bayes", method, options, levels, seed)
+    mine, loops = split_options(method, options)
+    if not isinstance(loops.get("partial", False), bool):
+        raise ValueError(f"`partial` must be True or False, but got {loops['partial']!r}.")
+    if levels is not None and method != "grid":
+        raise ValueError(f"`levels` must come with the method 'grid', but it is {method!r}.")
+    if sampler is None:
+        wish = Wish(method, make_sampler(method, seed, options=mine), False, mine, loops)
+        return replace(wish, levels=levels, seed=seed)
+    if not isinstance(sampler, BaseSampler):
+        raise ValueError(f"`sampler` must be an Optuna sampler, but got {sampler!r}.")
+    if mine or (method != "bayes" and method not in LOOPS):
+        raise ValueError(
+            f"`sampler` must stand alone, or with the methods {', '.join(map(str, LOOPS))}, but "
+            f"came with {method!r}{' and its options' if mine else ''}."
+        )
+    return Wish(method if method in LOOPS else None, sampler, True, {}, loops, seed=seed)
+
+
+def begin_zoomed(
+    study: Study, space: Mapping[str, BaseDistribution] | None, problem: Problem
+) -> None:
+    """Let a new study of a zoomed space begin with its source's best configuration.
+
+    Args:
+        study:
+            The study.
+        space:
+            What the user gave; nothing happens unless it is of `zoom`.
+        problem:
+            What is tuned.
+    """
+    if not isinstance(space, ZoomedSpace) or study.get_trials(deepcopy=False):
+        return
+    study.set_user_attr(ZOOMED_FROM, space.source)
+    best = {
+        name: nearest(space.best[name], d)
+        for name, d in problem.space.items()
+        if name in space.best
+    }
+    best = {name: value for name, value in best.items() if holds(problem.space[name], value)}
+    study.enqueue_trial({**problem.defaults(), **best}, user_attrs={BASELINE: True})
