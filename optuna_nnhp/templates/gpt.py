@@ -6,10 +6,12 @@ from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from copy import copy
 import functools
 import math
 from numbers import Integral
 from typing import Any
+from typing import Self
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -40,11 +42,12 @@ from optuna_nnhp.study.sizes import measured_step
 from optuna_nnhp.templates.common import budget as epochs_budget
 from optuna_nnhp.templates.common import cohort_size
 from optuna_nnhp.templates.common import digest
-from optuna_nnhp.templates.gpt_defaults import TOKENS_PER_SECOND
+from optuna_nnhp.templates.gpt_defaults import BUDGETS
 from optuna_nnhp.templates.gpt_defaults import defaults_for
+from optuna_nnhp.templates.gpt_defaults import trial_seconds
+from optuna_nnhp.templates.gpt_defaults import values_of_preset
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.language_model import bytes_after_first
-from optuna_nnhp.templates.presets import preset as published
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
@@ -60,12 +63,7 @@ from optuna_nnhp.training.metrics import Metric
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-TRIAL_SHARE = 0.1  # of the timeout: a trial's seconds of training, if nothing else is said
-TRIAL_SECONDS = 30.0  # without a timeout
-BUDGETS = ("seconds", "train_tokens", "iterations")
-TOKENS_PER_STEP = 768  # about, where the budget is a number of steps
 MOST_MEMORY = 0.8  # of what is free, that a trial may take
-NORMALIZATIONS = {"layer": "layer-gain"}  # of presets, which have gains
 
 
 class GPT:
@@ -133,10 +131,10 @@ class GPT:
         self.text = prepare_text(source, validation=validation, errors=errors)
         self.timeout = timeout
         self._corpora: dict[tuple[str, int | None], Corpus] = {}
-        begins = {} if preset is None else _of_preset(preset)
+        begins = {} if preset is None else values_of_preset(preset)
         given = _with_heads(dict(fixed or {}), space or {}, begins)
         choose("language", space, given)  # before anything is computed with it
-        seconds = _seconds(given, space or {}, timeout)
+        seconds = trial_seconds(given, space or {}, timeout)
         if timeout is not None and given.get("seconds") and seconds > timeout:
             raise ValueError(
                 f"`seconds` must be at most the timeout, {timeout:g}, but got {seconds:g}."
@@ -151,6 +149,8 @@ class GPT:
         self.space, rest = choose("language", space, given)
         self.fixed = {n: v if n in given else self._start.get(n, v) for n, v in rest.items()}
         self._check_space()
+        if "vocabulary" in (given | self.space):
+            self._check_vocabulary()
         self.metric = Metric("bits_per_byte", "minimize", ("language",), bits_per_token)
         mark = digest(self.space, self.fixed, preset or "")
         self.name = f"gpt-bits_per_byte-{self.text.fingerprint}-{mark}"
@@ -184,6 +184,16 @@ class GPT:
                 raise ValueError(
                     f"`head_size` must be even with rotary positions, but can be odd: {value}."
                 )
+
+    def _check_vocabulary(self) -> None:
+        """Raise where no trial would use the size that was asked for."""
+        kinds = self._values("tokens")
+        if "bpe" not in kinds:
+            wish = self.space.get("vocabulary", self.fixed.get("vocabulary"))
+            raise ValueError(
+                "`vocabulary` must be given only where `tokens` can be 'bpe', but got "
+                f"{wish} with {' or '.join(map(repr, kinds))}."
+            )
 
     def _values(self, name: str) -> Sequence[Any]:
         """What a hyperparameter can be: its choices, or the ends of its range."""
@@ -328,6 +338,12 @@ class GPT:
         """A cohort ready to train."""
         return self._cohort(members, self._iterations(members[0]))
 
+    def reseeded(self, seed: int) -> Self:
+        """The same text with other first weights, windows and noise."""
+        other = copy(self)
+        other.seed = seed
+        return other
+
     def _cohort(self, members: Sequence[Member], iterations: int) -> Cohort:
         first = members[0]
         tokens = self._tokens(first)
@@ -419,28 +435,3 @@ def _with_heads(
     if width < 1 or width % size:
         raise ValueError(f"`width` must be a multiple of `head_size`, {size}, but got {width}.")
     return fixed | {"heads": int(width) // int(size), "head_size": int(size)}
-
-
-def _seconds(
-    fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution], timeout: float | None
-) -> float:
-    """A trial's seconds, or about so many if its budget is said otherwise."""
-    given = [name for name in BUDGETS if fixed.get(name) or name in space]
-    if len(given) > 1:
-        raise ValueError(f"A trial must have one budget, but got {' and '.join(given)}.")
-    if fixed.get("seconds"):
-        return float(fixed["seconds"] or 0)
-    if fixed.get("train_tokens"):
-        return float(fixed["train_tokens"] or 0) / TOKENS_PER_SECOND
-    if fixed.get("iterations"):
-        return float(fixed["iterations"] or 0) * TOKENS_PER_STEP / TOKENS_PER_SECOND
-    return TRIAL_SECONDS if timeout is None else TRIAL_SHARE * timeout
-
-
-def _of_preset(name: str) -> dict[str, Value]:
-    """A published configuration's values, at the size of a CPU."""
-    params = published(name, scale="cpu").params
-    values = {n: v for n, v in params.items() if n not in ("iterations", "vocabulary")}
-    normalization = str(values["normalization"])
-    values["normalization"] = NORMALIZATIONS.get(normalization, normalization)
-    return values | {"weight_init": "gpt2"}

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from optuna.distributions import BaseDistribution
+
 from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.templates.presets import preset
 
 # What the measurements in tests/benchmarks/LOG.md came to, on two cores of a CPU.
 SHORT, MIDDLE = 9.0, 20.0  # seconds of training: two and three layers see more text, up to here
 OFTEN = 10.0  # passes over the text from which dropout pays
 TOKENS_PER_SECOND = 80_000  # of four layers of width 64
+TOKENS_PER_STEP = 768  # about, where the budget is a number of steps
+
+TRIAL_SHARE = 0.1  # of the timeout: a trial's seconds of training, if nothing else is said
+TRIAL_SECONDS = 30.0  # without a timeout
+BUDGETS = ("seconds", "train_tokens", "iterations")
+
+NORMALIZATIONS = {"layer": "layer-gain"}  # of presets, which have gains
 
 COMMON: dict[str, Value] = {
     "learning_rate_decay": "linear",
@@ -42,3 +54,49 @@ def defaults_for(seconds: float, characters: int) -> dict[str, Value]:
     if seconds * TOKENS_PER_SECOND > OFTEN * characters:
         values |= {"dropout": 0.1}
     return values
+
+
+def values_of_preset(name: str) -> dict[str, Value]:
+    """A published configuration's values, at the size of a CPU.
+
+    Example:
+        >>> values_of_preset("gpt2")["weight_init"]
+        'gpt2'
+    """
+    params = preset(name, scale="cpu").params
+    values = {n: v for n, v in params.items() if n not in ("iterations", "vocabulary")}
+    normalization = str(values["normalization"])
+    values["normalization"] = NORMALIZATIONS.get(normalization, normalization)
+    return values | {"weight_init": "gpt2"}
+
+
+def trial_seconds(
+    fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution], timeout: float | None
+) -> float:
+    """A trial's seconds, or about so many if its budget is said otherwise.
+
+    Args:
+        fixed:
+            Values that a user gives; one of `BUDGETS` may be among them.
+        space:
+            Distributions that a user gives.
+        timeout:
+            Seconds of the whole study, if it has an end.
+
+    Raises:
+        ValueError: If more than one budget is given.
+
+    Example:
+        >>> trial_seconds({}, {}, timeout=80.0), trial_seconds({"train_tokens": 400_000}, {}, None)
+        (8.0, 5.0)
+    """
+    given = [name for name in BUDGETS if fixed.get(name) or name in space]
+    if len(given) > 1:
+        raise ValueError(f"A trial must have one budget, but got {' and '.join(given)}.")
+    if fixed.get("seconds"):
+        return float(fixed["seconds"] or 0)
+    if fixed.get("train_tokens"):
+        return float(fixed["train_tokens"] or 0) / TOKENS_PER_SECOND
+    if fixed.get("iterations"):
+        return float(fixed["iterations"] or 0) * TOKENS_PER_STEP / TOKENS_PER_SECOND
+    return TRIAL_SECONDS if timeout is None else TRIAL_SHARE * timeout

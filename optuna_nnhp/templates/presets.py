@@ -292,7 +292,7 @@ PRESETS: dict[str, Preset] = {
         _gpt3("2.7b", 32, 32, 80, 512, 1.6e-4),
         _gpt3("6.7b", 32, 32, 128, 1024, 1.2e-4),
         _gpt3("13b", 40, 40, 128, 1024, 1e-4, _13B),
-        _gpt3("175b", 96, 96, 128, 1536, 0.6e-4),
+        _gpt3("175b", 96, 96, 128, 1562, 0.6e-4),
         _nanogpt("nanogpt-cpu", _shape(4, 4, 32, context=64, sequences=12), 0.0, 2_000),
         _nanogpt("nanogpt-gpu", _shape(6, 6, 64, context=256, sequences=64), 0.2, 5_000),
     )

@@ -51,6 +51,18 @@ WIDTHS = {  # as printed; of 5140 for gpt3-13b see its note
     "nanogpt-cpu": 128,
     "nanogpt-gpu": 384,
 }
+# Brown et al. 2020, table 2.1: layers, width, heads, head size, millions of tokens a step, rate.
+# Corrected are the heads of XL, printed as 24 of 128, and the width of 13B, printed as 5140.
+TABLE = [
+    ("gpt3-small", 12, 768, 12, 64, "0.5", 6.0e-4),
+    ("gpt3-medium", 24, 1024, 16, 64, "0.5", 3.0e-4),
+    ("gpt3-large", 24, 1536, 16, 96, "0.5", 2.5e-4),
+    ("gpt3-xl", 24, 2048, 32, 64, "1", 2.0e-4),
+    ("gpt3-2.7b", 32, 2560, 32, 80, "1", 1.6e-4),
+    ("gpt3-6.7b", 32, 4096, 32, 128, "2", 1.2e-4),
+    ("gpt3-13b", 40, 5120, 40, 128, "2", 1.0e-4),
+    ("gpt3-175b", 96, 12288, 96, 128, "3.2", 0.6e-4),
+]
 CHOICES: dict[str, set[Any]] = {
     "positions": {"learned", "rotary"},
     "normalization": {"layer", "rms"},
@@ -134,6 +146,24 @@ def test_quantities_are_those_of_their_formulas() -> None:
     assert found.memory == 16 * found.parameters + activations
     found.params.update(positions="rotary", tied_head=False)
     assert found.parameters == blocks + 2 * 50257 * 768
+
+
+@pytest.mark.parametrize("name, layers, width, heads, head_size, millions, rate", TABLE)
+def test_the_series_of_gpt3_is_that_of_its_table(
+    name: str, layers: int, width: int, heads: int, head_size: int, millions: str, rate: float
+) -> None:
+    found = preset(name)
+    params: dict[str, Any] = found.params
+    shape = params["layers"], found.width, params["heads"], params["head_size"]
+    assert shape == (layers, width, heads, head_size)
+    decimals = len(millions.partition(".")[2])
+    assert f"{params['batch_tokens'] / 1e6:.{decimals}f}" == millions
+    assert params["learning_rate"] == rate
+    assert params["context"] == 2048
+
+
+def test_the_table_has_all_of_the_series() -> None:
+    assert [row[0] for row in TABLE] == [name for name in PRESETS if name.startswith("gpt3")]
 
 
 def test_gpt3_has_300e9_tokens() -> None:
