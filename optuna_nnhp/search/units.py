@@ -39,9 +39,11 @@ def from_unit(distribution: Number, unit: float) -> float | int:
         >>> from_unit(IntDistribution(1, 9), 0.5), from_unit(FloatDistribution(0.0, 2.0), 3.0)
         (5, 2.0)
     """
-    place = np.array([min(max(unit, 0.0), 1.0)])
-    value: float | int = _transform(distribution).untransform(place)["x"]
-    return min(max(value, distribution.low), distribution.high)
+    if not 0 < unit < 1:
+        return distribution.low if unit <= 0 else distribution.high
+    value = _transform(distribution).untransform(np.array([unit]))["x"]
+    value = min(max(value, distribution.low), distribution.high)
+    return int(value) if isinstance(distribution, IntDistribution) else float(value)
 
 
 def _transform(distribution: Number) -> _SearchSpaceTransform:

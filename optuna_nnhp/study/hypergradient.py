@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
+import logging
 import math
 
 import optuna
@@ -123,14 +124,10 @@ class HypergradientScheduler(LockstepScheduler):
         leader = self._lead()
         if leader is None:
             return
-        most = self.problem.cohort_size(leader.member) // (1 + len(moved))
-        if most < 1:
-            raise ValueError(
-                f"The gradient must have room for {1 + len(moved)} networks in one stack, but "
-                f"only {self.problem.cohort_size(leader.member)} can be trained together."
-            )
-        count = max(1, self._that_fit(leader, (1 + len(moved)) * self.starts) // (1 + len(moved)))
-        trials = [leader, *self._follow(leader, min(most, count) - 1)]
+        self._check_stacks(leader)
+        each = 1 + len(moved)
+        count = max(1, self._that_fit(leader, each * self.starts) // each)
+        trials = [leader, *self._follow(leader, count - 1)]
         starts = [
             Start(
                 trial,
@@ -141,10 +138,12 @@ class HypergradientScheduler(LockstepScheduler):
             for trial in trials
         ]
         others = ", ".join(sorted(self.problem.space.keys() - moved)) or "nothing"
-        _logger.info(
+        _logger.log(
+            logging.DEBUG if self.is_said else logging.INFO,
             f"The gradient moves {', '.join(moved)} of {len(trials)} trials; from "
-            f"{type(base).__name__} and unmoved: {others}."
+            f"{type(base).__name__} and unmoved: {others}.",
         )
+        self.is_said = True
         live = self._open(trials, [m for start in starts for m in self._members(start)])
         self._descend(live, starts)
 

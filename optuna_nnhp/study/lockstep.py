@@ -34,8 +34,12 @@ class LockstepScheduler(Scheduler):
     """Runs a study group after group, each of them one cohort from beginning to end.
 
     Nothing is pruned: who is no good is replaced, or moved, by the method itself.
+
+    Attributes:
+        is_said: Whether the log says already what is moved and what is not.
     """
 
+    is_said: bool = False
     has_portfolio: ClassVar[bool] = False
 
     def _train_all(self) -> None:
@@ -79,6 +83,14 @@ class LockstepScheduler(Scheduler):
                 trial.fail(self.study, self.problem, "other static values than its leader's")
                 del self.asker.running[trial.member.number]
         return fitting
+
+    def _check_stacks(self, leader: RunningTrial) -> None:
+        """Raise if a leader's network can only train alone."""
+        if not self.problem.stacks(leader.member):
+            raise ValueError(
+                "The methods 'gradient' and 'population' must have networks that can be trained "
+                "as one stack, but this one can only train alone; the log says why."
+            )
 
     def _open(self, trials: Sequence[RunningTrial], members: Sequence[Member]) -> Live:
         """Begin a cohort of these members, some of which may be no trials."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+import logging
 import math
 from typing import Any
 
@@ -80,10 +81,12 @@ class PopulationScheduler(LockstepScheduler):
         rounds = self._rounds(live)
         generations = min(generations, rounds)
         said = ", ".join(sorted(names - changing())) or "nothing"
-        _logger.info(
+        _logger.log(
+            logging.DEBUG if self.is_said else logging.INFO,
             f"A population of {len(trials)} trains {generations} generations; moved are "
-            f"{', '.join(sorted(names & changing())) or 'none'}; inherited: {said}."
+            f"{', '.join(sorted(names & changing())) or 'none'}; inherited: {said}.",
         )
+        self.is_said = True
         for generation in range(1, generations + 1):
             if not self._train_generation(live, math.ceil(rounds * generation / generations)):
                 return
@@ -98,11 +101,7 @@ class PopulationScheduler(LockstepScheduler):
         if self.size is None and left is not None:
             wanted = min(SIZE, max(SMALLEST, (left + 1) // self.generations))
         fitting = self._that_fit(leader, wanted) if self.size is None else wanted
-        if self.problem.cohort_size(leader.member) < 2:
-            raise ValueError(
-                "A population must be at least 2 networks that are trained as one stack, but "
-                "this network can only train alone (see the log), or memory holds no more."
-            )
+        self._check_stacks(leader)
         size = max(2, fitting)
         if left is None:
             return size, self.generations

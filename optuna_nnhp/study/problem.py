@@ -69,6 +69,9 @@ class Problem(Protocol):
     def pin(self, leader: Member) -> Callable[[str, Any], Any]:
         """How a proposed value is moved so that the trial can join a leader's cohort."""
 
+    def stacks(self, leader: Member) -> bool:
+        """Whether trials like one can be trained as one stack at all."""
+
     def cohort_size(self, leader: Member) -> int:
         """How many trials of a leader's signature to train at once."""
 

@@ -169,6 +169,7 @@ def params_as_trained(trial: FrozenTrial) -> dict[str, Any]:
     """What a trial is to be trained again with: its steps if its budget was in seconds.
 
     Example:
+        >>> import optuna
         >>> trial = optuna.trial.create_trial(value=1.0, user_attrs={"budget_iterations": 90})
         >>> params_as_trained(trial)
         {'iterations': 90}

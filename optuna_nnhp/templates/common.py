@@ -100,6 +100,10 @@ class Supervised(ABC):
         """None, unless a template knows some."""
         return []
 
+    def stacks(self, leader: Member) -> bool:
+        """Whether trials like one can be trained as one stack at all."""
+        return True
+
     def __init__(
         self,
         template: str,

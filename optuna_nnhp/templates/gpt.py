@@ -327,6 +327,10 @@ class GPT:
         static = _static_names()
         return lambda name, value: leader.params[name] if name in static else value
 
+    def stacks(self, leader: Member) -> bool:
+        """Whether trials like one can be trained as one stack: always."""
+        return True
+
     def cohort_size(self, leader: Member) -> int:
         """As many as memory allows."""
         architecture = Architecture.of(leader.params, self._tokens(leader).tokenizer.size)

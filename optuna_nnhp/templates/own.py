@@ -191,6 +191,10 @@ class OwnNetwork(Supervised):
 
         return pin
 
+    def stacks(self, leader: Member) -> bool:
+        """Whether trials like one can be trained as one stack at all."""
+        return self._examine(leader).obstacle is None
+
     def cohort_size(self, leader: Member) -> int:
         """As many as memory allows, and as keep a round of the whole cohort short."""
         found, rows = self._examine(leader), len(self.data.train_X)

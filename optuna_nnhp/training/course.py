@@ -63,7 +63,9 @@ def go_on(
                     f"`{name}` must stay {old.get(name)!r} when a network goes on, but "
                     f"got {new.get(name)!r}."
                 )
-    order = sorted(range(len(sources)), key=lambda place: str(members[place].params["activation"]))
+    order = sorted(
+        range(len(sources)), key=lambda place: str(members[place].params.get("activation"))
+    )
     members = [members[place] for place in order]
     cohort.keep([sources[place] for place in order])
     cohort.members = members

@@ -10,9 +10,12 @@ from optuna.samplers import RandomSampler
 import pytest
 
 from optuna_nnhp.hyperparameters.catalogue import choose
+from optuna_nnhp.search.evolution import EvolutionSampler
 from optuna_nnhp.search.history import HistorySampler
 from optuna_nnhp.search.methods import METHODS
 from optuna_nnhp.search.methods import make_sampler
+from optuna_nnhp.search.methods import split_options
+from optuna_nnhp.search.zoom import ZoomSampler
 
 SPACE, _ = choose("binary")
 FEW = 12  # trials; ten of them come before the models
@@ -31,6 +34,8 @@ def proposals(method: str, seed: int, space: dict[str, BaseDistribution]) -> lis
     [
         ("bayes", HistorySampler),
         ("bayes-gp", GPSampler),
+        ("evolution", EvolutionSampler),
+        ("zoom", ZoomSampler),
         ("random", RandomSampler),
         ("quasi-random", QMCSampler),
     ],
@@ -91,8 +96,8 @@ def test_without_a_seed_runs_differ(method: str) -> None:
 @pytest.mark.parametrize(
     "method, message",
     [
-        ("bayse", "^'bayse' is not a method; did you mean 'bayes'.*Known: bayes, .*random"),
-        ("hyperband", "^'hyperband' is not a method.* Known: bayes, "),
+        ("bayse", "^'bayse' is not a method; did you mean 'bayes'.*Known: grid, .*population"),
+        ("hyperband", "^'hyperband' is not a method.* Known: grid, random, "),
         ("", "^'' is not a method"),
         ("Random", "^'Random' is not a method; did you mean 'random'"),
     ],
@@ -100,3 +105,16 @@ def test_without_a_seed_runs_differ(method: str) -> None:
 def test_an_unknown_method(method: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_sampler(method, seed=0)
+
+
+@pytest.mark.parametrize(
+    "method, option, message",
+    [
+        ("bayes", "size", "^'size' is not an option of the method 'bayes'"),
+        ("population", "sise", "did you mean 'size'"),
+        ("random", "seed", "^'seed' is not an option of the method 'random'"),
+    ],
+)
+def test_an_option_that_a_method_does_not_have(method: str, option: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_options(method, {option: 1})
