@@ -25,11 +25,11 @@ from optuna_nnhp.search.boxes import Axis
 from optuna_nnhp.search.boxes import Caution
 from optuna_nnhp.search.boxes import Part
 from optuna_nnhp.search.boxes import narrowed
-from optuna_nnhp.search.history import _rank
+from optuna_nnhp.search.ranks import rank
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-ROUND, PATIENCE = 16, 5
+ROUND, PATIENCE = 16, 10  # with 5, studies of 24 parameters stopped after 145 to 609 trials
 ELITE, ELITES, FEWEST_ELITES = 5, 12, 4  # one of five trials, within bounds
 EXPLORED = 0.03  # of the values that are drawn from the whole range
 # With a chance of 0.05, as statistics would have it, boxes close in too slowly; a wrong cut is
@@ -293,7 +293,7 @@ class Rounds:
         }
 
     def _rank(self, number: int) -> Rank:
-        return _rank(self._trials[number], self._sign)
+        return rank(self._trials[number], self._sign)
 
     def _row(self, number: int) -> Row:
         """The places of a trial's values."""

@@ -70,16 +70,23 @@ def test_the_proposal(maximize: bool) -> None:
     assert share.low == round(share.low, 1) and share.high == round(share.high, 1)
     assert isinstance(even, IntDistribution) and even.step == 2 and even.low % 2 == 0
     assert space["kind"] == CategoricalDistribution(("b", "c"))
-    assert space["idle"] == SPACE["idle"] and space["one"] == SPACE["one"]
+    assert space["one"] == SPACE["one"]
 
 
 def test_reasons() -> None:
     space = optuna_nnhp.zoom(searched(1000))
     assert space.reasons["rate"] == "23 of the best 25 trials lie there"
-    assert space.reasons["idle"] == "no clear effect"
     assert space.reasons["kind"] == "dropped a, d: none of the best 25 trials, and clearly worse"
     assert space.reasons["edge"].endswith("upper end, a larger range may be better")
     assert space.reasons["one"] == "one value only"
+
+
+def test_what_does_not_matter_mostly_stays() -> None:
+    spaces = [optuna_nnhp.zoom(searched(100, seed=seed)) for seed in range(20)]
+    idle = [space.reasons["idle"] == "no clear effect" for space in spaces]
+    rate = [space.reasons["rate"] == "no clear effect" for space in spaces]
+    assert sum(idle) >= 15 and sum(rate) == 0
+    assert all((s["idle"] == SPACE["idle"]) == same for s, same in zip(spaces, idle, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(10))
