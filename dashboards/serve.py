@@ -41,8 +41,9 @@ REFRESH_SECONDS = 30.0
 
 EPILOG = """\
 What you see: the study list; per study its history, importances and curves (History), slices
-and contours (Analytics), all trials (Trials), and our note (Note). Our two figures, learning
-curves and learning rates, are in the middle of History. The best trial has a note too.
+and contours (Analytics), all trials (Trials), and our note (Note). Our figures, learning
+curves, learning rates and, where values changed while trials trained, their courses, are in the
+middle of History. The best trial has a note too.
 
 Notes and figures are refreshed while the study runs. Text of your own in a note stays, if it is
 below the line that says so.

@@ -147,7 +147,8 @@ def optimize(
             ``"population"`` it proposes what these leave to others.
         pruner:
             An Optuna pruner, asked trial by trial after every evaluation; successive halving over
-            whole cohorts if None, no pruning with `optuna.pruners.NopPruner`.
+            whole cohorts if None, no pruning with `optuna.pruners.NopPruner`. Not with
+            ``"gradient"`` and ``"population"``, which prune nothing.
         storage:
             The path of a journal file, a URL (``"sqlite:///study.db"``), an Optuna storage, or
             None to keep the study in memory only. Other processes see running trials at most two
@@ -196,6 +197,7 @@ def optimize(
     seeds.check_seed(seed)
     budget, count = Budget(n_trials, timeout), check_replicates(replicates)
     wish = wish_of(method, sampler, method_options, levels, seed)
+    wish.refuse(pruner=pruner, cohort_size=cohort_size)
     if pruner is not None:
         _check_pruner(pruner)
     problem = make_problem(

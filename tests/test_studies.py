@@ -55,7 +55,7 @@ def adult(tmp_path: Path) -> Path:
 
 
 def test_every_script_is_tested() -> None:
-    tables = ["compare_with_optuna", "dnn_csv", "dnn_digits"]
+    tables = ["compare_methods", "compare_with_optuna", "dnn_csv", "dnn_digits"]
     assert [*tables, "gpt_text", "gpt_transfer", "own_network"] == SCRIPTS
 
 
@@ -125,6 +125,39 @@ def test_compare_with_optuna(run: Run) -> None:
     code, output, _ = run("compare_with_optuna", "--timeout", "3")
     assert code == 0
     assert "plain Optuna" in output.splitlines()[0] and "trials" in output
+
+
+def test_compare_methods(run: Run, tmp_path: Path) -> None:
+    line = ("--seconds", "0.5", "--seeds", "1", "--epochs", "2", "--data", "friedman")
+    code, output, errors = run("compare_methods", *line, "--methods", "random,zoom,population")
+    assert code == 0, errors
+    assert output.count("cannot be said") == 3  # one seed: nothing is known of the noise
+    assert "within 2% of the best rate's" in output and "beats the best fixed" in output
+    table = pd.read_csv(tmp_path / "compare_methods.csv")
+    assert list(table["method"]) == ["random", "zoom", "population"]
+    assert table["best"][0] > 0 and table["model-epochs"][0] > 0
+    assert len(pd.read_csv(tmp_path / "compare_methods_gradient.csv")) == 4
+    sides = pd.read_csv(tmp_path / "compare_methods_population.csv")
+    assert sides["model-epochs"].tolist() == [32, 32]  # 16 networks of 2 epochs on both sides
+    assert "plotly" in (tmp_path / "compare_methods.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--methods", "random,zom"), "'zom'"),
+        (("--parts", "all"), "methods, gradient, population"),
+        (("--seeds", "0"), "at least 1"),
+        (("--timeout", "-1"), "more than 0 seconds"),
+    ],
+)
+def test_compare_methods_says_in_one_line_what_is_wrong(
+    argv: tuple[str, ...], message: str, run: Run, tmp_path: Path
+) -> None:
+    code, output, errors = run("compare_methods", *argv)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert (code, output, len(lines)) == (2, "", 1) and message in lines[0]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ from typing import cast
 import optuna
 from optuna.trial import FrozenTrial
 
+from optuna_nnhp.inspect.courses import courses
 from optuna_nnhp.inspect.figures import learning_curves
 from optuna_nnhp.inspect.figures import learning_rate
 from optuna_nnhp.inspect.replicated import replicated
 from optuna_nnhp.inspect.summary import SAMPLE
+from optuna_nnhp.inspect.summary import changes
 from optuna_nnhp.inspect.summary import is_language
 from optuna_nnhp.inspect.summary import language_rows
 from optuna_nnhp.inspect.summary import leading
@@ -150,6 +152,7 @@ def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
         "seconds": attrs.get("seconds"),
         **language_rows(trial),
         "ended by": attrs.get("cause"),
+        "its values": changes(trial),
     }
     known = [
         f"- **{label}**: {_escaped(fact)}" for label, fact in facts.items() if fact is not None
@@ -225,7 +228,7 @@ def _annotate_best(study: optuna.Study, before: int | None) -> int | None:
 
 
 def annotate(study: optuna.Study) -> bool:
-    """Write notes on the study and its best trial, and two figures, for optuna-dashboard.
+    """Write notes on the study and its best trial, and figures, for optuna-dashboard.
 
     The figures are kept small, about 20 kB each, since the dashboard stores them in pieces of
     2045 characters and sends them again at every poll. Text that a person added to a note below
@@ -258,6 +261,8 @@ def annotate(study: optuna.Study) -> bool:
         "learning_curves": learning_curves(study, points=50),
         "learning_rate": learning_rate(study, most=100, details=False),
     }
+    if (moved := courses(study, best=3, small=True)).data:
+        figures["courses"] = moved
     for name, figure in figures.items():
         now[name] = _digest(figure.to_json())
         if last.get(name) != now[name]:

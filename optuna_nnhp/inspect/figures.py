@@ -1,4 +1,4 @@
-"""Figures of a study: learning curves, the learning rate, and Optuna's own, as plotly figures.
+"""Figures of a study: learning curves, the learning rate, all others, as plotly figures.
 
 Every function only reads the study. Names and categories come from users, so they are escaped
 wherever plotly or a browser would read them as markup.
@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import plotly.graph_objects as go
 
+from optuna_nnhp.inspect.courses import courses
 from optuna_nnhp.inspect.optuna_figures import optuna_figures
 from optuna_nnhp.inspect.page import index_html
 from optuna_nnhp.inspect.style import COLORS
@@ -315,7 +316,9 @@ def _add_diverged(figure: go.Figure, study: optuna.Study, edge: float, most: int
 
 
 def figures(study: optuna.Study) -> dict[str, go.Figure]:
-    """Our two figures, which are always there, and those of :func:`optuna_figures`, by name.
+    """Learning curves and rates, which are always there, and what else there is, by name.
+
+    That are the courses of hyperparameters that moved, and those of :func:`optuna_figures`.
 
     Args:
         study:
@@ -326,6 +329,8 @@ def figures(study: optuna.Study) -> dict[str, go.Figure]:
         ['learning_curves', 'learning_rate']
     """
     own = {"learning_curves": learning_curves(study), "learning_rate": learning_rate(study)}
+    if (moved := courses(study)).data:
+        own["courses"] = moved
     return own | optuna_figures(study)
 
 

@@ -101,15 +101,27 @@ def replicated(study: optuna.Study) -> list[Replicated]:
 def winner(study: optuna.Study) -> Replicated | None:
     """The one with the best mean, of those with as many replicates as any, or one less.
 
-    A mean over few seeds is luck again, and one less is what a timeout may leave of a turn.
+    A mean over few seeds is luck again, and one less is what a timeout may leave of a turn. None
+    if the study has found a better configuration since, which has no replicates yet.
 
     Example:
         >>> winner(optuna.create_study()) is None
         True
     """
     found = replicated(study)
+    if not found or not _has_the_best(study, found):
+        return None
     most = max((len(again.values) for again in found), default=0)
     return next((again for again in found if len(again.values) >= most - 1), None)
+
+
+def _has_the_best(study: optuna.Study, found: list[Replicated]) -> bool:
+    """Whether the configuration of the study's best trial is among the replicated ones."""
+    trials = study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+    best = min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+    return any(trials[again.number].params == best.params for again in found)
 
 
 def replicates_frame(study: optuna.Study) -> pd.DataFrame:

@@ -14,8 +14,10 @@ from optuna.trial import TrialState
 import pandas as pd
 from torch import nn
 
+from optuna_nnhp.inspect.courses import schedule_frame
 from optuna_nnhp.inspect.replicated import replicates_frame
 from optuna_nnhp.inspect.replicated import winner
+from optuna_nnhp.study.lockstep import member_at_best
 from optuna_nnhp.study.lockstep import stages_of
 from optuna_nnhp.study.trials import params_as_trained
 from optuna_nnhp.templates.common import Template
@@ -76,8 +78,35 @@ class Result:
 
     @property
     def best_params(self) -> dict[str, Any]:
-        """What was tuned, as the best trial had it."""
+        """What was tuned, as the best trial had it; if it changed, see `schedule`."""
         return dict(self.best_trial.params)
+
+    @property
+    def schedule(self) -> pd.DataFrame:
+        """The values that the best trial had over its training, one row per stage.
+
+        Column ``epoch`` says when the stage began (for language models as a share of the budget),
+        the others are what was tuned. One row at epoch 0, unless the method changes values while
+        a trial trains (``"population"``, ``"gradient"``). The weights are those of the trial's
+        attribute ``best_epoch``: later stages did not form them.
+
+        Example:
+            >>> from optuna_nnhp import optimize
+            >>> X = [[float(i)] for i in range(40)]
+            >>> fixed = {"epochs": 4, "width": 16, "batch_size": 16}
+            >>> result = optimize(
+            ...     "dnn",
+            ...     X,
+            ...     [i[0] > 9 for i in X],
+            ...     method="gradient",
+            ...     n_trials=1,
+            ...     storage=None,
+            ...     fixed=fixed,
+            ... )
+            >>> result.schedule["epoch"].tolist()
+            [0, 1, 2, 3]
+        """
+        return schedule_frame(self.study, self.best_trial)
 
     @property
     def best_value(self) -> float:
@@ -167,7 +196,7 @@ class Result:
 
     def _predictor(self, number: int) -> Predictor | LanguageModel:
         trial = self.study.get_trials(deepcopy=False)[number]
-        member = self._problem.member(number, trial.params)
+        member = member_at_best(self._problem, trial)
         if number in self._weights:
             network = self._weights.fill(number, self._problem.network(member))
         else:

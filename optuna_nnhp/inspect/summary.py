@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.inspect.replicated import winner
+from optuna_nnhp.study.lockstep import COURSE
 
 # What a short label of a trial shows first; what else the study tunes fills the rest.
 MAIN_PARAMETERS = (
@@ -202,6 +203,21 @@ def over_seeds(study: optuna.Study) -> str:
     return "" if chosen is None else chosen.words
 
 
+def changes(trial: FrozenTrial) -> str | None:
+    """How often a trial's values changed while it trained, in words; None if they did not.
+
+    Example:
+        >>> course = [[0, {"dropout": 0.1}, False], [2, {"dropout": 0.2}, False]]
+        >>> changes(optuna.trial.create_trial(value=1.0, user_attrs={"course": course}))
+        'changed once while it trained, as the figure of courses shows'
+    """
+    count = len(trial.user_attrs.get(COURSE, ())) - 1
+    if count < 1:
+        return None
+    often = "once" if count == 1 else f"{count} times"
+    return f"changed {often} while it trained, as the figure of courses shows"
+
+
 def main_parameters(params: Mapping[str, Any], count: int = 8) -> dict[str, Any]:
     """The first ``count`` parameters, those of :data:`MAIN_PARAMETERS` before all others.
 
@@ -300,6 +316,7 @@ def summary(study: optuna.Study) -> dict[str, str]:
         "optuna_nnhp": attrs.get("version"),
         "best": best or "no trial has completed yet",
         "other seeds": over_seeds(study) or None,
+        "best trial's values": changes(leader) if leader else None,
         **(language_rows(leader) if leader else {}),
         "trials": f"{len(trials)} in all" + (f": {_counts(states)}" if trials else ""),
         "ended by": _counts(causes) or None,

@@ -7,12 +7,14 @@ import copy
 from heapq import nsmallest
 from typing import Any
 from typing import cast
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.samplers import CmaEsSampler
 from optuna.samplers import NSGAIISampler
@@ -23,7 +25,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.search.history import _rank
+from optuna_nnhp.search.ranks import rank
 
 # Parents, and random trials before there are any; a generation of CMA-ES. Optuna's 50 are for
 # fronts of several objectives. Made studies of 512 trials over 18 parameters, 64 at once and
@@ -68,7 +70,12 @@ class EvolutionSampler(BaseSampler):
             raise ValueError(f"`population_size` must be at least 2, but got {population_size}.")
         self._space = IntersectionSearchSpace(include_pruned=True)
         self._random = RandomSampler(seed=seed)
-        self._genetic = _Genetic(population_size=population_size, seed=seed, crossover=_Blend())
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ExperimentalWarning
+            )  # users cannot do a thing about it
+            crossover = _Blend()
+        self._genetic = _Genetic(population_size=population_size, seed=seed, crossover=crossover)
         self._numeric = CmaEsSampler(
             seed=seed, popsize=max(population_size, 5), warn_independent_sampling=False
         )
@@ -162,7 +169,7 @@ class _Genetic(NSGAIISampler):
             return []
         ended = study._get_trials(deepcopy=False, states=ENDED, use_cache=True)
         sign = _sign(study)
-        return nsmallest(self.population_size or 0, ended, key=lambda t: _rank(t, sign))
+        return nsmallest(self.population_size or 0, ended, key=lambda t: rank(t, sign))
 
 
 class _Ranks:
@@ -189,7 +196,7 @@ class _Ranks:
         ended = self._study._get_trials(deepcopy=False, states=ENDED, use_cache=use_cache)
         sign = _sign(self._study)
         seen: dict[int, FrozenTrial] = {}
-        for place, trial in enumerate(sorted(ended, key=lambda t: _rank(t, sign))):
+        for place, trial in enumerate(sorted(ended, key=lambda t: rank(t, sign))):
             seen[trial.number] = changed = copy.copy(trial)
             changed.state, changed.values = TrialState.COMPLETE, [float(place)]
         return [seen[trial.number] for trial in ended]

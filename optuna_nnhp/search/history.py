@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
-import math
 import threading
 from typing import Any
 
@@ -22,6 +21,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.search.kernels import ArrayParzenEstimator
+from optuna_nnhp.search.ranks import rank
 
 Rows = dict[int, NDArray[Any]]
 
@@ -219,7 +219,7 @@ class _History:
                 if trial.state != TrialState.FAIL:
                     self._intersect(trial.distributions)
                     insort(self._order, number)
-                    insort(self._ranked, (*_rank(trial, sign), number))
+                    insort(self._ranked, (*rank(trial, sign), number))
         return self
 
     def _intersect(self, distributions: dict[str, BaseDistribution]) -> None:
@@ -246,23 +246,3 @@ class _History:
             rows = {}
             self._rows[names] = search_space, rows
         return rows
-
-
-def _rank(trial: FrozenTrial, sign: float) -> tuple[int, float, float]:
-    """TPE's order: by value, then the pruned by how far they came, then the infeasible.
-
-    Example:
-        >>> import optuna
-        >>> _rank(optuna.trial.create_trial(value=0.5), sign=1.0)
-        (0, 0.5, 0.0)
-    """
-    violation = sum(excess for excess in trial.constraints.values() if excess > 0)
-    if violation > 0:
-        return 2, violation, 0.0
-    if trial.state == TrialState.COMPLETE:
-        assert trial.value is not None
-        return 0, sign * trial.value, 0.0
-    if not trial.intermediate_values:
-        return 1, 1.0, 0.0
-    step, value = max(trial.intermediate_values.items())
-    return 1, -float(step), math.inf if math.isnan(value) else sign * value

@@ -107,7 +107,8 @@ class HypergradientSampler(BaseSampler):
     objective function notes the derivative of its value by each continuous parameter, in the
     parameter's own units, as the trial's attribute ``"hypergradient"``, a mapping; how it comes
     to know it (autograd through training, forward mode, differences) is its own affair. Parameters
-    without a derivative stay as they are.
+    without a derivative stay as they are. A path whose trial is pruned or fails is given up, and
+    another one begins.
 
     Everything the sampler knows is in the trials, so a study can be continued, by several
     workers too.
@@ -219,19 +220,22 @@ class HypergradientSampler(BaseSampler):
     def _path(self, study: Study, number: int) -> list[FrozenTrial]:
         """The finished trials of the path whose turn it is; empty for a new one."""
         paths: dict[int, list[FrozenTrial]] = {}
-        busy = set[int]()
+        busy, dead = set[int](), set[int]()
         for trial in study._get_trials(deepcopy=False):
             origin = trial.user_attrs.get(ORIGIN)
-            if origin is None or trial.number == number or trial.state == TrialState.FAIL:
+            if origin is None or trial.number == number:
                 continue
+            path = paths.setdefault(origin, [])
             if trial.state == TrialState.RUNNING:
                 busy.add(origin)
-                paths.setdefault(origin, [])
             elif trial.state == TrialState.COMPLETE:
-                paths.setdefault(origin, []).append(trial)
-        if len(paths) < self._starts:
+                path.append(trial)
+            else:  # without a slope it goes nowhere: another one begins
+                dead.add(origin)
+        live = {origin: path for origin, path in paths.items() if origin not in dead}
+        free = {origin: path for origin, path in live.items() if origin not in busy and path}
+        if len(live) < self._starts:
             return []
-        free = {origin: path for origin, path in paths.items() if origin not in busy and path}
         return min(free.values(), key=lambda path: (len(path), path[0].number), default=[])
 
     def _next(self, study: Study, path: list[FrozenTrial]) -> dict[str, Any]:

@@ -37,14 +37,11 @@ class Method:
             What `method_options` may hold for the sampler.
         loop_options:
             The same for the study's loop.
-        help:
-            One line.
     """
 
     sampler: Callable[..., BaseSampler]
     options: tuple[str, ...] = ()
     loop_options: tuple[str, ...] = ()
-    help: str = ""
 
 
 def _sobol(seed: int | None) -> BaseSampler:
@@ -53,43 +50,20 @@ def _sobol(seed: int | None) -> BaseSampler:
         return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
+# What each does, for users, is in the README and in `optimize`.
 METHODS: dict[str, Method] = {
-    "grid": Method(
-        RandomSampler,
-        loop_options=("partial",),
-        help="the catalogue's levels, or `levels`, each combination once",
-    ),
-    "random": Method(RandomSampler, help="every value by itself, anywhere in its range"),
-    "quasi-random": Method(_sobol, help="scrambled Sobol points, which cover a space evenly"),
-    "zoom": Method(
-        ZoomSampler,
-        ("round_size", "patience"),
-        help="random in a box that closes in on the best trials",
-    ),
-    "bayes": Method(
-        HistorySampler, ("n_startup_trials",), help="Optuna's TPE on a bounded number of trials"
-    ),
-    "bayes-gp": Method(
-        lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
-        help="Optuna's Gaussian process",
-    ),
-    "gradient": Method(
-        HistorySampler,
-        loop_options=("starts", "rate"),
-        help="rates and regularization follow the gradient of the validation loss while trials "
-        "train; TPE proposes the rest",
-    ),
-    "evolution": Method(
-        EvolutionSampler,
-        ("population_size",),
-        help="offspring of the best trials: CMA-ES, or a genetic algorithm if there are choices",
-    ),
-    "population": Method(
-        RandomSampler,
-        loop_options=("size", "generations"),
-        help="population-based training: networks that do badly go on as copies of good ones, "
-        "with values moved a little",
-    ),
+    # The catalogue's levels, or a user's, each combination once.
+    "grid": Method(RandomSampler, loop_options=("partial",)),
+    "random": Method(RandomSampler),
+    "quasi-random": Method(_sobol),
+    "zoom": Method(ZoomSampler, ("round_size", "patience")),
+    "bayes": Method(HistorySampler, ("n_startup_trials",)),
+    "bayes-gp": Method(lambda seed: GPSampler(seed=seed, warn_independent_sampling=False)),
+    # Rates and regularization follow the gradient of the validation loss; TPE proposes the rest.
+    "gradient": Method(HistorySampler, loop_options=("starts", "rate")),
+    "evolution": Method(EvolutionSampler, ("population_size",)),
+    # Networks that do badly go on as copies of good ones; the first generation is random.
+    "population": Method(RandomSampler, loop_options=("size", "generations")),
 }
 
 

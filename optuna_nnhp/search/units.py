@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import FloatDistribution
@@ -46,5 +48,6 @@ def from_unit(distribution: Number, unit: float) -> float | int:
     return int(value) if isinstance(distribution, IntDistribution) else float(value)
 
 
+@functools.lru_cache(maxsize=256)
 def _transform(distribution: Number) -> _SearchSpaceTransform:
     return _SearchSpaceTransform({"x": distribution}, transform_0_1=True)

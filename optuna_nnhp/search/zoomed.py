@@ -87,6 +87,24 @@ class ZoomedSpace(dict[str, BaseDistribution]):
         super().__setitem__(name, distribution)
         self.reasons[name] = BY_HAND
 
+    def update(self, *args: Any, **kwargs: BaseDistribution) -> None:
+        """As of a dict; reasons too."""
+        for name, distribution in dict(*args, **kwargs).items():
+            self[name] = distribution
+
+    def __ior__(self, other: Any) -> ZoomedSpace:  # type: ignore[override]
+        self.update(other)
+        return self
+
+    def __or__(self, other: Any) -> ZoomedSpace:  # type: ignore[override]
+        joined = self.copy()
+        joined.update(other)
+        return joined
+
+    def copy(self) -> ZoomedSpace:
+        """The same space, with its lineage."""
+        return ZoomedSpace(self, self.old, self.reasons, self.source, self.best)
+
     def __repr__(self) -> str:
         rows = [("parameter", "old range", "new range", "reason")]
         for name, distribution in self.items():

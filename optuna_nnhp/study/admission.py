@@ -284,7 +284,7 @@ class Admission:
 
     def _admit_planned(self) -> None:
         """Ask for the next points of a plan, and group them as they come."""
-        if self.problem.one_by_one and self.pool.alive:
+        if self._baseline_first() or (self.problem.one_by_one and self.pool.alive):
             return
         planned = 1 if self.problem.one_by_one else self._generation(PLANNED)
         most, left = self.cohort_size or planned, self.asker.left()
@@ -294,6 +294,19 @@ class Admission:
         self._group(self.asker.ask(count))
         for live in self.pool.lives:  # all of them, by those who fit
             live.is_filled = True
+
+    def _baseline_first(self) -> bool:
+        """Whether the default configuration has the machine for itself, also before a plan."""
+        if self.turns == 0 and self.cohort_size is None:
+            self.turns = 1
+            trials = self.asker.ask(1)
+            if not (trials and trials[0].is_baseline):
+                self._group(trials)
+                return False
+            self._open_with(trials[0])
+        if self.openers and not self._openers_run(self.openers[0][1]):
+            self.openers = []
+        return bool(self.openers)
 
     def _group(self, trials: Sequence[RunningTrial]) -> None:
         """Let trials join cohorts of their signature, or begin new ones."""

@@ -339,7 +339,7 @@ def _seconds_each(problem: Problem, points: Sequence[Mapping[str, Value]]) -> fl
     with single_blas:
         for point in points:
             try:
-                seconds.append(_seconds_of(problem, problem.member(0, point)))
+                seconds.append(seconds_of(problem, problem.member(0, point)))
             except TrialError:
                 seconds.append(0.0)
             if time.monotonic() - started > PROBE_SECONDS:
@@ -347,7 +347,7 @@ def _seconds_each(problem: Problem, points: Sequence[Mapping[str, Value]]) -> fl
     return sum(seconds) / len(seconds)
 
 
-def _seconds_of(problem: Problem, member: Member) -> float:
+def seconds_of(problem: Problem, member: Member) -> float:
     """Seconds of a trial's whole budget: given, or by a measurement."""
     params = member.params
     if params.get("seconds") and not (params["iterations"] or params["train_tokens"]):

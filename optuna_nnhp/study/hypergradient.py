@@ -9,7 +9,6 @@ import logging
 import math
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.distributions import FloatDistribution
 from optuna.samplers import BaseSampler
 import torch
@@ -23,9 +22,9 @@ from optuna_nnhp.search.units import to_unit
 from optuna_nnhp.study.lockstep import COURSE
 from optuna_nnhp.study.lockstep import ROOT
 from optuna_nnhp.study.lockstep import LockstepScheduler
-from optuna_nnhp.study.lockstep import check_count
 from optuna_nnhp.study.lockstep import noted
 from optuna_nnhp.study.pool import Live
+from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
@@ -112,19 +111,11 @@ class HypergradientScheduler(LockstepScheduler):
     starts: int = STARTS
     rate: float = RATE
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("starts", self.starts, 1)
-        rate: object = self.rate
-        if type(rate) is bool or not isinstance(rate, int | float) or not rate > 0:
-            raise ValueError(f"`rate` must be a number above 0, but got {rate!r}.")
-
     def _train_group(self, base: BaseSampler) -> None:
-        moved = moved_by_gradient(self.problem.space)
+        moved = moved_by_gradient(self.problem)
         leader = self._lead()
-        if leader is None:
+        if leader is None or not self._stacks(leader):
             return
-        self._check_stacks(leader)
         each = 1 + len(moved)
         count = max(1, self._that_fit(leader, each * self.starts) // each)
         trials = [leader, *self._follow(leader, count - 1)]
@@ -164,8 +155,7 @@ class HypergradientScheduler(LockstepScheduler):
             scale = 1 - (1 - LEAST_RATE) * step / steps
             states = [self._move(start, cohort, scores, scale, lost) for start in starts]
             self._report(live, [start.trial for start in starts])
-            if step < steps:
-                self._go_on(cohort, starts, states)
+            self._go_on(cohort, starts, states)  # at the end too: whose weights are the trial's
         for start in starts:
             start.trial.trial.set_user_attr(COURSE, noted(start.course))
         if scores is None:
@@ -196,9 +186,10 @@ class HypergradientScheduler(LockstepScheduler):
         wants_more = any(slopes.get(name, 0.0) < -PROGRESS * loss / DIFFERENCE for name in RATES)
         if not math.isfinite(loss) or (is_stuck and not wants_more):
             self._retreat(start)
-        elif chosen == start.number:
-            start.values = start.descent.step(start.values, slopes, scale)
+        else:
             start.loss = loss
+            if chosen == start.number:
+                start.values = start.descent.step(start.values, slopes, scale)
         return chosen
 
     def _slopes(self, start: Start, losses: Mapping[str, float], loss: float) -> dict[str, float]:
@@ -255,20 +246,21 @@ class HypergradientScheduler(LockstepScheduler):
         return twin_value(name, start.descent.distributions[name], start.values[name])
 
 
-def moved_by_gradient(space: Mapping[str, BaseDistribution]) -> dict[str, FloatDistribution]:
-    """What of a space follows the gradient.
+def moved_by_gradient(problem: Problem) -> dict[str, FloatDistribution]:
+    """What of a problem's space follows the gradient.
 
     Raises:
         ValueError: If there is nothing.
-
-    Example:
-        >>> list(moved_by_gradient({"dropout": FloatDistribution(0.0, 0.5)}))
-        ['dropout']
     """
+    space, changeable = problem.space, problem.changeable()
     moved = {
         name: d
         for name, d in space.items()
-        if name in MOVED and isinstance(d, FloatDistribution) and d.step is None and not d.single()
+        if name in MOVED
+        and name in changeable
+        and isinstance(d, FloatDistribution)
+        and d.step is None
+        and not d.single()
     }
     if not moved:
         raise ValueError(

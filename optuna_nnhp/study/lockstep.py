@@ -6,24 +6,27 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 import math
-from numbers import Integral
 from typing import Any
 from typing import ClassVar
 
+import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from optuna_nnhp.search.follower import FollowerSampler
+from optuna_nnhp.study.grid import seconds_of
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.scheduler import Scheduler
-from optuna_nnhp.study.sizes import measured_pace
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.study.trials import params_as_trained
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
 from optuna_nnhp.training.course import Stage
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 COURSE, ROOT = "course", "root"  # attributes: see `noted`; whose first weights a trial began with
 FITTING = 0.8  # of the seconds that are left: what a group may be expected to take
@@ -37,18 +40,25 @@ class LockstepScheduler(Scheduler):
 
     Attributes:
         is_said: Whether the log says already what is moved and what is not.
+        parked: Trials that were enqueued by somebody and lead the next groups.
     """
 
     is_said: bool = False
+    parked: list[RunningTrial] = field(default_factory=list)
     has_portfolio: ClassVar[bool] = False
 
     def _train_all(self) -> None:
         sampler = self.study.sampler
-        while not self._is_over():
-            try:
-                self._train_group(sampler)
-            finally:
-                self.study.sampler = sampler
+        try:
+            while not self._is_over():
+                try:
+                    self._train_group(sampler)
+                finally:
+                    self.study.sampler = sampler
+                    self.pool.lives.clear()  # a group's stack is needed no more
+        finally:
+            for trial in self.parked:
+                self._refuse(trial, "interrupted" if self.budget.interrupted else "timeout")
 
     @abstractmethod
     def _train_group(self, base: BaseSampler) -> None:
@@ -56,10 +66,12 @@ class LockstepScheduler(Scheduler):
 
     def _is_over(self) -> bool:
         stopped = self.budget.out_of_time() or self.study._stop_flag
-        return stopped or self.asker.left() == 0
+        return stopped or (self.asker.left() == 0 and not self.parked)
 
     def _lead(self) -> RunningTrial | None:
         """Ask for a trial that is free in everything."""
+        if self.parked:
+            return self.parked.pop(0)
         with self.timing("asking"):
             asked = self.asker.ask(1)
         return asked[0] if asked else None
@@ -78,19 +90,31 @@ class LockstepScheduler(Scheduler):
         finally:
             self.study.sampler = sampler
         fitting = [trial for trial in asked if trial.signature == leader.signature]
-        for trial in asked:
-            if trial not in fitting:  # enqueued by somebody, or a network that is made otherwise
-                trial.fail(self.study, self.problem, "other static values than its leader's")
-                del self.asker.running[trial.member.number]
+        self.parked += [trial for trial in asked if trial.signature != leader.signature]
         return fitting
 
-    def _check_stacks(self, leader: RunningTrial) -> None:
-        """Raise if a leader's network can only train alone."""
-        if not self.problem.stacks(leader.member):
-            raise ValueError(
-                "The methods 'gradient' and 'population' must have networks that can be trained "
-                "as one stack, but this one can only train alone; the log says why."
-            )
+    def _refuse(self, trial: RunningTrial, cause: str) -> None:
+        """End a trial that has not trained."""
+        trial.fail(self.study, self.problem, cause)
+        self.asker.running.pop(trial.member.number, None)
+
+    def _stacks(self, leader: RunningTrial) -> bool:
+        """Whether a leader's network can be trained in a group; else its trial fails.
+
+        Raises:
+            ValueError: If no network could so far.
+        """
+        if self.problem.stacks(leader.member):
+            return True
+        text = (
+            "The methods 'gradient' and 'population' must have networks that can be trained as "
+            "one stack, but this one can only train alone; the log says why."
+        )
+        if not self.is_said:
+            raise ValueError(text)
+        _logger.warning(f"Trial {leader.member.number} failed: {text}")
+        self._refuse(leader, "error")
+        return False
 
     def _open(self, trials: Sequence[RunningTrial], members: Sequence[Member]) -> Live:
         """Begin a cohort of these members, some of which may be no trials."""
@@ -108,11 +132,10 @@ class LockstepScheduler(Scheduler):
     def _that_fit(self, leader: RunningTrial, most: int) -> int:
         """How many members a group may have by memory and time."""
         fitting = min(most, self.problem.cohort_size(leader.member))
-        if self.budget.timeout is None or self.problem.one_by_one:
+        if self.budget.timeout is None:
             return fitting
-        pace = measured_pace(self.problem, leader.member, fitting)
-        rounds = self.problem.rounds_per_epoch * int(leader.member.params.get("epochs") or 1)
-        return min(fitting, int(FITTING * self.budget.seconds_left / (rounds * pace.round)))
+        each = seconds_of(self.problem, leader.member)
+        return min(fitting, int(FITTING * self.budget.seconds_left / each))
 
     def _train_to(self, live: Live, end: int) -> Scores | None:
         """Train everybody to a round and evaluate; None if time ran out."""
@@ -146,18 +169,6 @@ class LockstepScheduler(Scheduler):
             self.storage.flush_if_due()
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    """Raise unless an option is a whole number, and large enough.
-
-    Example:
-        >>> check_count("size", 2, least=2)
-    """
-    if type(value) is bool or not isinstance(value, Integral) or int(value) < least:
-        raise ValueError(
-            f"`{name}` must be a whole number of at least {least}, but got {value!r}."
-        )
-
-
 def noted(course: Sequence[tuple[int, Mapping[str, Any], bool]]) -> list[list[Any]]:
     """A course as an attribute of a trial.
 
@@ -187,3 +198,17 @@ def stages_of(problem: Problem, trial: FrozenTrial) -> list[Stage]:
         Stage(begin, problem.member(root, {**params, **changed}), is_fresh)
         for begin, changed, is_fresh in attributes.get(COURSE, [])
     ]
+
+
+def member_at_best(problem: Problem, trial: FrozenTrial) -> Member:
+    """A trial with the values that it had at its best round; those decide what its network has.
+
+    Args:
+        problem:
+            What was tuned.
+        trial:
+            A trial of its study that has a value.
+    """
+    best = round(trial.user_attrs.get("best_epoch", 0) * problem.rounds_per_epoch)
+    stages = [stage for stage in stages_of(problem, trial) if stage.begin < best]
+    return stages[-1].member if stages else problem.member(trial.number, trial.params)

@@ -12,13 +12,13 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler
 
-from optuna_nnhp.hyperparameters.catalogue import changing
 from optuna_nnhp.search.population import PARENT
+from optuna_nnhp.search.population import POPULATION
+from optuna_nnhp.search.population import SLOT
 from optuna_nnhp.search.population import PopulationSampler
 from optuna_nnhp.study.lockstep import COURSE
 from optuna_nnhp.study.lockstep import ROOT
 from optuna_nnhp.study.lockstep import LockstepScheduler
-from optuna_nnhp.study.lockstep import check_count
 from optuna_nnhp.study.lockstep import noted
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.storage import worker_name
@@ -53,38 +53,39 @@ class PopulationScheduler(LockstepScheduler):
     generations: int = GENERATIONS
     courses: dict[int, tuple[int, Course]] = field(default_factory=dict)  # root and course
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.size is not None:
-            check_count("size", self.size, 2)
-        check_count("generations", self.generations, 1)
-
     def _train_group(self, base: BaseSampler) -> None:
         """Train a population through all its generations."""
         count = len(self.study.get_trials(deepcopy=False))
-        names = self.problem.space.keys()
+        names, moving = self.problem.space.keys(), self.problem.changeable()
+        name = f"{count}@{worker_name()}"
+        self.courses.clear()
         self.study.sampler = sampler = PopulationSampler(
             size=self.size or SIZE,
             base=base,
-            inherited=names - changing(),
-            population=f"{count}@{worker_name()}",
+            inherited=names - moving,
+            population=name,
             seed=(self.problem.seed + count) % 2**32,
         )
         leader = self._lead()
         if leader is None:
             return
+        if not self._stacks(leader):
+            return
         sampler.size, generations = self._shape(leader)
         trials = [leader, *self._follow(leader, sampler.size - 1)]
-        for trial in trials:
+        sampler.size = len(trials)
+        for slot, trial in enumerate(trials):
+            trial.trial.set_user_attr(POPULATION, name)  # an enqueued one comes from elsewhere
+            trial.trial.set_user_attr(SLOT, slot)
             self._begin(trial, trial.member.number, [(0, self._values(trial), False)])
         live = self._open(trials, [trial.member for trial in trials])
         rounds = self._rounds(live)
         generations = min(generations, rounds)
-        said = ", ".join(sorted(names - changing())) or "nothing"
+        said = ", ".join(sorted(names - moving)) or "nothing"
         _logger.log(
             logging.DEBUG if self.is_said else logging.INFO,
             f"A population of {len(trials)} trains {generations} generations; moved are "
-            f"{', '.join(sorted(names & changing())) or 'none'}; inherited: {said}.",
+            f"{', '.join(sorted(moving)) or 'none'}; inherited: {said}.",
         )
         self.is_said = True
         for generation in range(1, generations + 1):
@@ -92,7 +93,8 @@ class PopulationScheduler(LockstepScheduler):
                 return
             if generation == generations or self._is_over():
                 return
-            self._next_generation(live, sampler.size)
+            if not self._next_generation(live, sampler.size):
+                return
 
     def _shape(self, leader: RunningTrial) -> tuple[int, int]:
         """Members and generations, by what is left of the budget."""
@@ -101,7 +103,6 @@ class PopulationScheduler(LockstepScheduler):
         if self.size is None and left is not None:
             wanted = min(SIZE, max(SMALLEST, (left + 1) // self.generations))
         fitting = self._that_fit(leader, wanted) if self.size is None else wanted
-        self._check_stacks(leader)
         size = max(2, fitting)
         if left is None:
             return size, self.generations
@@ -109,7 +110,8 @@ class PopulationScheduler(LockstepScheduler):
 
     def _values(self, trial: RunningTrial) -> dict[str, Any]:
         """What can change, as the trial has it."""
-        return {name: v for name, v in trial.trial.params.items() if name in changing()}
+        moving = self.problem.changeable()
+        return {name: v for name, v in trial.trial.params.items() if name in moving}
 
     def _begin(self, trial: RunningTrial, root: int, course: Course) -> None:
         """Note where a trial comes from."""
@@ -139,12 +141,20 @@ class PopulationScheduler(LockstepScheduler):
         self._end_trials(live, causes)
         return len(diverged) < len(causes)
 
-    def _next_generation(self, live: Live, size: int) -> None:
-        """Ask for the members' next trials and let them go on from their parents."""
+    def _next_generation(self, live: Live, size: int) -> bool:
+        """Ask for the members' next trials and let them go on; whether there are any."""
         cohort, left = live.cohort, self.asker.left()
         with self.timing("asking"):
-            trials = self.asker.ask(size if left is None else min(size, left))
+            asked = self.asker.ask(size if left is None else min(size, left))
         places = {member.number: place for place, member in enumerate(cohort.members)}
+        trials = list[RunningTrial]()
+        for trial in asked:
+            if trial.is_enqueued:  # by somebody who wants these values from the beginning
+                self.parked.append(trial)
+            elif trial.trial.user_attrs[PARENT] in places:
+                trials.append(trial)
+            else:  # another process has ended the member's last trial
+                self._refuse(trial, "interrupted")
         parents = [trial.trial.user_attrs[PARENT] for trial in trials]
         for trial, parent in zip(trials, parents, strict=True):
             root, course = self.courses[parent]
@@ -152,7 +162,10 @@ class PopulationScheduler(LockstepScheduler):
             if values != course[-1][1]:
                 course = [*course, (cohort.done[0], values, False)]
             self._begin(trial, root, course)
+        if not trials:
+            return False
         with self.timing("bookkeeping"):
             go_on(cohort, [places[p] for p in parents], [trial.member for trial in trials])
             cohort.forget_best()
         live.running = {trial.member.number: trial for trial in trials}
+        return True

@@ -69,6 +69,9 @@ class Problem(Protocol):
     def pin(self, leader: Member) -> Callable[[str, Any], Any]:
         """How a proposed value is moved so that the trial can join a leader's cohort."""
 
+    def changeable(self) -> frozenset[str]:
+        """What of the space may change while a network trains."""
+
     def stacks(self, leader: Member) -> bool:
         """Whether trials like one can be trained as one stack at all."""
 

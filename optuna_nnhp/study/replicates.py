@@ -125,12 +125,15 @@ class Replication:
         """Train some trials with another seed, and keep their values; whether there was time."""
         out_of_time = self.budget.out_of_time
         plain = [trial for trial in trials if COURSE not in trial.user_attrs]
-        for group in _groups(problem, plain):
-            if not out_of_time():
-                _keep(study, seed, dict(_train(problem.cohort(group), out_of_time)))
-        for trial in trials:
-            if COURSE in trial.user_attrs and not out_of_time():
-                _keep(study, seed, _train_course(problem, trial, out_of_time))
+        try:
+            for group in _groups(problem, plain):
+                if not out_of_time():
+                    _keep(study, seed, dict(_train(problem.cohort(group), out_of_time)))
+            for trial in trials:
+                if COURSE in trial.user_attrs and not out_of_time():
+                    _keep(study, seed, _train_course(problem, trial, out_of_time))
+        except TrialError as error:
+            _logger.warning(f"Not all replicates could be trained: {error}")
         return not out_of_time()
 
     def _affordable(self, study: Study) -> list[FrozenTrial]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
 import functools
+from numbers import Integral
 from typing import Any
 
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
+from optuna.samplers import BruteForceSampler
 from optuna.samplers import GridSampler
 from optuna.samplers import QMCSampler
 
@@ -37,6 +39,7 @@ LOOPS: dict[str | None, type[Scheduler]] = {
     "population": PopulationScheduler,
     "gradient": HypergradientScheduler,
 }
+LEAST = {"size": 2, "population_size": 2, "round_size": 5, "n_startup_trials": 0}  # else 1
 
 
 @dataclass
@@ -68,6 +71,15 @@ class Wish:
     levels: Mapping[str, Sequence[Value]] | None = None
     seed: int = 0
 
+    def refuse(self, **given: object) -> None:
+        """Raise if something was given that the method's own loop has no use for."""
+        for name, value in given.items():
+            if value is not None and self.method in LOOPS:
+                raise ValueError(
+                    f"`{name}` must not be given with the method {self.method!r}, which has its "
+                    f"own way, but got {value!r}."
+                )
+
     def check(self, problem: Problem, budget: Budget) -> None:
         """Raise what makes no sense for a problem, and plan a grid.
 
@@ -80,7 +92,7 @@ class Wish:
         elif isinstance(self.sampler, GridSampler):
             check_grid(self.sampler, problem.space)
         if self.method == "gradient":
-            moved_by_gradient(problem.space)
+            moved_by_gradient(problem)
 
     def for_study(self, study: Study, *, few: bool) -> BaseSampler:
         """The sampler, with new random numbers where a study is continued.
@@ -119,10 +131,14 @@ def wish_of(
     if isinstance(method, BaseSampler):
         if sampler is not None:
             raise ValueError("The sampler must be given once, as `method` or as `sampler`.")
-        return wish_of("bayes", method, options, levels, seed)
+        if options:
+            raise ValueError(
+                f"`method_options` must come with the name of a method, but it is {method!r}."
+            )
+        return wish_of("bayes", method, None, levels, seed)
     mine, loops = split_options(method, options)
-    if not isinstance(loops.get("partial", False), bool):
-        raise ValueError(f"`partial` must be True or False, but got {loops['partial']!r}.")
+    for name, value in {**mine, **loops}.items():
+        _check_option(name, value)
     if levels is not None and method != "grid":
         raise ValueError(f"`levels` must come with the method 'grid', but it is {method!r}.")
     if sampler is None:
@@ -135,7 +151,28 @@ def wish_of(
             f"`sampler` must stand alone, or with the methods {', '.join(map(str, LOOPS))}, but "
             f"came with {method!r}{' and its options' if mine else ''}."
         )
+    if method in LOOPS and isinstance(sampler, GridSampler | BruteForceSampler):
+        raise ValueError(
+            f"`sampler` must be one that proposes any values beside {method!r}, but is a grid: "
+            f"{sampler!r}."
+        )
     return Wish(method if method in LOOPS else None, sampler, True, {}, loops, seed=seed)
+
+
+def _check_option(name: str, value: object) -> None:
+    """Raise unless an option of a method makes sense."""
+    if name == "partial":
+        if not isinstance(value, bool):
+            raise ValueError(f"`partial` must be True or False, but got {value!r}.")
+    elif name == "rate":
+        if type(value) is bool or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"`rate` must be a number above 0, but got {value!r}.")
+    elif not (name == "patience" and value is None):
+        least = LEAST.get(name, 1)
+        if type(value) is bool or not isinstance(value, Integral) or int(value) < least:
+            raise ValueError(
+                f"`{name}` must be a whole number of at least {least}, but got {value!r}."
+            )
 
 
 def begin_zoomed(

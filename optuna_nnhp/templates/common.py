@@ -25,6 +25,7 @@ from torch import nn
 from optuna_nnhp.data.frames import read_csv
 from optuna_nnhp.data.tabular import TabularData
 from optuna_nnhp.data.target import Target
+from optuna_nnhp.hyperparameters.catalogue import changing
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.loss import RegressionLoss
@@ -99,6 +100,10 @@ class Supervised(ABC):
     def portfolio(self) -> list[dict[str, Value]]:
         """None, unless a template knows some."""
         return []
+
+    def changeable(self) -> frozenset[str]:
+        """What of the space may change while a network trains."""
+        return changing() & self.space.keys()
 
     def stacks(self, leader: Member) -> bool:
         """Whether trials like one can be trained as one stack at all."""

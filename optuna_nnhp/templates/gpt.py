@@ -25,6 +25,7 @@ from optuna_nnhp.data.text import Tokens
 from optuna_nnhp.data.text import bundled_text
 from optuna_nnhp.data.text import check_length
 from optuna_nnhp.data.text import prepare_text
+from optuna_nnhp.hyperparameters.catalogue import changing
 from optuna_nnhp.hyperparameters.catalogue import choose
 from optuna_nnhp.hyperparameters.catalogue import default_params
 from optuna_nnhp.hyperparameters.catalogue import effective
@@ -326,6 +327,10 @@ class GPT:
         """Static values become the leader's."""
         static = _static_names()
         return lambda name, value: leader.params[name] if name in static else value
+
+    def changeable(self) -> frozenset[str]:
+        """What of the space may change while a network trains."""
+        return changing() & self.space.keys()
 
     def stacks(self, leader: Member) -> bool:
         """Whether trials like one can be trained as one stack: always."""

@@ -191,6 +191,26 @@ class OwnNetwork(Supervised):
 
         return pin
 
+    def changeable(self) -> frozenset[str]:
+        """What may change while a network trains: what the user's function does not read.
+
+        Its dropout may if it is that of layers which are there at any rate.
+        """
+        free = super().changeable()
+        if "dropout" in self._reads and not self._has_lasting_dropout():
+            return free - self._reads
+        return free - (self._reads - {"dropout"})
+
+    def _has_lasting_dropout(self) -> bool:
+        """Whether a rate of dropout is that of `nn.Dropout` layers, on or off."""
+        networks = [
+            self.network(self.member(0, {**self.defaults(), "dropout": rate}))
+            for rate in (0.0, 0.3)
+        ]
+        off, on = ([type(m) for m in network.modules()] for network in networks)
+        rates = [float(m.p) for m in networks[1].modules() if isinstance(m, nn.Dropout)]
+        return off == on and 0.3 in rates
+
     def stacks(self, leader: Member) -> bool:
         """Whether trials like one can be trained as one stack at all."""
         return self._examine(leader).obstacle is None

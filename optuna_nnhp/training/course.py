@@ -53,7 +53,8 @@ def go_on(
             counters, which the learning rate's decay follows, are the source's all the same.
 
     Raises:
-        ValueError: If a member's structure is not that of its source.
+        ValueError: If a member's activation, optimizer or batch size is not that of its source;
+            that shapes are equal is up to the caller.
     """
     for source, member in zip(sources, members, strict=True):
         old, new = cohort.members[source].params, member.params
@@ -105,6 +106,8 @@ def follow(
     """
     value = math.nan
     for stage, following in zip(course, [*course[1:], None], strict=True):
+        if stage.begin >= until and cohort.done[0]:
+            break
         if cohort.done[0] or stage.is_fresh:
             go_on(cohort, [0], [stage.member], fresh=[0] if stage.is_fresh else [])
         end = until if following is None else min(until, following.begin)

@@ -73,6 +73,19 @@ def test_the_course_gives_the_value_again(method: str) -> None:
         assert right == pytest.approx(trial.value, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_has_the_values_of_its_best_epoch(seed: int) -> None:
+    # Dropout goes on and off within this range, and a network without it has fewer layers.
+    space = {"dropout": FloatDistribution(0.035, 0.045, log=True)}
+    result = run("gradient", space=space, method_options={"starts": 2, "rate": 0.5}, seed=seed)
+    X, _ = tiny.classes()
+    assert len(result.predict(X)) == len(X)
+    dropouts = [
+        stage[1]["dropout"] for t in result.study.trials for stage in t.user_attrs["course"]
+    ]
+    assert min(dropouts) < 0.04 < max(dropouts)
+
+
 def test_generations_go_on_from_their_parents() -> None:
     trials = run("population").study.get_trials()
     assert [t.user_attrs["generation"] for t in trials] == [g for g in range(4) for _ in range(4)]

@@ -186,8 +186,12 @@ def test_a_trial_with_few_replicates_does_not_win() -> None:
         str(n): {"seeds": list(range(k)), "values": [10.0 - n] * k} for n, k in lengths.items()
     }
     found.study.set_user_attr(REPLICATES, entries)
-    assert found.best_trial.number == 1
-    assert found.replicates["number"].tolist() == [2, 1, 0]
+    best = found.study.best_trial.number
+    assert found.best_trial.number == best  # which has none: the study found it afterwards
+    entries[str(best)] = {"seeds": [0], "values": [99.0]}
+    found.study.set_user_attr(REPLICATES, entries)
+    assert best not in lengths and found.best_trial.number == 1
+    assert found.replicates["number"].tolist() == [2, 1, 0, best]
 
 
 @dataclass

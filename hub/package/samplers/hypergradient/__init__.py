@@ -1,0 +1,5 @@
+"""HypergradientSampler of optuna_nnhp, as a package of OptunaHub."""
+
+from .hypergradient import HypergradientSampler
+
+__all__ = ["HypergradientSampler"]

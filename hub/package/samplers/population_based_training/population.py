@@ -1,0 +1,252 @@
+# Made by hub/build.py from optuna_nnhp/search/population.py of optuna_nnhp: edit that.
+"""Population-based training: trials that go on from better ones, with values of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+import math
+from typing import Any
+
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.samplers import RandomSampler
+from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from .units import from_unit
+from .units import to_unit
+
+# Attributes of every trial of a population.
+GENERATION, SLOT, PARENT, POPULATION = "generation", "slot", "parent", "population"
+RESAMPLED = 0.25  # of the choices of a child that are drawn anew
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trial stands in its population.
+
+    Args:
+        slot:
+            Which of the members it goes on.
+        generation:
+            How many trials of this member there were before.
+        parent:
+            Number of the trial whose state it goes on from; None in the first generation.
+        copies:
+            Whether the parent is another member, which was better.
+    """
+
+    slot: int
+    generation: int
+    parent: int | None = None
+    copies: bool = False
+
+
+class PopulationSampler(BaseSampler):
+    """Chooses from which trial the next one goes on, and with which values.
+
+    A population has ``size`` members. Each trial is one member's training for a while: a
+    generation. When a member's turn comes again, it goes on from its own last state with the same
+    values; if it is among the worst of the population, it goes on from one of the best instead
+    (exploit), and moves the values a little (explore). The objective function must do so: the
+    number of the trial to go on from is ``trial.user_attrs["parent"]``, None in the first
+    generation, and it must keep its state (weights, optimizer) where the next ones find it.
+
+    Everything the sampler knows is in the trials' attributes ``generation``, ``slot`` and
+    ``parent``, so a study can be continued, by several workers too.
+
+    Args:
+        size:
+            Members.
+        base:
+            Proposes the first generation; random if None.
+        quantile:
+            Share of the population that is replaced, and share that is copied.
+        factor:
+            By how much values move: logarithmic ranges by this factor up or down, others by as
+            large a part of their range as it is of a decade.
+        inherited:
+            Names of parameters that a child never moves, such as those of structure.
+        population:
+            Name of the population, if a study has several; trials of others are not looked at.
+        seed:
+            Seed.
+
+    Raises:
+        ValueError: If ``size`` is under 2, ``quantile`` not between 0 and 0.5, or ``factor`` not
+            above 1.
+
+    Example:
+        >>> import optuna
+        >>> def objective(trial):
+        ...     parent = trial.user_attrs["parent"]
+        ...     start = 0.0 if parent is None else trial.study.trials[parent].value
+        ...     return start + 1 - abs(trial.suggest_float("x", -1, 1))
+        >>> study = optuna.create_study(
+        ...     direction="maximize", sampler=PopulationSampler(size=4, seed=0)
+        ... )
+        >>> study.optimize(objective, n_trials=20)
+        >>> study.best_trial.user_attrs["generation"], study.best_value > 3
+        (4, True)
+
+    Source:
+        Jaderberg et al. 2017, "Population based training of neural networks" (arXiv:1711.09846).
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int = 16,
+        base: BaseSampler | None = None,
+        quantile: float = 0.25,
+        factor: float = 1.25,
+        inherited: Collection[str] = (),
+        population: str = "",
+        seed: int | None = None,
+    ) -> None:
+        if size < 2:
+            raise ValueError(f"`size` must be at least 2, but got {size}.")
+        if not 0 < quantile <= 0.5:
+            raise ValueError(f"`quantile` must be above 0 and at most 0.5, but got {quantile}.")
+        if factor <= 1:
+            raise ValueError(f"`factor` must be above 1, but got {factor}.")
+        self.size, self._quantile, self._factor = size, quantile, factor
+        self._base = base if base is not None else RandomSampler(seed=seed)
+        self._inherited, self._population = frozenset(inherited), population
+        self._rng = LazyRandomState(seed)
+        self._places: dict[int, tuple[Place, dict[str, Any]]] = {}  # by trial id
+
+    def reseed_rng(self) -> None:
+        """Draw other random numbers, as in a new thread."""
+        self._rng.rng.seed()
+        self._base.reseed_rng()
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Give the trial its place, and note it as the trial's attributes."""
+        self._base.before_trial(study, trial)
+        place, params = self._next(study, trial.number)
+        self._places[trial._trial_id] = place, params
+        for name, value in (
+            *((GENERATION, place.generation), (SLOT, place.slot), (PARENT, place.parent)),
+            *([(POPULATION, self._population)] if self._population else []),
+        ):
+            study._storage.set_trial_user_attr(trial._trial_id, name, value)
+            trial.set_user_attr(name, value)  # what the objective function sees
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The base's in the first generation; a child has its parent."""
+        if self._place(trial).parent is not None:
+            return {}
+        return self._base.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The base's."""
+        if self._place(trial).parent is not None:
+            return {}
+        return self._base.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """The parent's value, moved if the parent is another member."""
+        place, params = self._places.get(trial._trial_id, (Place(0, 0), {}))
+        if param_name not in params or not _holds(param_distribution, params[param_name]):
+            return self._base.sample_independent(study, trial, param_name, param_distribution)
+        value = params[param_name]
+        if not place.copies or param_name in self._inherited:
+            return value
+        return self._moved(param_distribution, value)
+
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Any
+    ) -> None:
+        """Forget the place; it is in the trial's attributes."""
+        self._places.pop(trial._trial_id, None)
+        self._base.after_trial(study, trial, state, values)
+
+    def _place(self, trial: FrozenTrial) -> Place:
+        return self._places.get(trial._trial_id, (Place(0, 0), {}))[0]
+
+    def _next(self, study: Study, number: int) -> tuple[Place, dict[str, Any]]:
+        """The place of a new trial and its parent's values."""
+        last: dict[int, FrozenTrial] = {}  # of each member the last trial, if it has a value
+        asked = dict.fromkeys(range(self.size), 0)
+        running = set[int]()
+        for trial in study._get_trials(deepcopy=False):
+            slot = trial.user_attrs.get(SLOT)
+            mine = trial.user_attrs.get(POPULATION, "") == self._population
+            if trial.number == number or slot not in asked or not mine:
+                continue
+            if trial.state == TrialState.FAIL:
+                continue
+            asked[slot] += 1
+            if trial.state == TrialState.RUNNING:
+                running.add(slot)
+            elif trial.state == TrialState.COMPLETE:
+                last[slot] = trial
+            else:  # a state that was no good is not gone on from
+                last.pop(slot, None)
+        slot = min(asked, key=lambda s: (s in running, asked[s], s))
+        if asked[slot] == 0 or not last:
+            return Place(slot, asked[slot]), {}
+        parent, copies = self._parent(study, last, slot)
+        return Place(slot, asked[slot], parent.number, copies), dict(parent.params)
+
+    def _parent(
+        self, study: Study, last: dict[int, FrozenTrial], slot: int
+    ) -> tuple[FrozenTrial, bool]:
+        """Whom a member goes on from: itself, or one of the best if it is one of the worst."""
+        sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+        ranked = sorted(last.values(), key=lambda t: (sign * (t.value or 0.0), t.number))
+        count = max(1, int(self._quantile * self.size))
+        best = ranked[:count]
+        own = last.get(slot)
+        if own is not None and (own in best or own not in ranked[-count:]):
+            return own, False
+        return best[self._rng.rng.randint(len(best))], True
+
+    def _moved(self, distribution: BaseDistribution, value: Any) -> Any:
+        """A value near another one."""
+        rng = self._rng.rng
+        if isinstance(distribution, CategoricalDistribution):
+            if rng.rand() >= RESAMPLED:
+                return value
+            return distribution.choices[rng.randint(len(distribution.choices))]
+        assert isinstance(distribution, FloatDistribution | IntDistribution)
+        if distribution.single():
+            return value
+        part = math.log10(self._factor)
+        if distribution.log:
+            part /= math.log10(distribution.high / distribution.low)
+        unit, up = to_unit(distribution, value), bool(rng.rand() < 0.5)
+        moved = from_unit(distribution, unit + (part if up else -part))
+        if moved == value:  # at an end, or the step is larger
+            step = (distribution.step or 0.0) * (1 if up else -1)
+            if not distribution.low <= value + step <= distribution.high:
+                step = -step
+            moved = (
+                value + step if step else from_unit(distribution, unit + (-part if up else part))
+            )
+        return moved
+
+
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a parent's value is possible; ranges may change within a study of plain Optuna."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    return isinstance(value, int | float) and distribution._contains(value)

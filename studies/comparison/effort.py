@@ -1,0 +1,128 @@
+"""What a study's trials cost, and its best value by what was spent."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from optuna_nnhp.search.population import GENERATION
+from optuna_nnhp.search.population import PARENT
+from optuna_nnhp.study.lockstep import COURSE
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best value of a study from a moment on.
+
+    Args:
+        seconds:
+            Since the call.
+        epochs:
+            Model-epochs of the trials that had ended by then.
+        value:
+            The best value of a COMPLETE trial.
+    """
+
+    seconds: float
+    epochs: float
+    value: float
+
+
+def networks(trial: FrozenTrial) -> int:
+    """How many networks a trial trained: along a gradient also a twin for each moved value.
+
+    Example:
+        >>> import optuna
+        >>> course = {"course": [[0, {"learning_rate": 0.1, "dropout": 0.2}, False]]}
+        >>> networks(optuna.trial.create_trial(value=0.0, user_attrs=course))
+        3
+        >>> networks(optuna.trial.create_trial(value=0.0))
+        1
+    """
+    attributes = trial.user_attrs
+    if GENERATION in attributes or not attributes.get(COURSE):  # populations have no twins
+        return 1
+    _, moved, _ = attributes[COURSE][0]
+    return 1 + len(moved)
+
+
+def model_epochs(trials: Sequence[FrozenTrial]) -> list[float]:
+    """Epochs that each trial's networks trained, together.
+
+    A trial of a population counts what it trained itself: its epochs without its parent's. Of
+    trials that were cut short, what came after their last evaluation counts nowhere.
+
+    Args:
+        trials:
+            All trials of a study, by their numbers.
+    """
+    counted = []
+    for trial in trials:
+        parent = trial.user_attrs.get(PARENT)
+        before = 0.0 if parent is None else trials[parent].user_attrs.get("epochs", 0.0)
+        own = max(0.0, trial.user_attrs.get("epochs", 0.0) - before)
+        counted.append(networks(trial) * own)
+    return counted
+
+
+def course_of(
+    trials: Sequence[FrozenTrial], start: datetime, *, maximize: bool
+) -> tuple[Point, ...]:
+    """Every new best value of a study, and what had been spent when its trial ended.
+
+    Args:
+        trials:
+            All trials of a study, by their numbers.
+        start:
+            When the study was called.
+        maximize:
+            Whether a greater value is better.
+    """
+    ended = [
+        (trial.datetime_complete, trial, epochs)
+        for trial, epochs in zip(trials, model_epochs(trials), strict=True)
+        if trial.datetime_complete is not None
+    ]
+    course, spent = list[Point](), 0.0
+    for moment, trial, epochs in sorted(ended, key=lambda e: (e[0], e[1].number)):
+        spent += epochs
+        if trial.state != TrialState.COMPLETE or trial.value is None:
+            continue
+        if not course or is_better(trial.value, course[-1].value, maximize=maximize):
+            course.append(Point((moment - start).total_seconds(), spent, trial.value))
+    return tuple(course)
+
+
+def is_better(value: float, than: float, *, maximize: bool) -> bool:
+    """Whether a value beats another one."""
+    return value > than if maximize else value < than
+
+
+def value_at(course: Sequence[Point], axis: str, spent: float) -> float | None:
+    """The best value after so many ``"seconds"`` or ``"epochs"``; None before the first.
+
+    Example:
+        >>> course = [Point(1.0, 50.0, 0.8), Point(2.5, 90.0, 0.9)]
+        >>> value_at(course, "seconds", 2.0), value_at(course, "epochs", 10.0)
+        (0.8, None)
+    """
+    place = bisect_right([getattr(point, axis) for point in course], spent)
+    return course[place - 1].value if place else None
+
+
+def reached(course: Sequence[Point], value: float, *, maximize: bool) -> Point | None:
+    """When a study was first at least as good as a value; None if it never was.
+
+    Example:
+        >>> reached([Point(1.0, 50.0, 0.8), Point(2.5, 90.0, 0.9)], 0.85, maximize=True).seconds
+        2.5
+    """
+    for point in course:
+        if not is_better(value, point.value, maximize=maximize):
+            return point
+    return None

@@ -1,0 +1,101 @@
+"""The figure: best value so far, over seconds and over model-epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from optuna_nnhp.inspect.style import COLORS
+from optuna_nnhp.inspect.style import INK
+from optuna_nnhp.inspect.style import robust_range
+from optuna_nnhp.inspect.style import styled
+from optuna_nnhp.search import METHODS
+from studies.comparison.effort import value_at
+from studies.comparison.methods import BASELINE
+from studies.comparison.methods import Run
+from studies.comparison.methods import Runs
+from studies.comparison.methods import grouped
+
+AXES = {"seconds": "seconds", "epochs": "model-epochs of the trials that have ended"}
+OPACITY = 0.12  # of the bands
+Band = list[tuple[float, float, float, float]]  # spent, smallest, median and largest value
+
+
+def band(runs: Sequence[Run], axis: str) -> Band:
+    """The best values so far of one method, over its seeds, from when on all have one.
+
+    Args:
+        runs:
+            One for each seed.
+        axis:
+            ``"seconds"`` or ``"epochs"``; the band ends where the first of the runs does.
+    """
+    if not all(run.course for run in runs):
+        return []
+    end = min(getattr(run, axis) for run in runs)
+    spent = {getattr(point, axis) for run in runs for point in run.course}
+    found: Band = []
+    for at in sorted({end, *(s for s in spent if s < end)}):
+        values = [v for run in runs if (v := value_at(run.course, axis, at)) is not None]
+        if len(values) == len(runs):
+            found.append((at, min(values), median(values), max(values)))
+    return found
+
+
+def figure_of(runs: Runs, timeout: float) -> go.Figure:
+    """A row for each data set, a column for each axis."""
+    sets = grouped(runs, lambda one: one.data)
+    figure = make_subplots(len(sets), len(AXES), shared_yaxes=True, horizontal_spacing=0.04)
+    methods = sorted({one.method for one in runs}, key=[BASELINE, *METHODS].index)
+    looks = dict(zip(methods, (INK, *COLORS), strict=False))
+    for row, (data, of_data) in enumerate(sets.items(), 1):
+        by_method = grouped(of_data, lambda one: one.method)
+        for column, (axis, title) in enumerate(AXES.items(), 1):
+            for method in methods:
+                is_first = row == column == 1
+                for trace in _traces(by_method[method], method, axis, looks[method], is_first):
+                    figure.add_trace(trace, row, column)
+            figure.update_xaxes(type="log", title_text=title, row=row, col=column)
+        values = [point.value for one in of_data for point in one.course]
+        if values:
+            limits = list(robust_range(values, of_data[0].maximize))
+            figure.update_yaxes(range=limits, row=row)
+        figure.update_yaxes(title_text=f"{of_data[0].metric}, {data}", row=row, col=1)
+    seeds = len({one.seed for one in runs})
+    subtitle = (
+        f"{timeout:g} s a study; seeds: {seeds}; lines: their median, bands: all of them. "
+        "A click on a name hides it, two clicks show it alone."
+    )
+    title = "Best value so far (validation)"
+    return styled(figure, title, subtitle, height=120 + 400 * len(sets))
+
+
+def _traces(
+    runs: Sequence[Run], method: str, axis: str, color: str, is_first: bool
+) -> list[go.Scatter]:
+    """A method's band and line in one panel; the legend names it once."""
+    found = band(runs, axis)
+    x = [at for at, *_ in found]
+    edges = {"mode": "lines", "legendgroup": method, "hoverinfo": "skip", "showlegend": False}
+    line = {"shape": "hv", "width": 0, "color": color}
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    fill = f"rgba({red},{green},{blue},{OPACITY})"
+    return [
+        go.Scatter(x=x, y=[low for _, low, _, _ in found], line=line, **edges),
+        go.Scatter(
+            x=x, y=[high for *_, high in found], line=line, fill="tonexty", fillcolor=fill, **edges
+        ),
+        go.Scatter(
+            x=x,
+            y=[middle for _, _, middle, _ in found],
+            mode="lines",
+            name=method,
+            legendgroup=method,
+            showlegend=is_first,
+            line={"shape": "hv", "color": color, "dash": "dot" if method == BASELINE else None},
+            hovertemplate=f"{method}: <b>%{{y:.5g}}</b><extra></extra>",
+        ),
+    ]

@@ -1,0 +1,187 @@
+"""The second part: how far the gradient gets from a poor learning rate, in one training run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+import math
+from statistics import median
+import time
+from typing import Any
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial
+import pandas as pd
+
+from optuna_nnhp import optimize
+from optuna_nnhp.study.hypergradient import MOVED
+from studies.comparison.data import Data
+from studies.comparison.effort import model_epochs
+from studies.comparison.fixed import all_but
+from studies.comparison.fixed import defaults
+from studies.comparison.methods import holds
+
+RANGE = FloatDistribution(1e-6, 10.0, log=True)
+RATES = (5e-4, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # of the sweep
+POOR = (1e-5, 1.0)
+WITHIN = 0.02  # of the best rate's loss
+ONLY, EVERYTHING = "the rate", "all it can"
+
+
+@dataclass(frozen=True)
+class Descent:
+    """One run along the gradient, beside the sweep.
+
+    Args:
+        data:
+            Name of the data set.
+        seed:
+            Of the split and the networks.
+        start:
+            The learning rate that it began with.
+        moved:
+            What it moved.
+        loss:
+            Its smallest validation loss.
+        rate:
+            The learning rate that it ended with.
+        best:
+            The smallest validation loss of the sweep.
+        best_rate:
+            The rate that has it.
+        again:
+            The same rate once more, with other first weights: the best of several is also lucky.
+        epochs:
+            Model-epochs of the run.
+        seconds:
+            Of the run.
+        sweep_seconds:
+            Of the sweep.
+    """
+
+    data: str
+    seed: int
+    start: float
+    moved: str
+    loss: float
+    rate: float
+    best: float
+    best_rate: float
+    again: float
+    epochs: float
+    seconds: float
+    sweep_seconds: float
+
+    @property
+    def excess(self) -> float:
+        """How much its loss is above the sweep's, as a share of that."""
+        return self.loss / self.best - 1
+
+
+class Tuned:
+    """A study in memory to which trials are added one by one, from given beginnings.
+
+    Args:
+        data:
+            What is learnt.
+        seed:
+            Of the split and the networks.
+        epochs:
+            Of a trial.
+        names:
+            What is tuned; all else keeps its default.
+    """
+
+    def __init__(self, data: Data, seed: int, epochs: int, names: Collection[str]) -> None:
+        known = defaults(data.task)
+        self._begins = {name: value for name, value in known.items() if name in names}
+        self._call: dict[str, Any] = {
+            **{"X": data.X, "y": data.y, "task": data.task, "metric": data.metric, "seed": seed},
+            **{"space": {"learning_rate": RANGE}, "fixed": all_but(data.task, names, epochs)},
+            **{"pruner": optuna.pruners.NopPruner(), "study_name": "rates"},
+            "storage": optuna.storages.InMemoryStorage(),
+        }
+        self.seconds = 0.0
+
+    def train(self, n_trials: int, **options: Any) -> list[FrozenTrial]:
+        """Go on until there are so many trials, all of which are handed back."""
+        started = time.monotonic()
+        self._study = optimize(**self._call, n_trials=n_trials, **options).study
+        self.seconds = time.monotonic() - started
+        return self._study.get_trials(deepcopy=False)
+
+    def add(self, rate: float, **options: Any) -> FrozenTrial:
+        """One more trial, which begins with a learning rate and the other defaults.
+
+        A new study begins with its own first trial, so there must be one already.
+        """
+        self._study.enqueue_trial({**self._begins, "learning_rate": rate})
+        return self.train(len(self._study.get_trials(deepcopy=False)), **options)[-1]
+
+
+def descents(data: Data, seed: int, epochs: int) -> list[Descent]:
+    """A sweep over the learning rate, and the gradient from poor ones."""
+    only = Tuned(data, seed, epochs, ["learning_rate"])
+    swept = only.train(len(RATES), method="grid", levels={"learning_rate": RATES})
+    seconds = only.seconds
+    best = min(swept, key=_least)
+    rate = best.params["learning_rate"]
+    sweep = _least(best), rate, _least(only.add(rate, method="random"))
+    everything = Tuned(data, seed, epochs, MOVED)
+    everything.train(1, method="random")
+    found = []
+    for moved, tuned in ((ONLY, only), (EVERYTHING, everything)):
+        for start in POOR:
+            trial = tuned.add(start, method="gradient", method_options={"starts": 1})
+            spent = sum(model_epochs([trial]))
+            reached = (_least(trial), _last_rate(trial))
+            times = (spent, tuned.seconds, seconds)
+            found.append(Descent(data.name, seed, start, moved, *reached, *sweep, *times))
+    return found
+
+
+def _least(trial: FrozenTrial) -> float:
+    """The smallest validation loss of a trial's evaluations, infinite if there is none."""
+    losses = trial.user_attrs.get("validation_loss", [])
+    return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
+
+
+def _last_rate(trial: FrozenTrial) -> float:
+    _, values, _ = trial.user_attrs["course"][-1]
+    return float(values["learning_rate"])
+
+
+def table_of(found: list[Descent]) -> pd.DataFrame:
+    """One row for each run."""
+    rows = [
+        {
+            **{"data": d.data, "seed": d.seed, "moved": d.moved, "from": d.start, "to": d.rate},
+            **{"loss": d.loss, "best of sweep": d.best, "its rate": d.best_rate},
+            **{"excess %": 100 * d.excess, "that rate again": d.again},
+            **{"model-epochs": d.epochs, "s": d.seconds, "s of sweep": d.sweep_seconds},
+        }
+        for d in sorted(found, key=lambda d: (d.data, d.moved != ONLY, d.start, d.seed))
+    ]
+    return pd.DataFrame(rows)
+
+
+def claims(found: list[Descent]) -> list[str]:
+    """Whether the gradient's loss is within 2 % of the sweep's, by the median over the seeds."""
+    lines = []
+    for moved in (ONLY, EVERYTHING):
+        cases, middles = list[str](), list[float]()
+        for data, start in sorted({(d.data, d.start) for d in found}):
+            excess = [
+                100 * d.excess for d in found if (d.data, d.start, d.moved) == (data, start, moved)
+            ]
+            middles.append(median(excess))
+            cases.append(
+                f"{data} from {start:g}: {middles[-1]:+.1f} % ({min(excess):+.1f} to "
+                f"{max(excess):+.1f})"
+            )
+        lines.append(
+            f"gradient, moving {moved}, gets within {WITHIN:.0%} of the best rate's validation "
+            f"loss in one run: {holds([m <= 100 * WITHIN for m in middles])}; {'; '.join(cases)}."
+        )
+    return lines

@@ -1,0 +1,65 @@
+"""The third part: schedules that a population finds, against the best fixed one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pandas as pd
+
+from optuna_nnhp.hyperparameters.catalogue import changing
+from studies.comparison.data import Data
+from studies.comparison.fixed import all_but
+from studies.comparison.methods import Runs
+from studies.comparison.methods import compared
+from studies.comparison.methods import grouped
+from studies.comparison.methods import holds
+from studies.comparison.methods import run
+from studies.comparison.methods import table_of as methods_table
+
+SIZE, GENERATIONS = 16, 10
+FIXED_SCHEDULE, POPULATION = "random", "population"
+
+
+def both(data: Data, seed: int, epochs: int) -> Runs:
+    """Random search and a population: the same hyperparameters and the same model-epochs.
+
+    Only what can change while a network trains is tuned, all else has its default, and every
+    network of random search trains to its end.
+    """
+    generations = min(GENERATIONS, epochs)
+    usual: dict[str, Any] = {
+        "fixed": all_but(data.task, changing(), epochs),
+        "pruner": optuna.pruners.NopPruner(),
+    }
+    sizes = {"size": SIZE, "generations": generations}
+    sides: dict[str, dict[str, Any]] = {
+        FIXED_SCHEDULE: {"n_trials": SIZE},
+        POPULATION: {"n_trials": SIZE * generations, "method_options": sizes},
+    }
+    order = list(sides) if seed % 2 == 0 else list(sides)[::-1]
+    return [run(data, method, seed, **usual, **sides[method]) for method in order]
+
+
+def table_of(runs: Runs) -> pd.DataFrame:
+    """Both sides on each data set."""
+    return methods_table(runs, FIXED_SCHEDULE)
+
+
+def claims(runs: Runs) -> list[str]:
+    """Whether the population beats the best fixed schedule on at least one data set."""
+    cases, verdicts = list[str](), list[str]()
+    for data, of_data in grouped(runs, lambda one: one.data).items():
+        found = compared(of_data, FIXED_SCHEDULE)[POPULATION]
+        verdicts.append(found.verdict)
+        cases.append(
+            f"{found.verdict} on {data} ({found.mean:+.4f}, noise {found.noise:.4f}, "
+            f"{found.seeds} seeds)"
+        )
+    is_so = holds(["better" in verdicts])
+    if "better" not in verdicts and "unknown" in verdicts:
+        is_so = "cannot be said"
+    return [
+        "population beats the best fixed schedule of the same budget on at least one data set: "
+        f"{is_so}; {'; '.join(cases)}."
+    ]
