@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
+from optuna.pruners import NopPruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 import torch
@@ -197,7 +198,7 @@ def optimize(
     seeds.check_seed(seed)
     budget, count = Budget(n_trials, timeout), check_replicates(replicates)
     wish = wish_of(method, sampler, method_options, levels, seed)
-    wish.refuse(pruner=pruner, cohort_size=cohort_size)
+    wish.refuse(pruner=None if isinstance(pruner, NopPruner) else pruner, cohort_size=cohort_size)
     if pruner is not None:
         _check_pruner(pruner)
     problem = make_problem(

@@ -288,7 +288,7 @@ REST: dict[str, Row] = {
     "method": (
         {"method": "bayess"},
         ValueError,
-        "'bayess' is not a method; did you mean 'bayes'.* Known: bayes, bayes-gp, random",
+        "'bayess' is not a method; did you mean 'bayes'.* Known: grid, random",
     ),
     "sampler": (
         {"sampler": "tpe"},

@@ -77,7 +77,7 @@ def test_a_generation_without_an_evaluation_costs_nothing() -> None:
 
 def test_twins_count_as_networks() -> None:
     result = tune(n_trials=2, method="gradient", method_options={"starts": 2})
-    moved = len(moved_by_gradient(result._problem.space))
+    moved = len(moved_by_gradient(result._problem))
     assert moved > 1
     assert [networks(t) for t in trials(result)] == [1 + moved] * 2
     assert model_epochs(trials(result)) == [(1 + moved) * TINY["epochs"]] * 2

@@ -243,7 +243,7 @@ def test_the_trials_left_must_suffice_for_the_points_left() -> None:
 
 
 def test_the_timeout_must_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "_seconds_of", lambda problem, member: 10.0)
+    monkeypatch.setattr(grid, "seconds_of", lambda problem, member: 10.0)
     message = "fit into the timeout of 60 s, but 9 points take about 90 s if none ends early: give"
     with pytest.raises(ValueError, match=message):
         run(n_trials=None, timeout=60)
@@ -264,7 +264,7 @@ def test_seconds_of_a_point(
     monkeypatch.setattr(grid, "measured_pace", lambda *_: Pace(size=1, round=0.5))
     problem = dnn(fixed={n: v for n, v in FIXED.items() if n != "epochs"} | budget)
     member = problem.member(0, problem.defaults())
-    assert grid._seconds_of(problem, member) == seconds  # a round is of two steps
+    assert grid.seconds_of(problem, member) == seconds  # a round is of two steps
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_seconds_of_a_point_of_a_text(
 ) -> None:
     monkeypatch.setattr(GPT, "seconds_per_step", lambda *_: 0.1)
     problem = GPT(TEXT, fixed={"context": 32, **budget}, device="cpu")
-    assert grid._seconds_of(problem, problem.member(0, problem.defaults())) == seconds
+    assert grid.seconds_of(problem, problem.member(0, problem.defaults())) == seconds
 
 
 def test_points_that_cannot_be_trained_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_points_that_cannot_be_trained_take_no_time(monkeypatch: pytest.MonkeyPa
             raise TrialError
         return 4.0
 
-    monkeypatch.setattr(grid, "_seconds_of", refuse)
+    monkeypatch.setattr(grid, "seconds_of", refuse)
     points: list[dict[str, Any]] = [
         {"optimizer": name} for name in ("sgd", "adam", "adam", "adam")
     ]

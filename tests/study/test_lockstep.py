@@ -361,3 +361,43 @@ def test_bad_wishes(options: dict[str, Any], message: str) -> None:
 def map_studies(storage: optuna.storages.BaseStorage) -> list[optuna.Study]:
     names = optuna.get_all_study_names(storage)
     return [optuna.load_study(study_name=name, storage=storage) for name in names]
+
+
+@pytest.mark.parametrize("method", LOCKSTEP)
+@pytest.mark.parametrize(
+    "given", [{"pruner": optuna.pruners.MedianPruner()}, {"cohort_size": 4}], ids=str
+)
+def test_what_a_method_has_no_use_for_is_refused(method: str, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(given))}` must not be given with"):
+        run(method, **given)
+
+
+@pytest.mark.parametrize("method", LOCKSTEP)
+def test_what_somebody_enqueues_leads_a_group_of_its_own(method: str) -> None:
+    X, y = tiny.classes()
+    storage = optuna.storages.InMemoryStorage()
+    fixed = {name: value for name, value in FIXED.items() if name != "hidden_layers"}
+    options = {**LOCKSTEP[method], "fixed": fixed, "storage": storage, "method": method}
+    first = optimize("dnn", X, y, **options)
+    study = optuna.load_study(study_name=first.study.study_name, storage=storage)
+    count, depths = len(study.get_trials()), (3, 4)
+    for depth in depths:
+        study.enqueue_trial({**first.study.trials[0].params, "hidden_layers": depth})
+    again = optimize("dnn", X, y, **{**options, "n_trials": count + 8})
+    added = again.study.get_trials()[count:]
+    assert len(added) == 8
+    assert all(t.state == TrialState.COMPLETE for t in added)
+    assert set(depths) <= {t.params["hidden_layers"] for t in added}
+
+
+def test_dropout_that_is_structure_stays() -> None:
+    def network(params: Mapping[str, Any]) -> nn.Module:
+        drop = [nn.Dropout(params["dropout"])] if params["dropout"] else []
+        return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), *drop, nn.Linear(8, 2))
+
+    X, y = tiny.classes()
+    result = optimize(
+        network=network, X=X, y=y, method="gradient", n_trials=2, fixed={"epochs": 3}, storage=None
+    )
+    stages = [stage[1] for t in result.study.trials for stage in t.user_attrs["course"]]
+    assert stages and all("dropout" not in stage for stage in stages)
