@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.search.units import from_unit
+from optuna_nnhp.search.units import holds
 from optuna_nnhp.search.units import to_unit
 
 # Attributes of every trial of a population.
@@ -164,7 +165,7 @@ class PopulationSampler(BaseSampler):
     ) -> Any:
         """The parent's value, moved if the parent is another member."""
         place, params = self._places.get(trial._trial_id, (Place(0, 0), {}))
-        if param_name not in params or not _holds(param_distribution, params[param_name]):
+        if param_name not in params or not holds(param_distribution, params[param_name]):
             return self._base.sample_independent(study, trial, param_name, param_distribution)
         value = params[param_name]
         if not place.copies or param_name in self._inherited:
@@ -242,10 +243,3 @@ class PopulationSampler(BaseSampler):
                 value + step if step else from_unit(distribution, unit + (-part if up else part))
             )
         return moved
-
-
-def _holds(distribution: BaseDistribution, value: Any) -> bool:
-    """Whether a parent's value is possible; ranges may change within a study of plain Optuna."""
-    if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
-    return isinstance(value, int | float) and distribution._contains(value)

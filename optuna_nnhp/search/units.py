@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from optuna._transform import _SearchSpaceTransform
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
@@ -51,3 +54,17 @@ def from_unit(distribution: Number, unit: float) -> float | int:
 @functools.lru_cache(maxsize=256)
 def _transform(distribution: Number) -> _SearchSpaceTransform:
     return _SearchSpaceTransform({"x": distribution}, transform_0_1=True)
+
+
+def holds(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a value of an earlier trial is one of a distribution's, which may have changed.
+
+    As `hyperparameters.record.holds`, of which a package for OptunaHub cannot have a copy.
+
+    Example:
+        >>> holds(IntDistribution(1, 9), 3), holds(IntDistribution(1, 9), 10)
+        (True, False)
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    return isinstance(value, int | float) and distribution._contains(value)

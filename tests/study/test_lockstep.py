@@ -47,9 +47,8 @@ def test_a_study_has_its_trials_and_a_model(method: str) -> None:
     assert len(trials) == LOCKSTEP[method]["n_trials"]
     assert all(t.state == TrialState.COMPLETE for t in trials)
     assert result.score(*tiny.classes()) > 0.7
-    X, y = tiny.classes()
-    valid = DNN(X, y, fixed=FIXED).data.valid_X
-    assert len(valid) and len(result.predict(X)) == len(X)
+    X, _ = tiny.classes()
+    assert len(result.predict(X)) == len(X)
 
 
 @pytest.mark.parametrize("method", LOCKSTEP)
@@ -124,9 +123,6 @@ def test_a_poor_rate_becomes_a_good_one() -> None:
     stays = optimize("dnn", X, y, fixed=fixed, space=space, n_trials=1, storage=None)
     wide = {"learning_rate": FloatDistribution(1e-6, 1.0, log=True)}
     for start in (1e-5, 1.0):
-        storage = optuna.storages.InMemoryStorage()
-        study = optuna.create_study(storage=storage, study_name="s", direction="minimize")
-        study.set_user_attr("x", 0)
         moved = optimize(
             "dnn",
             X,
@@ -134,8 +130,7 @@ def test_a_poor_rate_becomes_a_good_one() -> None:
             fixed=fixed,
             space=wide,
             n_trials=1,
-            storage=storage,
-            study_name="s",
+            storage=None,
             method="gradient",
             method_options={"rate": 0.08},
             sampler=optuna.samplers.PartialFixedSampler(

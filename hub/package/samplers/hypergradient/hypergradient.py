@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from .units import from_unit
+from .units import holds
 from .units import to_unit
 
 # Attributes of a trial: the slopes that the objective notes, and whose path it is on.
@@ -202,13 +203,8 @@ class HypergradientSampler(BaseSampler):
     ) -> Any:
         """The path's value, or the base's proposal where it has none."""
         values = self._values.get(trial._trial_id, {})
-        if param_name in values:
-            value = values[param_name]
-            try:
-                if param_distribution._contains(param_distribution.to_internal_repr(value)):
-                    return value
-            except ValueError:  # a range that has changed
-                pass
+        if param_name in values and holds(param_distribution, values[param_name]):
+            return values[param_name]
         return self._base.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
