@@ -153,19 +153,8 @@ class LockstepScheduler(Scheduler):
         self._end_trials(live, dict.fromkeys(live.running, cause))
 
     def _end_trials(self, live: Live, causes: Mapping[int, str]) -> None:
-        """End trials by their numbers; the cohort stays as it is."""
-        places = {member.number: place for place, member in enumerate(live.cohort.members)}
         with self.timing("bookkeeping"):
-            told = [live.running.pop(number) for number in causes]
-            before = self.podium
-            with self.storage.batch():
-                for trial in told:
-                    number = trial.member.number
-                    self._end(trial, causes[number], live.cohort, places[number])
-                    del self.asker.running[number]
-            self._drop_weights(before)
-            self.asker.finished += len(told)
-            self._call_back(told)
+            super()._end_trials(live, causes)
             self.storage.flush_if_due()
 
 

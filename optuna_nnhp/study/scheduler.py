@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
@@ -275,17 +276,21 @@ class Scheduler:
         """End some members, by their places, and shrink the cohort to the others."""
         if not ends:
             return
-        cohort, told, before = live.cohort, list[RunningTrial](), self.podium
-        with self.storage.batch():
-            for place, cause in ends.items():
-                running = live.running[cohort.members[place].number]
-                self._end(running, cause, cohort, place)
-                told.append(running)
-        for running in told:
-            del live.running[running.member.number], self.asker.running[running.member.number]
+        cohort = live.cohort
         stay = [place for place in range(len(cohort.members)) if place not in ends]
+        self._end_trials(live, {cohort.members[place].number: c for place, c in ends.items()})
         if stay:
             cohort.keep(stay)
+
+    def _end_trials(self, live: Live, causes: Mapping[int, str]) -> None:
+        """End trials, by their numbers; the cohort stays as it is."""
+        places = {member.number: place for place, member in enumerate(live.cohort.members)}
+        told, before = [live.running[number] for number in causes], self.podium
+        with self.storage.batch():
+            for running, cause in zip(told, causes.values(), strict=True):
+                self._end(running, cause, live.cohort, places[running.member.number])
+        for number in causes:
+            del live.running[number], self.asker.running[number]
         self._drop_weights(before)
         self.asker.finished += len(told)
         self._call_back(told)
