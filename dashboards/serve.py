@@ -10,14 +10,17 @@ Run it beside a running study, or afterwards:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
+from collections.abc import Iterable
 import contextlib
+from ipaddress import ip_address
 from pathlib import Path
 from socketserver import ThreadingMixIn
 import sys
 from threading import Event
 from threading import Thread
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler
 from wsgiref.simple_server import WSGIServer
 from wsgiref.simple_server import make_server
@@ -30,14 +33,21 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import make_url
 
 from optuna_nnhp.inspect.dashboard import annotate
+from optuna_nnhp.messages import without_password
 
 if TYPE_CHECKING:
+    from wsgiref.types import StartResponse
     from wsgiref.types import WSGIApplication
+    from wsgiref.types import WSGIEnvironment
 
 STORAGE = "optuna_nnhp.journal"
 HOST = "127.0.0.1"  # this machine only: the dashboard has no log-in, and it can delete studies
 PORT = 8080
 REFRESH_SECONDS = 30.0
+WARNING = (
+    "Warning: everyone who can reach {host} can read, change and delete these studies, for the "
+    "dashboard has no log-in. An SSH tunnel is safer, see --help."
+)
 
 EPILOG = """\
 What you see: the study list; per study its history, importances and curves (History), slices
@@ -94,6 +104,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="default: %(default)s, this machine only; 0.0.0.0 lets everyone in the network "
         "read, change and delete the studies",
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to requests for this name of the machine too, such as that of a proxy "
+        "in front of it; may be given several times",
+    )
     parser.add_argument("--study-name", help="open this study (default: the list of all)")
     parser.add_argument(
         "--no-browser-hint", action="store_true", help="print the address and nothing else"
@@ -101,22 +119,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def secrets(storage: str) -> set[str]:
-    """The password and the values of the query in a storage URL, as written and decoded."""
-    if "://" not in storage:
-        return set()
-    before, _, query = storage.partition("?")
-    user = before.partition("://")[2].rpartition("@")[0]
-    raw = {user.partition(":")[2], *(pair.partition("=")[2] for pair in query.split("&"))}
-    return {text for part in raw for text in (part, unquote(part)) if text}
-
-
-def without_secrets(text: object, storage: str) -> str:
-    """The first line of a text, with what is secret in the storage's URL as ``***``."""
+def one_line(text: object, storage: str = "") -> str:
+    """The first line of a text, with the passwords in it and in the storage's URL hidden."""
     line = (str(text).strip() or type(text).__name__).splitlines()[0].rstrip(".")
-    for secret in sorted(secrets(storage), key=len, reverse=True):
-        line = line.replace(secret, "***")
-    return line
+    return without_password(line, storage)
+
+
+def is_local(host: str) -> bool:
+    """Whether an address is this machine's own, which nobody else can reach."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def guarded(app: WSGIApplication, names: Collection[str]) -> WSGIApplication:
+    """The app, which answers only to requests for some names of this machine.
+
+    A page of any web site can point a name of its own at 127.0.0.1 (DNS rebinding): the browser
+    would then let it read, change and delete what the dashboard shows.
+
+    Source:
+        https://owasp.org/www-community/attacks/DNS_Rebinding.
+    """
+
+    def guard(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        with contextlib.suppress(ValueError):  # no name at all
+            wanted = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
+            if is_local(wanted) or wanted in names:
+                return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+        return [b"This dashboard answers to localhost only: see its option --allow.\n"]
+
+    return guard
 
 
 def open_storage(storage: str) -> BaseStorage:
@@ -174,7 +209,7 @@ def refresh(storage: BaseStorage, name: str | None, text: str, stop: Event) -> N
                 annotate(study)
         # Whatever a storage's driver raises, such as a locked database: the dashboard stays up.
         except Exception as error:
-            line = without_secrets(error, text)
+            line = one_line(error, text)
             if line != said:
                 print(f"The notes could not be refreshed: {line}", file=sys.stderr)
             said = line
@@ -218,16 +253,21 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         name, why = (
             # What Optuna wraps says more: no such table, no driver, no answer.
-            without_secrets(text, args.storage)
+            one_line(text, args.storage)
             for text in (args.storage, error.__cause__ or error)
         )
         print(f"{name} cannot be opened: {why}.", file=sys.stderr)
         return 2
+    app: WSGIApplication = wsgi(storage)
+    if is_local(args.host):
+        app = guarded(app, args.allow)
+    else:
+        print(WARNING.format(host=args.host), file=sys.stderr)
     try:
-        server = start(wsgi(storage), args.host, args.port)
+        server = start(app, args.host, args.port)
     except (OSError, OverflowError) as error:
         print(
-            f"{args.host}:{args.port} cannot be opened: {without_secrets(error, '')}.",
+            f"{args.host}:{args.port} cannot be opened: {one_line(error)}.",
             file=sys.stderr,
         )
         return 2

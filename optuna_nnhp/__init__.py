@@ -1,6 +1,7 @@
 """Optuna plugin and study templates for tuning PyTorch neural networks."""
 
 from optuna_nnhp.hyperparameters.catalogue import catalogue as catalogue
+from optuna_nnhp.inspect.replay import replay as replay
 from optuna_nnhp.inspect.result import Result as Result
 from optuna_nnhp.objective import Objective as Objective
 from optuna_nnhp.optimize import optimize as optimize

@@ -3,7 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Iterator
 from difflib import get_close_matches
+import json
+import re
+from urllib.parse import quote
+from urllib.parse import quote_plus
+from urllib.parse import unquote
+from urllib.parse import unquote_plus
+
+HIDDEN = "***"
+# What must not be shown is called so in the queries of URLs and in the drivers' own texts.
+_NAME = r"[\w.-]*(?:passw(?:or)?d|passphrase|pwd|secret|token|api_?key|odbc_connect)"
+_IS_NAME = re.compile(_NAME, re.IGNORECASE)
+_NAMED = re.compile(
+    rf"""(\b{_NAME}(?:["']\s*:|["']?\s*=)\s*)("[^"]*"|'[^']*'|[^\s&;,"'()]+)""", re.IGNORECASE
+)
+# A password may hold any of `:/@` itself: in a text it ends at the last @ before a blank.
+_BEFORE_HOST = re.compile(r"(\w://[^:/\s]*):\S*@")
+# Where the @ was forgotten it stands in the port's place; a port is a number.
+_AS_PORT = re.compile(r"""(\w://[^:/\s\[]*):(?!\d*(?:[/?\s"'),.;*]|$))[^\s"']+""")
+_SHORT = 3  # letters that may well be part of another word
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -25,3 +45,81 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     near = get_close_matches(str(name), names, n=3)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     return ValueError(f"{str(name)!r} is not {kind}{hint} Known: {', '.join(names)}.")
+
+
+def without_password(text: object, url: object = "") -> str:
+    """A text with the passwords of the URLs in it hidden.
+
+    Args:
+        text:
+            A URL, or what may hold one, such as the error of a database's driver.
+        url:
+            The storage's URL, if it is known: its password is then hidden also where it stands
+            alone, as it was written or decoded, and in parts where it was cut at an ``@``.
+
+    Example:
+        >>> without_password("postgresql://me:secret@host/db")
+        'postgresql://me:***@host/db'
+        >>> without_password("there is no host 'hard@host'", "postgresql://me:very@hard@host/db")
+        "there is no host '***@host'"
+    """
+    hidden, address = str(text), str(url)
+    for secret in sorted(_secrets(address), key=len, reverse=True):
+        pattern = re.escape(secret)
+        if len(secret) <= _SHORT:
+            pattern = rf"(?<![\w*]){pattern}(?![\w*])"
+        hidden = re.sub(pattern, HIDDEN, hidden)
+    hidden = _BEFORE_HOST.sub(rf"\1:{HIDDEN}@", hidden)
+    hidden = _AS_PORT.sub(rf"\1:{HIDDEN}", hidden)
+    return _NAMED.sub(rf"\1{HIDDEN}", hidden)
+
+
+def holds_password(error: BaseException | None, url: object = "") -> bool:
+    """Whether an error, or one that it came from, says the password of a URL.
+
+    Args:
+        error:
+            The error.
+        url:
+            The storage's URL, if it is known.
+
+    Example:
+        >>> holds_password(ValueError("cannot reach postgresql://me:secret@host/db"))
+        True
+    """
+    while error is not None:
+        if without_password(error, url) != str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _secrets(url: str) -> set[str]:
+    """The passwords of a URL, in all ways in which a driver may write them."""
+    found = set[str]()
+    for raw in _as_written(url):
+        plain = unquote(raw)
+        found |= {raw, plain, unquote_plus(raw), quote(plain, safe=""), quote_plus(plain)}
+        found |= {repr(plain)[1:-1], json.dumps(plain)[1:-1]}
+        # What is left of it where a parser takes one of these for its end.
+        found |= {part for part in re.split(r"[:@/?#]", raw) if len(part) > 1}
+    return found - {""}
+
+
+def _as_written(url: str) -> Iterator[str]:
+    """The password of a URL, and what its query has of that kind."""
+    _, mark, rest = url.partition("://")
+    if not mark:
+        return
+    for entry in re.split("[?&]", rest):
+        name, _, value = entry.partition("=")
+        if _IS_NAME.fullmatch(name):
+            yield value
+    if rest.startswith(("/", "[")):  # a file, or a host that is a number
+        return
+    user, at, _ = rest.rpartition("@")
+    if at:
+        yield user.partition(":")[2]
+    else:
+        port = rest.partition(":")[2]
+        yield "" if re.match(r"\d*([/?]|$)", port) else port

@@ -14,6 +14,8 @@ from optuna import Trial
 from torch import nn
 
 from optuna_nnhp.inspect.result import Result
+from optuna_nnhp.study.environment import ENVIRONMENT
+from optuna_nnhp.study.environment import note_environment
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.study.trials import suggest
 from optuna_nnhp.templates import make_problem
@@ -87,6 +89,7 @@ class Objective:
         self._check_direction(trial.study)
         member = problem.member(trial.number, suggest(trial, problem.space))
         problem.signature(member)  # raises what keeps it from being trained
+        trial.set_user_attr(ENVIRONMENT, note_environment(trial.study, problem))
         running = RunningTrial(trial, member, problem.maximize)
         cohort = problem.cohort([member])
         cause: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral
 from numbers import Real
 from pathlib import Path
@@ -24,6 +25,7 @@ from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.inspect.sample import keep_sample
 from optuna_nnhp.search.halving import CohortHalvingPruner
+from optuna_nnhp.study.checkpoints import EVERY
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.replicates import CONFIGURATIONS
 from optuna_nnhp.study.replicates import Replication
@@ -39,8 +41,17 @@ from optuna_nnhp.study.storage import without_password
 from optuna_nnhp.study.wish import begin_zoomed
 from optuna_nnhp.study.wish import wish_of
 from optuna_nnhp.templates import Template
-from optuna_nnhp.templates import make_problem
+from optuna_nnhp.templates.recipe import Recipe
 from optuna_nnhp.training.checkpoint import BestWeights
+from optuna_nnhp.workers.crew import Executor
+from optuna_nnhp.workers.job import Job
+from optuna_nnhp.workers.job import planned
+from optuna_nnhp.workers.job import run
+from optuna_nnhp.workers.job import settled
+from optuna_nnhp.workers.joining import note_search
+from optuna_nnhp.workers.sharing import check_workers
+from optuna_nnhp.workers.sharing import keep_best
+from optuna_nnhp.workers.sharing import run_workers
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -73,9 +84,13 @@ def optimize(
     callbacks: Sequence[Callback] | None = None,
     show_progress_bar: bool = False,
     cohort_size: int | None = None,
+    checkpoint_every: float | None = EVERY,
+    trial_timeout: float | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     compile: bool = False,
+    workers: int = 1,
+    executor: Executor | None = None,
 ) -> Result:
     """Tune a network on data, many trials at once.
 
@@ -174,6 +189,20 @@ def optimize(
             Whether `torch.compile` makes the networks' code, which takes seconds to minutes once
             for each shape. It pays for long trials of large networks; the compiled engine's
             networks (the templates' on a CPU) are not touched by it.
+        checkpoint_every:
+            Seconds between checkpoints of the running trials, beside the study's file: the same
+            call goes on with them after a kill. They take 2 % of the time at most; None for none.
+        trial_timeout:
+            Seconds of training that each trial may take, with its cohort; it then ends as it
+            stands. Looked at after each evaluation, and at each step of what torch trains.
+        workers:
+            Processes that work on the study, on this machine unless there is an ``executor``; they
+            divide torch's threads. A process that dies is replaced, and its trials go on. In a
+            script, call `optimize` under ``if __name__ == "__main__":``.
+        executor:
+            Where the workers run: whatever has ``submit`` as in PEP 3148, such as those of
+            concurrent.futures, Dask, submitit or mpi4py. Each worker's ``timeout`` begins when it
+            does, and ``callbacks`` are called in it. See ``workers/WORKERS.md``.
 
     Returns:
         The best model and the study.
@@ -195,18 +224,23 @@ def optimize(
         3
     """
     _check_budget(n_trials, timeout, cohort_size)
+    _check_seconds(checkpoint_every=checkpoint_every, trial_timeout=trial_timeout)
     seeds.check_seed(seed)
+    check_workers(workers, executor, storage)
     budget, count = Budget(n_trials, timeout), check_replicates(replicates)
     wish = wish_of(method, sampler, method_options, levels, seed)
-    wish.refuse(pruner=None if isinstance(pruner, NopPruner) else pruner, cohort_size=cohort_size)
+    wish.refuse(
+        pruner=None if isinstance(pruner, NopPruner) else pruner,
+        cohort_size=cohort_size,
+        trial_timeout=trial_timeout,
+    )
     if pruner is not None:
         _check_pruner(pruner)
-    problem = make_problem(
+    recipe = Recipe(
         template,
-        network,
         X,
-        timeout,
-        y=y,
+        y,
+        network,
         target=target,
         task=task,
         validation=validation,
@@ -216,28 +250,58 @@ def optimize(
         preset=preset,
         space=space,
         fixed=fixed,
+        timeout=timeout,
         seed=seed,
         device=device,
         compile=compile,
     )
-    wish.check(problem, budget)
-    pruner = pruner or CohortHalvingPruner(first_rung=problem.first_rung)
-    study, weights = _open(problem, storage, study_name, wish.sampler, pruner)
-    begin_zoomed(study, space, problem)
-    study.sampler = wish.for_study(study, few=problem.one_by_one)
-    replication = Replication(problem, count, budget) if count else None
-    scheduler = wish.scheduler(
-        study=study,
-        problem=problem,
-        budget=budget,
-        weights=weights,
-        callbacks=[*(callbacks or ()), *([replication] if replication else [])],
-        cohort_size=cohort_size,
-        show_progress_bar=show_progress_bar,
-        kept=CONFIGURATIONS if replication else 1,
+    job = Job(
+        recipe,
+        storage,
+        study_name or "",
+        wish,
+        pruner,
+        n_trials,
+        options={
+            "cohort_size": cohort_size,
+            "kept": CONFIGURATIONS if count else 1,
+            "checkpoint_every": checkpoint_every,
+            "trial_timeout": trial_timeout,
+        },
+        callbacks=tuple(callbacks or ()),
+        workers=workers,
     )
-    scheduler.run()
-    if replication:
+    return _tune(job, budget, count, executor, show_progress_bar)
+
+
+def _tune(
+    job: Job,
+    budget: Budget,
+    replicates: int | None,
+    executor: Executor | None,
+    show_progress_bar: bool,
+) -> Result:
+    """Open the study and run it: here, or by a crew of workers."""
+    problem, space = planned(job.recipe), job.recipe.space
+    job.wish.check(problem, budget)
+    pruner = job.pruner or CohortHalvingPruner(first_rung=problem.first_rung)
+    study, weights = _open(problem, job.storage, job.study_name, job.wish.sampler, pruner)
+    begin_zoomed(study, space, problem)
+    study.sampler = job.wish.for_study(study, few=problem.one_by_one)
+    job = replace(job, study_name=study.study_name, folder=weights.folder)
+    note_search(study, job)
+    replication = Replication(problem, replicates, budget) if replicates else None
+    is_crew = executor is not None or job.workers > 1
+    if is_crew:
+        run_workers(job, study, problem, budget, executor, show_progress_bar=show_progress_bar)
+        keep_best(study, BestWeights(weights.folder), job.options["kept"], problem.maximize)
+    problem = settled(job.recipe, study, problem)
+    callbacks = job.callbacks
+    if replication is not None:
+        replication.problem, callbacks = problem, (*callbacks, replication)
+    if not is_crew:
+        run(job, study, problem, budget, weights, callbacks, show_progress_bar=show_progress_bar)
+    if replication is not None:
         replication.run(study)
     result = Result(read_directly(study), problem, weights)
     keep_sample(result)
@@ -247,7 +311,7 @@ def optimize(
 def _open(
     problem: Template,
     storage: str | Path | BaseStorage | None,
-    study_name: str | None,
+    study_name: str,
     sampler: BaseSampler,
     pruner: BasePruner,
 ) -> tuple[optuna.Study, BestWeights]:
@@ -268,8 +332,13 @@ def _check_budget(n_trials: Any, timeout: Any, cohort_size: Any) -> None:
     for name, count in (("n_trials", n_trials), ("cohort_size", cohort_size)):
         if count is not None and (not _is(count, Integral) or count < 1):
             raise ValueError(f"`{name}` must be at least 1, but got {count!r}.")
-    if timeout is not None and not (_is(timeout, Real) and timeout > 0):
-        raise ValueError(f"`timeout` must be more than 0 seconds, but got {timeout!r}.")
+    _check_seconds(timeout=timeout)
+
+
+def _check_seconds(**given: Any) -> None:
+    for name, seconds in given.items():
+        if seconds is not None and not (_is(seconds, Real) and seconds > 0):
+            raise ValueError(f"`{name}` must be more than 0 seconds, but got {seconds!r}.")
 
 
 def _is(value: object, kind: type) -> bool:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Generator
 
-INITIALIZATION, NOISE, WINDOWS, REPLICATES = 1, 2, 3, 4  # what the numbers are for: the second key
+# What the numbers are for: the second key.
+INITIALIZATION, NOISE, WINDOWS, REPLICATES, WORKERS = 1, 2, 3, 4, 5
 _global_state = threading.RLock()
 
 

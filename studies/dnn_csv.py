@@ -14,8 +14,11 @@ import argparse
 from pathlib import Path
 import sys
 
+from optuna.exceptions import OptunaError
+
 from optuna_nnhp import optimize
 from optuna_nnhp.inspect.report import closing_report
+from optuna_nnhp.messages import without_password
 from optuna_nnhp.search import METHODS
 from optuna_nnhp.training.metrics import METRICS
 
@@ -86,8 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         folder = result.save(options.out or f"{name}-model")
         print(closing_report(result, storage, {"model": f"{folder} (optuna_nnhp.load)"}))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, OptunaError) as error:
+        print(f"error: {without_password(error, storage)}", file=sys.stderr)
         return 2
     return 0
 

@@ -15,8 +15,11 @@ from pathlib import Path
 import sys
 from typing import Any
 
+from optuna.exceptions import OptunaError
+
 from optuna_nnhp import optimize
 from optuna_nnhp.inspect.report import closing_report
+from optuna_nnhp.messages import without_password
 from optuna_nnhp.search import METHODS
 from optuna_nnhp.templates.presets import PRESETS
 
@@ -72,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = result.save(options.out or f"{name}-model")
         print(result.generate(options.prompt, tokens=TOKENS), end="\n\n")
         print(closing_report(result, storage, {"model": f"{folder} (optuna_nnhp.load)"}))
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, OptunaError, ModuleNotFoundError) as error:
+        print(f"error: {without_password(error, storage)}", file=sys.stderr)
         return 2
     return 0
 

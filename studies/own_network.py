@@ -19,12 +19,14 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import IntDistribution
+from optuna.exceptions import OptunaError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
 from optuna_nnhp import optimize
 from optuna_nnhp.inspect.report import closing_report
+from optuna_nnhp.messages import without_password
 from optuna_nnhp.search import METHODS
 
 TIMEOUT = 60.0  # seconds
@@ -120,8 +122,8 @@ def main(argv: list[str] | None = None) -> int:
         score = result.score(images_test, y_test)
         test = {f"{METRIC} on the {len(y_test)} digits put aside": score}
         print(closing_report(result, options.storage, test))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, OptunaError) as error:
+        print(f"error: {without_password(error, options.storage)}", file=sys.stderr)
         return 2
     return 0
 

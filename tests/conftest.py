@@ -6,6 +6,9 @@ from pathlib import Path
 import optuna
 import pytest
 
+from tests.postgresql import postgresql as postgresql
+from tests.postgresql import postgresql_server as postgresql_server
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

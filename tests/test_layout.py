@@ -25,8 +25,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("study",),
     ("templates",),
     ("inspect",),
+    ("workers",),
     ("objective", "optimize"),
-    ("samplers",),
+    ("samplers", "__main__"),
     ("__init__",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 import pandas as pd
 
+from optuna_nnhp.data.frames import as_array
 from optuna_nnhp.data.frames import as_target
 from optuna_nnhp.data.frames import check_lengths
 from optuna_nnhp.data.splits import is_pair
@@ -166,7 +167,9 @@ def prepare_arrays(
 
 def _as_array(X: Any, name: str) -> NDArray[Any]:
     """An array of numbers with at least one example."""
-    array = np.asarray(X.detach().cpu().numpy() if hasattr(X, "detach") else X)
+    if np.ma.is_masked(X):
+        raise ValueError(f"{name} must have no masked numbers, but has {X.mask.sum():,}.")
+    array = np.asarray(as_array(X, name))
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} must be an array of numbers, but holds {array.dtype}.")
     if array.ndim == 0 or array.size == 0:

@@ -74,6 +74,8 @@ def texts(series: pd.Series[Any], name: str = "X") -> tuple[NDArray[np.int64], N
         # To pandas True and 1 are one value: which text both got would depend on the row order.
         codes, distinct = pd.factorize(series.map(_text, na_action="ignore"))
     cells = np.asarray(distinct, dtype=object)
+    if any(isinstance(cell, complex | np.complexfloating) for cell in cells):
+        raise _strange(series, "complex numbers", name)
     if not isinstance(series.dtype, pd.StringDtype):
         cells = np.array([_text(cell) for cell in cells], dtype=object)
     stripped = pd.Series(cells, dtype=object).str.strip()
@@ -221,6 +223,9 @@ def date_parts(moments: pd.DatetimeIndex, parts: tuple[str, ...]) -> NDArray[np.
 
 
 def _text(cell: object) -> str:
+    if type(cell) not in (str, int, float, bool):
+        # pandas may find a type for a column of one row: its text must be that of many.
+        cell = np.asarray(pd.Series([cell], dtype=object).infer_objects(), dtype=object)[0]
     if isinstance(cell, float | np.floating) and float(cell).is_integer():
         return str(int(cell))
     return str(cell)

@@ -35,8 +35,9 @@ DATE_FORMATS = (
     *("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d-%m-%Y"),
     *("%d %b %Y", "%d-%b-%Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y"),
 )
-# Squares of numbers beyond 1e154 leave float64's range; nothing measured is beyond 1e100.
-LARGEST = 1e100
+# Squares of numbers beyond 1e154 and under 1e-162 leave float64's range; nothing measured is
+# beyond 1e100, and what is under 1e-100 is 0.
+LARGEST, SMALLEST = 1e100, 1e-100
 SAMPLE = 100
 
 
@@ -246,6 +247,7 @@ def read_numbers(
         flat, present = to_numbers(series, column.kind == "boolean", name)
         _check_finite(flat, column.name, name)
         absent = np.isnan(flat)
+        flat = np.where(np.abs(flat) < SMALLEST, 0.0, flat)
         values = np.repeat(np.clip(flat, -LARGEST, LARGEST)[:, None], len(column.parts), axis=1)
     lost = absent & present
     if lost.any():

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from collections.abc import Sized
 from difflib import get_close_matches
+from io import BytesIO
 import os
 from pathlib import Path
+import re
 from typing import Any
 import warnings
 import zlib
@@ -23,6 +25,9 @@ MISSING_MARKERS = (
     *("NULL", "NaN", "None", "n/a", "nan", "null", "NaT"),
 )
 MAX_NAMES = 10
+COMPRESSED = (".gz", ".bz2", ".zip", ".xz", ".zst", ".tar")  # as pandas knows them
+LOOKED_AT = 2**20  # bytes at a time
+_LONE_RETURN = re.compile(rb"\r(?!\n)")
 
 
 def listing(names: Iterable[object], quote: bool = True) -> str:
@@ -104,7 +109,11 @@ def _parse(file: Path, **options: Any) -> pd.DataFrame:
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # low_memory=True guesses types chunk by chunk and can mix them in one column.
             frame: pd.DataFrame = pd.read_csv(
-                file, skipinitialspace=True, encoding="utf-8-sig", low_memory=False, **options
+                _source(file),
+                skipinitialspace=True,
+                encoding="utf-8-sig",
+                low_memory=False,
+                **options,
             )
     except pd.errors.EmptyDataError:
         raise ValueError(f"The CSV file {name} is empty.") from None
@@ -121,6 +130,22 @@ def _parse(file: Path, **options: Any) -> pd.DataFrame:
         reason = " ".join(str(error).split())
         raise ValueError(f"The CSV file {name} cannot be read: {reason}") from error
     return frame
+
+
+def _source(file: Path) -> Path | BytesIO:
+    """The file, or its content if it has line ends that pandas does not take as such.
+
+    After an empty line that ends in a lone carriage return, pandas moves the next row's cells to
+    the left if the first is empty.
+    """
+    if file.suffix.lower() in COMPRESSED:
+        return file
+    with file.open("rb") as stream:
+        while chunk := stream.read(LOOKED_AT):
+            if _LONE_RETURN.search(chunk + stream.peek(1)[:1]):
+                content = file.read_bytes()
+                return BytesIO(content.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+    return file
 
 
 def _check_header(names: list[str], target: str, file: Path) -> None:
@@ -170,7 +195,7 @@ def as_frame(X: Any, name: str = "X") -> pd.DataFrame:
         if len(twice):
             raise ValueError(f"Column names must be unique, but {name} repeats {listing(twice)}.")
     else:
-        values = _array_or_list(X)
+        values = _array_or_list(X, name)
         shape = _shape(values, name)
         if len(shape) != 2:
             raise ValueError(f"{name} must be 2-D (rows, columns), but has shape {shape}.")
@@ -179,8 +204,12 @@ def as_frame(X: Any, name: str = "X") -> pd.DataFrame:
         raise ValueError(
             f"{name} must have at least one row and one column, but has shape {frame.shape}."
         )
-    objects = {str(c): frame[c].infer_objects() for c in frame if frame[c].dtype == object}
-    return frame.assign(**objects) if objects else frame
+    changed = {
+        str(c): _inferred(frame[c], f"Column {str(c)!r} of {name}")
+        for c in frame
+        if frame[c].dtype == object or not getattr(frame[c].dtype, "isnative", True)
+    }
+    return frame.assign(**changed) if changed else frame
 
 
 def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
@@ -204,7 +233,7 @@ def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
         >>> as_target([[1], [0]]).tolist()
         [1, 0]
     """
-    values = _array_or_list(y)
+    values = _array_or_list(y, name)
     shape = _shape(values, name)
     if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
         raise ValueError(f"{name} must be 1-D (rows,), but has shape {shape}.")
@@ -218,7 +247,7 @@ def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
         series = pd.Series([row[0] for row in values])
     else:
         series = pd.Series(values)
-    return series.reset_index(drop=True).infer_objects()
+    return _inferred(series.reset_index(drop=True), name)
 
 
 def check_lengths(X: Sized, y: Sized, names: Sequence[str] = ("X", "y")) -> None:
@@ -285,13 +314,60 @@ def match_columns(
     return frame[[column for column in columns if column in frame.columns]]
 
 
-def _array_or_list(values: Any) -> Any:
-    """Tensors become arrays, other sequences lists; what pandas and NumPy own is kept."""
+def as_array(values: Any, name: str) -> Any:
+    """A tensor as an array; anything else as it is, arrays in this machine's byte order.
+
+    Args:
+        values:
+            Anything.
+        name:
+            What the errors call it.
+
+    Raises:
+        ValueError:
+            If a tensor is sparse or without data, or an array's cells have fields.
+
+    Example:
+        >>> as_array(np.array([1, 2], dtype=">i4"), "X").dtype.isnative
+        True
+    """
     if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    if isinstance(values, tuple | range):
-        return list(values)
+        # NumPy has no bfloat16.
+        plain = values.float() if str(values.dtype) == "torch.bfloat16" else values
+        try:
+            return plain.detach().cpu().numpy()
+        except (TypeError, RuntimeError) as error:
+            kind = f"{values.dtype} {values.layout} on {values.device}"
+            raise ValueError(
+                f"{name} must be a tensor that NumPy can hold (dense, with data), but is {kind}."
+            ) from error
+    if isinstance(values, np.ndarray):
+        if values.dtype.names:
+            raise ValueError(
+                f"{name} must have cells of one type, but these have the fields "
+                f"{listing(values.dtype.names)}: use a DataFrame."
+            )
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
     return values
+
+
+def _array_or_list(values: Any, name: str) -> Any:
+    """Tensors become arrays, other sequences lists; what pandas and NumPy own is kept."""
+    values = as_array(values, name)
+    return list(values) if isinstance(values, tuple | range) else values
+
+
+def _inferred(series: pd.Series[Any], what: str) -> pd.Series[Any]:
+    """The cells with the type that all of them have, if there is one."""
+    if isinstance(series.dtype, np.dtype) and not series.dtype.isnative:
+        return series.astype(series.dtype.newbyteorder("="))
+    try:
+        series.isna()
+    except ArithmeticError:  # the only thing that cannot be asked whether it is missing
+        raise ValueError(
+            f"{what} must hold numbers, texts, booleans or dates, but holds Decimal('sNaN')."
+        ) from None
+    return series.infer_objects()
 
 
 def _shape(values: Any, name: str) -> tuple[int, ...]:

@@ -307,4 +307,5 @@ def _plain(y: pd.Series[Any]) -> NDArray[Any]:
         return np.array([str(text) for text in y], dtype=object)  # not NumPy's str_
     if pd.api.types.is_extension_array_dtype(y.dtype) and y.dtype.kind in "biuf":
         return y.to_numpy(dtype=np.dtype(y.dtype.kind + "8" if y.dtype.kind != "b" else "?"))
-    return y.to_numpy()
+    values = y.to_numpy()
+    return values.astype(np.float64) if values.dtype == np.float16 else values  # has no index

@@ -83,7 +83,7 @@ def index_html(study: optuna.Study, figures: Mapping[str, go.Figure]) -> str:
     drawn = "".join(
         f'<figure id="{name}">{figure.to_html(**_FIGURE, div_id=f"{name}-plot")}'
         f'<figcaption><a href="{name}.html">{name}.html</a></figcaption></figure>'
-        for name, figure in figures.items()
+        for name, figure in ((escape(name), figure) for name, figure in figures.items())
     )
     name = escape(study.study_name)
     return (

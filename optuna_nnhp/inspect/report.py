@@ -12,8 +12,8 @@ from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.inspect.summary import main_parameters
 from optuna_nnhp.inspect.summary import shown
 from optuna_nnhp.inspect.summary import summary
+from optuna_nnhp.messages import without_password
 from optuna_nnhp.study.storage import beside
-from optuna_nnhp.study.storage import without_password
 
 ROWS = (
     *("data", "budget", "trials", "ended by", "best", "other seeds"),
@@ -44,7 +44,7 @@ def closing_report(result: Result, storage: str, extra: Mapping[str, object] | N
     folder = figures_folder(storage)
     save_html(result.study, folder)
     rows["figures"] = str(folder / "index.html")
-    where = shlex.quote(without_password(storage))
+    where = shlex.quote(without_password(storage, storage))
     rows["dashboard"] = f"{_this_python()} dashboards/serve.py {where}"
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name + ':':{width}s}{text}" for name, text in rows.items())

@@ -15,16 +15,20 @@ import pandas as pd
 from torch import nn
 
 from optuna_nnhp.inspect.courses import schedule_frame
+from optuna_nnhp.inspect.replay import LEAST
+from optuna_nnhp.inspect.replay import TOLERANCE
+from optuna_nnhp.inspect.replay import Replay
+from optuna_nnhp.inspect.replay import replay_trial
 from optuna_nnhp.inspect.replicated import replicates_frame
 from optuna_nnhp.inspect.replicated import winner
+from optuna_nnhp.inspect.retraining import best_round
+from optuna_nnhp.inspect.retraining import seeded
+from optuna_nnhp.inspect.retraining import trained_again
 from optuna_nnhp.study.lockstep import member_at_best
-from optuna_nnhp.study.lockstep import stages_of
-from optuna_nnhp.study.trials import params_as_trained
 from optuna_nnhp.templates.common import Template
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.predictor import Predictor
 from optuna_nnhp.training.checkpoint import BestWeights
-from optuna_nnhp.training.course import follow
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -203,26 +207,41 @@ class Result:
             network = self._retrain(trial)
         return self._problem.predictor(network, member, dict(trial.params), trial.value or 0.0)
 
+    def replay(self, number: int | None = None) -> Replay:
+        """Judge and train a trial again, alone, and compare with what the study recorded.
+
+        Stored weights have the trial's value exactly; training gives it within a tolerance that
+        the answer states, and on the same machine and versions exactly.
+
+        Args:
+            number:
+                The trial's number; that of the best one if None.
+
+        Raises:
+            ValueError: If there is no such trial, it was not trained, or its weights are damaged.
+
+        Example:
+            >>> from optuna_nnhp import optimize
+            >>> X = [[float(i)] for i in range(40)]
+            >>> result = optimize(
+            ...     "dnn", X, [i[0] > 9 for i in X], n_trials=1, storage=None, fixed={"epochs": 2}
+            ... )
+            >>> again = result.replay()
+            >>> again.stored_value == again.retrained_value == result.best_value
+            True
+        """
+        number = self.best_trial.number if number is None else number
+        return replay_trial(self.study, self._problem, self._weights, number)
+
     def _retrain(self, trial: FrozenTrial) -> nn.Module:
         """Train a trial again, whose weights are not here: same seed, same data, same course."""
         _logger.warning(f"The weights of trial {trial.number} are not here: training it again.")
-        best_round = round(trial.user_attrs["best_epoch"] * self._problem.rounds_per_epoch)
-        if course := stages_of(self._problem, trial):
-            cohort = self._problem.cohort([course[0].member])
-            value = follow(cohort, course, best_round)
-            network = cohort.network.member(0)
-        else:
-            cohort = self._problem.cohort(
-                [self._problem.member(trial.number, params_as_trained(trial))]
+        problem = seeded(self.study, self._problem, trial)
+        again = trained_again(problem, trial, best_round(problem, trial))
+        assert again.network is not None
+        if not math.isclose(again.value, trial.value or 0.0, rel_tol=TOLERANCE, abs_tol=LEAST):
+            _logger.warning(  # another machine
+                f"Trial {trial.number} reached {trial.value:.6g}, but {again.value:.6g} this time."
             )
-            while cohort.done[0] < best_round:
-                cohort.train_round()
-            value, network = cohort.best_value(0), cohort.best_network(0)
-        assert value is not None
-        if not math.isclose(value, trial.value or 0.0, rel_tol=1e-3, abs_tol=1e-6):
-            # Another machine, or a study that was continued with another seed.
-            _logger.warning(
-                f"Trial {trial.number} reached {trial.value:.6g}, but {value:.6g} this time."
-            )
-        self._weights.put(trial.number, network)
-        return network
+        self._weights.put(trial.number, again.network)
+        return again.network

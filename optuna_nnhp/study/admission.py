@@ -14,6 +14,7 @@ import time
 import optuna
 
 from optuna_nnhp.study.asking import Asker
+from optuna_nnhp.study.breakage import Breakage
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.pool import Pool
 from optuna_nnhp.study.sizes import Pace
@@ -56,6 +57,8 @@ class Admission:
             Asks for them.
         pool:
             Where their cohorts are trained.
+        breakage:
+            What becomes of cohorts that cannot be built.
         cohort_size:
             Trials in a cohort; None to choose it by memory and measurement.
 
@@ -71,6 +74,7 @@ class Admission:
 
     asker: Asker
     pool: Pool
+    breakage: Breakage
     cohort_size: int | None = None
     turn: Live | None = None
     turns: int = 0
@@ -86,7 +90,7 @@ class Admission:
 
     def admit(self) -> None:
         """Fill the cohorts: with followers while a leader's turn lasts, else with a new leader."""
-        if self._must_end():
+        if self._must_end() or any(live.is_suspect for live in self.pool.training):
             return
         if self.asker.plans:
             self._admit_planned()
@@ -133,7 +137,7 @@ class Admission:
 
     def _must_end(self) -> bool:
         """Whether no more trials start: there would be no time to learn anything from one."""
-        if self.budget.out_of_time() or self.study._stop_flag:
+        if self.budget.is_over() or self.study._stop_flag:
             return True
         return self.budget.seconds_left < self.asking + self.first_round
 
@@ -156,14 +160,16 @@ class Admission:
             self._invite(live)
         return live
 
-    def _open_with(self, baseline: RunningTrial) -> Live:
+    def _open_with(self, baseline: RunningTrial) -> Live | None:
         """The default configuration and the portfolio begin, and nothing else beside them."""
         trials = [baseline, *self.asker.ask_portfolio()]
         self._group(trials)
         for trial in trials:
             trial.is_opener = trial is not baseline
             lives = (one for one in self.pool.lives if trial.member.number in one.running)
-            self.openers.append((trial, next(lives)))
+            self.openers += [(trial, live) for live in lives]
+        if not self.openers:  # none could be built
+            return None
         live = self.openers[0][1]
         if self.budget.timeout is not None:
             live.until = time.monotonic() + BASELINE_SHARE * self.budget.timeout
@@ -181,7 +187,7 @@ class Admission:
         for opener, other in self.openers[1:]:
             if opener.best is not None and opener.is_better(opener.best, best.best):
                 best, live = opener, other
-        self.openers, live.slots = [], self._size(live.leader)
+        self.openers, live.slots = [], self._size(live.leader, live.signature)
         live.invited = -1  # its leader is the first of them
         self._invite(live, TURN_SHARE)
         return live
@@ -213,7 +219,7 @@ class Admission:
             if affordable:
                 self.parked.remove(affordable[0])
                 return affordable[0]
-            if self.asker.left() == 0 or self.budget.out_of_time() or self.study._stop_flag:
+            if self.asker.left() == 0 or self.budget.is_over() or self.study._stop_flag:
                 break
             self.parked += self.asker.ask(1)
         if not self.parked:
@@ -235,16 +241,18 @@ class Admission:
         leader = self._next_leader()
         if leader is None:
             return None
-        signature, live = leader.signature, self.pool.with_signature(leader.signature)
+        signature, most = leader.signature, self.breakage.most(leader.signature)
+        live = self.pool.with_signature(signature, most)
         if leader.is_baseline and self.cohort_size is None:
             return self._open_with(leader)
-        size = self._size(leader.member)
+        size = self._size(leader.member, signature)
         if live is None:
             live = self._open(signature, [leader], size)
         else:
             self._join(live, [leader])
             live.slots = max(live.slots, size)
-        live.invited = -1
+        if live is not None:
+            live.invited = -1
         return live
 
     def _follow(self, live: Live) -> None:
@@ -315,6 +323,7 @@ class Admission:
             groups[running.signature].append(running)
         for signature, group in groups.items():
             most = self.cohort_size or self.problem.cohort_size(group[0].member)
+            most = min(most, self.breakage.most(signature))
             live = self.pool.with_signature(signature)
             if live is not None and len(live.running) + len(group) <= most:
                 self._join(live, group)
@@ -324,29 +333,71 @@ class Admission:
                 part = group[start : start + most]
                 self._open(signature, part, len(part))
 
-    def _open(self, signature: Hashable, group: list[RunningTrial], slots: int) -> Live:
-        """Start a new cohort."""
-        cohort = self.problem.cohort([running.member for running in group])
-        running = {trial.member.number: trial for trial in group}
-        live = Live(cohort, signature, group[0].member, running, slots)
-        self.pool.add(live)
-        _logger.debug(f"A cohort of {slots}: {signature}.")
-        return live
+    def _open(self, signature: Hashable, group: list[RunningTrial], slots: int) -> Live | None:
+        """Start a new cohort; more than one if memory has no room for it, none if none can."""
+        try:
+            cohort = self.problem.cohort([running.member for running in group])
+        except Exception as error:  # whatever it is, it becomes an outcome
+            lives = self.breakage.halve(group, error)
+        else:
+            running = {trial.member.number: trial for trial in group}
+            lives = [Live(cohort, signature, group[0].member, running, slots)]
+        for live in lives:
+            self.pool.add(live)
+            _logger.debug(f"A cohort of {live.slots}: {signature}.")
+        return lives[0] if lives else None
 
     def _join(self, live: Live, trials: Sequence[RunningTrial]) -> None:
         if not trials:
             return
         members, is_empty = [trial.member for trial in trials], not live.running
         live.running |= {trial.member.number: trial for trial in trials}
-        if not is_empty:
-            live.cohort.join(members)
+        try:
+            if not is_empty:
+                live.cohort.join(members)
+                return
+            live.cohort, live.rounds = self.problem.cohort(members), 0
+        except Exception as error:  # the stack may be half of each by now
+            group, live.running = list(live.running.values()), {}
+            done = max(live.cohort.done)
+            vars(live.cohort).clear()  # what had no room must go before its halves come
+            self.replace(live, self.breakage.halve(group, error, done))
             return
-        live.cohort, live.rounds = self.problem.cohort(members), 0
         if live not in self.pool.lives:
             self.pool.add(live)
 
-    def _size(self, leader: Member) -> int:
+    def take_in_again(self, live: Live) -> None:
+        """Let a cohort of trials that others have left train here; a new one may join its kind."""
+        if any(live.cohort.iterations):
+            self.pool.add(live)
+        else:
+            self._group(list(live.running.values()))
+
+    def replace(self, old: Live, new: Sequence[Live]) -> None:
+        """Put cohorts in the place of one that has raised; those who fit no more have ended."""
+        for live in new:
+            self.pool.add(live)
+        self.openers = [
+            (trial, live)
+            for trial, _ in self.openers
+            for live in self.pool.training
+            if trial.member.number in live.running
+        ]
+        if self.turn is old:
+            self.turn = None
+            self._leave(self.waiting)
+
+    def _leave(self, trials: list[RunningTrial]) -> None:
+        """Let trials that waited for a cohort be trained without it."""
+        self.waiting = []
+        self._group(trials)
+
+    def _size(self, leader: Member, signature: Hashable) -> int:
         """Slots of a leader's cohort."""
+        return min(self._wanted(leader), self.breakage.most(signature))
+
+    def _wanted(self, leader: Member) -> int:
+        """The same if there is room for it."""
         if self.cohort_size is not None:
             return self.cohort_size
         pace = self._pace(leader)

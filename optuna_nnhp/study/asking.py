@@ -8,6 +8,7 @@ from dataclasses import field
 
 import optuna
 from optuna import Study
+from optuna import Trial
 from optuna.samplers import BruteForceSampler
 from optuna.samplers import GridSampler
 from optuna.samplers import PartialFixedSampler
@@ -26,8 +27,13 @@ from optuna_nnhp.study.grid import Points
 from optuna_nnhp.study.grid import as_levels
 from optuna_nnhp.study.grid import is_cut_short
 from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.outcomes import Outcomes
+from optuna_nnhp.study.outcomes import note_error
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.study.reach import Unreachable
+from optuna_nnhp.study.starting import NoneLeft
+from optuna_nnhp.study.trials import TOO_LONG
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.study.trials import suggest
 from optuna_nnhp.training.cohort import Member
@@ -39,7 +45,6 @@ PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
 BASELINE = "baseline"  # attribute of the trial with the default configuration
 PORTFOLIO = "portfolio"  # attribute of the trials with the template's other first configurations
 PORTFOLIO_SHARE = 10  # of a number of trials, at most one of so many is from the portfolio
-MOST_REFUSED = 100  # trials in a row, before a study ends
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Asker:
 
     Attributes:
         points: Those of a grid, if there is one.
-        refused: How many trials in a row could not be trained.
+        outcomes: What becomes of those that cannot be trained.
         finished: Number of trials that have ended.
         running: Trials that were asked here and have not ended, by number.
     """
@@ -68,9 +73,11 @@ class Asker:
     budget: Budget
     storage: DeferredStorage
     points: Points | None = None
-    refused: int = 0
     finished: int = 0
     running: dict[int, RunningTrial] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.outcomes = Outcomes(self.study, self.problem)
 
     def begin(self, *, with_portfolio: bool = True) -> None:
         """Enqueue what comes first: the defaults in a new study, the points of a grid."""
@@ -100,6 +107,9 @@ class Asker:
         self.finished = sum(t.state.is_finished() and not is_free(t) for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in trials)
         left = self.budget.left(self.finished + running)
+        if self.budget.n_trials is not None:
+            free = sum(t.state.is_finished() for t in trials) - self.finished
+            self.storage.limit(self.study._study_id, self.budget.n_trials + free)
         if self.points is None:
             return left
         return self.points.left if left is None else min(left, self.points.left)
@@ -135,9 +145,13 @@ class Asker:
             # What is reserved and not asked for would be left waiting.
             with self.storage.reserved(count if stop is None else 1):
                 for _ in range(count):
-                    if trials and (self.budget.out_of_time() or (stop is not None and stop())):
+                    if trials and (self.budget.is_over() or (stop is not None and stop())):
                         break
                     trials += self._ask_one()
+        except NoneLeft:  # other workers were faster
+            pass
+        except Unreachable as error:
+            _logger.debug(f"No trials can be asked for now: {error}")
         finally:
             self.study.sampler = sampler
             self.running |= {running.member.number: running for running in trials}
@@ -146,38 +160,31 @@ class Asker:
     def _ask_one(self) -> list[RunningTrial]:
         """One trial, or none if its network cannot be built; then it has failed already."""
         trial = self.study.ask() if self.points is None else self.points.take()
-        if trial is None:  # another worker was faster
-            return []
+        return [] if trial is None else self.begin_trial(trial)  # another worker was faster
+
+    def begin_trial(self, trial: Trial) -> list[RunningTrial]:
+        """A trial that runs here, once it has all its values; none if it cannot be trained."""
         try:
             member = self.problem.member(trial.number, suggest(trial, self.problem.space))
             signature = self.problem.signature(member)
+        except TrialError as error:
+            self.outcomes.refuse(trial, error)
+            return []
         except BaseException as error:
-            trial.set_user_attr("cause", "error")
-            trial.set_user_attr("error", str(error))
+            note_error(trial, error)
             self.study.tell(trial, state=TrialState.FAIL)
-            if isinstance(error, TrialError):
-                _logger.warning(f"Trial {trial.number} failed: {error}")
-                self._refuse(error)
-                return []
             raise
-        self.refused = 0
+        self.outcomes.refused = 0
         is_enqueued = FIXED in self.storage.get_trial(trial._trial_id).system_attrs
         running = RunningTrial(trial, member, self.problem.maximize, signature)
         running.is_baseline = is_enqueued and bool(trial.user_attrs.get(BASELINE))
         running.is_enqueued = is_enqueued
         return [running]
 
-    def _refuse(self, error: TrialError) -> None:
-        """Note that a trial cannot be trained; too many of them in a row are an error."""
-        self.refused += 1
-        if self.refused >= MOST_REFUSED:
-            raise ValueError(
-                f"One of {MOST_REFUSED} trials in a row must be possible, but the last is not "
-                f"either: {error}"
-            ) from error
-
 
 def _never_trained(trial: FrozenTrial) -> bool:
     """Whether a trial failed through no fault of its own, and so does not count."""
     cause = trial.user_attrs.get("cause")
-    return trial.state == TrialState.FAIL and cause in ("killed", DUPLICATE, *CUT_SHORT)
+    is_own = TOO_LONG in trial.user_attrs  # its own time was over, not the study's
+    is_free = cause in ("killed", DUPLICATE, *CUT_SHORT) and not is_own
+    return trial.state == TrialState.FAIL and is_free

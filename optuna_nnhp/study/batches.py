@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from datetime import datetime
 import json
+import math
 from typing import Any
 from typing import Protocol
 
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+WORKER = "worker"  # trial attribute: who trains it
 PLAIN = (float, int, str, bool, type(None))  # what JSON gives back as it was
 
 
@@ -71,21 +77,63 @@ class Batch:
     Args:
         changes:
             Of trials that run here, by trial id.
+        takes:
+            Trials that shall run here instead of with another worker: its name, by trial id.
         claims:
             Ids of WAITING trials that shall run here.
         study_id:
-            Study of the new trials.
+            Study of the claimed and of the new trials.
         templates:
             The new trials: RUNNING or WAITING, without values.
+        mark:
+            User attributes of the trials that are taken over or claimed.
+        most:
+            How many trials of the study may have begun; None: any number.
+        owner:
+            Whose the changed trials must be still; None: there is no doubt.
         now:
             When the claimed trials start, local time.
     """
 
-    changes: dict[int, Change] = field(default_factory=dict)
+    changes: Mapping[int, Change] = field(default_factory=dict)
+    takes: Mapping[int, str] = field(default_factory=dict)
     claims: Sequence[int] = ()
     study_id: int = -1
     templates: Sequence[FrozenTrial] = ()
+    mark: Mapping[str, Any] = field(default_factory=dict)
+    most: int | None = None
+    owner: str | None = None
     now: datetime = field(default_factory=datetime.now)
+
+    @property
+    def starts(self) -> bool:
+        """Whether trials shall start here."""
+        return bool(self.claims or self.takes or self.templates)
+
+    def room(self, begun: int) -> float:
+        """How many trials may start yet."""
+        return math.inf if self.most is None else max(0, self.most - begun)
+
+    def possible(self, room: float, claims: Iterable[int]) -> tuple[list[int], list[FrozenTrial]]:
+        """The claims and the new trials that there is room for.
+
+        Example:
+            >>> Batch(claims=[4, 5]).possible(1, claims=[5, 6])
+            ([5], [])
+        """
+        claimed: list[int] = []
+        for trial_id in claims:
+            if room > len(claimed):
+                claimed.append(trial_id)
+        room -= len(claimed)
+        created: list[FrozenTrial] = []
+        for template in self.templates:
+            begins = template.state != TrialState.WAITING
+            if begins and room <= 0:
+                continue
+            room -= begins
+            created.append(template)
+        return claimed, created
 
 
 @dataclass
@@ -95,16 +143,27 @@ class Written:
     Args:
         refused:
             Why a trial's changes cannot be written any more, by its id: another process has
-            ended or deleted it.
+            ended or deleted it, or taken it over.
+        taken:
+            Ids of the trials that this worker has now instead of the named one.
         claimed:
             Ids of the claimed trials that no other process has taken first.
         created:
-            Ids and numbers of the new trials.
+            Ids and numbers of the new trials; fewer than wanted if there was no room.
     """
 
     refused: dict[int, Exception] = field(default_factory=dict)
+    taken: list[int] = field(default_factory=list)
     claimed: list[int] = field(default_factory=list)
     created: list[tuple[int, int]] = field(default_factory=list)
+
+
+class TakenOver(UpdateFinishedTrialError):
+    """Another worker has the trial: for this one it is over."""
+
+    def __init__(self, trial_id: int, owner: object) -> None:
+        super().__init__(f"The trial with the id {trial_id} has been taken over by {owner}.")
+        self.owner = owner
 
 
 class Writer(Protocol):
@@ -144,6 +203,31 @@ def copied(trial: FrozenTrial) -> FrozenTrial:
     twin._system_attrs = trial._system_attrs.copy()
     twin.intermediate_values = trial.intermediate_values.copy()
     return twin
+
+
+def surplus(trials: Iterable[FrozenTrial], written: Written, most: int | None) -> list[int]:
+    """Ids of started trials that go back to WAITING, as others have started some meanwhile.
+
+    For storages in which nobody can look and write in one. Of new trials those with the lower
+    numbers stay: all see it the same way. Claimed ones have any number, and go back if there are
+    too many at all.
+
+    Args:
+        trials:
+            All of the study, as they are now.
+        written:
+            What this process has started.
+        most:
+            How many may have begun.
+    """
+    if most is None:
+        return []
+    begun = sorted(t._number for t in trials if t.state != TrialState.WAITING)
+    theirs = set(begun)
+    new = [(i, number) for i, number in written.created if number in theirs]
+    back = [i for i, number in new if bisect_left(begun, number) >= most]
+    over = max(0, len(begun) - most - len(back))
+    return back + written.claimed[max(0, len(written.claimed) - over) :]
 
 
 def json_copy(value: Any) -> Any:

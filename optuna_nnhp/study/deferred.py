@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
+from contextlib import suppress
 import copy
 from datetime import datetime
 import math
+from pathlib import Path
 import threading
 import time
 from typing import Any
@@ -22,14 +25,21 @@ from optuna.storages import _CachedStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.study.batches import Batch
+from optuna_nnhp.study.batches import WORKER
+from optuna_nnhp.study.batches import TakenOver
 from optuna_nnhp.study.batches import copied
-from optuna_nnhp.study.ledger import Ledger
-from optuna_nnhp.study.ledger import View
-from optuna_nnhp.study.passing import PassingStorage
+from optuna_nnhp.study.lease import machine
+from optuna_nnhp.study.lease import process
+from optuna_nnhp.study.outbox import Unsent
+from optuna_nnhp.study.outbox import keep
+from optuna_nnhp.study.reach import Unreachable as Unreachable
+from optuna_nnhp.study.starting import NoneLeft as NoneLeft
+from optuna_nnhp.study.starting import StartingStorage
+
+LOOK_EVERY = 0.1  # seconds between looks at whether to stop waiting
 
 
-class DeferredStorage(PassingStorage):
+class DeferredStorage(StartingStorage):
     """Wraps a storage, and writes what this process's running trials say behind, in batches.
 
     An end of a trial is written at once, with everything before it: when `set_trial_state_values`
@@ -76,12 +86,11 @@ class DeferredStorage(PassingStorage):
         if flush_every < 0:
             raise ValueError(f"`flush_every` must be at least 0 seconds, but got {flush_every}.")
         # Optuna wraps databases in a cache; what is read here is kept here.
-        super().__init__(backend._backend if isinstance(backend, _CachedStorage) else backend)
-        self.flush_every, self._mark = flush_every, mark
-        self._ledger = Ledger(self.backend, flush_every)
-        self._lock = threading.RLock()
+        backend = backend._backend if isinstance(backend, _CachedStorage) else backend
+        super().__init__(backend, flush_every, mark)
+        self.flush_every = flush_every
         self._batches = threading.local()  # how many `batch` each thread is in
-        self._wanted = 0  # trials that will be asked for
+        self._kept: Path | None = None  # what would not be written otherwise
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
@@ -91,15 +100,94 @@ class DeferredStorage(PassingStorage):
         self.__init__(**state)  # type: ignore[misc]
 
     def flush(self) -> None:
-        """Write everything now. If that fails it stays, and the next call tries again."""
-        with self._lock:
-            if self._ledger.changes:
-                self._ledger.write(Batch())
+        """Write everything now, if the storage answers. If not it stays, and is written later."""
+        self._flush()
+        if self._kept is not None and not self._ledger.changes and not self.notes:
+            self._kept.unlink(missing_ok=True)
+            self._kept = None
 
     def flush_if_due(self) -> None:
         """Write everything if the oldest is older than ``flush_every``."""
-        if time.monotonic() - self._ledger.oldest > self.flush_every and not self._in_batch:
+        is_late = time.monotonic() - self._ledger.oldest > self.flush_every
+        may_try = self._reach.may_try and not self._in_batch
+        if may_try and (is_late or not self._reach.is_up):
             self.flush()
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the storage has answered last time. If not, what is written here waits."""
+        return self._reach.is_up
+
+    def wait_until_reachable(
+        self, seconds: float, stop: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Try again until the storage answers, at first after a second, later every 30 s.
+
+        What waits is written then.
+
+        Args:
+            seconds:
+                How long at most.
+            stop:
+                Once it says yes, that is enough.
+
+        Returns:
+            Whether another question to the storage is worth it.
+        """
+        end = time.monotonic() + seconds
+        while not self._reach.is_up:
+            if stop():
+                return False
+            if self._reach.may_try and self._answers_now():
+                return True
+            now = time.monotonic()
+            if now >= end:
+                return False
+            time.sleep(max(0.0, min(LOOK_EVERY, self._reach.due - now, end - now)))
+        return True
+
+    def keep_unsent(self, folder: Path) -> Path | None:
+        """Keep everything that is not written yet in a file, for when the storage stays away.
+
+        See `replay_unsent`. If this process writes it after all, the file goes.
+
+        Args:
+            folder:
+                Where; it is made.
+
+        Returns:
+            The file, None if everything is written.
+
+        Raises:
+            OSError: If it cannot be kept.
+        """
+        with self._lock:
+            studies: dict[str, Unsent] = defaultdict(Unsent)
+            for trial_id, change in self._ledger.changes.items():
+                view, number = self._ledger.homes[trial_id]
+                studies[self.name_of(view.study_id)].changes[number] = change
+            for (study_id, kind, key), value in self.notes.items():
+                studies[self.name_of(study_id)].attributes[kind, key] = value
+            if not studies:
+                return None
+            worker = str(self._mark().get(WORKER) or f"{machine()}:{process()}")
+            self._kept = keep(folder, worker, studies)
+            return self._kept
+
+    def _answers_now(self) -> bool:
+        self.flush()
+        if self._reach.is_up or not self._reach.may_try:
+            return self._reach.is_up
+        view = next(iter(self._ledger.views.values()), None)
+        try:  # there was nothing to write
+            with self._lock:
+                if view is None:
+                    self._reach.ask(self.backend.get_all_studies)
+                else:
+                    self._ledger.sync(view)
+        except Unreachable:
+            return False
+        return True
 
     @property
     def _in_batch(self) -> int:
@@ -120,64 +208,24 @@ class DeferredStorage(PassingStorage):
                 self.flush()
         self.flush_if_due()
 
-    @contextmanager
-    def reserved(self, trials: int) -> Iterator[None]:
-        """Within, that many trials are started at once when the first is asked for.
-
-        WAITING trials come first, as always. What is not asked for waits (WAITING) for
-        whoever asks next, in any process.
-
-        Args:
-            trials:
-                How many will be asked for.
-
-        Raises:
-            ValueError: If it is negative.
-        """
-        if trials < 0:
-            raise ValueError(f"`trials` must be at least 0, but got {trials}.")
-        before, self._wanted = self._wanted, trials
-        try:
-            yield
-        finally:
-            self._wanted = before
-            if not before:
-                self._release()
-
     def refresh(self) -> None:
         """Let the next reading see what other processes have written until now."""
         with self._lock:
             for view in self._ledger.views.values():
                 view.synced = -math.inf
 
-    def _release(self) -> None:
-        """Give back what was reserved and not asked for."""
-        with self._lock:
-            unused = list(self._ledger.claimed.values())
-            self._ledger.claimed = {}
-            for view in self._ledger.views.values():
-                unused += view.held
-                view.held = []
-            for trial in unused:
-                change = self._ledger.change(trial._trial_id)
-                change.state = TrialState.WAITING
-                change.user_attrs.update(dict.fromkeys(self._mark()))
-                self._ledger.put(change.applied_to(trial))
-            if unused:
-                self.flush()
-
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """Start a trial, or add one as it is."""
+        """Start a trial, or add one as it is.
+
+        Raises:
+            NoneLeft: If as many have begun as may, see `limit`.
+            Unreachable: If the storage does not answer.
+        """
         with self._lock:
             if template_trial is not None:
                 return self.create_new_trials(study_id, [template_trial])[0]
             self.flush_if_due()
-            view = self._ledger.known(study_id)
-            if not view.held:
-                number = max(1, self._wanted)
-                view.held = self._create(view, [_blank(self._mark()) for _ in range(number)])
-            self._wanted = max(0, self._wanted - 1)
-            return view.held.pop(0)._trial_id
+            return self._start(self._known(study_id))
 
     def create_new_trials(self, study_id: int, templates: Sequence[FrozenTrial]) -> list[int]:
         """Add many trials as they are: one writing if none has parameters or values.
@@ -193,68 +241,25 @@ class DeferredStorage(PassingStorage):
 
         Raises:
             KeyError: If there is no such study.
+            Unreachable: If the storage does not answer; perhaps they are added all the same.
         """
         with self._lock:
-            view = self._ledger.known(study_id)
+            view = self._known(study_id)
             if not any(t.state.is_finished() or _has_more(t) for t in templates):
-                return [t._trial_id for t in self._create(view, templates)]
-            ids = [self.backend.create_new_trial(study_id, template) for template in templates]
+                trials = self._reach.ask(
+                    lambda: self._try_create(view, templates), writes=True, again=False
+                )
+                return [trial._trial_id for trial in trials]
+            ids = [self._through("create_new_trial", study_id, t, again=False) for t in templates]
             running = (t.state == TrialState.RUNNING for t in templates)
             self._ledger.own.update(i for i, r in zip(ids, running, strict=True) if r)
             view.synced = -math.inf
             return ids
 
-    def _create(self, view: View, templates: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Start trials, all at once."""
-        written = self._ledger.write(Batch(study_id=view.study_id, templates=templates))
-        trials = []
-        for template, (trial_id, number) in zip(templates, written.created, strict=True):
-            trial = copied(template)
-            trial._trial_id, trial._number = trial_id, number
-            if number > len(view.trials):  # others have started trials since the last reading
-                self._ledger.sync(view)
-            else:
-                view.after = trial_id
-            self._ledger.homes[trial_id] = view, number
-            view.put(trial)
-            if trial.state == TrialState.RUNNING:
-                self._ledger.own.add(trial_id)
-            trials.append(trial)
-        return trials
-
-    def _claim(self, trial_id: int) -> bool:
-        """Start a WAITING trial, and along with it others that will be asked for."""
-        home = self._ledger.home(trial_id)
-        if home is None:
-            return self.backend.set_trial_state_values(trial_id, TrialState.RUNNING)
-        view, number = home
-        trial = view.trials[number]
-        self.check_trial_is_updatable(trial_id, trial.state)
-        if trial.state == TrialState.RUNNING:
-            return False
-        if trial_id not in self._ledger.claimed:
-            others = (view.trials[n]._trial_id for n in sorted(view.waiting) if n != number)
-            free = [i for i in others if i not in self._ledger.claimed][: max(0, self._wanted - 1)]
-            batch = Batch(claims=[trial_id, *free])
-            claimed = self._ledger.write(batch).claimed
-            for claim in claimed:
-                held = copied(view.trials[self._ledger.homes[claim][1]])
-                held.datetime_start = batch.now
-                self._ledger.claimed[claim] = held
-                self._ledger.own.add(claim)
-                if mark := self._mark():
-                    self._ledger.change(claim).user_attrs.update(mark)
-            self.flush()  # only now that they are ours
-            if len(claimed) <= len(free):
-                view.synced = -math.inf
-            if trial_id not in self._ledger.claimed:
-                return False
-        started = copied(self._ledger.claimed.pop(trial_id))
-        started.state = TrialState.RUNNING
-        started._user_attrs.update(self._mark())
-        view.put(started)
-        self._wanted = max(0, self._wanted - 1)
-        return True
+    def _through(self, name: str, *arguments: Any, again: bool = True) -> Any:
+        """What the backend says to a call that changes something, at once."""
+        call = getattr(self.backend, name)
+        return self._reach.ask(lambda: call(*arguments), writes=True, again=again)
 
     def _open(self, trial_id: int) -> FrozenTrial | None:
         """A trial that runs here, to be changed in part; None if it does not run here."""
@@ -264,6 +269,8 @@ class DeferredStorage(PassingStorage):
             return None
         view, number = home
         trial = view.trials[number]
+        if trial_id in self._ledger.lost:
+            raise TakenOver(trial_id, self._ledger.lost[trial_id])
         if trial.state.is_finished():
             self.check_trial_is_updatable(trial_id, trial.state)
         if trial_id not in self._ledger.own:
@@ -281,7 +288,7 @@ class DeferredStorage(PassingStorage):
             if state == TrialState.RUNNING:
                 return self._claim(trial_id)
             if (trial := self._open(trial_id)) is None:
-                return self.backend.set_trial_state_values(trial_id, state, values)
+                return bool(self._through("set_trial_state_values", trial_id, state, values))
             change = self._ledger.change(trial_id)
             change.state = trial.state = state
             if values is not None:
@@ -291,9 +298,10 @@ class DeferredStorage(PassingStorage):
             self._ledger.put(trial)
             self._ledger.has_ends = True
             if not self._in_batch:
-                refused = self._ledger.write(Batch()).refused
-                if trial_id in refused:
-                    raise refused[trial_id]
+                with suppress(Unreachable):  # then it is written later
+                    refused = self._ledger.write().refused
+                    if trial_id in refused:
+                        raise refused[trial_id]
             return True
 
     def set_trial_param(
@@ -306,9 +314,8 @@ class DeferredStorage(PassingStorage):
         """Give a trial a parameter."""
         with self._lock:
             if (trial := self._open(trial_id)) is None:
-                self.backend.set_trial_param(
-                    trial_id, param_name, param_value_internal, distribution
-                )
+                arguments = trial_id, param_name, param_value_internal, distribution
+                self._through("set_trial_param", *arguments)
                 return
             view, _ = self._ledger.homes[trial_id]
             known = view.distributions.setdefault(param_name, distribution)
@@ -327,7 +334,8 @@ class DeferredStorage(PassingStorage):
         """Report a value."""
         with self._lock:
             if (trial := self._open(trial_id)) is None:
-                self.backend.set_trial_intermediate_value(trial_id, step, intermediate_value)
+                arguments = trial_id, step, intermediate_value
+                self._through("set_trial_intermediate_value", *arguments)
                 return
             trial.intermediate_values = {**trial.intermediate_values, step: intermediate_value}
             self._ledger.change(trial_id).intermediate_values[step] = intermediate_value
@@ -336,7 +344,7 @@ class DeferredStorage(PassingStorage):
         """Set a user attribute."""
         with self._lock:
             if (trial := self._open(trial_id)) is None:
-                self.backend.set_trial_user_attr(trial_id, key, value)
+                self._through("set_trial_user_attr", trial_id, key, value)
                 return
             value = self._ledger.writer.frozen(value)
             trial._user_attrs = {**trial._user_attrs, key: value}
@@ -346,7 +354,7 @@ class DeferredStorage(PassingStorage):
         """Set a system attribute."""
         with self._lock:
             if (trial := self._open(trial_id)) is None:
-                self.backend.set_trial_system_attr(trial_id, key, value)
+                self._through("set_trial_system_attr", trial_id, key, value)
                 return
             value = self._ledger.writer.frozen(value)
             trial._system_attrs = {**trial._system_attrs, key: value}
@@ -358,9 +366,9 @@ class DeferredStorage(PassingStorage):
             self.flush_if_due()
             home = self._ledger.home(trial_id)
             if home is None:
-                return self.backend.get_trial(trial_id)
+                return self._reach.ask(lambda: self.backend.get_trial(trial_id))
             view, number = home
-            trial = self._ledger.view(view.study_id).trials[number]
+            trial = self._view(view.study_id).trials[number]
             # Optuna's `Trial` writes into what it is given.
             return trial if trial.state.is_finished() else copied(trial)
 
@@ -373,13 +381,13 @@ class DeferredStorage(PassingStorage):
         """All trials of a study, by number."""
         with self._lock:
             self.flush_if_due()
-            trials = self._ledger.view(study_id).listed(states)
+            trials = self._view(study_id).listed(states)
         return copy.deepcopy(trials) if deepcopy else trials
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
         """A trial's id."""
         with self._lock:
-            view = self._ledger.view(study_id)
+            view = self._view(study_id)
             if trial_number >= len(view.trials):
                 self._ledger.sync(view)
             if not 0 <= trial_number < len(view.trials):
@@ -390,7 +398,7 @@ class DeferredStorage(PassingStorage):
         """As the backend; what is unwritten is written before."""
         with self._lock:
             self.flush()
-            self.backend.delete_study(study_id)
+            self._through("delete_study", study_id)
             if view := self._ledger.views.get(study_id):
                 self._ledger.forget(view)
 
@@ -403,20 +411,3 @@ class DeferredStorage(PassingStorage):
 def _has_more(trial: FrozenTrial) -> bool:
     """Whether it holds what only the backend's own call can write."""
     return bool(trial.params or trial.intermediate_values or trial.values)
-
-
-def _blank(user_attrs: Mapping[str, Any]) -> FrozenTrial:
-    """A trial that starts now."""
-    return FrozenTrial(
-        number=-1,
-        trial_id=-1,
-        state=TrialState.RUNNING,
-        value=None,
-        datetime_start=datetime.now(),
-        datetime_complete=None,
-        params={},
-        distributions={},
-        user_attrs=dict(user_attrs),
-        system_attrs={},
-        intermediate_values={},
-    )

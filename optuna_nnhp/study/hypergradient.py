@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 import logging
 import math
+from typing import Any
+from typing import ClassVar
 
 import optuna
 from optuna.distributions import FloatDistribution
@@ -77,6 +80,32 @@ class Start:
         """Number of its trial."""
         return self.trial.member.number
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `from_facts` needs, as JSON can keep it."""
+        descent = self.descent
+        return {
+            "number": self.number,
+            "values": self.values,
+            "loss": self.loss,
+            "course": noted(self.course),
+            "is_fresh": self.is_fresh,
+            "descent": [descent.steps, descent.means, descent.squares],
+        }
+
+    @classmethod
+    def from_facts(
+        cls,
+        facts: Mapping[str, Any],
+        trial: RunningTrial,
+        moved: Mapping[str, FloatDistribution],
+        rate: float,
+    ) -> Start:
+        """One as it was when its facts were taken."""
+        course = [(begin, values, fresh) for begin, values, fresh in facts["course"]]
+        descent = Descent(moved, rate, *facts["descent"])
+        return cls(trial, facts["values"], descent, facts["loss"], course, facts["is_fresh"])
+
     def twin(self, place: int) -> int:
         """A number for its twin, that no trial has."""
         return -1 - place - len(self.descent.distributions) * self.number
@@ -110,6 +139,7 @@ class HypergradientScheduler(LockstepScheduler):
 
     starts: int = STARTS
     rate: float = RATE
+    method: ClassVar[str] = "gradient"
 
     def _train_group(self, base: BaseSampler) -> None:
         moved = moved_by_gradient(self.problem)
@@ -136,32 +166,67 @@ class HypergradientScheduler(LockstepScheduler):
         )
         self.is_said = True
         live = self._open(trials, [m for start in starts for m in self._members(start)])
-        self._descend(live, starts)
-
-    def _descend(self, live: Live, starts: list[Start]) -> None:
-        """Train, move, and train on, until the budget is spent."""
-        cohort, rounds, scores = live.cohort, self._rounds(live), None
-        untrained, lost = _losses(cohort), LOST * constant_loss(cohort.task.arrays.valid_y)
+        untrained = _losses(live.cohort)
         for start in starts:
             start.loss = untrained[start.number]
             start.trial.trial.set_user_attr(ROOT, start.number)
-        steps = min(STEPS, rounds)
-        for step in range(1, steps + 1):
-            for start in starts:
-                start.course.append((cohort.done[0], dict(start.values), start.is_fresh))
+        self._descend(live, starts, 1)
+
+    def _take_up(self, loop: Mapping[str, Any], base: BaseSampler) -> None:
+        pass  # all it has to know is of the trials
+
+    def _loop_facts(self) -> dict[str, Any]:
+        starts = [start.facts for start in self.group]
+        return {"method": self.method, "step": self.step, "starts": starts}
+
+    def _resume(self, live: Live, others: Sequence[RunningTrial], loop: Mapping[str, Any]) -> None:
+        moved, starts = moved_by_gradient(self.problem), list[Start]()
+        for facts in loop["starts"]:
+            if running := live.running.get(facts["number"]):
+                starts.append(Start.from_facts(facts, running, moved, self.rate))
+        wanted = {m.number for start in starts for m in self._members(start)}
+        numbers = [member.number for member in live.cohort.members]
+        live.cohort.keep([place for place, n in enumerate(numbers) if n in wanted])
+        for trial in others:
+            self._refuse(trial, "killed")
+        if starts:
+            self._descend(live, starts, int(loop["step"]))
+
+    def _descend(self, live: Live, starts: list[Start], first: int) -> None:
+        """Train, move, and train on, until the budget is spent."""
+        cohort, rounds, scores = live.cohort, self._rounds(live), None
+        lost = LOST * constant_loss(cohort.task.arrays.valid_y)
+        steps, self.group, self.step = min(STEPS, rounds), starts, first
+        for step in range(first, steps + 1):
+            self._begin_step(cohort, starts, step)
+            if step == first:
+                self._save()
+            self._save_if_due()
             scores = self._train_to(live, math.ceil(rounds * step / steps))
             if scores is None:
                 break
             scale = 1 - (1 - LEAST_RATE) * step / steps
             states = [self._move(start, cohort, scores, scale, lost) for start in starts]
-            self._report(live, [start.trial for start in starts])
+            self.judge.report(live, [start.trial for start in starts])
             self._go_on(cohort, starts, states)  # at the end too: whose weights are the trial's
+            if self.budget.released and step < steps:
+                self._begin_step(cohort, starts, step + 1)
+                return
+        if self.budget.released and scores is None:
+            return
         for start in starts:
             start.trial.trial.set_user_attr(COURSE, noted(start.course))
         if scores is None:
             self._cut_short(live)
         else:
             self._end_trials(live, {start.number: _cause(start) for start in starts})
+
+    def _begin_step(self, cohort: Cohort, starts: Sequence[Start], step: int) -> None:
+        """Note the values that a step begins with, unless it has begun."""
+        self.step = step
+        for start in starts:
+            if len(start.course) < step:
+                start.course.append((cohort.done[0], dict(start.values), start.is_fresh))
 
     def _move(
         self, start: Start, cohort: Cohort, scores: Scores, scale: float, lost: float

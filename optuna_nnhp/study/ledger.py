@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Container
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import field
+from datetime import datetime
+from datetime import timedelta
 import math
 import time
 
@@ -13,17 +17,27 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.storages import JournalStorage
 from optuna.storages import RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.study.batches import Batch
 from optuna_nnhp.study.batches import Change
+from optuna_nnhp.study.batches import TakenOver
 from optuna_nnhp.study.batches import Writer
 from optuna_nnhp.study.batches import Written
+from optuna_nnhp.study.batches import copied
+from optuna_nnhp.study.journal_writer import JournalFileWriter
+from optuna_nnhp.study.journal_writer import JournalWriter
+from optuna_nnhp.study.reach import Reach
+from optuna_nnhp.study.reach import Unreachable
 from optuna_nnhp.study.writers import CallWriter
-from optuna_nnhp.study.writers import JournalWriter
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+NEW = -1  # id of a trial that the backend has not numbered yet
+LONG_SILENCE = 20.0  # seconds without writing, after which owners are looked at first
+DOUBTED_FOR = 120.0  # seconds in which a lost answer's writing may still appear
 
 
 @dataclass
@@ -96,26 +110,41 @@ class Ledger:
             Where things are written.
         sync_every:
             Seconds that a view may be old, while trials run here.
+        reach:
+            Asks the backend.
+        worker:
+            Says whose the trials that run here are; None if that is not known.
 
     Attributes:
         views: By study id.
         homes: Study and number of each trial, by its id.
         own: Ids of the trials that run here.
+        lost: Who has taken over those that ran here before, by id.
         changes: What is to be written, by trial id.
         oldest: Clock of the oldest change.
         has_ends: Whether a change is an end.
         claimed: Trials that are RUNNING in the backend, but still WAITING here, by id.
+        doubts: Trials that were being started when the backend was lost: perhaps they are.
     """
 
-    def __init__(self, backend: BaseStorage, sync_every: float) -> None:
-        self.backend, self.sync_every = backend, sync_every
-        self.writer = writer_of(backend)
+    def __init__(
+        self,
+        backend: BaseStorage,
+        sync_every: float,
+        reach: Reach,
+        worker: Callable[[], str | None],
+    ) -> None:
+        self.backend, self.sync_every, self.reach = backend, sync_every, reach
+        self.writer, self._worker = writer_of(backend), worker
         self.views: dict[int, View] = {}
         self.homes: dict[int, tuple[View, int]] = {}
         self.own: set[int] = set()
+        self.lost: dict[int, object] = {}
         self.changes: dict[int, Change] = {}
         self.oldest, self.has_ends = math.inf, False
         self.claimed: dict[int, FrozenTrial] = {}
+        self.doubts: list[FrozenTrial] = []
+        self._written = _clocks()
 
     def change(self, trial_id: int) -> Change:
         """The unwritten change of a trial."""
@@ -130,24 +159,43 @@ class Ledger:
         """Take in a changed trial."""
         self.homes[trial._trial_id][0].put(trial)
 
-    def write(self, batch: Batch) -> Written:
-        """Write a batch, and all changes before it."""
+    def write(self) -> Written:
+        """Write all changes.
+
+        Raises:
+            Unreachable: If they must wait.
+        """
+        return self.reach.ask(lambda: self.write_once(Batch()), writes=True)
+
+    def write_once(self, batch: Batch) -> Written:
+        """Write a batch, and all changes before it; an outage is raised as it comes."""
         batch.changes = self.changes
+        if _silence(self._written) > LONG_SILENCE:  # others may have thought that we are dead
+            batch.owner = self._worker()
         written = self.writer.write(batch)
-        self.changes, self.oldest, self.has_ends = {}, math.inf, False
-        self.own.difference_update(i for i, c in batch.changes.items() if c.state is not None)
-        for trial_id, error in list(written.refused.items()):
-            if self._is_written(trial_id, batch.changes[trial_id]):
+        for trial_id in list(written.refused):
+            if self.is_written(trial_id, batch.changes[trial_id]):
                 del written.refused[trial_id]
-                continue
-            self.own.discard(trial_id)
-            view, number = self.homes[trial_id]
-            view.unfinished.add(trial_id)  # so that it is read again, and at once
-            view.synced = -math.inf
-            _logger.warning(f"What trial {number} did here since its end is lost: {error}")
+        self.changes, self.oldest, self.has_ends = {}, math.inf, False
+        self._written = _clocks()
+        self.own.difference_update(i for i, c in batch.changes.items() if c.state is not None)
+        for trial_id, error in written.refused.items():
+            self._lose(trial_id, error)
         return written
 
-    def _is_written(self, trial_id: int, change: Change) -> bool:
+    def _lose(self, trial_id: int, error: Exception) -> None:
+        """Note that what a trial did here was refused."""
+        self.own.discard(trial_id)
+        view, number = self.homes[trial_id]
+        view.unfinished.add(trial_id)  # so that it is read again, and at once
+        view.synced = -math.inf
+        if isinstance(error, TakenOver):
+            self.lost[trial_id] = error.owner
+            _logger.warning(f"Trial {number} goes on elsewhere: {error}")
+        else:
+            _logger.warning(f"What trial {number} did here since its end is lost: {error}")
+
+    def is_written(self, trial_id: int, change: Change) -> bool:
         """Whether a trial has ended as it should: an attempt to write may fail afterwards."""
         try:
             trial = self.backend.get_trial(trial_id)
@@ -156,25 +204,39 @@ class Ledger:
         return (trial.state, trial.values) == (change.state, change.values)
 
     def view(self, study_id: int) -> View:
-        """A study: while trials run here not older than `sync_every`, and else as it is."""
-        view = self.views.get(study_id) or View(study_id)
-        if not self.own or time.monotonic() - view.synced > self.sync_every:
+        """A study: while trials run here not older than `sync_every`, and else as it is.
+
+        Raises:
+            Unreachable: If the backend does not answer, and never did for this study.
+        """
+        view = self.views.get(study_id)
+        if view is None:
+            view = View(study_id)
             self.sync(view)
             self.views[study_id] = view
+        elif not self.own or time.monotonic() - view.synced > self.sync_every:
+            with suppress(Unreachable):  # then it is as it was
+                self.sync(view)
         return view
 
-    def known(self, study_id: int) -> View:
-        """A study, however old: enough to add to it."""
-        return self.views.get(study_id) or self.view(study_id)
-
     def sync(self, view: View) -> None:
-        """Read what other processes have written."""
+        """Read what other processes have written.
+
+        Raises:
+            Unreachable: If the backend does not answer.
+        """
+        self.reach.ask(lambda: self.sync_once(view))
+
+    def sync_once(self, view: View) -> None:
+        """The same; an outage is raised as it comes."""
         now = time.monotonic()
         trials = self.writer.read(view.study_id, view.unfinished - self.own, view.after)
         for trial in trials:
             number, trial_id = trial._number, trial._trial_id
             if number < len(view.trials) and view.trials[number] is trial:
                 continue
+            if self.doubts and trial_id not in self.own:
+                self._recognize(view, trial)
             if trial_id in self.claimed:
                 trial = self.claimed[trial_id]
             elif trial_id in self.changes:
@@ -184,8 +246,32 @@ class Ledger:
         view.after = max([view.after, *(t._trial_id for t in trials)])
         view.synced = now
 
+    def _recognize(self, view: View, trial: FrozenTrial) -> None:
+        """Take in a trial that was started here after all."""
+        for place, doubt in enumerate(self.doubts):
+            if trial.state != TrialState.RUNNING or not _is_same(doubt, trial):
+                continue
+            del self.doubts[place]
+            self.own.add(trial._trial_id)
+            if doubt._trial_id == NEW:
+                view.held.append(trial)
+            else:
+                claimed = copied(trial)
+                claimed.state = TrialState.WAITING
+                self.claimed[trial._trial_id] = claimed
+            return
+
+    def forget_doubts(self) -> None:
+        """Drop those that are too old to turn up."""
+        recent = datetime.now() - timedelta(seconds=DOUBTED_FOR)
+        self.doubts = [d for d in self.doubts if d.datetime_start and d.datetime_start > recent]
+
     def home(self, trial_id: int) -> tuple[View, int] | None:
-        """Where a trial is, None if no known study has it."""
+        """Where a trial is, None if no known study has it.
+
+        Raises:
+            Unreachable: If it is not known, and the backend does not answer.
+        """
         if trial_id not in self.homes:
             for view in list(self.views.values()):
                 try:
@@ -203,6 +289,28 @@ class Ledger:
             self.changes.pop(trial._trial_id, None)
 
 
+def _is_same(doubt: FrozenTrial, trial: FrozenTrial) -> bool:
+    """Whether a running trial is the one that may have been started."""
+    if doubt._trial_id not in (NEW, trial._trial_id):
+        return False
+    if not doubt._user_attrs.items() <= trial._user_attrs.items():
+        return False
+    started, begun = doubt.datetime_start, trial.datetime_start
+    if started is None or begun is None:
+        return False
+    # A marked one is this worker's for sure; some databases round times to seconds.
+    return abs(begun - started) <= timedelta(seconds=60 if doubt._user_attrs else 1)
+
+
+def _clocks() -> tuple[float, float]:
+    return time.monotonic(), time.time()
+
+
+def _silence(since: tuple[float, float]) -> float:
+    """Seconds since then, those that the machine slept included."""
+    return max(now - then for now, then in zip(_clocks(), since, strict=True))
+
+
 def writer_of(storage: BaseStorage) -> Writer:
     """The fastest writer for a storage.
 
@@ -211,6 +319,9 @@ def writer_of(storage: BaseStorage) -> Writer:
         'TableWriter'
     """
     if isinstance(storage, JournalStorage):
+        backend = storage._backend
+        if isinstance(backend, JournalFileBackend):
+            return JournalFileWriter(storage, backend)
         return JournalWriter(storage)
     if isinstance(storage, RDBStorage):
         # Not above: SQLAlchemy takes 0.3 s, and a journal does without.

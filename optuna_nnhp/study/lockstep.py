@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+import functools
 import math
 from typing import Any
 from typing import ClassVar
@@ -16,7 +18,12 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from optuna_nnhp.search.follower import FollowerSampler
+from optuna_nnhp.study.breakage import LARGEST
+from optuna_nnhp.study.checkpoints import Checkpoint
+from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.grid import seconds_of
+from optuna_nnhp.study.outcomes import CohortError
+from optuna_nnhp.study.outcomes import forget_frames
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.scheduler import Scheduler
@@ -25,6 +32,7 @@ from optuna_nnhp.study.trials import params_as_trained
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
 from optuna_nnhp.training.course import Stage
+from optuna_nnhp.training.machine import is_out_of_memory
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -41,31 +49,109 @@ class LockstepScheduler(Scheduler):
     Attributes:
         is_said: Whether the log says already what is moved and what is not.
         parked: Trials that were enqueued by somebody and lead the next groups.
+        largest: Members that a group may have, once memory had no room for more.
+        method: Its name.
     """
 
     is_said: bool = False
     parked: list[RunningTrial] = field(default_factory=list)
+    largest: int = LARGEST
     has_portfolio: ClassVar[bool] = False
+    method: ClassVar[str]
 
     def _train_all(self) -> None:
         sampler = self.study.sampler
         try:
+            self._go_on_with_groups(sampler)
             while not self._is_over():
-                try:
-                    self._train_group(sampler)
-                finally:
-                    self.study.sampler = sampler
-                    self.pool.lives.clear()  # a group's stack is needed no more
+                self._train_one(lambda: self._train_group(sampler), sampler)
         finally:
-            for trial in self.parked:
-                self._refuse(trial, "interrupted" if self.budget.interrupted else "timeout")
+            cause = "interrupted" if self.budget.interrupted else "timeout"
+            for trial in [] if self.budget.released else self.parked:
+                self._refuse(trial, cause)
+
+    def _train_one(self, train: Callable[[], None], base: BaseSampler) -> None:
+        """Train a group; those whose cohort raises fail together, and the next one is smaller."""
+        try:
+            train()
+        except CohortError as error:
+            assert isinstance(error.__cause__, Exception)
+            self._break_group(error.__cause__)
+        finally:
+            self.study.sampler = base
+            if not self.budget.released:
+                self.pool.lives.clear()  # a group's stack is needed no more
+
+    def _break_group(self, error: Exception) -> None:
+        forget_frames(error)
+        if is_out_of_memory(error):
+            self.largest = max(1, self.tried // 2)
+        for live in self.pool.lives:
+            for running in list(live.running.values()):
+                self.ends.fail(running, error)
+
+    def _go_on_with_groups(self, base: BaseSampler) -> None:
+        """Go on with the groups of dead workers, of which there are checkpoints."""
+        for worker, trials in self.recovery.claim().items():
+            checkpoint = newest(self.checkpoints.folder, worker)
+            if checkpoint and checkpoint.cohorts and checkpoint.loop.get("method") == self.method:
+                go_on = functools.partial(self._go_on_with, checkpoint, trials, base)
+                self._train_one(go_on, base)
+                continue
+            for trial in trials:  # of a group that had hardly begun
+                for running in self.recovery.begun(trial, 0):
+                    self._refuse(running, "killed")
+        self.recovery.forget()
+
+    def _go_on_with(
+        self, checkpoint: Checkpoint, trials: Sequence[FrozenTrial], base: BaseSampler
+    ) -> None:
+        """Train a group to its end from a checkpoint."""
+        kept, loop = checkpoint.cohorts[0], checkpoint.loop
+        known = {facts["number"]: facts for facts in kept.facts["running"]}
+        self._take_up(loop, base)
+        begun = [r for trial in trials for r in self.recovery.begun(trial, 0)]
+        try:
+            cohort = self.recovery.cohort(kept)
+        except ValueError as error:
+            _logger.warning(f"A group ends, its checkpoint is of no use: {error}")
+            for running in begun:
+                self._refuse(running, "killed")
+            return
+        if not begun:
+            return
+        members = {member.number: member for member in cohort.members}
+        own = {r.member.number: r for r in begun if r.member.number in known}
+        for number, running in own.items():
+            running.go_on_from(known[number])
+            running.member = members[number]
+        live = Live(cohort, begun[0].signature, cohort.members[0], own, len(members))
+        self.pool.add(live)
+        self._resume(live, [r for r in begun if r.member.number not in own], loop)
+
+    @abstractmethod
+    def _take_up(self, loop: Mapping[str, Any], base: BaseSampler) -> None:
+        """Be the loop whose facts a checkpoint has."""
+
+    @abstractmethod
+    def _resume(self, live: Live, others: Sequence[RunningTrial], loop: Mapping[str, Any]) -> None:
+        """Train a group to its end.
+
+        Args:
+            live:
+                As its checkpoint has it; its trials that have not ended run here.
+            others:
+                Trials that had begun since.
+            loop:
+                What the loop noted.
+        """
 
     @abstractmethod
     def _train_group(self, base: BaseSampler) -> None:
         """Ask for a group and train it; `base` proposes what the method leaves to others."""
 
     def _is_over(self) -> bool:
-        stopped = self.budget.out_of_time() or self.study._stop_flag
+        stopped = self.budget.is_over() or self.study._stop_flag
         return stopped or (self.asker.left() == 0 and not self.parked)
 
     def _lead(self) -> RunningTrial | None:
@@ -119,7 +205,13 @@ class LockstepScheduler(Scheduler):
     def _open(self, trials: Sequence[RunningTrial], members: Sequence[Member]) -> Live:
         """Begin a cohort of these members, some of which may be no trials."""
         running = {trial.member.number: trial for trial in trials}
-        cohort = self.problem.cohort(members)
+        self.tried = len(members)
+        try:
+            cohort = self.problem.cohort(members)
+        except Exception as error:  # whatever it is, it becomes an outcome
+            for trial in trials:
+                self.ends.fail(trial, error)
+            raise CohortError from error
         live = Live(cohort, trials[0].signature, trials[0].member, running, len(members))
         self.pool.add(live)
         return live
@@ -131,7 +223,7 @@ class LockstepScheduler(Scheduler):
 
     def _that_fit(self, leader: RunningTrial, most: int) -> int:
         """How many members a group may have by memory and time."""
-        fitting = min(most, self.problem.cohort_size(leader.member))
+        fitting = min(most, self.largest, self.problem.cohort_size(leader.member))
         if self.budget.timeout is None:
             return fitting
         each = seconds_of(self.problem, leader.member)
@@ -140,12 +232,17 @@ class LockstepScheduler(Scheduler):
     def _train_to(self, live: Live, end: int) -> Scores | None:
         """Train everybody to a round and evaluate; None if time ran out."""
         cohort, members = live.cohort, len(live.cohort.members)
-        cohort.evaluate_at(end)
-        before, work = cohort.iterations[0], cohort.work_of_step
-        scores, seconds = self._train_round(cohort)
-        self.pool.note(live, members, seconds, work * (cohort.iterations[0] - before))
-        self.progress.show(self.asker.finished, len(live.running), self.best)
-        return scores
+        while True:
+            cohort.evaluate_at(end)
+            before, work = cohort.iterations[0], cohort.work_of_step
+            scores, seconds = self._train_round(live)
+            for running in live.running.values():
+                running.trained += seconds
+            self.pool.note(live, members, seconds, work * (cohort.iterations[0] - before))
+            self.progress.show(self.asker.finished, len(live.running), self.podium.best)
+            if scores is not None or self.budget.is_over():
+                return scores
+            self._save_if_due()
 
     def _cut_short(self, live: Live) -> None:
         """End all trials of a group as they stand."""

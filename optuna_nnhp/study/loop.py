@@ -29,7 +29,11 @@ class Budget:
         timeout:
             Seconds of this call; None for no bound.
         interrupted:
-            Whether the user has asked to end it.
+            Whether the user has asked to end it (SIGINT): trials end as they stand.
+        released:
+            Whether the machine has (SIGTERM): trials are left to whoever goes on with the study.
+        workers:
+            Processes that share the trials: nobody starts more than a fair part of the last ones.
 
     Example:
         >>> Budget(n_trials=10, timeout=None).left(finished=7)
@@ -39,6 +43,8 @@ class Budget:
     n_trials: int | None
     timeout: float | None
     interrupted: bool = False
+    released: bool = False
+    workers: int = 1
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -50,36 +56,50 @@ class Budget:
         """Whether trials must stop at once."""
         return self.interrupted or (self.timeout is not None and self.seconds >= self.timeout)
 
+    def is_over(self) -> bool:
+        """Whether no more trials start, and none goes on longer than it must."""
+        return self.released or self.out_of_time()
+
     @property
     def seconds_left(self) -> float:
         """Seconds until the timeout, infinite without one."""
         return math.inf if self.timeout is None else self.timeout - self.seconds
 
     def left(self, finished: int) -> int | None:
-        """Trials still to start; None for any number."""
-        return None if self.n_trials is None else max(0, self.n_trials - finished)
+        """Trials still to start here; None for any number."""
+        if self.n_trials is None:
+            return None
+        return math.ceil(max(0, self.n_trials - finished) / self.workers)
 
 
 @contextmanager
 def tidy_interrupts(budget: Budget) -> Iterator[None]:
-    """Within, the first Ctrl-C ends the study tidily and the second one at once.
+    """Within, the first Ctrl-C or SIGTERM ends the study tidily and the second one at once.
 
     Only the main thread can catch signals; in another one nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def end_tidily(number: int, frame: FrameType | None) -> None:
-        budget.interrupted = True
-        signal.signal(signal.SIGINT, before)
+        if number == signal.SIGINT:
+            budget.interrupted = True
+        else:
+            budget.released = True
+        put_back()
 
-    signal.signal(signal.SIGINT, end_tidily)
+    for number in before:
+        signal.signal(number, end_tidily)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        put_back()
 
 
 @contextmanager

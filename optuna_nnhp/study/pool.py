@@ -41,6 +41,8 @@ class Live:
         is_filled:
             Whether free slots are filled with new members; else its stack is what its members
             take, and no more.
+        suspect_until:
+            Rounds after which it is beyond what a cohort that it was a part of has raised at.
     """
 
     cohort: Cohort
@@ -54,6 +56,12 @@ class Live:
     rounds: int = 0
     reported_at: float = 0.0
     is_filled: bool = False
+    suspect_until: int = 0
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may raise what a larger cohort has raised."""
+        return bool(self.running) and max(self.cohort.done, default=0) < self.suspect_until
 
     @property
     def free(self) -> int:
@@ -85,9 +93,9 @@ class Pool:
         self.lives.append(live)
 
     def next(self) -> Live | None:
-        """The cohort that has had the least time; None if there is none."""
+        """The cohort that has had the least time, suspects first; None if there is none."""
         self.lives = [live for live in self.lives if live.running]
-        return min(self.lives, key=lambda live: live.clock, default=None)
+        return min(self.lives, key=lambda live: (not live.is_suspect, live.clock), default=None)
 
     def note(self, live: Live, members: int, seconds: float, work: float) -> None:
         """Note that a cohort has trained.
@@ -111,12 +119,18 @@ class Pool:
         self.used += seconds * members
         self.offered += seconds * slots
 
-    def with_signature(self, signature: Hashable) -> Live | None:
-        """The cohort that trials with this signature can join."""
+    def with_signature(self, signature: Hashable, most: float = math.inf) -> Live | None:
+        """The cohort that trials with this signature can join, if it has fewer than `most`."""
         for live in self.lives:
-            if live.signature == signature and live.running and live.cohort.joinable:
+            can_join = live.running and live.cohort.joinable and not live.is_suspect
+            if live.signature == signature and can_join and len(live.running) < most:
                 return live
         return None
+
+    @property
+    def training(self) -> list[Live]:
+        """The cohorts that have members."""
+        return [live for live in self.lives if live.running]
 
     @property
     def alive(self) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
 import logging
 import math
 from typing import Any
+from typing import ClassVar
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -21,7 +24,6 @@ from optuna_nnhp.study.lockstep import ROOT
 from optuna_nnhp.study.lockstep import LockstepScheduler
 from optuna_nnhp.study.lockstep import noted
 from optuna_nnhp.study.pool import Live
-from optuna_nnhp.study.storage import worker_name
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.training.course import go_on
 
@@ -52,48 +54,88 @@ class PopulationScheduler(LockstepScheduler):
     size: int | None = None
     generations: int = GENERATIONS
     courses: dict[int, tuple[int, Course]] = field(default_factory=dict)  # root and course
+    method: ClassVar[str] = "population"
 
     def _train_group(self, base: BaseSampler) -> None:
         """Train a population through all its generations."""
         count = len(self.study.get_trials(deepcopy=False))
-        names, moving = self.problem.space.keys(), self.problem.changeable()
-        name = f"{count}@{worker_name()}"
         self.courses.clear()
-        self.study.sampler = sampler = PopulationSampler(
-            size=self.size or SIZE,
-            base=base,
-            inherited=names - moving,
-            population=name,
-            seed=(self.problem.seed + count) % 2**32,
-        )
+        self._take_up({"name": f"{count}@{self.lease.worker}", "count": count}, base)
+        sampler = self.study.sampler
+        assert isinstance(sampler, PopulationSampler)
         leader = self._lead()
-        if leader is None:
+        if leader is None or not self._stacks(leader):
             return
-        if not self._stacks(leader):
-            return
-        sampler.size, generations = self._shape(leader)
+        sampler.size, self.last = self._shape(leader)
         trials = [leader, *self._follow(leader, sampler.size - 1)]
-        sampler.size = len(trials)
+        sampler.size = self.full = len(trials)
         for slot, trial in enumerate(trials):
-            trial.trial.set_user_attr(POPULATION, name)  # an enqueued one comes from elsewhere
+            trial.trial.set_user_attr(POPULATION, self.name)  # an enqueued one has it not
             trial.trial.set_user_attr(SLOT, slot)
             self._begin(trial, trial.member.number, [(0, self._values(trial), False)])
         live = self._open(trials, [trial.member for trial in trials])
-        rounds = self._rounds(live)
-        generations = min(generations, rounds)
+        self.last = min(self.last, self._rounds(live))
+        names, moving = self.problem.space.keys(), self.problem.changeable()
         said = ", ".join(sorted(names - moving)) or "nothing"
         _logger.log(
             logging.DEBUG if self.is_said else logging.INFO,
-            f"A population of {len(trials)} trains {generations} generations; moved are "
+            f"A population of {len(trials)} trains {self.last} generations; moved are "
             f"{', '.join(sorted(moving)) or 'none'}; inherited: {said}.",
         )
         self.is_said = True
-        for generation in range(1, generations + 1):
-            if not self._train_generation(live, math.ceil(rounds * generation / generations)):
+        self._train_generations(live, 1)
+
+    def _take_up(self, loop: Mapping[str, Any], base: BaseSampler) -> None:
+        self.name, self.count = str(loop["name"]), int(loop["count"])
+        self.full = int(loop.get("size") or self.size or SIZE)
+        self.study.sampler = PopulationSampler(
+            size=self.full,
+            base=base,
+            inherited=self.problem.space.keys() - self.problem.changeable(),
+            population=self.name,
+            seed=(self.problem.seed + self.count + int(loop.get("generation", 0))) % 2**32,
+        )
+
+    def _loop_facts(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "name": self.name,
+            "count": self.count,
+            "size": self.full,
+            "generation": self.generation,
+            "last": self.last,
+            "courses": [[n, root, noted(course)] for n, (root, course) in self.courses.items()],
+        }
+
+    def _resume(self, live: Live, others: Sequence[RunningTrial], loop: Mapping[str, Any]) -> None:
+        generation, self.last = int(loop["generation"]), int(loop["last"])
+        self.courses = {
+            number: (root, [(begin, values, fresh) for begin, values, fresh in course])
+            for number, root, course in loop["courses"]
+        }
+        if live.running:
+            numbers = [member.number for member in live.cohort.members]
+            live.cohort.keep([p for p, number in enumerate(numbers) if number in live.running])
+            for trial in others:
+                self._refuse(trial, "killed")
+        else:  # all have ended, and their children have begun
+            self.generation = generation
+            if not self._next_generation(live, self.full, others):
                 return
-            if generation == generations or self._is_over():
+            generation += 1
+        self._train_generations(live, generation)
+
+    def _train_generations(self, live: Live, first: int) -> None:
+        """Train a population from the beginning, or the middle, of a generation on."""
+        rounds = self._rounds(live)
+        for generation in range(first, self.last + 1):
+            self.generation = generation
+            self._save()
+            if not self._train_generation(live, math.ceil(rounds * generation / self.last)):
                 return
-            if not self._next_generation(live, sampler.size):
+            if generation == self.last or self._is_over():
+                return
+            if not self._next_generation(live, self.full):
                 return
 
     def _shape(self, leader: RunningTrial) -> tuple[int, int]:
@@ -123,35 +165,43 @@ class PopulationScheduler(LockstepScheduler):
 
     def _train_generation(self, live: Live, end: int) -> bool:
         """Train all members to the end of a generation and tell; whether they can go on."""
-        cohort, diverged = live.cohort, set[int]()
+        cohort = live.cohort
         # A language model has no epochs, and its evaluation is long.
         stride = self.problem.rounds_per_epoch if cohort.task.joinable else end
         while cohort.done[0] < end:
             scores = self._train_to(live, min(end, cohort.done[0] + stride))
             if scores is None:
-                self._cut_short(live)
+                if not self.budget.released:
+                    self._cut_short(live)
                 return False
             evaluated = [live.running[cohort.members[place].number] for place in scores.places]
             for i, trial in enumerate(evaluated):
                 trial.take(scores, i)
-                if scores.ended[i] == "diverged":
-                    diverged.add(trial.member.number)
-            self._report(live, evaluated)
-        causes = {n: "diverged" if n in diverged else "finished" for n in live.running}
+            self.judge.report(live, evaluated)
+            if self.budget.released:
+                return False
+            self._save_if_due()
+        self._save()  # their children go on from here
+        causes = {n: "diverged" if t.has_diverged else "finished" for n, t in live.running.items()}
         self._end_trials(live, causes)
-        return len(diverged) < len(causes)
+        return "finished" in causes.values()
 
-    def _next_generation(self, live: Live, size: int) -> bool:
-        """Ask for the members' next trials and let them go on; whether there are any."""
+    def _next_generation(self, live: Live, size: int, begun: Sequence[RunningTrial] = ()) -> bool:
+        """Ask for the members' next trials and let them go on; whether there are any.
+
+        Some may have begun already, before their worker died.
+        """
         cohort, left = live.cohort, self.asker.left()
+        missing = size - len(begun)
         with self.timing("asking"):
-            asked = self.asker.ask(size if left is None else min(size, left))
+            count = missing if left is None else min(missing, left)
+            asked = [*begun, *self.asker.ask(max(0, count))]
         places = {member.number: place for place, member in enumerate(cohort.members)}
         trials = list[RunningTrial]()
         for trial in asked:
             if trial.is_enqueued:  # by somebody who wants these values from the beginning
                 self.parked.append(trial)
-            elif trial.trial.user_attrs[PARENT] in places:
+            elif trial.trial.user_attrs.get(PARENT) in places:
                 trials.append(trial)
             else:  # another process has ended the member's last trial
                 self._refuse(trial, "interrupted")

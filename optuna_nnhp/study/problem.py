@@ -26,6 +26,10 @@ class TrialError(RuntimeError):
     """
 
 
+class TooLarge(TrialError):
+    """A trial needs more memory than there is."""
+
+
 class Problem(Protocol):
     """A template with its data: what is tuned, on what, and how trials are trained.
 
@@ -77,6 +81,9 @@ class Problem(Protocol):
 
     def cohort_size(self, leader: Member) -> int:
         """How many trials of a leader's signature to train at once."""
+
+    def memory(self, member: Member) -> int:
+        """Bytes that a trial takes while it trains, about."""
 
     def cohort(self, members: Sequence[Member]) -> Cohort:
         """A cohort of members with one signature."""

@@ -123,7 +123,7 @@ class Replication:
         self, study: Study, problem: Problem, seed: int, trials: Sequence[FrozenTrial]
     ) -> bool:
         """Train some trials with another seed, and keep their values; whether there was time."""
-        out_of_time = self.budget.out_of_time
+        out_of_time = self.budget.is_over
         plain = [trial for trial in trials if COURSE not in trial.user_attrs]
         try:
             for group in _groups(problem, plain):
@@ -139,7 +139,7 @@ class Replication:
     def _affordable(self, study: Study) -> list[FrozenTrial]:
         """The best configurations: rather few of them than few replicates of each."""
         trials = _best(study, self.problem)
-        if self.timeout is None or self.budget.out_of_time():
+        if self.timeout is None or self.budget.is_over():
             return trials
         while len(trials) > FEWEST and self._seconds(trials) > self.budget.seconds_left:
             trials.pop()

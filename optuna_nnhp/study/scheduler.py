@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -10,30 +9,40 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
 from dataclasses import dataclass
 from dataclasses import field
+import math
+from pathlib import Path
 import time
 from typing import Any
 from typing import ClassVar
 
 import optuna
 from optuna import Study
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
 
-from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.study.admission import Admission
-from optuna_nnhp.study.asking import CUT_SHORT
 from optuna_nnhp.study.asking import Asker
+from optuna_nnhp.study.breakage import Breakage
+from optuna_nnhp.study.checkpoints import EVERY
+from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.ends import Callback as Callback
+from optuna_nnhp.study.ends import Ends
+from optuna_nnhp.study.judging import REPORT_EVERY
+from optuna_nnhp.study.judging import Judge
+from optuna_nnhp.study.lease import Lease
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.loop import Progress
 from optuna_nnhp.study.loop import inside_optimize
 from optuna_nnhp.study.loop import tidy_interrupts
+from optuna_nnhp.study.outbox import replay_unsent
+from optuna_nnhp.study.outcomes import CohortError
+from optuna_nnhp.study.podium import Podium
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.pool import Pool
 from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.reach import Unreachable
+from optuna_nnhp.study.recovery import Recovery
+from optuna_nnhp.study.storage import worker_of
 from optuna_nnhp.study.timing import Timing
-from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Scores
@@ -41,9 +50,8 @@ from optuna_nnhp.training.machine import single_blas
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-Callback = Callable[[Study, FrozenTrial], None]
-
-REPORT_EVERY = 2.0  # seconds between reports of running trials, unless a pruner reads them
+GIVE_UP = 300.0  # seconds without a storage, after which what it has not got is kept in a file
+POLL = 0.5  # seconds between two looks at others, when there is nothing else to do
 
 
 @dataclass
@@ -67,13 +75,13 @@ class Scheduler:
             Whether to draw a progress bar.
         kept:
             Of how many of the best trials the weights are kept.
+        checkpoint_every:
+            Seconds between checkpoints; None for none.
+        trial_timeout:
+            Seconds of training that each trial may take; None for no bound.
 
     Attributes:
-        history: Best value so far of every trial, by round and trial number, of the whole study.
-        best: Best value of the study.
-        leader: Number of the trial that has it.
-        podium: The best trials, whose weights are kept: values, the smaller the better, and
-            numbers.
+        podium: The best trials, whose weights are kept.
         pool: The cohorts in training.
         timing: Where the time went.
         has_portfolio: Whether the template's portfolio is tried beside the default.
@@ -87,10 +95,8 @@ class Scheduler:
     cohort_size: int | None = None
     show_progress_bar: bool = False
     kept: int = 1
-    history: dict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
-    best: float | None = None
-    leader: int | None = None
-    podium: list[tuple[float, int]] = field(default_factory=list)
+    checkpoint_every: float | None = EVERY
+    trial_timeout: float | None = None
     pool: Pool = field(default_factory=Pool)
     timing: Timing = field(default_factory=Timing)
     has_portfolio: ClassVar[bool] = True
@@ -101,26 +107,38 @@ class Scheduler:
             raise TypeError(f"The study's storage must be a DeferredStorage, but is {storage}.")
         self.storage = storage
         self.asker = Asker(self.study, self.problem, self.budget, storage)
-        self.admission = Admission(self.asker, self.pool, self.cohort_size)
+        self.podium = Podium(self.problem.maximize, self.weights, self.kept)
+        self.ends = Ends(self.asker, self.podium, self.callbacks, self.trial_timeout)
+        folder = self.weights.folder and self.weights.folder / "checkpoints"
+        worker = worker_of(storage)
+        self.lease = Lease(storage.backend, self.study._study_id, worker)
+        self.judge = Judge(self.ends)
+        self.checkpoints = Checkpoints(folder, worker, self.checkpoint_every)
+        self.recovery = Recovery(self.asker, self.lease, folder)
+        self.breakage = Breakage(self.recovery, self.checkpoints, self.ends)
+        self.admission = Admission(self.asker, self.pool, self.breakage, self.cohort_size)
+        self._looked = -math.inf
         self.trainer = ThreadPoolExecutor(1, "optuna_nnhp-trainer")
 
     def run(self) -> None:
         """Train cohorts until the budget is spent, or somebody stops the study."""
         sampler = self.study.sampler
-        self._recall()
-        if self.asker.left() == 0:
-            _logger.info(f"The study has its {self.asker.finished} trials already: nothing to do.")
-        with (
-            inside_optimize(self.study),
-            single_blas,
-            tidy_interrupts(self.budget),
-            Progress(self.show_progress_bar, self.budget, self.asker.finished) as self.progress,
-        ):
+        with self.lease, inside_optimize(self.study), single_blas, tidy_interrupts(self.budget):
             try:
-                self._train_all()
-                self._drop_waiting()
+                self._recall()
+                if self.asker.left() == 0:
+                    done = self.asker.finished
+                    _logger.info(f"The study has its {done} trials already: nothing to do.")
+                with Progress(
+                    self.show_progress_bar, self.budget, self.asker.finished
+                ) as self.progress:
+                    self._train_all()
+                self._wind_up()
+                self._send_everything()
+            except Unreachable:  # what is unwritten is kept, and goes on another time
+                raise
             except BaseException:
-                self._fail_all()
+                self.ends.fail_all()
                 raise
             finally:
                 self.study.sampler = sampler  # a grid's points were asked through another one
@@ -128,13 +146,77 @@ class Scheduler:
                 self._note_timing()
                 self.storage.flush()
 
+    def _send_everything(self) -> None:
+        """Have the storage written, or what it has not got in a file for the next run.
+
+        Raises:
+            Unreachable: If it does not answer for long.
+        """
+        self.storage.flush()
+        patience = GIVE_UP if self.budget.timeout is None else min(GIVE_UP, self.budget.timeout)
+        if self.storage.wait_until_reachable(patience, lambda: self.budget.interrupted):
+            self.storage.flush()
+        if self.storage.is_reachable:
+            return
+        kept = self.storage.keep_unsent(self.weights.folder or Path())
+        raise Unreachable(
+            f"The storage does not answer. What it has not got is kept in {kept}: the same call "
+            "writes it, and goes on."
+        )
+
     def _train_all(self) -> None:
         """Ask for trials and train them, until there are no more."""
+        self._look_after_others()
         self._admit()
-        while (live := self.pool.next()) or self.admission.has_more():
-            if live:
+        while not self.budget.released:
+            if live := self.pool.next():
                 self._train(live)
+            elif not self.storage.is_reachable:
+                if not self.storage.wait_until_reachable(GIVE_UP, self.budget.is_over):
+                    break
+            elif not self.admission.has_more():
+                if self.budget.is_over() or not self.recovery.is_doubtful():
+                    break
+                time.sleep(POLL)
+                self._looked = -math.inf
+            self._save_if_due()
+            self._look_after_others()
             self._admit()
+
+    def _save_if_due(self) -> None:
+        if self.checkpoints.is_due():
+            with self.timing("checkpoints"):
+                self._save()
+
+    def _save(self) -> bool:
+        """Write a checkpoint; whether it is written.
+
+        Before that the storage: whoever goes on must find the values that the members have.
+        """
+        self.storage.flush()
+        return self.checkpoints.write(self.pool.training, self._loop_facts())
+
+    def _loop_facts(self) -> dict[str, Any]:
+        """What this loop has to know to go on with its cohorts, as JSON."""
+        return {}
+
+    def _look_after_others(self) -> None:
+        """Learn from what others have found, and go on with what dead workers have left."""
+        if time.monotonic() - self.judge.learnt_at > REPORT_EVERY:
+            with self.timing("bookkeeping"):
+                self.judge.learn()
+        if time.monotonic() - self._looked < self.lease.beat or self.budget.is_over():
+            return
+        self._looked = time.monotonic()
+        try:
+            claimed = self.recovery.claim()
+        except Unreachable:  # another time
+            return
+        if claimed:
+            for live in self.recovery.revive(claimed):
+                self.admission.take_in_again(live)
+            if self._save():  # theirs may go now
+                self.recovery.forget()
 
     def _note_timing(self) -> None:
         """Note on the study where this call's time went."""
@@ -147,15 +229,13 @@ class Scheduler:
 
     def _recall(self) -> None:
         """Take in what the study holds already; begin a new one with the defaults."""
-        trials = self.study.get_trials(deepcopy=False)
+        if self.weights.folder is not None:
+            try:
+                replay_unsent(self.storage, self.weights.folder)
+            except ValueError as error:  # damaged: it stays where it is
+                _logger.error(f"What an earlier run could not write is lost: {error}")
         self.asker.begin(with_portfolio=self.has_portfolio)
-        for trial in trials:
-            best: float | None = None
-            for step, value in sorted(trial.intermediate_values.items()):
-                best = value if best is None or self._is_better(value, best) else best
-                self.history[step][trial.number] = best
-            if trial.state == TrialState.COMPLETE and trial.value is not None:
-                self._enters(trial.value, trial.number)
+        self.judge.learn()
 
     def _admit(self) -> None:
         with self.timing("asking"):
@@ -167,34 +247,57 @@ class Scheduler:
         """Train one cohort to its next evaluation, judge, and end who has ended."""
         members = len(live.running)
         before, work = live.cohort.iterations[0], live.cohort.work_of_step
-        scores, seconds = self._train_round(live.cohort)
+        try:
+            scores, seconds = self._train_round(live)
+        except CohortError as error:
+            self._break(live, error.__cause__)
+            return
         if live.rounds == 0 and scores is not None:
             self.admission.first_round = seconds
+        for running in live.running.values():
+            running.trained += seconds
         self.pool.note(live, members, seconds, work * (live.cohort.iterations[0] - before))
         with self.timing("bookkeeping"):
-            if scores is None:
-                cause = "interrupted" if self.budget.interrupted else "timeout"
-                self._end_some(live, {place: cause for place in range(members)})
-            else:
-                self._end_some(live, self._judge(live, scores))
+            self._end_some(live, self._overtime(live) if scores is None else {})
+            if scores is not None:
+                self._end_some(live, self.judge.judge(live, scores))
             self.storage.flush_if_due()
-        self.progress.show(self.asker.finished, self.pool.alive, self.best)
+        self.progress.show(self.asker.finished, self.pool.alive, self.podium.best)
 
-    def _train_round(self, cohort: Cohort) -> tuple[Scores | None, float]:
+    def _overtime(self, live: Live) -> dict[int, str]:
+        """Of a cohort that was stopped within a round, who ends and why; the others go on."""
+        if self.budget.out_of_time():
+            cause = "interrupted" if self.budget.interrupted else "timeout"
+            return dict.fromkeys(range(len(live.cohort.members)), cause)
+        return {
+            place: "timeout"
+            for place, member in enumerate(live.cohort.members)
+            if self.ends.takes_long(live.running[member.number])
+        }
+
+    def _train_round(self, live: Live) -> tuple[Scores | None, float]:
         """A cohort's scores, and how many seconds it trained for them.
 
-        The engine leaves Python to others while it computes: then followers are asked for.
+        The engine leaves Python to others while it computes: then followers are asked for. Others
+        can be stopped between two steps, and go on later.
         """
-        started = time.monotonic()
+        cohort, started = live.cohort, time.monotonic()
         if cohort.native is None:
+            oldest = max(live.running.values(), key=lambda running: running.trained)
+
+            def pauses() -> bool:
+                if self.budget.is_over() or self.checkpoints.is_due():
+                    return True
+                return self.ends.takes_long(oldest, time.monotonic() - started)
+
             with self.timing("training"):
-                scores = cohort.train_round(self.budget.out_of_time)
+                scores = _trained(cohort, pauses)
             return scores, time.monotonic() - started
         ended: list[float] = []
 
         def train() -> Scores | None:
             try:
-                return cohort.train_round(self.budget.out_of_time)
+                return _trained(cohort, self.budget.out_of_time)
             finally:
                 ended.append(time.monotonic())
 
@@ -208,67 +311,13 @@ class Scheduler:
         self.timing.move("training", "asking", max(0.0, late - ended[0]))
         return future.result(), ended[0] - started
 
-    def _judge(self, live: Live, scores: Scores) -> dict[int, str]:
-        """Note one evaluation's scores; the places of those who end, and why."""
-        evaluated = [live.running[live.cohort.members[place].number] for place in scores.places]
-        before = [trial.last_round for trial in evaluated]
-        for i, trial in enumerate(evaluated):
-            trial.take(scores, i)
-            if (standing := trial.standing) is not None:
-                self.history[scores.rounds[i]][trial.member.number] = standing
-        self._report(live, evaluated)
-        ends = {
-            place: "ended elsewhere"
-            for place, member in enumerate(live.cohort.members)
-            if live.running[member.number].told
-        }
-        kept: dict[tuple[int, bool], set[int]] = {}  # by round, of the openers or of all
-        for place, trial, previous, ended in zip(
-            scores.places, evaluated, before, scores.ended, strict=True
-        ):
-            if trial.told:
-                continue
-            if ended is not None:
-                ends[place] = ended
-            elif self._is_pruned(trial, previous, kept):
-                ends[place] = "pruned"
-        return ends
-
-    def _report(self, live: Live, evaluated: Sequence[RunningTrial]) -> None:
-        now = time.monotonic()
-        by_rule = isinstance(self.study.pruner, CohortHalvingPruner)
-        if by_rule and now - live.reported_at < REPORT_EVERY:
-            return
-        live.reported_at = now
-        for trial in live.running.values() if by_rule else evaluated:
-            try:
-                trial.report()
-            except UpdateFinishedTrialError:
-                self._lose(trial)
-
-    def _lose(self, trial: RunningTrial) -> None:
-        """Note that somebody else has ended a trial; what they said of it stays."""
-        trial.told = True
-        _logger.warning(f"Trial {trial.member.number} was ended by another process.")
-
-    def _is_pruned(
-        self, trial: RunningTrial, previous: int, kept: dict[tuple[int, bool], set[int]]
-    ) -> bool:
-        """Whether the pruner ends a trial after this evaluation."""
-        pruner, done = self.study.pruner, trial.last_round
-        if not isinstance(pruner, CohortHalvingPruner):
-            return bool(trial.trial.should_prune())
-        if trial.is_baseline or not pruner.is_rung(done, previous):
-            return False
-        key = done, trial.is_opener
-        if key not in kept:
-            values = self.history[done]
-            if trial.is_opener:  # one of each shape comes to its end: shapes differ late
-                running, shape = self.asker.running, trial.signature
-                rivals = {n for n, t in running.items() if t.is_opener and t.signature == shape}
-                values = {n: value for n, value in values.items() if n in rivals}
-            kept[key] = pruner.keep(values, maximize=self.problem.maximize)
-        return trial.member.number not in kept[key]
+    def _break(self, live: Live, error: BaseException | None) -> None:
+        """A cohort has raised: its trials go on in smaller ones, see `Breakage`."""
+        assert isinstance(error, Exception)
+        group, live.running = list(live.running.values()), {}
+        done = max(live.cohort.done)
+        vars(live.cohort).clear()  # what had no room must go before its halves come
+        self.admission.replace(live, self.breakage.halve(group, error, done))
 
     # --- Ends ---
 
@@ -284,96 +333,28 @@ class Scheduler:
 
     def _end_trials(self, live: Live, causes: Mapping[int, str]) -> None:
         """End trials, by their numbers; the cohort stays as it is."""
-        places = {member.number: place for place, member in enumerate(live.cohort.members)}
-        told, before = [live.running[number] for number in causes], self.podium
-        with self.storage.batch():
-            for running, cause in zip(told, causes.values(), strict=True):
-                self._end(running, cause, live.cohort, places[running.member.number])
-        for number in causes:
-            del live.running[number], self.asker.running[number]
-        self._drop_weights(before)
-        self.asker.finished += len(told)
-        self._call_back(told)
+        self.ends.end(live, causes)
+        self.checkpoints.note_end()
 
-    def _end(self, running: RunningTrial, cause: str, cohort: Cohort, place: int) -> None:
-        """Tell Optuna of one trial's end, its best weights kept first if it leads."""
-        if running.told:
+    def _wind_up(self) -> None:
+        """End what has not begun; or leave all to others, with a checkpoint."""
+        if self.budget.released and self.asker.running:
+            self._save()
+            self.ends.release_all(self.lease.worker)
             return
-        try:
-            running.describe(self.problem, cohort.iterations[place], cause)
-        except UpdateFinishedTrialError:
-            self._lose(running)
-            return
-        state, number = self._state(running, cause), running.member.number
-        is_complete = state == TrialState.COMPLETE and running.best is not None
-        if is_complete and self._enters(running.best or 0.0, number):
-            self._keep_weights(cohort, place)
-        running.tell(self.study, state)
-
-    def _enters(self, value: float, number: int) -> bool:
-        """Note a COMPLETE trial; whether it is one of the best. Of equal ones the first is."""
-        entry = (-value if self.problem.maximize else value, number)
-        self.podium = sorted([*self.podium, entry])[: self.kept]
-        if entry == self.podium[0]:
-            self.best, self.leader = value, number
-        return entry in self.podium
-
-    def _drop_weights(self, before: Sequence[tuple[float, int]]) -> None:
-        """Forget the weights of those that are not among the best any more."""
-        if self.podium != before:  # and only now that Optuna knows of the others
-            self.weights.drop_others([number for _, number in self.podium])
-
-    def _keep_weights(self, cohort: Cohort, place: int) -> None:
-        number = cohort.members[place].number
-        try:
-            self.weights.put(number, cohort.best_network(place))
-        except OSError as error:  # a full disk: the result can train it again
-            _logger.warning(f"The weights of trial {number} could not be kept: {error}")
-
-    def _state(self, running: RunningTrial, cause: str) -> TrialState:
-        """What an end means to Optuna."""
-        if cause in ("finished", "early stopping"):
-            return TrialState.COMPLETE
-        if cause in CUT_SHORT:
-            # Cut short it says little of its configuration, unless it is the best already.
-            if running.standing is None:
-                return TrialState.FAIL
-            if self._is_better(running.best, self.best):
-                return TrialState.COMPLETE
-        return TrialState.PRUNED
-
-    def _fail_all(self) -> None:
-        """Fail all that run, whatever they have; an error on its way is not for callbacks."""
-        with self.storage.batch():
-            for running in self.asker.running.values():
-                try:
-                    running.fail(self.study, self.problem, "error")
-                except UpdateFinishedTrialError:
-                    self._lose(running)
-
-    def _drop_waiting(self) -> None:
-        """Fail those that were asked for and had no time to begin."""
         is_stopped = self.budget.interrupted or self.study._stop_flag
-        cause = "interrupted" if is_stopped else "timeout"
         asked = [*self.admission.waiting, *self.admission.parked]
-        with self.storage.batch():
-            for running in asked:
-                try:
-                    running.fail(self.study, self.problem, cause)
-                except UpdateFinishedTrialError:
-                    self._lose(running)
-                del self.asker.running[running.member.number]
-        self._call_back(asked)
+        self.ends.refuse(asked, "interrupted" if is_stopped else "timeout")
+        self.checkpoints.clear()
 
-    def _call_back(self, told: Sequence[RunningTrial]) -> None:
-        if not self.callbacks:
-            return
-        trials = self.study.get_trials(deepcopy=False)
-        for running in told:
-            for callback in self.callbacks:
-                callback(self.study, trials[running.member.number])
 
-    def _is_better(self, value: Any, than: Any) -> bool:
-        if value is None or than is None:
-            return value is not None
-        return bool(value > than if self.problem.maximize else value < than)
+def _trained(cohort: Cohort, stop: Callable[[], bool]) -> Scores | None:
+    """Train a cohort to its next evaluation.
+
+    Raises:
+        CohortError: Whatever it raises, as its cause.
+    """
+    try:
+        return cohort.train_round(stop)
+    except Exception as error:
+        raise CohortError from error

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 import re
-import socket
+import time
 from typing import TYPE_CHECKING
 from uuid import uuid4
 import warnings
@@ -15,13 +14,17 @@ from optuna.distributions import BaseDistribution
 from optuna.distributions import distribution_to_json
 from optuna.distributions import json_to_distribution
 from optuna.storages import BaseStorage
-from optuna.storages import JournalStorage
 from optuna.storages import RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal import JournalFileOpenLock
-from optuna.trial import TrialState
 
+from optuna_nnhp.messages import holds_password
+from optuna_nnhp.messages import without_password as without_password
 from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.environment import Marks
+from optuna_nnhp.study.environment import note_environment
+from optuna_nnhp.study.journal import open_journal
+from optuna_nnhp.study.lease import new_worker_name
+from optuna_nnhp.study.proxy import SCHEME
+from optuna_nnhp.study.proxy import grpc_proxy
 from optuna_nnhp.version import __version__
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ DEFAULT_STORAGE = "optuna_nnhp.journal"
 IDENTITY = ("template", "task", "metric", "fingerprint")  # what one study cannot mix
 WORKER = "worker"  # trial attribute: who trains it
 MODELS = "models"  # study attribute: the folder of its best weights, inside the storage's
+LONGEST_NAME = 60  # of 255 bytes at most, and a letter may take four
+DESCRIBED_IN = 5.0  # seconds, after which a study without a description has lost its creator
 LAST = "version"  # study attribute that is written last: the others are there
 
 
@@ -41,8 +46,9 @@ def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
 
     Args:
         storage:
-            The path of a journal file, a URL such as ``"sqlite:///study.db"`` or
-            ``"postgresql://..."``, an Optuna storage, or None for memory only.
+            The path of a journal file, a URL such as ``"sqlite:///study.db"``,
+            ``"postgresql://..."`` or ``"grpc://host:port"`` (Optuna's proxy), an Optuna storage,
+            or None for memory only.
 
     Raises:
         ValueError: If it cannot be written.
@@ -53,30 +59,23 @@ def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
     """
     if storage is None or isinstance(storage, BaseStorage):
         return optuna.storages.get_storage(storage)
-    name = without_password(str(storage))
     try:
+        if str(storage).startswith(SCHEME):
+            return grpc_proxy(str(storage))
         if "://" in str(storage):
             return optuna.storages.get_storage(str(storage))
         path = Path(storage)
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
         path.open("ab").close()
-        lock = JournalFileOpenLock(str(path)) if os.name == "nt" else None  # no symbolic links
-        return JournalStorage(JournalFileBackend(str(path), lock))
+        return open_journal(path)
     except Exception as error:  # drivers and SQLAlchemy raise types of their own
-        reason = without_password(str(error).strip().splitlines()[0] if str(error) else "")
-        text = f"The storage must be one that can be written, but {name} cannot: {reason}"
-        raise ValueError(text) from error
-
-
-def without_password(text: str) -> str:
-    """A text with the password of any URL in it hidden.
-
-    Example:
-        >>> without_password("postgresql://me:secret@host/db")
-        'postgresql://me:***@host/db'
-    """
-    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
+        cause = error
+    name = " ".join(without_password(storage, storage).split())
+    lines = without_password(cause, storage).strip().splitlines() or [type(cause).__name__]
+    text = f"The storage must be one that can be written, but {name} cannot: {lines[0]}"
+    # Outside of the `except`: a driver's own text would be shown above ours.
+    raise ValueError(text) from (None if holds_password(cause, str(storage)) else cause)
 
 
 def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None:
@@ -110,7 +109,43 @@ def beside(storage: str, suffix: str) -> Path:
     """
     match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", storage)
     path = match.group(1) if match else "optuna_nnhp" if "://" in storage else storage
+    path = path.removeprefix("file:") if match else path
     return Path(path).with_suffix(suffix)
+
+
+def file_name(text: str) -> str:
+    """A text as the name of a file or folder in any file system; different ones may share it.
+
+    Example:
+        >>> file_name("../my study: 1")
+        '.._my_study_1'
+    """
+    plain = re.sub(r"[^\w.-]+", "_", text)[:LONGEST_NAME]
+    return plain if plain.strip(".") else "_"
+
+
+def inside(folder: Path, name: object) -> Path:
+    """What lies right inside a folder, by a name that a storage holds: others write to it too.
+
+    Args:
+        folder:
+            The folder.
+        name:
+            Such as `file_name` makes.
+
+    Raises:
+        ValueError: If that would be elsewhere.
+
+    Example:
+        >>> inside(Path("optuna_nnhp.models"), "digits-1a2b3c4d").name
+        'digits-1a2b3c4d'
+    """
+    if not isinstance(name, str) or not name.strip(".") or re.search(r"[^\w.-]", name):
+        raise ValueError(
+            "A folder that a study names must be of letters, digits, `_`, `-` and `.`, but is "
+            f"{name!r}."
+        )
+    return folder / name
 
 
 def open_study(
@@ -138,25 +173,28 @@ def open_study(
         ValueError: If the storage holds another study under this name.
     """
     if not isinstance(storage, DeferredStorage):
-        storage = DeferredStorage(storage, mark=_mark)
-    study = optuna.create_study(
-        study_name=study_name or problem.name,
-        storage=storage,
-        sampler=sampler,
-        pruner=pruner,
-        direction="maximize" if problem.maximize else "minimize",
-        load_if_exists=True,
-    )
+        storage = DeferredStorage(storage, mark=Marks({WORKER: new_worker_name()}))
+    name = study_name or problem.name
+    try:
+        study = optuna.create_study(
+            study_name=name,
+            storage=storage,
+            sampler=sampler,
+            pruner=pruner,
+            direction="maximize" if problem.maximize else "minimize",
+        )
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
+        _await_description(study)
     _check_same(study, problem)
     if LAST not in study.user_attrs:
-        plain_name = re.sub(r"[^\w.-]+", "_", study.study_name)
         attributes = {
             **problem.description,
             "space": {n: distribution_to_json(d) for n, d in problem.space.items()},
             "fixed": problem.fixed,
             "seed": problem.seed,
             # Studies in other storages may have the same name, and keep their weights here too.
-            MODELS: f"{plain_name}-{uuid4().hex[:8]}",
+            MODELS: f"{file_name(study.study_name)}-{uuid4().hex[:8]}",
             LAST: __version__,
         }
         for name, value in attributes.items():
@@ -164,8 +202,17 @@ def open_study(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([problem.description["metric"]])
-    _end_abandoned(study)
+    note_environment(study, problem)
     return study
+
+
+def _await_description(study: optuna.Study) -> None:
+    """Give another process, that has just created a study, the time to describe it."""
+    until = time.monotonic() + DESCRIBED_IN
+    while LAST not in study.user_attrs and time.monotonic() < until:
+        if study.get_trials(deepcopy=False):
+            return
+        time.sleep(0.1)
 
 
 def read_directly(study: optuna.Study) -> optuna.Study:
@@ -182,23 +229,19 @@ def read_directly(study: optuna.Study) -> optuna.Study:
     )
 
 
-def worker_name() -> str:
-    """Who this process is, on all machines.
+def worker_of(storage: DeferredStorage) -> str:
+    """Who writes to a storage: what `open_study` has named it.
 
     Example:
-        >>> worker_name().endswith(str(os.getpid()))
-        True
+        >>> worker_of(DeferredStorage(open_storage(None), mark=lambda: {"worker": "me"}))
+        'me'
     """
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _mark() -> dict[str, str]:
-    """What every trial of this process carries from its start."""
-    return {WORKER: worker_name()}
+    return str(storage._mark().get(WORKER) or new_worker_name())
 
 
 def _check_same(study: optuna.Study, problem: Problem) -> None:
     """Raise if the study is not this problem's."""
+    inside(Path(), study.user_attrs.get(MODELS, "none"))
     text = f"The study {study.study_name!r} exists already with another "
     advice = "; choose another `study_name`."
     known = study.user_attrs
@@ -236,29 +279,3 @@ def _equal(old: object, new: object) -> bool:
     if isinstance(old, BaseDistribution) or isinstance(new, BaseDistribution):
         return old == new
     return old == new and type(old) is type(new)
-
-
-def _end_abandoned(study: optuna.Study) -> None:
-    """Mark as failed what a killed process of this machine left running."""
-    host = socket.gethostname()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        owner, _, process = str(trial.user_attrs.get(WORKER, "")).rpartition(":")
-        if owner != host or not process.isdigit() or _alive(int(process)):
-            continue
-        study._storage.set_trial_user_attr(trial._trial_id, "cause", "killed")
-        study.tell(trial.number, state=TrialState.FAIL)
-        _logger.warning(f"Trial {trial.number} was left running by a process that is gone.")
-
-
-def _alive(process: int) -> bool:
-    if process == os.getpid():  # a number used again, or a notebook that was interrupted
-        return False
-    if os.name == "nt":  # where signal 0 is not a question
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -28,8 +28,10 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
+from optuna_nnhp.study.batches import WORKER
 from optuna_nnhp.study.batches import Batch
 from optuna_nnhp.study.batches import Change
+from optuna_nnhp.study.batches import TakenOver
 from optuna_nnhp.study.batches import Written
 from optuna_nnhp.study.batches import json_copy
 
@@ -81,30 +83,40 @@ class TableWriter:
             with self._storage.engine.begin() as connection:
                 if connection.dialect.name == "sqlite":  # else it locks at the first row it writes
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
-                self._write_changes(connection, batch.changes, written)
-                for trial_id in batch.claims:
-                    if _claim(connection, trial_id, batch.now):
-                        written.claimed.append(trial_id)
-                if batch.templates:
-                    written.created = self._create(connection, batch)
+                # Always the study first, so that no two wait for each other.
+                begun = _begun(connection, batch) if batch.claims or batch.templates else 0
+                self._write_changes(connection, batch, written)
+                self._start(connection, batch, begun, written)
         except SQLAlchemyError as error:
             raise StorageInternalError(f"The database could not be written: {error}") from error
         return written
 
-    def _write_changes(
-        self, connection: Connection, changes: Mapping[int, Change], written: Written
-    ) -> None:
-        """Write what has changed of the trials that are still running."""
-        states = _states(connection, sorted(changes))
+    def _write_changes(self, connection: Connection, batch: Batch, written: Written) -> None:
+        """Write what has changed of the trials that are still running, and take others over."""
+        changes = batch.changes
+        states = _states(connection, sorted({*changes, *batch.takes}))
+        owners = _owners(connection, list(changes)) if batch.owner is not None else {}
         for trial_id in changes:
             state = states.get(trial_id)
+            owner = owners.get(trial_id, batch.owner)
             if state is None:
                 written.refused[trial_id] = KeyError(f"There is no trial with the id {trial_id}.")
             elif state.is_finished():
                 text = f"The trial with the id {trial_id} is {state.name} already."
                 written.refused[trial_id] = UpdateFinishedTrialError(text)
+            elif owner not in (None, batch.owner):
+                written.refused[trial_id] = TakenOver(trial_id, owner)
+        if batch.takes:
+            owners = _owners(connection, list(batch.takes))
+            written.taken = [
+                trial_id
+                for trial_id, owner in batch.takes.items()
+                if states.get(trial_id) == TrialState.RUNNING
+                and owners.get(trial_id) in (owner, batch.mark[WORKER])
+            ]
         left = {i: change for i, change in changes.items() if i not in written.refused}
-        self._write_rows(connection, left)
+        marks = {trial_id: Change(user_attrs=dict(batch.mark)) for trial_id in written.taken}
+        self._write_rows(connection, left | marks)
         ends = [
             {
                 "id": trial_id,
@@ -151,19 +163,31 @@ class TableWriter:
             )
         return known[1]
 
-    def _create(self, connection: Connection, batch: Batch) -> list[tuple[int, int]]:
+    def _start(self, connection: Connection, batch: Batch, begun: int, written: Written) -> None:
+        """Claim and create trials while there is room."""
+        room = batch.room(begun)
+        for trial_id in batch.claims:
+            if room > len(written.claimed) and _claim(connection, trial_id, batch.now):
+                written.claimed.append(trial_id)
+        if written.claimed and batch.mark:
+            marks = {i: Change(user_attrs=dict(batch.mark)) for i in written.claimed}
+            self._write_rows(connection, marks)
+        _, templates = batch.possible(room - len(written.claimed), ())
+        if templates:
+            written.created = self._create(connection, batch.study_id, templates)
+
+    def _create(
+        self, connection: Connection, study_id: int, templates: Sequence[FrozenTrial]
+    ) -> list[tuple[int, int]]:
         """Insert trials, and number them while nobody else can insert any into the study."""
-        study = select(STUDIES.c.study_id).where(STUDIES.c.study_id == batch.study_id)
-        if connection.execute(study.with_for_update()).first() is None:
-            raise KeyError(f"There is no study with the id {batch.study_id}.")
         ids: list[int] = []
-        for template in batch.templates:
+        for template in templates:
             start = _utc(template.datetime_start)
-            row = {"study_id": batch.study_id, "state": template.state, "datetime_start": start}
+            row = {"study_id": study_id, "state": template.state, "datetime_start": start}
             key = connection.execute(TRIALS.insert().values(row)).inserted_primary_key
             assert key is not None
             ids.append(key[0])
-        same = TRIALS.c.study_id == batch.study_id
+        same = TRIALS.c.study_id == study_id
         before = select(func.count()).where(same, TRIALS.c.trial_id < ids[0])
         first = connection.execute(before).scalar_one()
         numbers = [{"id": i, "new": first + place} for place, i in enumerate(ids)]
@@ -171,7 +195,7 @@ class TableWriter:
         connection.execute(update.values(number=bindparam("new")), numbers)
         attributes = {
             i: Change(user_attrs=template.user_attrs, system_attrs=template.system_attrs)
-            for i, template in zip(ids, batch.templates, strict=True)
+            for i, template in zip(ids, templates, strict=True)
         }
         self._write_rows(connection, attributes)
         return [(i, first + place) for place, i in enumerate(ids)]
@@ -194,6 +218,30 @@ def _states(connection: Connection, ids: Sequence[int]) -> dict[int, TrialState]
         question = question.order_by(TRIALS.c.trial_id).with_for_update()
         states.update({row.trial_id: row.state for row in connection.execute(question)})
     return states
+
+
+def _owners(connection: Connection, ids: Sequence[int]) -> dict[int, Any]:
+    """Who has trials that `_states` keeps as they are."""
+    owners: dict[int, Any] = {}
+    for start in range(0, len(ids), MOST):
+        some = USER_ATTRS.c.trial_id.in_(ids[start : start + MOST])
+        question = select(USER_ATTRS.c.trial_id, USER_ATTRS.c.value_json)
+        rows = connection.execute(question.where(some, USER_ATTRS.c.key == WORKER))
+        owners.update({row.trial_id: json.loads(row.value_json) for row in rows})
+    return owners
+
+
+def _begun(connection: Connection, batch: Batch) -> int:
+    """How many trials have begun, if that matters; no other can until the transaction's end."""
+    if batch.templates or batch.most is not None:
+        study = select(STUDIES.c.study_id).where(STUDIES.c.study_id == batch.study_id)
+        if connection.execute(study.with_for_update()).first() is None:
+            raise KeyError(f"There is no study with the id {batch.study_id}.")
+    if batch.most is None:
+        return 0
+    same = TRIALS.c.study_id == batch.study_id
+    begun = select(func.count()).where(same, TRIALS.c.state != TrialState.WAITING)
+    return connection.execute(begun).scalar_one()
 
 
 def _claim(connection: Connection, trial_id: int, now: datetime) -> bool:

@@ -24,6 +24,11 @@ from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
 from optuna_nnhp.training.rounds import epochs
 
+TOO_LONG = "trial_timeout"  # attribute of a trial that took longer than each may: seconds
+# Of a running trial, what a checkpoint keeps as it is.
+CURVES = ("train_loss", "validation_loss", "best_round", "trained")
+KEPT = (*CURVES, "is_baseline", "is_opener", "is_enqueued")
+
 
 def suggest(trial: Trial, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
     """Ask a trial for every value of a space, through Optuna's public calls.
@@ -79,6 +84,8 @@ class RunningTrial:
             How many of `values` the storage has seen.
         started:
             Clock at the start, seconds.
+        trained:
+            Seconds that its cohorts have trained.
         told:
             Whether Optuna knows its end.
     """
@@ -96,6 +103,7 @@ class RunningTrial:
     best_round: int = 0
     reported: int = 0
     started: float = field(default_factory=time.monotonic)
+    trained: float = 0.0
     told: bool = False
 
     def take(self, scores: Scores, i: int) -> None:
@@ -106,9 +114,34 @@ class RunningTrial:
         self.best_round = scores.best_round[i]
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """All that `go_on_from` needs, as JSON can keep it."""
+        return {
+            "number": self.member.number,
+            "values": list(self.values.items()),
+            "seconds": time.monotonic() - self.started,
+            **{name: getattr(self, name) for name in KEPT},
+        }
+
+    def go_on_from(self, facts: Mapping[str, Any] | None) -> None:
+        """Be where the trial was when its `facts` were taken; at its beginning if None."""
+        if facts is None:
+            begun = RunningTrial(self.trial, self.member, self.maximize)
+            facts = {**begun.facts, **{name: getattr(self, name) for name in KEPT[len(CURVES) :]}}
+        for name in KEPT:
+            setattr(self, name, facts[name])
+        self.values = {int(number): float(value) for number, value in facts["values"]}
+        self.started, self.reported = time.monotonic() - facts["seconds"], 0
+
+    @property
     def last_round(self) -> int:
         """Round of the last evaluation, 0 before the first."""
         return max(self.values, default=0)
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether any of its numbers was none."""
+        return not all(map(math.isfinite, [*self.values.values(), *self.train_loss]))
 
     @property
     def standing(self) -> float | None:
@@ -127,9 +160,13 @@ class RunningTrial:
         return than is None or (value > than if self.maximize else value < than)
 
     def report(self) -> None:
-        """Hand the values that are new to the storage; a NaN is nobody's value."""
+        """Hand the values that are new to the storage; a NaN is nobody's value.
+
+        A trial that goes on where it was left may come to values that are there already.
+        """
+        known = self.trial._cached_frozen_trial.intermediate_values
         for step, value in list(self.values.items())[self.reported :]:
-            if math.isfinite(value):
+            if math.isfinite(value) and step not in known:
                 self.trial.report(value, step)
         self.reported = len(self.values)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import copy
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
@@ -18,6 +19,7 @@ from optuna.samplers import BruteForceSampler
 from optuna.samplers import GridSampler
 from optuna.samplers import QMCSampler
 
+from optuna_nnhp import seeds
 from optuna_nnhp.hyperparameters.catalogue import nearest
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.hyperparameters.record import holds
@@ -94,22 +96,38 @@ class Wish:
         if self.method == "gradient":
             moved_by_gradient(problem)
 
-    def for_study(self, study: Study, *, few: bool) -> BaseSampler:
-        """The sampler, with new random numbers where a study is continued.
+    def for_study(self, study: Study, *, few: bool, worker: int = 0) -> BaseSampler:
+        """The sampler, with new random numbers where a study is continued, and for each worker.
 
-        Else it would repeat its first trials.
+        Else it would repeat its first trials, or those of the first worker.
         """
         is_planned = self.method == "grid" or isinstance(self.sampler, QMCSampler)
-        if self.method is None or self.is_own or is_planned:  # one seed is one sequence
+        if is_planned:  # one seed is one sequence, which workers share
             return self.sampler
+        if self.method is None or self.is_own:
+            return _reseeded(self.sampler) if worker else self.sampler
         seed = (self.seed + 1_000_003 * len(study.get_trials(deepcopy=False))) % 2**32
+        if worker:
+            seed = seeds.mixed(seed, seeds.WORKERS, worker) % 2**32
         return make_sampler(self.method, seed, few=few, options=self.options)
+
+    @property
+    def has_portfolio(self) -> bool:
+        """Whether the template's portfolio is tried beside the default."""
+        return LOOPS.get(self.method, Scheduler).has_portfolio
 
     @property
     def scheduler(self) -> functools.partial[Scheduler]:
         """The study's loop, still without its study."""
         options = {} if self.method == "grid" else self.loop_options
         return functools.partial(LOOPS.get(self.method, Scheduler), **options)
+
+
+def _reseeded(sampler: BaseSampler) -> BaseSampler:
+    """A user's own sampler with random numbers that nobody else has."""
+    other = copy.deepcopy(sampler)
+    other.reseed_rng()
+    return other
 
 
 def wish_of(

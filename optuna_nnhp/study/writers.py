@@ -1,34 +1,36 @@
-"""How a storage takes a batch of changes: any storage call by call, a journal as one append."""
+"""How any storage takes a batch of changes: call by call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from datetime import UTC
-from datetime import datetime
-import pickle
+from contextlib import nullcontext
+import threading
+import time
 from typing import Any
 
-from optuna.distributions import distribution_to_json
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.storages import InMemoryStorage
-from optuna.storages import JournalStorage
-from optuna.storages.journal._base import BaseJournalSnapshot
-from optuna.storages.journal._storage import SNAPSHOT_INTERVAL
-from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.study.batches import WORKER
 from optuna_nnhp.study.batches import Batch
 from optuna_nnhp.study.batches import Change
+from optuna_nnhp.study.batches import TakenOver
 from optuna_nnhp.study.batches import Written
 from optuna_nnhp.study.batches import json_copy
+from optuna_nnhp.study.batches import surplus
 
 REFUSALS = (KeyError, UpdateFinishedTrialError)  # deleted, or ended by somebody else
+SETTLING = 0.2  # seconds after which the last of several owners is the one that stays
+_alone = threading.Lock()  # what is in memory is this process's only
 
 
 class CallWriter:
     """Any storage, call by call.
+
+    What a trial may become depends on what it is, and another process may come in between: there
+    it is looked at afterwards, and what was too much goes back. In memory nobody comes in between.
 
     Args:
         storage:
@@ -37,25 +39,30 @@ class CallWriter:
 
     def __init__(self, storage: BaseStorage) -> None:
         self._storage = storage
+        self._is_ours = isinstance(storage, InMemoryStorage)
 
     def write(self, batch: Batch) -> Written:
         """One call for each value, as Optuna itself does it."""
-        written, storage = Written(), self._storage
-        for trial_id, change in batch.changes.items():
-            try:
-                self._change(trial_id, change)
-            except REFUSALS as error:
-                written.refused[trial_id] = error
-        for trial_id in batch.claims:
-            try:
-                if storage.set_trial_state_values(trial_id, TrialState.RUNNING):
-                    written.claimed.append(trial_id)
-            except UpdateFinishedTrialError:
-                continue  # another process has run it already
-        for template in batch.templates:
-            trial_id = storage.create_new_trial(batch.study_id, template)
-            written.created.append((trial_id, storage.get_trial_number_from_id(trial_id)))
+        written = Written()
+        with _alone if self._is_ours else nullcontext():
+            for trial_id, change in batch.changes.items():
+                try:
+                    self._check_owner(trial_id, batch.owner)
+                    self._change(trial_id, change)
+                except REFUSALS as error:
+                    written.refused[trial_id] = error
+            if batch.takes:
+                self._take(batch, written)
+            if batch.claims or batch.templates:
+                self._start(batch, written)
         return written
+
+    def _check_owner(self, trial_id: int, owner: str | None) -> None:
+        """Raise if a trial is another worker's by now."""
+        if owner is not None:
+            now = self._storage.get_trial(trial_id).user_attrs.get(WORKER)
+            if now not in (None, owner):
+                raise TakenOver(trial_id, now)
 
     def _change(self, trial_id: int, change: Change) -> None:
         storage = self._storage
@@ -70,131 +77,57 @@ class CallWriter:
         if change.state is not None:
             storage.set_trial_state_values(trial_id, change.state, change.values)
 
+    def _take(self, batch: Batch, written: Written) -> None:
+        """Write a new owner where the old one is, and see whether it stays."""
+        mine, tried = batch.mark[WORKER], list[int]()
+        for trial_id, owner in batch.takes.items():
+            if self._is_owned(trial_id, (owner, mine)):
+                for key, value in batch.mark.items():
+                    self._storage.set_trial_user_attr(trial_id, key, value)
+                tried.append(trial_id)
+        if tried and not self._is_ours:
+            time.sleep(SETTLING)
+        written.taken += [trial_id for trial_id in tried if self._is_owned(trial_id, (mine,))]
+
+    def _is_owned(self, trial_id: int, owners: tuple[str, ...]) -> bool:
+        try:
+            trial = self._storage.get_trial(trial_id)
+        except KeyError:
+            return False
+        return trial.state == TrialState.RUNNING and trial.user_attrs.get(WORKER) in owners
+
+    def _start(self, batch: Batch, written: Written) -> None:
+        """Claim and create trials; those that others left no room for go back."""
+        storage, begun = self._storage, 0
+        if batch.most is not None:
+            begun = sum(t.state != TrialState.WAITING for t in self._all(batch))
+        claims, templates = batch.possible(batch.room(begun), batch.claims)
+        for trial_id in claims:
+            try:
+                if storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+                    written.claimed.append(trial_id)
+                    for key, value in batch.mark.items():
+                        storage.set_trial_user_attr(trial_id, key, value)
+            except UpdateFinishedTrialError:
+                continue  # another process has run it already
+        for template in templates:
+            trial_id = storage.create_new_trial(batch.study_id, template)
+            written.created.append((trial_id, storage.get_trial_number_from_id(trial_id)))
+        back = surplus(self._all(batch), written, batch.most) if batch.most is not None else []
+        for trial_id in back:
+            storage.set_trial_state_values(trial_id, TrialState.WAITING)
+            for key in batch.mark:
+                storage.set_trial_user_attr(trial_id, key, None)
+        written.claimed = [i for i in written.claimed if i not in back]
+        written.created = [(i, number) for i, number in written.created if i not in back]
+
+    def _all(self, batch: Batch) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(batch.study_id, deepcopy=False)
+
     def read(self, study_id: int, unfinished: set[int], after: int) -> list[FrozenTrial]:
         """All trials: such a storage keeps them in memory."""
         return self._storage.get_all_trials(study_id, deepcopy=False)
 
     def frozen(self, value: Any) -> Any:
         """The value itself if it stays in memory, else after a way through JSON."""
-        return value if isinstance(self._storage, InMemoryStorage) else json_copy(value)
-
-
-class JournalWriter:
-    """A journal: one append, under one lock and with one synchronization of the disk.
-
-    Args:
-        storage:
-            The storage.
-    """
-
-    def __init__(self, storage: JournalStorage) -> None:
-        self._storage = storage
-
-    def write(self, batch: Batch) -> Written:
-        """Append the batch, and play it back to see what became of it."""
-        storage = self._storage
-        with storage._thread_lock:  # another thread's reading would take our replies
-            worker = {"worker_id": storage._replay_result.worker_id}
-            storage._backend.append_logs([{**log, **worker} for log in _journal_logs(batch)])
-            return self._replay()
-
-    def _replay(self) -> Written:
-        """Take in what is new in the journal; the replies are for what this thread appended."""
-        written, storage = Written(), self._storage
-        replayed, gone = storage._replay_result, None
-        for log in storage._backend.read_logs(replayed.log_number_read):
-            trial = replayed._trials.get(log.get("trial_id", -1))
-            try:
-                replayed.apply_logs((log,))
-            except (*REFUSALS, ValueError) as error:
-                if trial is None:
-                    gone = error  # the study of a new trial
-                elif log.get("state") != TrialState.RUNNING:
-                    written.refused[trial._trial_id] = error
-                continue
-            if log["worker_id"] != replayed.worker_id:
-                continue
-            if log["op_code"] == JournalOperation.CREATE_TRIAL:
-                created = replayed._trials[replayed._last_created_trial_id_by_this_process]
-                written.created.append((created._trial_id, created.number))
-                self._save_snapshot(created._trial_id)
-            elif (
-                trial is not None
-                and trial.state == TrialState.WAITING
-                and log.get("state") == TrialState.RUNNING
-            ):
-                written.claimed.append(trial._trial_id)
-        if gone is not None:
-            raise gone
-        return written
-
-    def _save_snapshot(self, trial_id: int) -> None:
-        """As the storage itself does when it creates a trial."""
-        backend = self._storage._backend
-        if (
-            isinstance(backend, BaseJournalSnapshot)
-            and trial_id
-            and not (trial_id % SNAPSHOT_INTERVAL)
-        ):
-            backend.save_snapshot(pickle.dumps(self._storage._replay_result))
-
-    def read(self, study_id: int, unfinished: set[int], after: int) -> list[FrozenTrial]:
-        """All trials: a journal is kept in memory."""
-        return self._storage.get_all_trials(study_id, deepcopy=False)
-
-    def frozen(self, value: Any) -> Any:
-        """The value after a way through JSON."""
-        return json_copy(value)
-
-
-def _journal_logs(batch: Batch) -> Iterable[dict[str, Any]]:
-    """The lines of a batch, without who writes them."""
-    operation = JournalOperation
-    for trial_id, change in batch.changes.items():
-        head = {"trial_id": trial_id}
-        for name, (value, distribution) in change.params.items():
-            yield {
-                "op_code": operation.SET_TRIAL_PARAM,
-                **head,
-                "param_name": name,
-                "param_value_internal": value,
-                "distribution": distribution_to_json(distribution),
-            }
-        for key, attribute in change.system_attrs.items():
-            code = operation.SET_TRIAL_SYSTEM_ATTR
-            yield {"op_code": code, **head, "system_attr": {key: attribute}}
-        for key, attribute in change.user_attrs.items():
-            yield {"op_code": operation.SET_TRIAL_USER_ATTR, **head, "user_attr": {key: attribute}}
-        for step, number in change.intermediate_values.items():
-            code = operation.SET_TRIAL_INTERMEDIATE_VALUE
-            yield {"op_code": code, **head, "step": step, "intermediate_value": number}
-        if change.state is not None:
-            code = operation.SET_TRIAL_STATE_VALUES
-            log = {"op_code": code, **head, "state": change.state, "values": change.values}
-            yield log | ({"datetime_complete": _utc(change.completed)} if change.completed else {})
-    for trial_id in batch.claims:
-        yield {
-            "op_code": operation.SET_TRIAL_STATE_VALUES,
-            "trial_id": trial_id,
-            "state": TrialState.RUNNING,
-            "values": None,
-            "datetime_start": _utc(batch.now),
-        }
-    for template in batch.templates:
-        yield {
-            "op_code": operation.CREATE_TRIAL,
-            "study_id": batch.study_id,
-            "datetime_start": template.datetime_start and _utc(template.datetime_start),
-            "state": template.state,
-            "value": None,
-            "values": None,
-            "distributions": {},
-            "params": {},
-            "user_attrs": template.user_attrs,
-            "system_attrs": template.system_attrs,
-            "intermediate_values": {},
-        }
-
-
-def _utc(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="microseconds")
+        return value if self._is_ours else json_copy(value)

@@ -32,6 +32,7 @@ from optuna_nnhp.hyperparameters.loss import RegressionLoss
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.problem import TooLarge
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.predictor import Predictor
 from optuna_nnhp.templates.predictor import to_units
@@ -48,6 +49,7 @@ from optuna_nnhp.training.metrics import resolve_metric
 
 LARGEST_COHORT = 128
 SHARE_OF_MEMORY = 0.5  # of what is free: weights, gradients, optimizer state and activations
+MOST_MEMORY = 0.8  # of what is free: what one trial may take
 COHORT_ROUND_FLOPS = 6e10  # a cohort's round: a few seconds on two cores
 
 
@@ -312,6 +314,29 @@ def cohort_size(bytes_each: int, flops_each: float, device: torch.device) -> int
     free = SHARE_OF_MEMORY * free_memory(device)
     size = min(int(free / bytes_each), int(COHORT_ROUND_FLOPS / flops_each))
     return max(1, min(LARGEST_COHORT, size))
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """Raise if one trial takes more memory than there is.
+
+    Args:
+        needed:
+            Bytes.
+        device:
+            Where it is trained.
+
+    Raises:
+        TooLarge: Both numbers.
+
+    Example:
+        >>> check_memory(2**20, torch.device("cpu"))
+    """
+    free = MOST_MEMORY * free_memory(device)
+    if needed > free:
+        raise TooLarge(
+            f"A trial must fit into {free / 2**30:.1f} GiB of memory, but this one needs "
+            f"about {needed / 2**30:.1f} GiB."
+        )
 
 
 def digest(space: Mapping[str, BaseDistribution], fixed: Mapping[str, Value], *more: str) -> str:

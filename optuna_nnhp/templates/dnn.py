@@ -27,6 +27,7 @@ from optuna_nnhp.networks.mlp import build_mlp
 from optuna_nnhp.networks.mlp import count_weights
 from optuna_nnhp.networks.mlp import mlp_signature
 from optuna_nnhp.templates.common import Supervised
+from optuna_nnhp.templates.common import check_memory
 from optuna_nnhp.templates.common import cohort_size
 from optuna_nnhp.templates.common import judged_by
 from optuna_nnhp.templates.common import read
@@ -144,6 +145,7 @@ class DNN(Supervised):
 
     def signature(self, member: Member) -> Hashable:
         """Depth, padded width, normalization, batch size, and the budget if in iterations."""
+        check_memory(self.memory(member), self.device)
         params = member.params
         return (mlp_signature(params), params["batch_size"], params["iterations"])
 
@@ -164,19 +166,22 @@ class DNN(Supervised):
 
     def cohort_size(self, leader: Member) -> int:
         """As many as memory allows, and as keep a round of the whole cohort short."""
-        padded = padded_width(int(leader.params["width"] or 1))
-        depth, batch = (
-            int(leader.params["hidden_layers"] or 1),
-            int(leader.params["batch_size"] or 1),
-        )
-        weights = (self.inputs + (depth - 1) * padded + self.outputs) * padded
-        rows = len(self.data.train_X)
-        # Weights, gradients, two optimizer states, the best weights; five tensors a layer.
-        bytes_each = 4 * (5 * weights + 5 * depth * padded * min(batch, rows))
-        # Outputs on the validation part: float32, their logarithms, float64 in the metric.
-        bytes_each += 24 * len(self.data.valid_X) * self.outputs
-        flops_each = 6.0 * weights * rows / self.rounds_per_epoch
-        return cohort_size(bytes_each, flops_each, self.device)
+        flops = 6.0 * self._padded_weights(leader) * len(self.data.train_X)
+        return cohort_size(self.memory(leader), flops / self.rounds_per_epoch, self.device)
+
+    def memory(self, member: Member) -> int:
+        """Weights, gradients, two optimizer states, the best weights; five tensors a layer; and
+        outputs on the validation part: float32, their logarithms, float64 in the metric."""
+        params = member.params
+        padded, depth = padded_width(int(params["width"] or 1)), int(params["hidden_layers"] or 1)
+        batch = min(int(params["batch_size"] or 1), len(self.data.train_X))
+        bytes_each = 4 * (5 * self._padded_weights(member) + 5 * depth * padded * batch)
+        return bytes_each + 24 * len(self.data.valid_X) * self.outputs
+
+    def _padded_weights(self, member: Member) -> int:
+        padded = padded_width(int(member.params["width"] or 1))
+        depth = int(member.params["hidden_layers"] or 1)
+        return (self.inputs + (depth - 1) * padded + self.outputs) * padded
 
     def count_weights(self, member: Member) -> int:
         """Number of trained weights."""

@@ -41,6 +41,7 @@ from optuna_nnhp.networks.transformer import count_parameters
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.study.sizes import measured_step
 from optuna_nnhp.templates.common import budget as epochs_budget
+from optuna_nnhp.templates.common import check_memory
 from optuna_nnhp.templates.common import cohort_size
 from optuna_nnhp.templates.common import digest
 from optuna_nnhp.templates.gpt_defaults import BUDGETS
@@ -58,13 +59,10 @@ from optuna_nnhp.training.language import Corpus
 from optuna_nnhp.training.language import LanguageTask
 from optuna_nnhp.training.language import TokenLoss
 from optuna_nnhp.training.language import bits_per_token
-from optuna_nnhp.training.machine import free_memory
 from optuna_nnhp.training.machine import to_device
 from optuna_nnhp.training.metrics import Metric
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
-
-MOST_MEMORY = 0.8  # of what is free, that a trial may take
 
 
 class GPT:
@@ -253,12 +251,7 @@ class GPT:
             TrialError: If the trial would need more memory or time than there is.
         """
         shape = self._shape(member)
-        memory, free = self.memory(member), MOST_MEMORY * free_memory(self.device)
-        if memory > free:
-            raise TrialError(
-                f"A trial must fit into {free / 2**30:.1f} GiB of memory, but this one needs "
-                f"about {memory / 2**30:.1f} GiB."
-            )
+        check_memory(self.memory(member), self.device)
         return (*shape, self._iterations(member))
 
     def _shape(self, member: Member) -> tuple[Hashable, ...]:

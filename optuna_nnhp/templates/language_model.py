@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-import json
 import math
 from numbers import Integral
 from pathlib import Path
@@ -21,12 +20,10 @@ from optuna_nnhp.data.utf8 import utf8
 from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.networks.gpt import GPT
 from optuna_nnhp.networks.transformer import Architecture
-from optuna_nnhp.training.checkpoint import save_weights
+from optuna_nnhp.templates.model_files import write_model
 from optuna_nnhp.training.language import total_nats
-from optuna_nnhp.version import __version__
 
-WEIGHTS, RECORD = "model.safetensors", "model.json"
-FORMAT, TEMPLATE = 1, "gpt"
+TEMPLATE = "gpt"
 
 
 @dataclass(frozen=True)
@@ -132,20 +129,14 @@ class LanguageModel:
 
     def save(self, folder: str | Path) -> Path:
         """Write weights (safetensors) and everything else (JSON) for `optuna_nnhp.load`."""
-        folder = Path(folder)
-        save_weights(self.model, folder / WEIGHTS)
         record = {
-            "format": FORMAT,
             "template": TEMPLATE,
-            "version": __version__,
             "params": {n: None if v == math.inf else v for n, v in self.params.items()},
             "best_params": self.best_params,
             "best_value": self.best_value,
             "tokenizer": self.tokenizer.to_json(),
         }
-        text = json.dumps(record, indent=1, allow_nan=False)
-        (folder / RECORD).write_text(text, encoding="utf-8")
-        return folder
+        return write_model(folder, self.model, record)
 
 
 def restored(record: Mapping[str, Any]) -> LanguageModel:

@@ -33,6 +33,7 @@ from optuna_nnhp.networks.examine import Examiner
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.templates.common import Supervised
+from optuna_nnhp.templates.common import check_memory
 from optuna_nnhp.templates.common import cohort_size
 from optuna_nnhp.templates.common import judged_by
 from optuna_nnhp.templates.common import read
@@ -169,6 +170,7 @@ class OwnNetwork(Supervised):
 
     def signature(self, member: Member) -> Hashable:
         """Structure, batch size, and the budget if in iterations; its own if it trains alone."""
+        check_memory(self.memory(member), self.device)
         found = self._examine(member)
         alone = () if found.obstacle is None else (member.number,)
         return (found.structure, member.params["batch_size"], member.params["iterations"], *alone)
@@ -220,14 +222,16 @@ class OwnNetwork(Supervised):
         found, rows = self._examine(leader), len(self.data.train_X)
         if found.obstacle is not None:
             return 1
-        batch = min(int(leader.params["batch_size"] or 1), rows)
-        # Weights, gradients, two optimizer states, the best weights; of each layer's output
-        # itself, its gradient and what autograd keeps; evaluation holds one of each.
-        numbers = found.numbers * max(4 * batch, len(self.data.valid_X))
-        bytes_each = 4 * (5 * found.weights + numbers)
-        bytes_each += 24 * len(self.data.valid_X) * math.prod(found.outputs)
         flops_each = 3.0 * found.flops * rows / self.rounds_per_epoch
-        return cohort_size(bytes_each, flops_each, self.device)
+        return cohort_size(self.memory(leader), flops_each, self.device)
+
+    def memory(self, member: Member) -> int:
+        """Weights, gradients, two optimizer states, the best weights; of each layer's output
+        itself, its gradient and what autograd keeps; evaluation holds one of each."""
+        found, rows = self._examine(member), len(self.data.train_X)
+        batch, judged = min(int(member.params["batch_size"] or 1), rows), len(self.data.valid_X)
+        numbers = 5 * found.weights + found.numbers * max(4 * batch, judged)
+        return 4 * numbers + 24 * judged * math.prod(found.outputs)
 
     def count_weights(self, member: Member) -> int:
         """Number of trained weights; 0 of a network that cannot be built."""

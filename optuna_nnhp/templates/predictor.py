@@ -6,7 +6,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,17 @@ from optuna_nnhp.networks.mlp import build_mlp
 from optuna_nnhp.templates.language_model import TEMPLATE as LANGUAGE
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.language_model import restored
+from optuna_nnhp.templates.model_files import WEIGHTS
+from optuna_nnhp.templates.model_files import read_record
+from optuna_nnhp.templates.model_files import unreadable
+from optuna_nnhp.templates.model_files import write_model
 from optuna_nnhp.training.checkpoint import load_weights
-from optuna_nnhp.training.checkpoint import save_weights
 from optuna_nnhp.training.metrics import METRICS
 from optuna_nnhp.training.metrics import Metric
-from optuna_nnhp.version import __version__
 
 NUMBERS_AT_ONCE = 2**22  # of one batch's inputs, and at most so many rows:
 ROWS_AT_ONCE = 65536
 Build = Callable[[Mapping[str, Any]], nn.Module]
-WEIGHTS, RECORD = "model.safetensors", "model.json"
-FORMAT = 1
 SHAPE = ("hidden_layers", "width", "width_shape", "activation", "normalization")
 
 
@@ -141,13 +140,9 @@ class Predictor:
         Returns:
             The folder; `optuna_nnhp.load` reads it.
         """
-        folder = Path(folder)
-        save_weights(self.model, folder / WEIGHTS)
         record = {
-            "format": FORMAT,
             "template": "own" if self.builder else "dnn",
             "builder": self.builder,
-            "version": __version__,
             "metric": self.metric.name if self.metric and self._metric_is_ours() else None,
             "params": {n: None if v == math.inf else v for n, v in self.params.items()},
             "best_params": self.best_params,
@@ -155,10 +150,7 @@ class Predictor:
             "preprocessor": self.preprocessor.to_json(),
             "target": self.target.to_json(),
         }
-        (folder / RECORD).write_text(
-            json.dumps(record, indent=1, allow_nan=False), encoding="utf-8"
-        )
-        return folder
+        return write_model(folder, self.model, record)
 
     def _metric_is_ours(self) -> bool:  # a user's function may bear the same name
         return self.metric in METRICS.values()
@@ -190,18 +182,12 @@ def load(folder: str | Path, network: Build | None = None) -> Predictor | Langua
         ValueError: If a file is damaged, or from a newer version, or ``network`` is missing.
     """
     folder = Path(folder)
-    for name in (RECORD, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} must hold a saved model, but has no {name}.")
+    record = read_record(folder)
+    read = restored if record.get("template") == LANGUAGE else _restored
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
-            raise ValueError(f"its format must be {FORMAT}, but is {record['format']}")
-        read = restored if record.get("template") == LANGUAGE else _restored
         found: Predictor | LanguageModel = read(record)
     except (KeyError, TypeError, ValueError) as error:
-        text = f"{RECORD} must be one that `save` wrote, but cannot be read: {error}"
-        raise ValueError(text) from error
+        raise unreadable(error) from error
     if isinstance(found, Predictor) and found.builder is not None:
         found = replace(found, model=_own(network, found.builder, found.params))
     load_weights(found.model, folder / WEIGHTS)

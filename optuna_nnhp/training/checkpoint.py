@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-import os
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save_file
 from torch import Tensor
 from torch import nn
+
+from optuna_nnhp.training.files import load_tensors
+from optuna_nnhp.training.files import write_tensors
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
@@ -22,16 +21,10 @@ def save_weights(network: nn.Module, path: Path) -> None:
         path:
             A ``.safetensors`` file; its folder is made.
 
-    Source:
-        https://huggingface.co/docs/safetensors: tensors only, no code.
+    Raises:
+        OSError: If it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    # Copies: safetensors refuses weights that share memory, as tied ones do.
-    save_file(
-        {n: w.cpu().clone().contiguous() for n, w in network.state_dict().items()}, unfinished
-    )
-    os.replace(unfinished, path)
+    write_tensors(path, network.state_dict())
 
 
 def load_weights(network: nn.Module, path: Path) -> nn.Module:
@@ -39,13 +32,15 @@ def load_weights(network: nn.Module, path: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or belongs to another network.
+        ValueError: If it is damaged or belongs to another network, which is as it was then.
     """
-    try:
-        return _filled(network, load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path.name} must hold this network's weights, but: {reason}") from error
+    state, wanted = load_tensors(path), network.state_dict()
+    shapes = [{name: w.shape for name, w in weights.items()} for weights in (wanted, state)]
+    if other := sorted(dict(shapes[0].items() ^ shapes[1].items())):
+        raise ValueError(
+            f"{path.name} must hold this network's weights, but differs in {other[0]}."
+        )
+    return _filled(network, state)
 
 
 def _filled(network: nn.Module, state: dict[str, Tensor]) -> nn.Module:

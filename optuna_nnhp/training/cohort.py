@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 from torch import nn
 
-from optuna_nnhp.hyperparameters.epochs import total_iterations
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.regularization import EarlyStopping
-from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.networks.layers import subset
 from optuna_nnhp.networks.mlp import StackedMLP
-from optuna_nnhp.training.batches import Batches
 from optuna_nnhp.training.compiling import compiled
 from optuna_nnhp.training.gpt_native import NativeApply
-from optuna_nnhp.training.gpt_native import NativeGPT
 from optuna_nnhp.training.knobs import Knobs
 from optuna_nnhp.training.knobs import Member as Member
 from optuna_nnhp.training.machine import do_nothing
@@ -31,148 +26,15 @@ from optuna_nnhp.training.native import Native
 from optuna_nnhp.training.noise import Noise
 from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.rounds import next_evaluation
-from optuna_nnhp.training.rounds import rounds_per_epoch
-from optuna_nnhp.training.update import Update
-from optuna_nnhp.training.update import Updater
-
-Apply = Callable[[Tensor], Tensor] | NativeApply  # some members' network, in evaluation
+from optuna_nnhp.training.task import Apply as Apply
+from optuna_nnhp.training.task import Arrays as Arrays
+from optuna_nnhp.training.task import Scores as Scores
+from optuna_nnhp.training.task import Task as Task
 
 EVALUATED_AT_ONCE = 2**22  # numbers of layers' outputs in evaluation, to bound memory
 
 NEVER = 10**9  # epochs of patience where there is no early stopping
 STEP_OVERHEAD = 2e6  # operations in the time that a small network's step takes whatever its size
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """The data of a study, on the device it is trained on; held once for all cohorts.
-
-    Shape:
-        - train_x: ``(n, features)``; train_y: ``(n,)``.
-        - valid_x: ``(m, features)``; valid_y: ``(m,)``.
-    """
-
-    train_x: Tensor
-    train_y: Tensor
-    valid_x: Tensor
-    valid_y: Tensor
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a cohort trains on and is judged by.
-
-    Args:
-        arrays:
-            The data.
-        build:
-            Makes the stacked network of some members.
-        loss:
-            Makes their loss.
-        metric:
-            Value of each member, ``(k,)``, from the outputs on the validation part,
-            ``(k, m, outputs)``; None if `judge` needs none.
-        maximize:
-            Whether a greater metric is better.
-        seed:
-            The study's seed: batch order and dropout noise, which all members share, so that
-            trials differ by their hyperparameters and not by their luck.
-        compile:
-            Whether `torch.compile` makes the code of a step's forward and backward pass.
-        validation_loss:
-            Loss on the validation part, ``(k,)``, from outputs and targets: one that does not
-            depend on the members' hyperparameters; what they train with if None.
-    """
-
-    arrays: Arrays
-    build: Callable[[Sequence[Member]], StackedModule]
-    loss: Callable[[Sequence[Member]], Callable[[Tensor, Tensor], Tensor]]
-    metric: Callable[[Tensor], Tensor] | None
-    maximize: bool
-    seed: int
-    compile: bool = False
-    validation_loss: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    @property
-    def joinable(self) -> bool:
-        """Whether members of different ages can be evaluated together."""
-        return True
-
-    @property
-    def rounds(self) -> int:
-        """Rounds in an epoch."""
-        return rounds_per_epoch(len(self.arrays.train_y))
-
-    def batches(self, members: Sequence[Member]) -> Batches:
-        """What some members see at each step."""
-        size, rows = int(members[0].params["batch_size"] or 1), self.arrays.train_y
-        return Batches(len(rows), size, self.rounds, self.seed, rows.device)
-
-    def total(self, member: Member, per_round: int) -> int:
-        """Steps of a trial's whole budget, given those of a round."""
-        return total_iterations(member.params, per_round * self.rounds)
-
-    def updater(
-        self, flat: FlatParameters, knobs: Knobs, network: StackedModule, members: Sequence[Member]
-    ) -> Updater:
-        """What steps the members' parameters."""
-        return Update(flat, knobs)
-
-    def engine(self, network: StackedModule, flat: FlatParameters) -> NativeGPT | None:
-        """What computes gradients instead of autograd, if there is something."""
-        return None
-
-    def judge(
-        self, apply: Apply, members: Sequence[Member], is_over: bool
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Loss and metric of some members on the validation part.
-
-        Args:
-            apply:
-                Their network: from inputs to outputs, or by a language model's engine.
-            members:
-                They.
-            is_over:
-                Whether one of them has done its whole budget, or all data are to be read anyway.
-
-        Returns:
-            Both, ``(k,)``, and whether a value of this evaluation may be a trial's.
-        """
-        assert self.metric is not None and not isinstance(apply, NativeApply)
-        outputs = apply(self.arrays.valid_x)
-        loss = self.validation_loss or self.loss(members)
-        return loss(outputs, self.arrays.valid_y), self.metric(outputs), True
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What training up to an evaluation brought, for each of the members that were evaluated.
-
-    Args:
-        places:
-            Who was evaluated, as places in ``cohort.members``.
-        rounds:
-            Rounds that each has done.
-        train_loss:
-            Mean loss over the batches since the last one, while training.
-        validation_loss:
-            Loss on the validation part after it.
-        value:
-            Metric on the validation part after it.
-        best_round:
-            Round with the best value so far, 0 while there is none.
-        ended:
-            Why a member has ended: ``"finished"``, ``"early stopping"``, ``"diverged"``; None
-            while it goes on.
-    """
-
-    places: list[int]
-    rounds: list[int]
-    train_loss: list[float]
-    validation_loss: list[float]
-    value: list[float]
-    best_round: list[int]
-    ended: list[str | None]
 
 
 class Cohort:
@@ -193,6 +55,7 @@ class Cohort:
         members: Those still training.
         done: Rounds that each has done (see `training.rounds`).
         iterations: Steps of the optimizer that each has done.
+        stepped: Steps that all have done of a round that they have begun.
         stopping: Best values and rounds, per member.
     """
 
@@ -208,7 +71,7 @@ class Cohort:
         device, k = task.arrays.train_x.device, len(self.members)
         self.batches = task.batches(self.members)
         self.total = [task.total(m, self.batches.per_round) for m in self.members]
-        self.done, self.iterations = [0] * k, [0] * k
+        self.done, self.iterations, self.stepped = [0] * k, [0] * k, 0
         self.due, self.judges_all = [next_evaluation(0, task.rounds)] * k, False
         self.loss_sum, self.seen = torch.zeros(k, device=device), torch.zeros(k)
         self.tabulate()
@@ -221,7 +84,9 @@ class Cohort:
                 Asked before every step; once it says yes, training stops.
 
         Returns:
-            The scores, or None if time ran out.
+            The scores, or None if time ran out. Then the next call goes on in the middle of the
+            round; but not where the engine trains members one beside the other (``native``),
+            each of which is somewhere else.
         """
         # Beside an engine's own threads those of torch would spin; compiled code is for as many
         # threads as there are when it is made.
@@ -236,21 +101,23 @@ class Cohort:
         """THE loop: every member's steps of one round; whether there was time for it."""
         self.network.train()
         left = max(t - i for t, i in zip(self.total, self.iterations, strict=True))
-        steps = min(left, self.batches.per_round)
-        rates = self.knobs.rates(self.iterations, steps, self.total)
+        begin = self.stepped  # where a round was left, it goes on
+        end = min(left + begin, self.batches.per_round)
+        rates = self.knobs.rates(self.iterations, end - begin, self.total)
         if self.native is not None:
             return self._train_natively(self.native, rates, out_of_time)
         self.flat.prepare(by_autograd=self.engine is None)
-        for step, rows in enumerate(islice(self.batches.rows(self.done), steps)):
+        steps = islice(self.batches.rows(self.done), begin, end)
+        for step, (rate, rows) in enumerate(zip(rates, steps, strict=True), begin):
             if out_of_time():
                 return False
             before_step()
             losses = self._backward(rows, self.batches.noise(self.done, step))
-            self.update.step(rates[step])
+            self.update.step(rate)
             self.loss_sum += losses * rows.shape[-1]
             self.seen += rows.shape[-1]
-            self.iterations = [i + 1 for i in self.iterations]
-        self.done = [d + 1 for d in self.done]
+            self.iterations, self.stepped = [i + 1 for i in self.iterations], step + 1
+        self.done, self.stepped = [d + 1 for d in self.done], 0
         return True
 
     def _backward(self, rows: Tensor, noise: Noise) -> Tensor:
@@ -342,6 +209,8 @@ class Cohort:
     @property
     def joinable(self) -> bool:
         """Whether new members may join those that have trained already."""
+        if self.stepped:
+            return False
         return self.task.joinable and not any(m.params["iterations"] for m in self.members)
 
     def best_value(self, place: int) -> float:

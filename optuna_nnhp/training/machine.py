@@ -205,6 +205,27 @@ def to_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
+NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that there was no memory.
+
+    Torch says so with a type of its own on a GPU, and by words alone on a CPU.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shape"))
+        (True, False)
+    """
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(w in str(error).lower() for w in NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be had on a device without anybody's loss; 4 GiB where nobody tells.
 

@@ -20,7 +20,7 @@ def leader(seconds: float, enqueued: bool = False) -> Any:
 def admission(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ten seconds into a study; a leader's round may take a fiftieth of that."""
     monkeypatch.setattr(Admission, "_pace", lambda _, seconds: Pace(1, seconds))
-    budget = SimpleNamespace(timeout=100.0, seconds=10.0, out_of_time=lambda: False)
+    budget = SimpleNamespace(timeout=100.0, seconds=10.0, is_over=lambda: False)
     queue: list[Any] = []
     asker: Any = SimpleNamespace(
         study=SimpleNamespace(_stop_flag=False),
@@ -30,7 +30,7 @@ def admission(monkeypatch: pytest.MonkeyPatch) -> Any:
         left=lambda: len(queue),
         ask=lambda count: [queue.pop(0) for _ in range(count)],
     )
-    return Admission(asker, Pool())
+    return Admission(asker, Pool(), breakage=None)  # type: ignore[arg-type]
 
 
 def test_a_slow_leader_waits_until_it_can_be_afforded(admission: Admission) -> None:

@@ -110,6 +110,9 @@ def test_a_missing_folder(tmp_path: Path) -> None:
         pytest.param(lambda content: content[:5], id="stump"),
         pytest.param(lambda content: content[: len(content) // 2], id="half"),
         pytest.param(lambda content: content[:-1], id="one byte short"),
+        pytest.param(
+            lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], id="bit"
+        ),
         pytest.param(lambda content: b"\xff" * len(content), id="ones"),
         pytest.param(lambda content: b"[1, 2]", id="another json"),
         pytest.param(lambda content: b'{"format": 1}', id="a foreign json"),
@@ -149,6 +152,7 @@ def test_a_record_that_was_edited(
 ) -> None:
     folder = copy(saved, tmp_path / "m")
     record = json.loads((folder / "model.json").read_text())
+    del record["checksum"]  # as versions before it wrote them
     place = record
     for key in path[:-1]:
         place = place[key]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from optuna_nnhp.training import checkpoint
+from optuna_nnhp.training import files
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.checkpoint import load_weights
 from optuna_nnhp.training.checkpoint import save_weights
@@ -66,7 +66,7 @@ def test_a_write_that_fails_leaves_the_old_weights(
         filename.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_weights(network(2), path)
     assert_same(load_weights(network(3), path), network(1))
@@ -86,7 +86,7 @@ def test_damaged_files(damage: Callable[[bytes], bytes], tmp_path: Path) -> None
     path = tmp_path / "w.safetensors"
     save_weights(network(), path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"w\.safetensors must hold this network's") as error:
+    with pytest.raises(ValueError, match=r"w\.safetensors must be a whole safetensors") as error:
         load_weights(network(), path)
     assert "\n" not in str(error.value)
 

@@ -1,0 +1,92 @@
+"""Cohorts that raise: halved until it is found out who is at fault, or until memory has room."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from dataclasses import field
+
+import optuna
+
+from optuna_nnhp.study.checkpoints import Checkpoints
+from optuna_nnhp.study.checkpoints import newest
+from optuna_nnhp.study.ends import Ends
+from optuna_nnhp.study.outcomes import forget_frames
+from optuna_nnhp.study.outcomes import last_line
+from optuna_nnhp.study.pool import Live
+from optuna_nnhp.study.recovery import Recovery
+from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.training.machine import is_out_of_memory
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+LARGEST = 10**6  # trials in a cohort, where memory has not said anything
+
+
+@dataclass
+class Breakage:
+    """Makes new cohorts of the trials of one that has raised.
+
+    Args:
+        recovery:
+            Puts trials back to their last checkpoint.
+        checkpoints:
+            This worker's.
+        ends:
+            Ends those that raise alone.
+
+    Attributes:
+        fits: By signature, how many trials memory has room for, if too many were tried.
+    """
+
+    recovery: Recovery
+    checkpoints: Checkpoints
+    ends: Ends
+    fits: dict[Hashable, int] = field(default_factory=dict)
+
+    def halve(self, group: list[RunningTrial], error: Exception, done: int = 0) -> list[Live]:
+        """Cohorts of all trials of a group that can be trained, at their last checkpoint.
+
+        Args:
+            group:
+                Trials whose cohort has raised, while it was built or trained.
+            error:
+                What it raised.
+            done:
+                Rounds that the oldest of them had done.
+
+        Raises:
+            Exception: The error, if no trial of the study can be trained, it seems.
+        """
+        lives, queue = list[Live](), [(group, error)]
+        checkpoint = newest(self.checkpoints.folder, self.checkpoints.worker)
+        while queue:
+            part, error = queue.pop()
+            forget_frames(error)
+            if len(part) == 1:
+                self.ends.fail(part[0], error)
+                continue
+            half = (len(part) + 1) // 2
+            self._say(part, half, error)
+            for some in (part[half:], part[:half]):
+                try:
+                    live = self.recovery.again(some, checkpoint)
+                except Exception as other:  # whatever it is, it becomes an outcome
+                    queue.append((some, other))
+                else:
+                    live.suspect_until = done + 1
+                    lives.append(live)
+        return lives
+
+    def most(self, signature: Hashable) -> int:
+        """How many trials with a signature may be tried together."""
+        return self.fits.get(signature, LARGEST)
+
+    def _say(self, part: list[RunningTrial], half: int, error: Exception) -> None:
+        what = "raised an error"
+        if is_out_of_memory(error):
+            what, self.fits[part[0].signature] = "do not fit into memory", half
+        _logger.warning(
+            f"{len(part)} trials {what} together; they go on as {half} and {len(part) - half}: "
+            f"{last_line(error)}"
+        )

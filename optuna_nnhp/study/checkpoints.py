@@ -1,0 +1,232 @@
+"""A worker's running trials on disk: written while they train, read by whoever goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+import math
+from pathlib import Path
+import re
+import shutil
+import time
+from typing import Any
+from typing import NamedTuple
+
+import optuna
+from torch import Tensor
+
+from optuna_nnhp.study.pool import Live
+from optuna_nnhp.training.files import FACTS
+from optuna_nnhp.training.files import TENSORS
+from optuna_nnhp.training.files import load_checked
+from optuna_nnhp.training.files import save_checked
+from optuna_nnhp.training.snapshots import Snapshot
+from optuna_nnhp.training.snapshots import snapshot_of
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+EVERY = 30.0  # seconds
+SHARE = 0.02  # of the time since the last one, that a checkpoint may take
+KEPT = 2  # the newest
+VERSION = 1  # of what is in the files
+
+
+class Kept(NamedTuple):
+    """A cohort as a checkpoint has it.
+
+    Args:
+        snapshot:
+            Its state.
+        facts:
+            Of its trials (``"running"``) and its place in the study (``"leader"``, ``"slots"``,
+            ``"rounds"``).
+    """
+
+    snapshot: Snapshot
+    facts: dict[str, Any]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of its running trials."""
+        return [int(trial["number"]) for trial in self.facts["running"]]
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Args:
+        cohorts:
+            All that its worker trained.
+        loop:
+            What the study's loop has to know besides.
+    """
+
+    cohorts: list[Kept]
+    loop: dict[str, Any]
+
+
+@dataclass
+class Checkpoints:
+    """Writes the checkpoints of one worker.
+
+    One is due when the last one is ``every`` seconds old, or when a trial has ended since; but it
+    never takes more than a fiftieth of the time since the last one, however large the cohorts are.
+
+    Args:
+        folder:
+            The study's folder of checkpoints; None for a study in memory, which nobody goes on
+            with.
+        worker:
+            The worker's name.
+        every:
+            Seconds; None for none at all.
+
+    Attributes:
+        written: How many were written.
+        seconds: How long that took.
+
+    Example:
+        >>> Checkpoints(None, "me").is_due()
+        False
+    """
+
+    folder: Path | None
+    worker: str
+    every: float | None = EVERY
+    written: int = 0
+    seconds: float = 0.0
+    _last: float = field(default_factory=time.monotonic)
+    _cost: float = 0.0
+    _has_ends: bool = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any are written."""
+        return self.folder is not None and self.every is not None
+
+    def note_end(self) -> None:
+        """A trial has ended: what is written next is written sooner."""
+        self._has_ends = True
+
+    def is_due(self) -> bool:
+        """Whether it is time."""
+        if not self.is_on:
+            return False
+        since = time.monotonic() - self._last
+        wanted = self._has_ends or since >= (self.every or math.inf)
+        return wanted and self._cost <= SHARE * since
+
+    def write(self, lives: Sequence[Live], loop: Mapping[str, Any] | None = None) -> bool:
+        """Write what is in training; whether it is written.
+
+        A disk that is full is no reason to stop training.
+
+        Args:
+            lives:
+                The cohorts, each between two steps.
+            loop:
+                What the study's loop has to know besides, as JSON.
+        """
+        if self.folder is None or self.every is None:
+            return False
+        started, folder = time.monotonic(), folder_of(self.folder, self.worker)
+        tensors, facts = _collected(lives)
+        stem = folder / f"{self.written:06d}"
+        try:
+            save_checked(stem, tensors, {**facts, "loop": dict(loop or {})})
+            for old in _stems(folder)[KEPT:]:
+                _remove(old)
+        except OSError as error:
+            _logger.warning(f"The checkpoint could not be written: {error}")
+            written = False
+        else:
+            written, self.written = True, self.written + 1
+        self._last, self._has_ends = time.monotonic(), False
+        self._cost = self._last - started
+        self.seconds += self._cost
+        return written
+
+    def clear(self) -> None:
+        """Remove them: nothing is in training any more."""
+        if self.folder is not None:
+            forget(self.folder, self.worker)
+
+
+def newest(folder: Path | None, worker: str) -> Checkpoint | None:
+    """The newest whole checkpoint of a worker; a damaged one is left out with a warning.
+
+    Args:
+        folder:
+            The study's folder of checkpoints.
+        worker:
+            Who wrote it.
+    """
+    if folder is None:
+        return None
+    for stem in _stems(folder_of(folder, worker)):
+        try:
+            tensors, facts = load_checked(stem)
+            return Checkpoint(_cohorts(tensors, facts), facts["loop"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _logger.warning(f"A checkpoint cannot be used, the one before it may: {error}")
+    return None
+
+
+def forget(folder: Path, worker: str) -> None:
+    """Remove a worker's checkpoints."""
+    shutil.rmtree(folder_of(folder, worker), ignore_errors=True)
+
+
+def folder_of(folder: Path, worker: str) -> Path:
+    """Where a worker's checkpoints are.
+
+    Example:
+        >>> folder_of(Path("checkpoints"), "../host:12:ab").name
+        '.._host_12_ab'
+    """
+    return folder / re.sub(r"[^\w.-]+", "_", f"{worker}")
+
+
+def _collected(lives: Sequence[Live]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All cohorts' tensors, each with its place in the name, and all that is no tensor."""
+    tensors, cohorts = dict[str, Tensor](), list[dict[str, Any]]()
+    for place, live in enumerate(lives):
+        snapshot, leader = snapshot_of(live.cohort), live.leader
+        tensors |= {f"{place}.{name}": tensor for name, tensor in snapshot.tensors.items()}
+        cohorts.append(
+            {
+                "cohort": snapshot.facts,
+                "running": [trial.facts for trial in live.running.values()],
+                "leader": [leader.number, leader.seed, leader.params],
+                "slots": live.slots,
+                "rounds": live.rounds,
+            }
+        )
+    return tensors, {"version": VERSION, "cohorts": cohorts}
+
+
+def _cohorts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> list[Kept]:
+    if facts["version"] != VERSION:
+        raise ValueError(f"A checkpoint's version must be {VERSION}, but is {facts['version']}.")
+    kept = []
+    for place, others in enumerate(facts["cohorts"]):
+        mark = f"{place}."
+        own = {n.removeprefix(mark): t for n, t in tensors.items() if n.startswith(mark)}
+        kept.append(Kept(Snapshot(own, others["cohort"]), others))
+    return kept
+
+
+def _stems(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    found = {path.with_suffix("") for path in folder.glob("*[0-9].*") if path.suffix in SUFFIXES}
+    return sorted(found, reverse=True)
+
+
+def _remove(stem: Path) -> None:
+    for suffix in (FACTS, TENSORS):  # without the facts the tensors are nothing
+        stem.with_suffix(suffix).unlink(missing_ok=True)
+
+
+SUFFIXES = (FACTS, TENSORS)

@@ -1,0 +1,221 @@
+"""Where trials were trained: versions, processor, threads. Kept once each, and named by trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+import functools
+import hashlib
+import json
+from pathlib import Path
+import platform
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna import Study
+from optuna import Trial
+from optuna.trial import FrozenTrial
+import torch
+
+from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.training import gpt_native
+from optuna_nnhp.training import native
+from optuna_nnhp.training.machine import full_threads
+from optuna_nnhp.version import __version__
+
+# Of a trial: the key of where it was trained, and the keys of where it had been before another
+# worker went on with it. Of a study, with the key after a colon: what it was like there.
+ENVIRONMENT, EARLIER = "environment", "earlier_environments"
+SEED = "seed"  # of a study; and of a trial that has another one, where the study was continued
+COMPILED, BY_TORCH, BY_COMPILER = "compiled", "torch", "torch.compile"  # engines
+
+Environment = dict[str, str | int]
+
+
+@dataclass
+class Marks:
+    """What every trial of this process carries from its start.
+
+    Args:
+        attributes:
+            User attributes, numbers and texts.
+
+    Example:
+        >>> Marks({"worker": "me"})()
+        {'worker': 'me'}
+    """
+
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> Mapping[str, Any]:
+        """The attributes."""
+        return dict(self.attributes)
+
+
+def environment_of(problem: Problem) -> Environment:
+    """What a problem's numbers depend on here, besides data, parameters and seeds.
+
+    No names of machines or users, and no paths.
+
+    Args:
+        problem:
+            What is tuned.
+
+    Returns:
+        Versions, processor, device, threads and engine.
+    """
+    device = getattr(problem, "device", torch.device("cpu"))
+    is_gpu = device.type == "cuda"
+    return {
+        **_constant(),
+        "device": f"cuda: {torch.cuda.get_device_name(device)}" if is_gpu else str(device),
+        "threads": full_threads(),
+        "engine": _engine(problem, device),
+    }
+
+
+def key_of(environment: Environment) -> str:
+    """A short name of an environment: eight hexadecimal digits.
+
+    Example:
+        >>> key_of({"torch": "2.13.0"}) == key_of({"torch": "2.12.0"})
+        False
+    """
+    text = json.dumps(environment, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def note_environment(study: Study, problem: Problem) -> str:
+    """Have a study know this environment, and the trials that start here name it.
+
+    Workers of a study write an attribute each, if they are in different ones.
+
+    Args:
+        study:
+            The opened study.
+        problem:
+            What is tuned, on the device where this process trains it.
+
+    Returns:
+        The environment's key.
+
+    Example:
+        >>> from optuna_nnhp.templates import DNN
+        >>> study = optuna.create_study()
+        >>> key = note_environment(study, DNN([[1.0], [2.0]] * 5, ["no", "yes"] * 5))
+        >>> study.user_attrs[f"environment:{key}"]["optuna"] == optuna.__version__
+        True
+    """
+    environment = environment_of(problem)
+    key, known = key_of(environment), study.user_attrs
+    if f"{ENVIRONMENT}:{key}" not in known:
+        study.set_user_attr(f"{ENVIRONMENT}:{key}", environment)
+    storage = study._storage
+    if isinstance(storage, DeferredStorage) and isinstance(storage._mark, Marks):
+        marks = storage._mark.attributes
+        marks[ENVIRONMENT] = key
+        marks.pop(SEED, None)
+        if known.get(SEED, problem.seed) != problem.seed:
+            marks[SEED] = problem.seed
+    return key
+
+
+def note_move(trial: Trial, before: FrozenTrial) -> None:
+    """Have a trial name where it was before this worker went on with it.
+
+    Args:
+        trial:
+            The trial, which runs here now.
+        before:
+            The same as the other worker has left it.
+
+    Example:
+        >>> study = optuna.create_study()
+        >>> trial, attributes = study.ask(), {"environment": "1a2b3c4d"}
+        >>> note_move(trial, optuna.trial.create_trial(value=1.0, user_attrs=attributes))
+        >>> trial.user_attrs
+        {'earlier_environments': ['1a2b3c4d']}
+    """
+    known = [before.user_attrs.get(ENVIRONMENT), *before.user_attrs.get(EARLIER, [])]
+    here = trial.user_attrs.get(ENVIRONMENT)
+    if earlier := [key for key in dict.fromkeys(known) if key and key != here]:
+        trial.set_user_attr(EARLIER, earlier)
+
+
+def environments_of(study: Study, trial: FrozenTrial) -> list[Environment]:
+    """Where a trial was trained, the last place first; empty where nobody noted it.
+
+    Args:
+        study:
+            The trial's study.
+        trial:
+            The trial.
+
+    Example:
+        >>> study = optuna.create_study()
+        >>> study.set_user_attr("environment:1a2b3c4d", {"torch": "2.12.0"})
+        >>> attributes = {"environment": "1a2b3c4d"}
+        >>> study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=attributes))
+        >>> environments_of(study, study.best_trial)
+        [{'torch': '2.12.0'}]
+    """
+    known, attributes = study.user_attrs, trial.user_attrs
+    keys = dict.fromkeys([attributes.get(ENVIRONMENT), *attributes.get(EARLIER, [])])
+    found = [known.get(f"{ENVIRONMENT}:{key}") for key in keys]
+    return [environment for environment in found if environment]
+
+
+def differences(then: Environment, now: Environment) -> list[str]:
+    """What differs between two environments, one text each.
+
+    Args:
+        then:
+            Where something was trained.
+        now:
+            Where it is trained again.
+
+    Example:
+        >>> differences({"torch": "2.12.0", "threads": 2}, {"torch": "2.13.0", "threads": 2})
+        ['torch 2.12.0 then, 2.13.0 now']
+    """
+    return [
+        f"{name} {then.get(name, 'unknown')} then, {now.get(name, 'unknown')} now"
+        for name in dict.fromkeys([*now, *then])
+        if then.get(name) != now.get(name)
+    ]
+
+
+@functools.cache
+def _constant() -> Environment:
+    """What does not change within a process."""
+    return {
+        "optuna_nnhp": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "optuna": optuna.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cpu() -> str:
+    """The processor's model, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _engine(problem: Problem, device: torch.device) -> str:
+    """What computes gradients and outputs."""
+    engines = {"dnn": native.library, "gpt": gpt_native.library}
+    library = engines.get(problem.description["template"])
+    if library is not None and device.type == "cpu" and library() is not None:
+        return COMPILED
+    return BY_COMPILER if getattr(problem, "compile", False) else BY_TORCH

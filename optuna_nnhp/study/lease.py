@@ -1,0 +1,236 @@
+"""Who works on a study, and who of them still lives: leases in the storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field
+import functools
+import os
+from pathlib import Path
+import socket
+import threading
+import time
+from typing import Any
+from uuid import uuid4
+
+import optuna
+from optuna.storages import BaseStorage
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+LEASE = "optuna_nnhp:lease:"  # system attributes of a study: this and a worker's name
+BEAT = 15.0  # seconds from one renewal to the next
+LASTS = 60.0  # seconds without a renewal, after which others may take a worker's trials
+LONG = 3600.0  # seconds that no two machines' clocks differ by
+
+
+def new_worker_name() -> str:
+    """A name for one process's work on one study, that nobody else has.
+
+    Example:
+        >>> name = new_worker_name()
+        >>> name.split(":")[1] == str(os.getpid()), name == new_worker_name()
+        (True, False)
+    """
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+
+
+@dataclass
+class Lease:
+    """A worker's sign of life in a study's storage, and its view of the others'.
+
+    A worker whose process is gone on this machine is dead at once. Any other one is dead when its
+    lease has not changed for `LASTS` seconds by this process's clock, whatever the others' clocks
+    say; or when it is more than an hour old.
+
+    Args:
+        storage:
+            The study's storage.
+        study_id:
+            The study.
+        worker:
+            This worker's name, see `new_worker_name`.
+        beat:
+            Seconds from one renewal to the next.
+        lasts:
+            Seconds after which an unchanged lease is over.
+
+    Example:
+        >>> study = optuna.create_study()
+        >>> lease = Lease(study._storage, study._study_id, new_worker_name())
+        >>> with lease:
+        ...     lease.is_dead(lease.worker)
+        False
+        >>> lease.is_dead(lease.worker), lease.is_dead("a plain Optuna process")
+        (True, False)
+    """
+
+    storage: BaseStorage
+    study_id: int
+    worker: str
+    beat: float = BEAT
+    lasts: float = LASTS
+    _beats: int = 0
+    _seen: dict[str, tuple[Any, float]] = field(default_factory=dict)  # of others, and since when
+    _known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _renewing: set[str] = field(default_factory=set)  # others that were seen to live
+
+    def __post_init__(self) -> None:
+        self._over = threading.Event()
+
+    def __enter__(self) -> Lease:
+        _here.add(self.worker)
+        self._over.clear()
+        self._renew()
+        self._thread = threading.Thread(target=self._keep, name="optuna_nnhp-lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        _here.discard(self.worker)
+        self._write({"ended": True})
+
+    def workers(self) -> set[str]:
+        """All that have ever worked on the study."""
+        return set(self._leases())
+
+    def is_dead(self, worker: str) -> bool:
+        """Whether a worker can do nothing any more."""
+        lease = self._leases().get(worker)
+        return _is_gone_without_lease(worker) if lease is None else self._is_dead(worker, lease)
+
+    def is_doubtful(self, worker: str) -> bool:
+        """Whether a worker may be dead, which only waiting would tell.
+
+        So is one of another machine that was not seen to renew its lease when it should have.
+        """
+        lease = self._leases().get(worker)
+        if lease is None or self._is_dead(worker, lease) or lease["machine"] == machine():
+            return False
+        return worker not in self._renewing or _now() - self._seen[worker][1] > 2 * self.beat
+
+    def _is_dead(self, worker: str, lease: dict[str, Any]) -> bool:
+        if lease.get("ended") or time.time() - float(lease["at"]) > LONG:
+            return True
+        if lease["machine"] == machine():
+            return worker not in _here if lease["process"] == process() else _is_gone(lease)
+        known, since = self._seen.get(worker, (None, _now()))
+        if known != lease:
+            if known is not None:
+                self._renewing.add(worker)
+            since = _now()
+            self._seen[worker] = lease, since
+        return _now() - since > self.lasts
+
+    def _leases(self) -> dict[str, dict[str, Any]]:
+        """All leases; those of before while the storage does not answer."""
+        try:
+            attributes = self.storage.get_study_system_attrs(self.study_id)
+        except Exception as error:  # drivers raise types of their own
+            _logger.debug(f"The leases could not be read: {type(error).__name__}")
+        else:
+            names = [name for name in attributes if name.startswith(LEASE)]
+            self._known = {name.removeprefix(LEASE): attributes[name] for name in names}
+        return self._known
+
+    def _keep(self) -> None:
+        while not self._over.wait(self.beat):
+            self._renew()
+
+    def _renew(self) -> None:
+        self._beats += 1
+        identity = {"machine": machine(), "process": process()}
+        self._write({"beat": self._beats, "at": round(time.time(), 3), **identity})
+
+    def _write(self, lease: dict[str, Any]) -> None:
+        """Write the lease. A storage that is away may come back."""
+        try:
+            self.storage.set_study_system_attr(self.study_id, LEASE + self.worker, lease)
+        except Exception as error:  # drivers raise types of their own
+            _logger.debug(f"The lease could not be renewed: {type(error).__name__}")
+
+
+_here: set[str] = set()  # workers of this process that are at work
+
+
+@functools.cache
+def _identity(number: int) -> tuple[str, str]:
+    """This machine since its last start, and this process; by the process's number."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    try:  # two containers may have one name, and two processes one number
+        parts = [boot.read_text().strip(), str(namespace.readlink())]
+    except OSError:  # not Linux
+        parts = []
+    return "/".join([socket.gethostname(), *parts]), f"{number}@{_started(number)}"
+
+
+def machine() -> str:
+    """What two processes have in common if each can see whether the other one lives."""
+    return _identity(os.getpid())[0]
+
+
+def process() -> str:
+    """This process, also if its number is used again: number and start, in clock ticks.
+
+    Example:
+        >>> process().startswith(f"{os.getpid()}@")
+        True
+    """
+    return _identity(os.getpid())[1]
+
+
+def _started(number: int) -> str:
+    """When a process started; an empty text where that is not to be known.
+
+    Raises:
+        ProcessLookupError: If there is no such process.
+    """
+    try:
+        text = Path(f"/proc/{number}/stat").read_text()
+    except FileNotFoundError as error:
+        if Path("/proc/self/stat").exists():
+            raise ProcessLookupError(number) from error
+        return ""
+    except OSError:
+        return ""
+    state, *others = text.rpartition(")")[2].split()  # the name before may hold anything
+    if state in "ZX":  # dead, and its parent has not asked yet
+        raise ProcessLookupError(number)
+    return others[18]
+
+
+def _is_gone(lease: dict[str, Any]) -> bool:
+    """Whether the process of a lease of this machine is no more."""
+    number, _, started = str(lease["process"]).partition("@")
+    try:
+        return _started(int(number)) != started or _does_not_exist(int(number))
+    except ProcessLookupError:
+        return True
+
+
+def _is_gone_without_lease(worker: str) -> bool:
+    """The same of a worker of an older version, which has no lease: by its number alone."""
+    host, _, number = worker.partition(":")
+    if host != socket.gethostname() or not number.isdigit():
+        return False
+    return int(number) == os.getpid() or _does_not_exist(int(number))
+
+
+def _does_not_exist(number: int) -> bool:
+    if os.name == "nt":  # where signal 0 is not a question
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _now() -> float:
+    """A clock that nobody sets, and that goes on while the machine sleeps."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)

@@ -1,0 +1,78 @@
+"""The best trials of a study, and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+
+import optuna
+
+from optuna_nnhp.training.checkpoint import BestWeights
+from optuna_nnhp.training.cohort import Cohort
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+Places = Sequence[tuple[float, int]]
+
+
+@dataclass
+class Podium:
+    """Knows the best COMPLETE trials, and keeps the weights of those that were trained here.
+
+    Args:
+        maximize:
+            Whether a greater value is better.
+        weights:
+            Where they go.
+        size:
+            How many.
+
+    Attributes:
+        places: Values, the smaller the better, and numbers.
+        best: The best value.
+
+    Example:
+        >>> podium = Podium(True, BestWeights(None))
+        >>> podium.enters(0.5, 3), podium.enters(0.5, 4), podium.enters(0.7, 5), podium.best
+        (True, False, True, 0.7)
+    """
+
+    maximize: bool
+    weights: BestWeights
+    size: int = 1
+    places: Places = field(default_factory=list)
+    best: float | None = None
+
+    def enters(self, value: float, number: int) -> bool:
+        """Note a trial; whether it is one of the best. Of equal ones the first is."""
+        entry = (-value if self.maximize else value, number)
+        self.places = sorted({*self.places, entry})[: self.size]
+        if entry == self.places[0]:
+            self.best = value
+        return entry in self.places
+
+    def is_better(self, value: Any, than: Any) -> bool:
+        """Whether a value beats another one; None is beaten by all."""
+        if value is None or than is None:
+            return value is not None
+        return bool(value > than if self.maximize else value < than)
+
+    def keep_weights(self, cohort: Cohort, place: int) -> None:
+        """Keep a member's best weights."""
+        number = cohort.members[place].number
+        try:
+            self.weights.put(number, cohort.best_network(place))
+        except OSError as error:  # a full disk: the result can train it again
+            _logger.warning(f"The weights of trial {number} could not be kept: {error}")
+
+    def drop_others(self, before: Places) -> None:
+        """Forget the weights of those that are not among the best any more.
+
+        Args:
+            before:
+                The places before the trials that Optuna has been told of since.
+        """
+        if self.places != before:
+            self.weights.drop_others([number for _, number in self.places])

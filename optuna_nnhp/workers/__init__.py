@@ -1,0 +1,1 @@
+"""Several workers of one study, on this machine or on many."""

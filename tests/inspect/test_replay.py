@@ -1,0 +1,528 @@
+"""best_params gives best_value: every trial again, from its weights and from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+import torch
+from torch import nn
+
+import optuna_nnhp
+from optuna_nnhp import Objective
+from optuna_nnhp import Result
+from optuna_nnhp import optimize
+from optuna_nnhp import replay
+from optuna_nnhp.inspect import sample
+from optuna_nnhp.inspect.replay import EXAMPLES
+from optuna_nnhp.inspect.replay import TOLERANCE
+from optuna_nnhp.inspect.replay import Replay
+from optuna_nnhp.inspect.result import Result as ResultOf
+from optuna_nnhp.study import environment
+from optuna_nnhp.templates import DNN
+from optuna_nnhp.templates.recipe import Recipe
+from optuna_nnhp.training.checkpoint import BestWeights
+from tests.templates.test_gpt import SMALL
+from tests.templates.test_gpt import TEXT
+from tests.templates.test_own import TokenModel
+from tests.templates.test_own import convolutional
+from tests.templates.test_own import images
+from tests.templates.test_own import recurrent
+from tests.templates.test_own import token_model
+from tests.templates.test_own import tokens
+from tests.tiny import DIFFERENT_LENGTHS
+from tests.tiny import DIVERGING
+from tests.tiny import SHAPE
+from tests.tiny import TINY
+from tests.tiny import classes
+from tests.tiny import numbers
+from tests.tiny import trials
+from tests.tiny import tune
+
+POPULATION: dict[str, Any] = {
+    "method": "population",
+    "method_options": {"size": 4, "generations": 4},
+    "n_trials": 12,
+}
+GRADIENT: dict[str, Any] = {
+    "method": "gradient",
+    "method_options": {"starts": 2},
+    "n_trials": 4,
+}
+TEXTS: dict[str, Any] = {"template": "gpt", "X": TEXT, "fixed": SMALL | {"iterations": 18}}
+UNITS = {"units": CategoricalDistribution((4,))}
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "TOKENS", 3)  # of a study's best language model
+
+
+def table(data: Callable[[], Any], **options: Any) -> dict[str, Any]:
+    X, y = data()
+    return {"X": X, "y": y, "n_trials": 6, "cohort_size": 3, **options}
+
+
+# One study of each kind: what `optimize` is called with.
+STUDIES: dict[str, dict[str, Any]] = {
+    "classes": table(classes, fixed=TINY, metric="log_loss"),
+    "numbers": table(numbers, fixed={"epochs": 4}, method="random"),
+    "one after the other": table(numbers, **DIFFERENT_LENGTHS),
+    "pruned": table(numbers, fixed=SHAPE | {"epochs": 9}, n_trials=12, cohort_size=12),
+    "diverged": table(numbers, fixed=DIVERGING, n_trials=2),
+    "early stopping": table(numbers, fixed=SHAPE | {"epochs": 40, "patience": 1}),
+    "rounds": table(lambda: numbers(30_000), fixed=TINY | {"batch_size": 256, "epochs": 2}),
+    "steps": table(classes, fixed=SHAPE | {"iterations": 7}),
+    "population": table(classes, fixed=SHAPE | {"epochs": 8}, cohort_size=None) | POPULATION,
+    "gradient": table(numbers, fixed=SHAPE | {"epochs": 8}, cohort_size=None) | GRADIENT,
+    "text": {**TEXTS, "n_trials": 4, "cohort_size": 2},
+    "text, pruned": {**TEXTS, "n_trials": 5, "method": "random"},
+    "text, population": {**TEXTS, **POPULATION, "n_trials": 4, "method_options": {"size": 2}},
+    "convolutions": table(
+        images, network=convolutional, space={"channels": CategoricalDistribution((4,))}
+    )
+    | {"fixed": {"epochs": 3}, "metric": "log_loss", "cohort_size": 1},
+    "alone": table(tokens, network=recurrent, space={"rate": FloatDistribution(0.0, 0.5)})
+    | {"fixed": {"epochs": 2}},
+    "tied": table(tokens, network=token_model, space=UNITS, fixed={"epochs": 3}, cohort_size=1),
+}
+LOCKSTEP = ("population", "gradient", "text, population")
+
+
+def study_of(name: str, **more: Any) -> Result:
+    options = {"storage": None, "device": "cpu", **STUDIES[name], **more}
+    if name in LOCKSTEP:
+        options.pop("cohort_size", None)
+    return optimize(options.pop("template", "dnn"), options.pop("X"), **options)
+
+
+def again(name: str, study: Any, number: int, **more: Any) -> Replay:
+    """A trial again, by its study alone."""
+    call = STUDIES[name]
+    data = call["X"] if call.get("template") == "gpt" else (call["X"], call["y"])
+    return replay(study, number, data, network=call.get("network"), **more)
+
+
+def causes(name: str) -> set[str]:
+    return {trial.user_attrs["cause"] for trial in trials(study_of(name))}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_trial_gives_its_value_again(name: str) -> None:
+    result = study_of(name)
+    for trial in trials(result):
+        found = again(name, result.study, trial.number)
+        assert found.differences == []
+        assert found.is_reproduced, str(found)
+        assert found.is_exact, str(found)
+        assert found.first_difference is None, str(found)
+        assert found.steps == len(trial.intermediate_values)
+        if trial.state == TrialState.COMPLETE:
+            assert found.retrained_value == found.best_value == trial.value
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "diverged"])
+def test_the_stored_weights_have_the_best_value_exactly(name: str) -> None:
+    result = study_of(name)
+    found = result.replay()
+    assert found.number == result.best_trial.number
+    assert found.stored_value == found.best_value == result.best_value
+    assert found.is_exact and found.is_reproduced
+
+
+def test_the_kinds_of_end_are_among_them() -> None:
+    assert causes("diverged") == {"diverged"}
+    assert "early stopping" in causes("early stopping")
+    assert "pruned" in causes("pruned")
+    assert "pruned" in causes("text, pruned")
+
+
+def test_a_trial_that_ran_out_of_time() -> None:
+    X, y = numbers()
+    result = tune(
+        X, y, n_trials=None, timeout=0.8, fixed=TINY | {"epochs": 10_000, "patience": 1_000_000}
+    )
+    (number, *_) = [t.number for t in trials(result) if t.user_attrs["cause"] == "timeout"]
+    found = replay(result.study, number, (X, y))
+    assert found.steps > 0
+    assert found.first_difference is None and found.is_exact
+
+
+def test_a_trial_without_a_value() -> None:
+    X, y = numbers()
+    result = tune(X, y, n_trials=1, fixed=DIVERGING | {"hidden_layers": 8})
+    (trial,) = trials(result)
+    assert trial.user_attrs["cause"] == "diverged" and not trial.intermediate_values
+    found = replay(result.study, 0, (X, y))
+    assert found.best_value is None
+    assert not np.isfinite(found.retrained_value)
+    assert found.is_reproduced and found.is_exact
+    assert "Trial 0 has no value.\n" in str(found)
+    assert "Trained again: no value again" in str(found)
+
+
+# --- Where a study is kept ---
+
+
+def kept(path: Path) -> list[Any]:
+    """The ways to name a journal file's study that is called "s"."""
+    backend = optuna.storages.journal.JournalFileBackend(str(path))
+    storage = optuna.storages.JournalStorage(backend)
+    return [
+        (path, "s"),
+        (str(path), "s"),
+        (storage, "s"),
+        optuna.load_study(study_name="s", storage=storage),
+    ]
+
+
+def test_a_study_of_a_file_and_its_weights(tmp_path: Path) -> None:
+    path = tmp_path / "a.journal"
+    result = tune(storage=path, study_name="s")
+    for study in kept(path):
+        found = replay(study, result.best_trial.number, classes())
+        assert found.stored_value == result.best_value
+        assert found.is_exact
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_study_of_a_database_and_its_weights(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    result = tune(storage=url, study_name="s")
+    found = replay((url, "s"), result.best_trial.number, classes())
+    assert found.stored_value == result.best_value and found.is_exact
+
+
+def test_a_storage_of_the_user_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the weights of such a storage are
+    (tmp_path / "deep").mkdir()
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "deep" / "a.journal"))
+    )
+    result = tune(storage=storage, study_name="s")
+    for study in (*kept(tmp_path / "deep" / "a.journal"), result.study):
+        assert replay(study, result.best_trial.number, classes()).stored_value is not None
+
+
+@pytest.mark.parametrize("method", [{}, POPULATION, GRADIENT])
+def test_a_study_that_was_continued(method: dict[str, Any], tmp_path: Path) -> None:
+    path, X, y = tmp_path / "a.journal", *numbers()
+    options: dict[str, Any] = {"storage": path, "study_name": "s", "fixed": SHAPE | {"epochs": 8}}
+    more = {name: value for name, value in method.items() if name != "n_trials"}
+    optimize("dnn", X, y, n_trials=4, **options, **more)
+    result = optimize("dnn", X, y, n_trials=8, **options, **more)
+    for trial in trials(result):
+        found = replay((path, "s"), trial.number, (X, y))
+        assert found.is_exact and found.first_difference is None
+    assert result.replay().stored_value == result.best_value
+
+
+def test_a_study_that_was_continued_with_another_seed(tmp_path: Path) -> None:
+    (X, y), validation = numbers(), numbers(30, seed=1)
+    options: dict[str, Any] = {"storage": tmp_path / "a.journal", "validation": validation}
+    tune(X, y, n_trials=2, **options)
+    result = tune(X, y, n_trials=4, seed=7, method="random", **options)
+    assert [trial.user_attrs.get("seed") for trial in trials(result)] == [None, None, 7, 7]
+    for trial in trials(result):
+        found = replay(result.study, trial.number, (X, y), validation=validation)
+        assert found.is_exact and found.first_difference is None
+        assert result.replay(trial.number).is_exact
+
+
+def test_paths_that_the_study_remembers(tmp_path: Path) -> None:
+    X, y = numbers()
+    pd.DataFrame({"a": X[:, 0], "b": X[:, 1], "y": y}).to_csv(tmp_path / "t.csv", index=False)
+    (tmp_path / "t.txt").write_text(TEXT)
+    result = optimize("dnn", tmp_path / "t.csv", target="y", fixed=TINY, n_trials=1, storage=None)
+    assert replay(result.study, 0).is_exact
+    assert replay(result.study, 0, tmp_path / "t.csv").is_exact
+    fixed = TEXTS["fixed"]
+    texts = optimize("gpt", str(tmp_path / "t.txt"), fixed=fixed, n_trials=1, storage=None)
+    assert replay(texts.study, 0).is_exact
+    (tmp_path / "t.txt").write_text(TEXT[:-9])
+    with pytest.raises(ValueError, match="The data must be the study's, with the fingerprint"):
+        replay(texts.study, 0)
+
+
+def test_a_metric_of_one_s_own() -> None:
+    X, y = classes()
+
+    def own(truth: Any, predicted: Any) -> float:
+        return float(np.mean(truth == predicted))
+
+    result = tune(X, y, metric=own)
+    assert replay(result.study, 0, (X, y), metric=own).is_exact
+    with pytest.raises(ValueError, match="`metric` must be given"):
+        replay(result.study, 0, (X, y))
+
+
+def test_an_objective_s_study() -> None:
+    objective = Objective("dnn", *numbers(), fixed=TINY, device="cpu")
+    study = optuna.create_study(direction=objective.direction)
+    study.optimize(objective, n_trials=3)
+    for number in range(3):
+        found = objective.result(study).replay(number)
+        assert found.is_exact and found.first_difference is None and found.differences == []
+    assert objective.result(study).replay().stored_value == study.best_value
+
+
+# --- What is refused ---
+
+
+def other(name: str) -> Any:
+    X, y = classes()
+    return {
+        "value": (np.where(X[3, 1] == X, 0.0, X), y),
+        "label": (X, np.where(np.arange(len(y)) == 3, "up", y)),
+        "row": (X[:-1], y[:-1]),
+        "order": (X[::-1], y[::-1]),
+        "column": (X[:, [1, 0, 2]], y),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["value", "label", "row", "order", "column"])
+def test_other_data(name: str) -> None:
+    result = tune(n_trials=1)
+    with pytest.raises(ValueError, match="The data must be the study's, with the fingerprint"):
+        replay(result.study, 0, other(name))
+
+
+def test_other_networks() -> None:
+    result = study_of("tied")
+
+    def deeper(params: Mapping[str, Any]) -> nn.Module:
+        return TokenModel(int(params["units"]))
+
+    data = STUDIES["tied"]["X"], STUDIES["tied"]["y"]
+    with pytest.raises(ValueError, match="`network` must be given: the study's networks were"):
+        replay(result.study, 0, data)
+    # Nobody knows whether it is the same function; its values tell.
+    assert replay(result.study, 0, data, network=deeper).is_exact
+    found = replay(result.study, 0, data, network=lambda p: nn.Sequential(TokenModel(p["units"])))
+    assert found.is_exact  # the same, wrapped
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "`X` must be given: the study's, ndarray of 80 x 3, is not kept with it"),
+        (classes()[0], r"`data` must be \(X, y\), or the path of a CSV file, but got ndarray"),
+        ([*classes()], r"`data` must be \(X, y\), or the path of a CSV file, but got list"),
+    ],
+)
+def test_data_that_are_none(data: Any, message: str) -> None:
+    result = tune(n_trials=1)
+    with pytest.raises(ValueError, match=message):
+        replay(result.study, 0, data)
+
+
+@pytest.mark.parametrize("number", [3, -1, True, "0", 1.5, None])
+def test_no_such_trial(number: Any) -> None:
+    result = tune(n_trials=3)
+    with pytest.raises(ValueError, match="A trial must be one of the study's 3, numbered from 0"):
+        replay(result.study, number, classes())
+    if number is not None:  # which is the best one there
+        with pytest.raises(ValueError, match="A trial must be one of the study's 3"):
+            result.replay(number)
+
+
+def add(study: optuna.Study, **options: Any) -> int:
+    """A trial of somebody else."""
+    study.add_trial(optuna.trial.create_trial(**options))
+    return len(study.get_trials(deepcopy=False)) - 1
+
+
+def test_trials_that_were_not_trained() -> None:
+    study = tune(n_trials=1).study
+    running = study.ask().number
+    study.enqueue_trial({})
+    failed = add(study, state=TrialState.FAIL, user_attrs={"cause": "error", "error": "no room"})
+    for number, message in (
+        (running, "A trial must have finished to be trained again, but trial 1 is RUNNING"),
+        (2, "A trial must have finished to be trained again, but trial 2 is WAITING"),
+        (failed, "must have been trained to be trained again, but trial 3 was not: FAIL, no room"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            replay(study, number, classes())
+        assert "\n" not in str(error.value)
+
+
+def test_a_study_of_others() -> None:
+    study = optuna.create_study()
+    number = add(study, value=1.0, intermediate_values={1: 1.0})
+    with pytest.raises(ValueError, match="The study must be one that `optimize` began"):
+        replay(study, number, classes())
+
+
+def test_no_such_study(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"storage must exist, .*: .*none\.journal"):
+        replay((tmp_path / "none.journal", "s"), 0)
+    assert not list(tmp_path.iterdir())
+    tune(storage=tmp_path / "a.journal", study_name="first", n_trials=1)
+    with pytest.raises(ValueError, match="'frst' is not a study of this storage; did you mean"):
+        replay((tmp_path / "a.journal", "frst"), 0)
+
+
+# --- Weights that are not as they were ---
+
+
+def weights_of(result: Result, folder: Path) -> Path:
+    (path,) = folder.rglob("trial-*.safetensors")
+    assert path.stem == f"trial-{result.best_trial.number}"
+    return path
+
+
+def test_weights_that_are_gone(tmp_path: Path) -> None:
+    result = tune(storage=tmp_path / "a.journal")
+    weights_of(result, tmp_path).unlink()
+    found = replay(result.study, result.best_trial.number, classes())
+    assert found.stored_value is None
+    assert found.is_exact and found.is_reproduced
+    assert "Stored weights: none." in str(found)
+    with pytest.raises(FileNotFoundError, match="`weights` must be a folder, but there is none"):
+        replay(result.study, 0, classes(), weights=tmp_path / "nothing")
+
+
+def test_weights_that_were_moved(tmp_path: Path) -> None:
+    result = tune(storage=tmp_path / "a.journal")
+    folder = weights_of(result, tmp_path).parent.rename(tmp_path / "elsewhere")
+    number = result.best_trial.number
+    assert replay(result.study, number, classes()).stored_value is None
+    assert replay(result.study, number, classes(), weights=folder).stored_value is not None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_weights_that_are_damaged(share: float, tmp_path: Path) -> None:
+    result = tune(storage=tmp_path / "a.journal")
+    path = weights_of(result, tmp_path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    number = result.best_trial.number
+    for call in (
+        lambda: replay(result.study, number, classes()),
+        lambda: ResultOf(result.study, result._problem, BestWeights(path.parent)).replay(),
+    ):
+        with pytest.raises(ValueError, match=rf"trial-{number}\.safetensors must") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_network(tmp_path: Path) -> None:
+    result = tune(storage=tmp_path / "a.journal")
+    path = weights_of(result, tmp_path)
+    save_file({"0.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match=rf"{path.name} must hold this network's weights"):
+        replay(result.study, result.best_trial.number, classes())
+
+
+def test_weights_that_were_changed(tmp_path: Path) -> None:
+    result = tune(*numbers(), storage=tmp_path / "a.journal")
+    path = weights_of(result, tmp_path)
+    changed = load_file(path)
+    changed["0.weight"][0] += 0.1
+    BestWeights(path.parent)
+    save_file(changed, path)
+    found = result.replay()
+    assert found.stored_value != found.best_value
+    assert not found.is_exact and found.is_reproduced
+    assert "NOT exactly" in str(found)
+
+
+# --- Other places, other values ---
+
+
+def test_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {**environment._constant(), "torch": "1.0.0", "cpu": "Abacus 9"}
+    with monkeypatch.context() as patch:
+        patch.setattr(environment, "_constant", lambda: there)
+        result = tune()
+    found = replay(result.study, 0, classes())
+    here = environment._constant()
+    assert found.differences == [
+        f"torch 1.0.0 then, {here['torch']} now",
+        f"cpu Abacus 9 then, {here['cpu']} now",
+    ]
+    assert found.is_reproduced
+    assert f"torch 1.0.0 then, {here['torch']} now; cpu Abacus 9" in str(found)
+    assert str(found).endswith("Values may differ.")
+
+
+def test_an_environment_that_nobody_noted() -> None:
+    result = tune(n_trials=1)
+    study = optuna.create_study(direction="maximize")
+    for name, value in result.study.user_attrs.items():
+        study.set_user_attr(name, value)
+    (trial,) = trials(result)
+    trial.user_attrs = {n: v for n, v in trial.user_attrs.items() if n != "environment"}
+    study.add_trial(trial)
+    found = replay(study, 0, classes())
+    assert found.differences == ["where it was trained is not known"]
+    assert found.is_reproduced
+
+
+def test_a_value_that_does_not_come_again() -> None:
+    X, y = numbers()
+    result = tune(X, y)
+    result._problem = DNN(X, y, fixed=TINY | {"batch_size": 16}, device="cpu")
+    found = result.replay()
+    assert not found.is_reproduced
+    assert found.first_difference is not None
+    step, recorded, retrained = found.first_difference
+    assert step == 1 and recorded == result.best_trial.intermediate_values[1] != retrained
+    assert "NOT within" in str(found)
+    assert f"the curve differs from step 1 on, where {recorded:.7g} is" in str(found)
+
+
+def test_how_far_a_value_may_be_away() -> None:
+    result = tune(*numbers())
+    found = result.replay()
+    assert found.tolerance == TOLERANCE * result.best_value
+    assert tune(n_trials=1).replay().tolerance == EXAMPLES / 16  # rows of the validation part
+    losses = tune(n_trials=1, metric="log_loss")
+    assert losses.replay().tolerance == TOLERANCE * losses.best_value
+
+
+def test_the_report(tmp_path: Path) -> None:
+    lines = str(tune().replay()).splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        *("Stored weights", "Trained again", "Where it was trained")
+    ]
+    assert len(lines) == 4
+
+
+def test_a_replay_cannot_be_changed() -> None:
+    found = tune(n_trials=1).replay()
+    with pytest.raises(AttributeError):
+        found.best_value = 2.0  # type: ignore[misc]
+    assert isinstance(found, optuna_nnhp.inspect.replay.Replay)
+
+
+def test_threads_are_those_of_then_and_stay_as_they_were() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = tune(n_trials=1)
+    finally:
+        torch.set_num_threads(before)
+    assert result.replay().differences == []
+    assert torch.get_num_threads() == before
+
+
+def test_a_recipe_is_all_it_takes() -> None:
+    X, y = classes()
+    result = tune(X, y)
+    problem = Recipe.of(result.study, X, y, device="cpu").problem()
+    fresh = ResultOf(result.study, problem, BestWeights(None))
+    assert fresh.replay().stored_value is None
+    assert fresh.score(X, y) == result.score(X, y)  # trained again for it
+    assert fresh.replay().stored_value == result.best_value

@@ -1,0 +1,149 @@
+"""Where trials are trained is noted once, and nothing of it is anybody's secret."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+import pickle
+
+import optuna
+from optuna.storages import InMemoryStorage
+import pytest
+import torch
+
+from optuna_nnhp.study import environment
+from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.environment import ENVIRONMENT
+from optuna_nnhp.study.environment import Marks
+from optuna_nnhp.study.environment import differences
+from optuna_nnhp.study.environment import environment_of
+from optuna_nnhp.study.environment import environments_of
+from optuna_nnhp.study.environment import key_of
+from optuna_nnhp.study.environment import note_environment
+from optuna_nnhp.study.environment import note_move
+from optuna_nnhp.study.storage import open_study
+from optuna_nnhp.templates import DNN
+from optuna_nnhp.templates import GPT
+from optuna_nnhp.training import native
+from tests.templates.test_own import problem as own_problem
+from tests.tiny import TINY
+from tests.tiny import classes
+from tests.tiny import trials
+from tests.tiny import tune
+
+NAMES = {
+    *("optuna_nnhp", "torch", "numpy", "optuna", "python"),
+    *("system", "cpu", "instructions", "device", "threads", "engine"),
+}
+
+
+def problem() -> DNN:
+    X, y = classes()
+    return DNN(X, y, fixed=TINY, device="cpu")
+
+
+def noted(study: optuna.Study) -> dict[str, object]:
+    """All environments that a study knows, by key."""
+    start = f"{ENVIRONMENT}:"
+    return {
+        name.removeprefix(start): value
+        for name, value in study.user_attrs.items()
+        if name.startswith(start)
+    }
+
+
+def test_what_is_noted_and_nothing_else() -> None:
+    found = environment_of(problem())
+    assert found.keys() == NAMES  # no host, no user, no path
+    assert found["device"] == "cpu"
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu"] and found["instructions"]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_which_engine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.library() is not None:
+        assert environment_of(problem())["engine"] == "compiled"
+        assert environment_of(GPT("to be or not " * 99, device="cpu"))["engine"] == "compiled"
+    assert environment_of(own_problem())["engine"] == "torch"
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert environment_of(problem())["engine"] == "torch"
+    compiling = own_problem()
+    compiling.compile = True
+    assert environment_of(compiling)["engine"] == "torch.compile"
+
+
+def test_every_trial_names_its_environment(tmp_path: Path) -> None:
+    result = tune(n_trials=4, storage=tmp_path / "a.journal")
+    tune(n_trials=5, storage=tmp_path / "a.journal")
+    (key,) = noted(result.study)
+    assert key == key_of(environment_of(problem()))
+    assert [trial.user_attrs[ENVIRONMENT] for trial in trials(result)] == [key] * 5
+    assert environments_of(result.study, trials(result)[4]) == [environment_of(problem())]
+
+
+def test_workers_in_different_environments(tmp_path: Path) -> None:
+    path, before = tmp_path / "a.journal", torch.get_num_threads()
+    try:
+        for threads, count in ((1, 2), (2, 4)):
+            torch.set_num_threads(threads)
+            result = tune(n_trials=count, storage=path)
+    finally:
+        torch.set_num_threads(before)
+    assert len(noted(result.study)) == 2
+    found = [environments_of(result.study, trial) for trial in trials(result)]
+    assert [place["threads"] for (place,) in found] == [1, 1, 2, 2]
+
+
+def test_it_is_looked_up_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment_of(problem())
+    monkeypatch.setattr(environment, "_cpu", lambda: 1 / 0)
+    environment_of(problem())
+
+
+def test_a_trial_that_moved_names_both_places() -> None:
+    study = optuna.create_study()
+    for key in ("a", "b", "c"):
+        study.set_user_attr(f"{ENVIRONMENT}:{key}", {"torch": key})
+    trial = study.ask()
+    for before, now in (("a", "b"), ("b", "b"), ("b", "c")):
+        trial.set_user_attr(ENVIRONMENT, before)
+        left = study.get_trials()[0]
+        trial.set_user_attr(ENVIRONMENT, now)  # by the storage, with the takeover
+        note_move(trial, left)
+    study.tell(trial, 1.0)
+    found = [place["torch"] for place in environments_of(study, study.best_trial)]
+    assert found == ["c", "b", "a"]
+
+
+def test_trials_of_others_are_of_nowhere() -> None:
+    study = optuna.create_study()
+    study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={ENVIRONMENT: "gone"}))
+    assert environments_of(study, study.best_trial) == []
+
+
+def test_the_seed_of_a_trial_if_it_is_another_one() -> None:
+    storage = DeferredStorage(InMemoryStorage(), mark=Marks({"worker": "me"}))
+    sampler, pruner = optuna.samplers.RandomSampler(), optuna.pruners.NopPruner()
+    study = open_study(problem(), storage, "s", sampler, pruner)
+    key = note_environment(study, problem())
+    assert storage._mark() == {"worker": "me", ENVIRONMENT: key}
+    note_environment(study, problem().reseeded(3))
+    assert storage._mark() == {"worker": "me", ENVIRONMENT: key, "seed": 3}
+    note_environment(study, problem())
+    assert study.ask().user_attrs == {"worker": "me", ENVIRONMENT: key}
+
+
+def test_a_storage_with_marks_can_be_pickled() -> None:
+    storage = DeferredStorage(InMemoryStorage(), mark=Marks({"worker": "me"}))
+    assert pickle.loads(pickle.dumps(storage))._mark() == {"worker": "me"}
+
+
+def test_what_differs() -> None:
+    then: dict[str, str | int] = {"torch": "1", "threads": 2, "old": "x"}
+    now: dict[str, str | int] = {"torch": "2", "threads": 2, "new": "y"}
+    assert differences(then, now) == [
+        *("torch 1 then, 2 now", "new unknown then, y now", "old x then, unknown now")
+    ]
+    assert differences(now, now) == []

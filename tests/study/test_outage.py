@@ -1,0 +1,91 @@
+"""Storages that go away while a study runs: training goes on, and nothing is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import sqlite3
+import threading
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+import pytest
+
+from optuna_nnhp import Result
+from optuna_nnhp.study import scheduler
+from optuna_nnhp.study.reach import Unreachable
+from tests.tiny import DIFFERENT_LENGTHS
+from tests.tiny import causes
+from tests.tiny import courses
+from tests.tiny import numbers
+from tests.tiny import states
+from tests.tiny import trials
+from tests.tiny import tune
+
+X, Y = numbers()
+# A lock that is held is noticed at once, not after five seconds.
+STORAGE = "sqlite:///s.db?timeout=0.05"
+
+
+class Away:
+    """A callback that locks the database when the first trial has ended."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self.is_used = seconds, False
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        if self.is_used:
+            return
+        self.is_used = True
+        self.connection = sqlite3.connect("s.db", isolation_level=None, check_same_thread=False)
+        self.connection.execute("BEGIN EXCLUSIVE")
+        if self.seconds is not None:
+            threading.Timer(self.seconds, self.back).start()
+
+    def back(self) -> None:
+        """Let go of it."""
+        self.connection.rollback()
+        self.connection.close()
+
+
+def run(**wishes: Any) -> Result:
+    wishes = {"storage": STORAGE, "n_trials": 8, "cohort_size": 4, **wishes}
+    return tune(X, Y, **DIFFERENT_LENGTHS, **wishes)
+
+
+def test_training_goes_on_without_the_storage(folder: Path, log: pytest.LogCaptureFixture) -> None:
+    wanted = run(storage=None)
+    result = run(callbacks=[Away(1.5)])
+    assert states(result) == [TrialState.COMPLETE] * 8
+    assert courses(result)[:4] == courses(wanted)[:4]  # who trained while it was away
+    assert "database is locked" in log.text
+    assert not list(folder.rglob("unsent-*"))
+
+
+def test_what_a_storage_has_not_got_waits_for_the_next_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, away = run(storage=None), Away(None)
+    monkeypatch.setattr(scheduler, "GIVE_UP", 0.5)
+    with pytest.raises(Unreachable, match="the same call writes it, and goes on") as error:
+        run(callbacks=[away])
+    (kept,) = folder.rglob("unsent-*.json")
+    assert kept.name in str(error.value)
+    away.back()
+    result = run()
+    assert states(result) == [TrialState.COMPLETE] * 8
+    assert courses(result)[:4] == courses(wanted)[:4]
+    assert causes(result) == ["finished"] * 8
+    assert not list(folder.rglob("unsent-*"))
+
+
+def test_a_damaged_file_is_named_and_stays(folder: Path, log: pytest.LogCaptureFixture) -> None:
+    result = run(n_trials=2)
+    (models,) = folder.glob("*.models/*")
+    damaged = models / "unsent-somebody.json"
+    damaged.write_text('{"content": ')
+    assert len(trials(run(n_trials=4))) == 4
+    assert "unsent-somebody.json must be a whole file" in log.text
+    assert damaged.exists()
+    assert len(trials(result)) == 4

@@ -1,0 +1,272 @@
+"""Killed studies: the same call again goes on with the same trials where they stood."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_nnhp.study.checkpoints import Checkpoints
+from optuna_nnhp.study.checkpoints import folder_of
+from optuna_nnhp.study.checkpoints import newest
+from optuna_nnhp.study.recovery import RELEASED
+from tests.tiny import ENVIRONMENT
+
+KINDS = ("dnn", "own", "gpt", "population", "gradient")
+# What another process runs: `tune` with the given options, killed by itself at some moment.
+SCRIPT = """
+import json, os, signal, sys
+import numpy as np
+import optuna
+from torch import nn
+from optuna_nnhp import optimize
+from optuna_nnhp.study import checkpoints, recovery
+from optuna_nnhp.training.cohort import Cohort
+from tests.tiny import SHAPE, TINY, numbers
+
+checkpoints.SHARE = 1e9  # as many as there can be
+
+kind, how, wanted, options = json.loads(sys.argv[1])
+seen = 0
+
+
+def note() -> None:
+    global seen
+    seen += 1
+    if seen == wanted:
+        os.kill(os.getpid(), getattr(signal, how))
+
+
+def after_each_call(kind, name):
+    original = getattr(kind, name)
+
+    def method(self, *args):
+        found = original(self, *args)
+        note()
+        return found
+
+    setattr(kind, name, method)
+
+
+X, y = numbers(200)
+long = {"epochs": 12, "patience": 10**6}
+usual = {"checkpoint_every": 0.001, "pruner": optuna.pruners.NopPruner(), "device": "cpu"}
+if kind == "gpt":  # in the middle of a round too
+    after_each_call(Cohort, "_backward")
+    text = "".join(f"{n} and {n + 1} make {2 * n + 1}. " for n in range(300))
+    fixed = {"width": 16, "layers": 1, "context": 16, "batch_tokens": 64, "iterations": 54}
+    X, y, usual["template"], usual["fixed"] = text, None, "gpt", fixed
+elif kind == "own":
+    after_each_call(Cohort, "_backward")
+    usual["network"] = lambda params: nn.Sequential(
+        nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(params["dropout"]), nn.Linear(8, 1)
+    )
+    usual |= {"fixed": long | {"batch_size": 64}, "cohort_size": 3}
+elif kind in ("dnn", "poison"):
+    if kind == "poison":
+        recovery.SUSPECT, recovery.POISONOUS = 1, 2
+    after_each_call(Cohort, "train_round")
+    usual |= {"fixed": SHAPE | long, "cohort_size": 6}
+else:
+    after_each_call(Cohort, "train_round")
+    del usual["pruner"]
+    usual |= {"fixed": SHAPE | long | {"optimizer": "adam", "activation": "relu"}}
+    usual |= {"method": kind}
+    if kind == "population":
+        usual |= {"method_options": {"size": 4, "generations": 3}}
+result = optimize(X=X, y=y, **{"n_trials": 4, **usual, **options})
+print("done", result.best_value, flush=True)
+"""
+TRIALS = {"dnn": 6, "own": 3, "gpt": 1, "population": 4, "gradient": 3, "poison": 2}
+
+
+def run(kind: str, storage: str, how: str = "SIGKILL", at: int = 0, **options: Any) -> Any:
+    options = {"storage": storage, "n_trials": TRIALS[kind], **options}
+    arguments = json.dumps([kind, how, at, options])
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@functools.cache
+def whole(kind: str) -> list[Any]:
+    """What a study comes to that nobody kills."""
+    before, folder = Path.cwd(), tempfile.mkdtemp()
+    os.chdir(folder)
+    try:
+        assert run(kind, "whole.journal").returncode == 0
+        return courses_of("whole.journal")
+    finally:
+        os.chdir(before)
+        shutil.rmtree(folder)
+
+
+def study_of(storage: str) -> optuna.Study:
+    backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+    return optuna.load_study(study_name=None, storage=backend)
+
+
+def courses_of(storage: str) -> list[Any]:
+    """All that a study has found out about its trials, whenever it was."""
+    return [
+        (
+            t.number,
+            t.state,
+            t.values,
+            t.params,
+            t.intermediate_values,
+            *(t.user_attrs.get(n) for n in ("cause", "train_loss", "best_epoch", "course")),
+        )
+        for t in study_of(storage).trials
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_study_comes_to_the_same_curves(kind: str, folder: Path) -> None:
+    moments = {"dnn": (4, 5), "own": (7,), "gpt": (20,)}
+    for at in moments.get(kind, (3,)):
+        killed = run(kind, "cut.journal", at=at)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert TrialState.RUNNING in [t.state for t in study_of("cut.journal").trials]
+    last = run(kind, "cut.journal")
+    assert last.returncode == 0, last.stderr
+    assert "Going on with trials that" in last.stderr
+    assert courses_of("cut.journal") == whole(kind)
+    assert not list(folder.glob("*.models/*/checkpoints/*"))
+
+
+def test_without_the_checkpoint_trials_begin_anew_under_their_numbers(folder: Path) -> None:
+    run("dnn", "cut.journal", at=6)
+    for path in folder.glob("cut.models/*/checkpoints/*/*"):
+        path.unlink()
+    assert run("dnn", "cut.journal").returncode == 0
+    assert courses_of("cut.journal") == whole("dnn")
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
+def test_a_damaged_checkpoint_is_left_out_with_a_warning(folder: Path, harm: str) -> None:
+    run("dnn", "cut.journal", at=6)
+    paths = sorted(folder.glob("cut.models/*/checkpoints/*/*.safetensors"))
+    assert len(paths) == 2  # the newest two
+    newest_one, content = paths[-1], paths[-1].read_bytes()
+    if harm == "gone":
+        newest_one.unlink()
+    elif harm == "cut":
+        newest_one.write_bytes(content[:-7])
+    else:
+        newest_one.write_bytes(content[:-7] + bytes([content[-7] ^ 1]) + content[-6:])
+    last = run("dnn", "cut.journal")
+    assert "A checkpoint cannot be used, the one before it may" in last.stderr
+    assert newest_one.name in last.stderr
+    assert courses_of("cut.journal") == whole("dnn")
+
+
+def test_who_kills_every_worker_is_trained_alone_and_then_ended(folder: Path) -> None:
+    wishes: dict[str, Any] = {"n_trials": 2, "cohort_size": 2, "checkpoint_every": None}
+    for _ in range(3):
+        killed = run("poison", "s.journal", at=1, **wishes)
+        assert killed.returncode == -signal.SIGKILL
+    last = run("poison", "s.journal", **wishes)
+    assert last.returncode == 0, last.stderr
+    found = study_of("s.journal").trials
+    assert [t.user_attrs["cause"] for t in found] == ["killed"] * 2 + ["finished"] * 2
+    assert [t.state.name for t in found] == ["FAIL"] * 2 + ["COMPLETE"] * 2
+
+
+@pytest.mark.parametrize("kind", ["own", "gpt", "population", "gradient"])
+def test_sigterm_leaves_trials_to_the_next_call(kind: str, folder: Path) -> None:
+    at = {"own": 8, "gpt": 20}.get(kind, 4)
+    ended = run(kind, "cut.journal", how="SIGTERM", at=at)
+    states = [t.state for t in study_of("cut.journal").trials]
+    assert TrialState.RUNNING not in states, ended.stderr
+    assert TrialState.WAITING in states
+    assert "are left as they are" in ended.stderr
+    owners = {t.user_attrs.get(RELEASED) for t in study_of("cut.journal").trials} - {None}
+    (checkpoints,) = folder.glob("cut.models/*/checkpoints")
+    for owner in owners:
+        assert newest(checkpoints, str(owner)) is not None
+    last = run(kind, "cut.journal")
+    assert last.returncode == 0, last.stderr
+    assert courses_of("cut.journal") == whole(kind)
+    assert not list(folder.glob("*.models/*/checkpoints/*"))
+
+
+def test_a_living_worker_keeps_its_trials(folder: Path) -> None:
+    first = subprocess.Popen(
+        [
+            *(sys.executable, "-c", SCRIPT),
+            json.dumps(
+                ["own", "SIGSTOP", 30, {"storage": "s.journal", "n_trials": 3, "cohort_size": 3}]
+            ),
+        ],
+        env=ENVIRONMENT,
+    )
+    try:
+        until = time.monotonic() + 60
+        while "T (stopped)" not in Path(f"/proc/{first.pid}/status").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        second = run("own", "s.journal", n_trials=5)
+        assert second.returncode == 0, second.stderr
+        assert "Going on with" not in second.stderr
+        states = [t.state for t in study_of("s.journal").trials]
+        assert states == [TrialState.RUNNING] * 3 + [TrialState.COMPLETE] * 2
+        os.kill(first.pid, signal.SIGCONT)
+        assert first.wait(60) == 0
+    finally:
+        first.kill()
+    assert {t.state for t in study_of("s.journal").trials} == {TrialState.COMPLETE}
+
+
+def test_checkpoints_take_their_share_of_the_time(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "me", every=10.0)
+    assert not checkpoints.is_due()
+    checkpoints._last -= 11
+    assert checkpoints.is_due()
+    checkpoints._cost = 1.0  # too much for eleven seconds
+    assert not checkpoints.is_due()
+    checkpoints._last -= 50
+    assert checkpoints.is_due()
+    checkpoints.write([])
+    assert not checkpoints.is_due()
+    checkpoints.note_end()
+    checkpoints._last -= 1 + 50 * checkpoints._cost
+    assert checkpoints.is_due()
+    assert not Checkpoints(None, "me").is_on
+    assert not Checkpoints(tmp_path, "me", None).write([])
+
+
+def test_a_full_disk_is_no_reason_to_stop(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert not Checkpoints(blocked, "me").write([])
+    assert "The checkpoint could not be written" in log.text
+
+
+def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "me:1")
+    for _ in range(5):
+        assert checkpoints.write([], {"n": checkpoints.written})
+    names = sorted(path.name for path in folder_of(tmp_path, "me:1").iterdir())
+    assert names == [f"00000{n}.{kind}" for n in (3, 4) for kind in ("json", "safetensors")]
+    found = newest(tmp_path, "me:1")
+    assert found is not None
+    assert found.loop == {"n": 4}
+    checkpoints.clear()
+    assert newest(tmp_path, "me:1") is None

@@ -1,0 +1,18 @@
+"""A study that is killed at random moments loses nothing: see `tests.torture`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.torture import torture
+
+
+@pytest.mark.parametrize("storage", ["study.journal", "sqlite:///study.db"])
+def test_nothing_is_lost(storage: str, folder: Path) -> None:
+    found = torture(storage, n_trials=60, kills=3)
+    assert found.faults == []
+    assert found.kills == 3
+    assert found.trained >= found.recorded > 0
+    assert not list(folder.glob("*.models/*/checkpoints/*"))

@@ -1,0 +1,155 @@
+"""A member of a cohort trained again alone, and judged alone, has the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from optuna_nnhp.training.again import judge_alone
+from optuna_nnhp.training.again import judge_best
+from optuna_nnhp.training.again import judge_network
+from optuna_nnhp.training.again import train_again
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.company import in_company
+from optuna_nnhp.training.course import Stage
+from optuna_nnhp.training.course import follow
+from optuna_nnhp.training.native import Native
+from optuna_nnhp.training.native import library
+from optuna_nnhp.training.task import Task
+from tests.members import task
+from tests.members import varied
+from tests.networks.test_lift import LIFTED
+from tests.networks.test_lift import own_task
+
+ROUNDS = 6
+EACH = {"epochs": ROUNDS, "width": 32, "width_shape": "constant"}
+NETWORKS: list[Any] = [
+    pytest.param(lambda: task(regression=True), id="numbers"),
+    pytest.param(task, id="classes"),
+    *(
+        pytest.param(lambda make=p.values[0], data=p.values[1]: own_task(make, data), id=p.id)
+        for p in LIFTED
+    ),
+]
+
+
+@pytest.fixture(params=["native", "torch"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(Native, "can", lambda *_: False)
+    elif library() is None:
+        pytest.skip("there was no C compiler")
+    return str(request.param)
+
+
+def make(chosen: Task) -> Callable[[Sequence[Member]], Cohort]:
+    return lambda members: Cohort(members, chosen)
+
+
+def members_of(chosen: Task, k: int = 4) -> list[Member]:
+    is_regression = not chosen.maximize
+    found = varied(k, regression=is_regression, **EACH)
+    return [replace(m, params={**m.params, "activation": "relu"}) for m in found]
+
+
+class Course:
+    """What a cohort's members go through: values by round, and the company of each."""
+
+    def __init__(self, cohort: Cohort) -> None:
+        self.cohort = cohort
+        self.values: dict[int, dict[int, float]] = {}
+        self.company: dict[int, list[list[int]]] = {}
+
+    def train(self) -> None:
+        cohort = self.cohort
+        for member, done in zip(cohort.members, cohort.done, strict=True):
+            known = self.company.get(member.number, [])
+            self.company[member.number] = in_company(known, done, cohort.done)
+        scores = cohort.train_round()
+        assert scores is not None
+        for i, place in enumerate(scores.places):
+            number = cohort.members[place].number
+            self.values.setdefault(number, {})[scores.rounds[i]] = scores.value[i]
+
+
+@pytest.mark.parametrize("chosen", NETWORKS)
+def test_in_company(chosen: Callable[[], Task], engine: str) -> None:
+    course = Course(Cohort(members_of(chosen()), chosen()))
+    for _ in range(ROUNDS):
+        course.train()
+    for member in members_of(chosen()):
+        company = course.company[member.number]
+        assert company == [[0, 1]]
+        again = train_again(make(chosen()), [Stage(0, member)], ROUNDS, 0, company)
+        assert again.values == course.values[member.number]
+
+
+@pytest.mark.parametrize("chosen", NETWORKS)
+def test_mates_come_and_go(chosen: Callable[[], Task], engine: str) -> None:
+    first, second, *others = members_of(chosen())
+    course = Course(Cohort([first], chosen()))
+    course.train()
+    course.cohort.join([second])
+    course.train()
+    course.cohort.keep([0])
+    course.train()
+    course.cohort.join(others)
+    course.train()
+    places = [m.number for m in course.cohort.members]
+    course.cohort.keep([places.index(m.number) for m in others])
+    course.train()
+    assert course.company[first.number] == [[0, 0], [1, 2], [2, 0], [3, 2]]
+    assert course.company[others[0].number] == [[0, 2], [1, 1]]
+    for member in (first, *others):
+        values, company = course.values[member.number], course.company[member.number]
+        again = train_again(make(chosen()), [Stage(0, member)], max(values), 0, company)
+        assert again.values == values
+
+
+@pytest.mark.parametrize("chosen", NETWORKS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_best_weights_judged_alone(
+    chosen: Callable[[], Task], threads: int, engine: str
+) -> None:
+    cohort, before = Cohort(members_of(chosen()), chosen()), torch.get_num_threads()
+    for _ in range(3):
+        cohort.train_round()
+    try:
+        torch.set_num_threads(threads)
+        values = [judge_best(cohort, place) for place in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    for place, member in enumerate(cohort.members):
+        found = judge_network(make(chosen()), member, cohort.best_network(place))
+        assert found == values[place]
+        assert found == pytest.approx(cohort.best_value(place), rel=1e-5)
+        if cohort.native is not None:
+            assert found == cohort.best_value(place)
+
+
+def test_the_network_of_the_best_round() -> None:
+    (member,), chosen = members_of(task(), 1), task()
+    again = train_again(make(chosen), [Stage(0, member)], ROUNDS, 3)
+    until = train_again(make(chosen), [Stage(0, member)], 3, 3)
+    assert again.value == until.value == again.values[3] == judge_alone(until.cohort)
+    assert again.network is not None
+    assert judge_network(make(chosen), member, again.network) == again.value
+    assert list(again.values) == [1, 2, 3, 4, 5, 6]
+    assert train_again(make(chosen), [Stage(0, member)], 2, 0).network is None
+
+
+@pytest.mark.parametrize("is_fresh", [False, True])
+def test_along_a_course(is_fresh: bool, engine: str) -> None:
+    (member,), chosen = members_of(task(regression=True), 1), task(regression=True)
+    later = replace(member, params={**member.params, "learning_rate": 0.02, "dropout": 0.2})
+    course = [Stage(0, member), Stage(2, later, is_fresh), Stage(5, member)]
+    value = follow(Cohort([member], chosen), course, ROUNDS)
+    again = train_again(make(chosen), course, ROUNDS, ROUNDS, ends=[1, 4])
+    assert again.value == again.values[ROUNDS] == value
+    assert sorted(again.values) == [1, 2, 4, 5, 6]

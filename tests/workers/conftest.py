@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+
+import pytest
+
+from tests.tiny import ENVIRONMENT
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """Processes for all tests that need any: each takes seconds to begin, when it is needed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(4, mp_context=context) as executor:
+            yield executor

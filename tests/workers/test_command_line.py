@@ -1,0 +1,257 @@
+"""`python -m optuna_nnhp worker`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from optuna_nnhp import optimize
+from optuna_nnhp.__main__ import main
+from tests.tiny import ENVIRONMENT
+from tests.tiny import TINY
+from tests.tiny import numbers
+from tests.tiny import trials
+from tests.tiny import tune
+
+X, Y = numbers()
+TEXT = "to be or not to be, that is the question\n" * 60
+
+
+def build(params: Mapping[str, Any]) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, params["units"]), nn.ReLU(), nn.Linear(params["units"], 1))
+
+
+def error(y_true: Any, y_pred: Any) -> float:
+    return float(np.abs(np.asarray(y_true) - np.asarray(y_pred)).max())
+
+
+def worker(*words: object) -> int:
+    """The exit code of a worker of the study "s"."""
+    return main(["worker", "--study", "s", "--storage", "s.journal", *map(str, words)])
+
+
+def begin(X: Any = X, y: Any = Y, **options: Any) -> None:
+    """A study of two trials."""
+    np.savez("data.npz", X=X, y=y)
+    usual = {"storage": "s.journal", "study_name": "s", "n_trials": 2}
+    tune(X, y, **(usual | options))
+
+
+def begun() -> optuna.Study:
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend("s.journal")
+    )
+    return optuna.load_study(study_name="s", storage=storage)
+
+
+def finished() -> int:
+    done = (TrialState.COMPLETE, TrialState.PRUNED)
+    return len(begun().get_trials(states=done))
+
+
+def test_it_joins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin()
+    assert worker("--data", "data.npz", "--n-trials", 5, "--device", "cpu") == 0
+    assert "study 's' has come to its end." in capsys.readouterr().out
+    assert finished() == 5
+    result = tune(X, Y, storage="s.journal", study_name="s", n_trials=5)
+    assert len(trials(result)) == 5  # the same study, and nothing to do
+    assert len({t.params["learning_rate"] for t in trials(result)}) == 5
+    assert worker("--data", "data.npz") == 0  # which has what its last call wanted
+
+
+def test_a_table_where_it_was(folder: Path) -> None:
+    pd.DataFrame(X, columns=list("abc")).assign(price=Y).to_csv("t.csv", index=False)
+    options: dict[str, Any] = {"storage": "s.journal", "study_name": "s", "fixed": TINY}
+    optimize("dnn", "t.csv", target="price", n_trials=1, **options)
+    assert worker("--n-trials", 2, "--threads", 1, "--seed", 3) == 0
+    Path("t.csv").rename("moved.csv")
+    assert worker("--n-trials", 3) == 2
+    assert worker("--n-trials", 3, "--data", "moved.csv") == 0
+    assert worker("--n-trials", 4, "--data", "data.npz") == 2
+    np.savez("data.npz", X=X.astype(np.float64), y=Y)
+    assert worker("--n-trials", 4, "--data", "data.npz", "--target", "price") == 2
+    assert finished() == 3
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_texts(folder: Path, one_thread: None) -> None:
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text(TEXT)
+    fixed = {"iterations": 6, "context": 16, "width": 16, "layers": 1, "batch_tokens": 64}
+    options: dict[str, Any] = {"storage": "s.journal", "study_name": "s", "fixed": fixed}
+    optimize("gpt", TEXT + TEXT, n_trials=1, validation=TEXT, device="cpu", **options)
+    assert worker("--n-trials", 2, "--data", "a.txt", "b.txt") == 2  # how is it judged?
+    given = ("--data", "a.txt", "b.txt", "--validation", "b.txt")
+    assert worker("--n-trials", 2, "--device", "cpu", *given) == 0
+    assert finished() == 2
+
+
+def test_a_network_and_a_metric_of_ones_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimize(
+        network=build,
+        X=X,
+        y=Y,
+        metric=error,
+        direction="minimize",
+        space={"units": IntDistribution(2, 4)},
+        fixed={"epochs": 1},
+        validation=(X[:9], Y[:9]),
+        storage="s.journal",
+        study_name="s",
+        n_trials=1,
+        device="cpu",
+    )
+    np.savez("data.npz", X=X, y=Y, X_val=X[:9], y_val=Y[:9])
+    given = ["--data", "data.npz", "--n-trials", 2]
+    for name in ("network", "metric"):
+        assert worker(*given) == 2
+        assert f"`{name}` must be given" in capsys.readouterr().err
+        function = {"network": "build", "metric": "error"}[name]
+        given += [f"--{name}", f"{__name__}:{function}"]
+    assert worker(*given) == 0
+    assert finished() == 2
+
+
+def test_a_grid_goes_on(folder: Path) -> None:
+    def stop(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        study.stop()
+
+    wishes: dict[str, Any] = {"method": "grid", "levels": {"dropout": [0.1, 0.2, 0.3, 0.4]}}
+    begin(n_trials=None, timeout=99.0, cohort_size=1, callbacks=[stop], **wishes)
+    assert finished() < 4
+    assert worker("--data", "data.npz", "--timeout", 60) == 0
+    points = [t.params["dropout"] for t in begun().trials if t.state == TrialState.COMPLETE]
+    assert sorted(points) == [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--data", "other.npz"), "The data must be the study's, with the fingerprint"),
+        (("--data", "nowhere.npz"), "No such file or directory: 'nowhere.npz'"),
+        (("--data", "half.npz"), "`--data` must hold the arrays X and y, but half.npz has X."),
+        (("--data", "pickled.npz"), "allow_pickle=False"),
+        ((), "`X` must be given: the study's, ndarray of 80 x 3, is not kept with it."),
+        (("--timeout", 0), "`--timeout` must be more than 0, but got 0."),
+        (("--threads", -1), "`--threads` must be more than 0, but got -1."),
+        (("--data", "data.npz", "--device", "cuda:99"), "`device` must be usable here"),
+        (("--data", "data.npz", "--method", "best"), "'best' is not a method"),
+        (("--data", "data.npz", "--network", "math"), "must be like module:function, but got"),
+        (("--data", "data.npz", "--network", "nowhere:f"), "No module named 'nowhere'"),
+        (("--data", "data.npz", "--network", "math:pi"), "must be a function, but math:pi is"),
+        (("--data", "data.npz", "--network", "math:sin"), "`network` must be given only for"),
+        (("--study", "t"), "`--study` must name one of the storage's studies, 's', but got 't'."),
+        (("--storage", "postgresql://me:secret@/no:where"), "me:***@"),
+    ],
+)
+def test_what_it_refuses(
+    words: tuple[object, ...], text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(n_trials=1)
+    np.savez("other.npz", X=X + 1, y=Y)
+    np.savez("half.npz", X=X)
+    np.savez("pickled.npz", X=np.array([{}], dtype=object), y=Y)
+    assert worker(*words) == 2
+    said = capsys.readouterr().err
+    assert text in said
+    assert "secret" not in said
+    assert finished() == 1
+
+
+def test_it_says_what_it_cannot_know(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(n_trials=None, timeout=1.0)
+    assert worker("--data", "data.npz") == 2
+    assert "`--timeout` or `--n-trials` must be given" in capsys.readouterr().err
+    begin(study_name="own", sampler=optuna.samplers.RandomSampler())
+    assert worker("--study", "own", "--data", "data.npz") == 2
+    assert (
+        "The method must be given: the study's sampler, RandomSampler" in capsys.readouterr().err
+    )
+    assert worker("--study", "own", "--data", "data.npz", "--method", "random") == 0
+    begin(study_name="median", pruner=optuna.pruners.MedianPruner())
+    assert worker("--study", "median", "--data", "data.npz") == 2
+    assert "must be the default one or none, but it is MedianPruner" in capsys.readouterr().err
+    optuna.create_study(study_name="plain", storage=begun()._storage)
+    assert worker("--study", "plain", "--data", "data.npz") == 2
+    assert "The study must be one that `optimize` began" in capsys.readouterr().err
+
+
+def test_an_error_in_training(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(n_trials=1)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ArithmeticError("the loop is broken")
+
+    monkeypatch.setattr("optuna_nnhp.workers.job.run", fail)
+    assert worker("--data", "data.npz", "--n-trials", 2) == 1
+    said = capsys.readouterr().err
+    assert "ArithmeticError: the loop is broken" in said
+    assert "in fail" in said
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["worker", "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    for text in ("--data arrays.npz", "Exit codes", "module:function", "grpc://host:port"):
+        assert text in said
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "how"),
+    [(signal.SIGINT, 130, "was interrupted"), (signal.SIGTERM, 143, "was told to end")],
+)
+def test_signals_end_it_tidily(number: signal.Signals, code: int, how: str, folder: Path) -> None:
+    endless = TINY | {"epochs": 10**6, "patience": 10**6}
+    begin(fixed=endless, n_trials=None, timeout=0.5)
+    known = len(begun().trials)
+    command = [sys.executable, "-m", "optuna_nnhp", "worker", "--study", "s", "--storage"]
+    command += ["s.journal", "--data", "data.npz", "--timeout", "600"]
+    process = subprocess.Popen(
+        command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        while not begun().get_trials(states=(TrialState.RUNNING,)):
+            assert process.poll() is None
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert how in output
+    new = begun().trials[known:]
+    assert new
+    assert TrialState.RUNNING not in {trial.state for trial in new}
+    if number == signal.SIGTERM:  # whoever comes next goes on with them
+        assert TrialState.WAITING in {trial.state for trial in new}

@@ -1,0 +1,392 @@
+"""Workers in other processes, by executors of all kinds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
+import multiprocessing
+import os
+from pathlib import Path
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import IntDistribution
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+import pytest
+from torch import nn
+
+from optuna_nnhp import Result
+from optuna_nnhp import optimize
+from optuna_nnhp.workers.job import Outcome
+from tests.postgresql import Database
+from tests.tiny import ENVIRONMENT
+from tests.tiny import TINY
+from tests.tiny import numbers
+from tests.tiny import states
+from tests.tiny import trials
+from tests.tiny import tune
+
+X, Y = numbers()
+FREE = {name: value for name, value in TINY.items() if name != "epochs"}
+
+
+class Note:
+    """A callback that notes in a file who ended which trial.
+
+    Each process waits after its first one until so many others have ended one too.
+    """
+
+    def __init__(self, folder: Path, processes: int = 1) -> None:
+        self.path, self.processes = folder / "ended.txt", processes
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{os.getpid()} {trial.number}\n")
+        limit = time.monotonic() + 60
+        while len({process for process, _ in self.ended()}) < self.processes:
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+
+    def ended(self) -> list[tuple[int, int]]:
+        """Process and trial, in the order of their ends."""
+        lines = self.path.read_text().splitlines()
+        return [(int(process), int(number)) for process, number in map(str.split, lines)]
+
+
+def check_once(result: Result, note: Note, wanted: int) -> None:
+    """Every trial was trained, once, by somebody else; and there are as many as wanted."""
+    ended = note.ended()
+    assert Counter(number for _, number in ended) == Counter(t.number for t in trials(result))
+    assert os.getpid() not in {process for process, _ in ended}
+    assert set(states(result)) <= {TrialState.COMPLETE, TrialState.PRUNED}
+    assert len(trials(result)) == wanted
+
+
+@pytest.mark.parametrize("storage", ["study.journal", "sqlite:///study.db"])
+def test_two_processes_share_a_study(
+    storage: str, folder: Path, pool: ProcessPoolExecutor
+) -> None:
+    note, wishes = Note(folder, 2), {"cohort_size": 2}
+    result = tune(
+        X, Y, storage=storage, n_trials=13, workers=2, executor=pool, callbacks=[note], **wishes
+    )
+    check_once(result, note, 13)
+    assert len({process for process, _ in note.ended()}) == 2
+    assert len({trial.user_attrs["worker"] for trial in trials(result)}) == 2
+    assert trials(result)[0].user_attrs["baseline"]
+    # No two of them proposed the same.
+    assert len({tuple(t.params.items()) for t in trials(result)}) == 13
+    best = result.best_trial.number
+    assert [p.name for p in folder.rglob("trial-*.safetensors")] == [f"trial-{best}.safetensors"]
+    assert np.isclose(result.score(X, Y), result.score(X, Y))
+    # The same call again has nothing to do, and more trials go on with the study.
+    again = tune(X, Y, storage=storage, n_trials=13, workers=2, executor=pool, **wishes)
+    assert (len(trials(again)), again.best_value) == (13, result.best_value)
+    more = tune(X, Y, storage=storage, n_trials=15, workers=2, executor=pool, **wishes)
+    assert len(trials(more)) == 15
+    assert len({tuple(t.params.items()) for t in trials(more)}) == 15
+
+
+def test_a_grid_is_visited_once(folder: Path, pool: ProcessPoolExecutor) -> None:
+    note, levels = (
+        Note(folder, 2),
+        {"dropout": [0.0, 0.1, 0.2], "momentum": [0.8, 0.9, 0.95, 0.99]},
+    )
+    wishes: dict[str, Any] = {"method": "grid", "levels": levels, "n_trials": None}
+    fixed = TINY | {"optimizer": "sgd"}
+    result = tune(X, Y, storage="g.journal", workers=2, executor=pool, callbacks=[note],
+                  fixed=fixed, timeout=100.0, cohort_size=3, **wishes)  # fmt: skip
+    check_once(result, note, 12)
+    points = {(t.params["dropout"], t.params["momentum"]) for t in trials(result)}
+    assert len(points) == 12
+    assert len({process for process, _ in note.ended()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("population", {"size": 2, "generations": 2}),
+        ("gradient", {"starts": 1}),
+        ("zoom", {"round_size": 5}),
+        ("quasi-random", {}),
+    ],
+)
+def test_every_method(
+    method: str, options: dict[str, Any], folder: Path, pool: ProcessPoolExecutor
+) -> None:
+    note = Note(folder)
+    own = {"pruner": None} if method in ("population", "gradient") else {}
+    wishes = {"method": method, "method_options": options, "callbacks": [note], **own}
+    result = tune(X, Y, storage="m.journal", n_trials=8, workers=2, executor=pool, **wishes)
+    check_once(result, note, 8)
+    tuned = [name for name in ("learning_rate", "dropout") if name in result.best_params]
+    assert len({tuple(t.params[n] for n in tuned) for t in trials(result)}) >= 6
+    assert result.predict(X).shape == (80,)
+
+
+def test_functions_and_own_samplers_travel(folder: Path, pool: ProcessPoolExecutor) -> None:
+    classes = 2
+
+    def network(params: Mapping[str, Any]) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, params["units"]), nn.ReLU(), nn.LazyLinear(classes))
+
+    result = optimize(
+        network=network,
+        X=X,
+        y=Y > 1000,
+        metric=lambda y, p: float(np.mean(y == p)),
+        space={"units": IntDistribution(2, 8)},
+        fixed={"epochs": 2},
+        sampler=optuna.samplers.RandomSampler(seed=3),
+        pruner=optuna.pruners.NopPruner(),
+        n_trials=6,
+        storage="own.journal",
+        workers=2,
+        executor=pool,
+        device="cpu",
+    )
+    assert states(result) == [TrialState.COMPLETE] * 6
+    # A user's sampler with its own seed proposes everything once.
+    assert len({t.params["learning_rate"] for t in trials(result)}) == 6
+
+
+def test_stopping_one_worker_stops_all(folder: Path, pool: ProcessPoolExecutor) -> None:
+    def stop(study: optuna.Study, trial: FrozenTrial) -> None:
+        if trial.number == 4:
+            study.stop()
+
+    wishes: dict[str, Any] = {"callbacks": [stop], "cohort_size": 1, "n_trials": 10**6}
+    started = time.monotonic()
+    result = tune(X, Y, storage="s.journal", workers=2, executor=pool, **wishes)
+    assert time.monotonic() - started < 60
+    count = len(trials(result))
+    assert 5 <= count < 10**4
+    assert set(states(result)) <= {TrialState.COMPLETE, TrialState.FAIL}
+    # It was for that call only.
+    more = tune(X, Y, storage="s.journal", workers=2, executor=pool, n_trials=count + 3)
+    assert len(trials(more)) == count + 3
+
+
+class Fault:
+    """A callback that raises, in all processes or in the first that comes."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        if self.path is None:
+            raise ArithmeticError(f"trial {trial.number} is odd")
+        try:
+            self.path.open("x").close()
+        except FileExistsError:
+            return
+        raise ArithmeticError(f"trial {trial.number} is odd")
+
+
+def test_an_error_of_all_workers_is_raised(folder: Path, pool: ProcessPoolExecutor) -> None:
+    with pytest.raises(ArithmeticError, match=r"trial \d is odd") as caught:
+        tune(X, Y, storage="e.journal", workers=2, executor=pool, callbacks=[Fault()], n_trials=9)
+    assert "in __call__" in caught.value.__notes__[0]  # where it was raised
+
+
+def test_others_go_on_where_one_worker_fails(
+    folder: Path, pool: ProcessPoolExecutor, log: pytest.LogCaptureFixture
+) -> None:
+    fault = Fault(folder / "done")
+    wishes: dict[str, Any] = {"callbacks": [fault], "cohort_size": 1, "n_trials": 7}
+    result = tune(X, Y, storage="f.journal", workers=2, executor=pool, **wishes)
+    assert TrialState.RUNNING not in states(result)
+    assert len([t for t in trials(result) if t.state == TrialState.COMPLETE]) >= 6
+    assert any("cannot go on: trial" in line for line in log.messages)
+
+
+def later(function: Any, seconds: float, *args: Any) -> Any:
+    time.sleep(seconds)
+    return function(*args)
+
+
+class Queue:
+    """An executor with a queue before it, as on a cluster: the second worker begins later."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self.pool = pool
+
+    def submit(self, function: Any, /, *args: Any) -> Any:
+        return self.pool.submit(later, function, 3.0 * args[0].worker, *args)
+
+
+def test_a_timeout_begins_with_each_worker(folder: Path, pool: ProcessPoolExecutor) -> None:
+    wishes: dict[str, Any] = {"n_trials": None, "timeout": 2.0, "workers": 2}
+    result = tune(X, Y, storage="t.journal", executor=Queue(pool), **wishes)
+    workers = [trial.user_attrs["worker"] for trial in trials(result)]
+    assert len(set(workers)) == 2
+    begun = [trial.datetime_start for trial in trials(result)]
+    assert None not in begun
+    assert max(begun) - min(begun) > timedelta(seconds=2.5)
+    assert TrialState.RUNNING not in states(result)
+
+
+def test_postgresql_restarts_under_four_workers(
+    postgresql: Database, folder: Path, pool: ProcessPoolExecutor
+) -> None:
+    note = Note(folder, 4)
+
+    def restart() -> None:
+        while not note.path.exists() or len({process for process, _ in note.ended()}) < 4:
+            time.sleep(0.05)
+        postgresql.restart()
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    wishes: dict[str, Any] = {"fixed": TINY | {"epochs": 150}, "cohort_size": 2}
+    result = tune(X, Y, storage=postgresql.url, n_trials=40, workers=4, executor=pool,
+                  callbacks=[note], **wishes)  # fmt: skip
+    thread.join(60)
+    check_once(result, note, 40)
+    assert len({process for process, _ in note.ended()}) == 4
+
+
+@pytest.fixture
+def proxy(folder: Path) -> Iterator[str]:
+    """Address of Optuna's proxy before a database."""
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = (
+        "from optuna.storages import RDBStorage, run_grpc_proxy_server;"
+        f"run_grpc_proxy_server(RDBStorage('sqlite:///p.db'), host='localhost', port={port})"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stderr=subprocess.DEVNULL)
+    try:
+        yield f"grpc://localhost:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_through_a_grpc_proxy(proxy: str, folder: Path, pool: ProcessPoolExecutor) -> None:
+    note = Note(folder)
+    wishes: dict[str, Any] = {"callbacks": [note], "n_trials": 8, "cohort_size": 2}
+    result = tune(X, Y, storage=proxy, workers=2, executor=pool, **wishes)
+    check_once(result, note, 8)
+
+
+def test_dask(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    note = Note(folder, 2)
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(processes=True, **options) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        executor = client.get_executor()
+        result = tune(X, Y, storage="sqlite:///d.db", n_trials=8, workers=2, callbacks=[note],
+                      executor=executor, cohort_size=1)  # fmt: skip
+    check_once(result, note, 8)
+    assert len({process for process, _ in note.ended()}) == 2
+
+
+def test_submitit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    note, executor = Note(folder, 2), submitit.AutoExecutor(folder="jobs", cluster="local")
+    executor.update_parameters(timeout_min=5)
+    result = tune(X, Y, storage="j.journal", n_trials=8, workers=2, callbacks=[note],
+                  executor=executor, cohort_size=1)  # fmt: skip
+    check_once(result, note, 8)
+    assert len({process for process, _ in note.ended()}) == 2
+
+
+# --- Executors that fail ---
+
+
+class Inline:
+    """An executor that calls at once, in this process."""
+
+    def submit(self, function: Any, /, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args))
+        return future
+
+
+class Dying(Inline):
+    """An executor whose processes die so many times, and then have nothing to do."""
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths, self.calls = deaths, 0
+
+    def submit(self, function: Any, /, *args: Any) -> Future[Any]:
+        self.calls += 1
+        future: Future[Any] = Future()
+        if self.calls <= self.deaths:
+            future.set_exception(BrokenProcessPool("killed by the system"))
+        else:
+            future.set_result(Outcome(args[0].worker))
+        return future
+
+
+def test_the_caller_is_no_worker(folder: Path) -> None:
+    with pytest.raises(ValueError, match="in other processes, but this one is the caller's"):
+        tune(X, Y, storage="i.journal", executor=Inline())
+
+
+def test_a_death_is_replaced(folder: Path, log: pytest.LogCaptureFixture) -> None:
+    executor = Dying(3)
+    tune(X, Y, storage="d.journal", executor=executor)
+    assert executor.calls == 4
+    lines = [line for line in log.messages if "Worker 0 died" in line]
+    assert len(lines) == 3
+    assert all("killed by the system (another one takes its place, and its" in x for x in lines)
+
+
+def test_not_for_ever(folder: Path, log: pytest.LogCaptureFixture) -> None:
+    executor = Dying(100)
+    text = "A worker must come to its end, but all have died"
+    with pytest.raises(RuntimeError, match=text) as caught:
+        tune(X, Y, storage="n.journal", executor=executor, workers=2)
+    assert isinstance(caught.value.__cause__, BrokenProcessPool)
+    assert executor.calls == 8
+    assert sum("the 4th time: nobody takes its place" in line for line in log.messages) == 2
+
+
+def test_threads_and_forks_are_refused(folder: Path) -> None:
+    with (
+        ThreadPoolExecutor(2) as threads,
+        pytest.raises(ValueError, match="in other processes, but got a ThreadPoolExecutor"),
+    ):
+        tune(X, Y, storage="x.journal", executor=threads)
+    if sys.platform != "win32":
+        with (
+            ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as forks,
+            pytest.raises(ValueError, match="forks the caller, whose threads a copy has not"),
+        ):
+            tune(X, Y, storage="x.journal", executor=forks)
+    assert not list(folder.iterdir())
+
+
+def test_what_cannot_be_sent_is_named(folder: Path, pool: ProcessPoolExecutor) -> None:
+    lock = threading.Lock()
+
+    def callback(study: optuna.Study, trial: FrozenTrial) -> None:
+        lock.acquire()
+
+    with pytest.raises(ValueError, match="`callbacks` must be something that can be sent to"):
+        tune(X, Y, storage="c.journal", executor=pool, callbacks=[callback])
