@@ -92,7 +92,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--n-trials",
         type=int,
         metavar="N",
-        help="end when the study has this many trials, of all workers (default: as noted)",
+        help="end when the study has so many trials, of all workers (default: as noted, or "
+        "with --timeout no bound)",
     )
     add("--device", help="such as cuda:1 or cpu (default: a GPU that no other worker has, if any)")
     add("--threads", type=int, metavar="N", help="of this worker (default: one for each core)")
@@ -147,7 +148,9 @@ def _job(options: argparse.Namespace) -> tuple[Job, Template]:
     seed = uuid4().int % 2**32 if options.seed is None else options.seed
     wish = noted_wish(study, options.method, seed)
     recipe, pruner = _recipe(options, study), noted_pruner(study)
-    n_trials = noted_trials(study) if options.n_trials is None else options.n_trials
+    n_trials = options.n_trials
+    if n_trials is None and options.timeout is None:
+        n_trials = noted_trials(study)
     if n_trials is None and options.timeout is None:
         raise ValueError("`--timeout` or `--n-trials` must be given: the study notes neither.")
     is_grid = wish.method == "grid"

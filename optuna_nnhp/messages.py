@@ -12,6 +12,7 @@ from urllib.parse import quote_plus
 from urllib.parse import unquote
 from urllib.parse import unquote_plus
 
+LONGEST = 100  # characters of a value in an error
 HIDDEN = "***"
 # What must not be shown is called so in the queries of URLs and in the drivers' own texts.
 _NAME = r"[\w.-]*(?:passw(?:or)?d|passphrase|pwd|secret|token|api_?key|odbc_connect)"
@@ -26,7 +27,7 @@ _AS_PORT = re.compile(r"""(\w://[^:/\s\[]*):(?!\d*(?:[/?\s"'),.;*]|$))[^\s"']+""
 _SHORT = 3  # letters that may well be part of another word
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
+def unknown(kind: str, name: object, known: Iterable[object]) -> ValueError:
     """An error for a name that does not exist, with the near ones and the list.
 
     Args:
@@ -41,10 +42,30 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
         >>> unknown("a metric", "acuracy", ["accuracy", "f1"])
         ValueError("'acuracy' is not a metric; did you mean 'accuracy'? Known: accuracy, f1.")
     """
-    names = list(known)
-    near = get_close_matches(str(name), names, n=3)
+    names = [str(one) for one in known]
+    is_near = isinstance(name, str) and len(name) < LONGEST
+    near = get_close_matches(str(name), names, n=3) if is_near else []
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-    return ValueError(f"{str(name)!r} is not {kind}{hint} Known: {', '.join(names)}.")
+    return ValueError(f"{brief(name)} is not {kind}{hint} Known: {', '.join(names)}.")
+
+
+def brief(value: object) -> str:
+    """A value as Python writes it, on one line and not long, for an error.
+
+    Args:
+        value:
+            Anything that a user may have given.
+
+    Example:
+        >>> brief("a\\nb"), brief(10**5000), brief(list(range(99)))[-12:]
+        ("'a\\\\nb'", 'an int', '23, 24, 2...')
+    """
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # its text is not what is wrong with it
+        kind = type(value).__name__
+        text = f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def without_password(text: object, url: object = "") -> str:

@@ -197,8 +197,7 @@ def optimize(
             stands. Looked at after each evaluation, and at each step of what torch trains.
         workers:
             Processes that work on the study, on this machine unless there is an ``executor``; they
-            divide torch's threads. A process that dies is replaced, and its trials go on. In a
-            script, call `optimize` under ``if __name__ == "__main__":``.
+            divide torch's threads. A process that dies is replaced, and its trials go on.
         executor:
             Where the workers run: whatever has ``submit`` as in PEP 3148, such as those of
             concurrent.futures, Dask, submitit or mpi4py. Each worker's ``timeout`` begins when it

@@ -52,6 +52,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--method", default=METHOD, help=f"how to search: {', '.join(METHODS)} (default {METHOD})"
     )
     parser.add_argument(
+        "--workers", type=int, default=1, help="processes that share the study (default 1)"
+    )
+    parser.add_argument(
         "--storage", help="journal file or database URL (default: FILE's name with .journal, here)"
     )
     parser.add_argument(
@@ -86,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             study_name=options.study_name,
             seed=options.seed,
             show_progress_bar=True,
+            workers=options.workers,
         )
         folder = result.save(options.out or f"{name}-model")
         print(closing_report(result, storage, {"model": f"{folder} (optuna_nnhp.load)"}))

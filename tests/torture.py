@@ -110,7 +110,7 @@ class Torture:
         counted = [trial for trial in trials if trial.user_attrs.get("cause") != "killed"]
         if len(counted) != self.n_trials:
             self.faults.append(f"{len(counted)} trials instead of {self.n_trials}")
-        self.faults += [f"trial {t.number} is {t.state}" for t in trials if not _is_over(t)]
+        self.faults += [f"trial {t.number}: {_said(t)}" for t in trials if not _is_over(t)]
         self.trained = sum(map(int, notes.read_text().split()))
         self.recorded = sum(len(t.user_attrs.get("train_loss", ())) for t in trials)
 

@@ -332,14 +332,14 @@ def as_array(values: Any, name: str) -> Any:
         True
     """
     if hasattr(values, "detach"):
-        # NumPy has no bfloat16.
-        plain = values.float() if str(values.dtype) == "torch.bfloat16" else values
+        kind = str(getattr(values, "dtype", ""))
+        plain = values.float() if kind == "torch.bfloat16" else values  # which NumPy lacks
         try:
             return plain.detach().cpu().numpy()
         except (TypeError, RuntimeError) as error:
-            kind = f"{values.dtype} {values.layout} on {values.device}"
             raise ValueError(
-                f"{name} must be a tensor that NumPy can hold (dense, with data), but is {kind}."
+                f"{name} must be a tensor that NumPy can hold (dense, with data), but is of "
+                f"{kind}, {values.layout} on {values.device}."
             ) from error
     if isinstance(values, np.ndarray):
         if values.dtype.names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
@@ -45,6 +46,7 @@ from optuna_nnhp.hyperparameters.transformer import TRANSFORMER
 from optuna_nnhp.hyperparameters.weight_init import WEIGHT_INIT
 from optuna_nnhp.hyperparameters.width import WIDTH
 from optuna_nnhp.hyperparameters.width import WIDTH_SHAPE
+from optuna_nnhp.messages import brief
 from optuna_nnhp.messages import unknown
 
 CATALOGUE: tuple[Hyperparameter, ...] = (
@@ -167,8 +169,8 @@ def choose(
         (False, 128, 50)
     """
     known = records(task)
-    space = dict(space or {})
-    fixed = {n: v.item() if isinstance(v, np.generic) else v for n, v in (fixed or {}).items()}
+    space = given("space", space)
+    fixed = given("fixed", fixed)
     for name in (*space, *fixed):
         if name not in known:
             raise unknown(f"a hyperparameter of {task} networks", name, known)
@@ -189,6 +191,30 @@ def choose(
     }
     rest = {name: fixed.get(name, h.default) for name, h in known.items() if name not in tuned}
     return tuned, rest
+
+
+def given(argument: str, wishes: Any) -> dict[str, Any]:
+    """What a user gives by name, NumPy's numbers as Python's.
+
+    Args:
+        argument:
+            Its name: ``"space"`` or ``"fixed"``.
+        wishes:
+            Distributions or values by name; None for none.
+
+    Raises:
+        ValueError: If that is no mapping.
+
+    Example:
+        >>> given("fixed", {"epochs": np.int64(3)}), given("space", None)
+        ({'epochs': 3}, {})
+    """
+    if wishes is None:
+        return {}
+    if not isinstance(wishes, Mapping):
+        what = "distributions" if argument == "space" else "values"
+        raise ValueError(f"`{argument}` must map names to {what}, but got {brief(wishes)}.")
+    return {n: v.item() if isinstance(v, np.generic) else v for n, v in wishes.items()}
 
 
 def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str, Value]:

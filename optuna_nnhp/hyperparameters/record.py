@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 import math
-from numbers import Real
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -15,6 +14,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
+from optuna_nnhp.messages import brief
 from optuna_nnhp.messages import unknown
 
 Value = CategoricalChoiceType  # None, bool, int, float or str
@@ -131,16 +131,17 @@ class Hyperparameter:
             ValueError: If it is not a known choice, not a number, or outside the domain.
         """
         if isinstance(self.distribution, CategoricalDistribution) and self.domain is None:
-            if value not in self.distribution.choices:
+            if not any(isinstance(value, type(c)) and value == c for c in self._choices()):
                 raise unknown(f"a choice of `{self.name}`", value, map(str, self._choices()))
             return
         low, high = self.domain or (-math.inf, math.inf)
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not low <= float(value or 0) <= high:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high:
             raise ValueError(
-                f"`{self.name}` must be a number between {low:g} and {high:g}, but got {value!r}."
+                f"`{self.name}` must be a number between {low:g} and {high:g}, but got "
+                f"{brief(value)}."
             )
-        if self.is_integer and int(value or 0) != value:
+        if self.is_integer and int(value) != value:
             raise ValueError(f"`{self.name}` must be a whole number, but got {value!r}.")
 
     def check_distribution(self, distribution: object) -> None:
@@ -148,7 +149,7 @@ class Hyperparameter:
         if not isinstance(distribution, BaseDistribution):
             raise ValueError(
                 f"`space[{self.name!r}]` must be an Optuna distribution such as "
-                f"{self.distribution}, but got {distribution!r}."
+                f"{self.distribution}, but got {brief(distribution)}."
             )
         if isinstance(distribution, CategoricalDistribution):
             ends = distribution.choices

@@ -99,7 +99,7 @@ class Checkpoints:
     seconds: float = 0.0
     _last: float = field(default_factory=time.monotonic)
     _cost: float = 0.0
-    _has_ends: bool = False
+    _has_ends: bool = True  # so that the first one is written soon
 
     @property
     def is_on(self) -> bool:

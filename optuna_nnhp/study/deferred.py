@@ -49,6 +49,10 @@ class DeferredStorage(StartingStorage):
     of any method after that. There is no thread: who trains for long between two calls must
     call `flush_if_due`, or other processes see an older study.
 
+    While the storage does not answer, everything waits, ends of trials too, and is tried again
+    after 1, 2, 4 and at most 30 seconds, by the next call of any method after that; readings are
+    the last ones. What needs an answer, such as starting a trial, raises `Unreachable` then.
+
     What other processes write is read every ``flush_every`` seconds while trials run here, and at
     once when none does or an unknown trial is asked for. Trials that do not run here, and
     attributes of the study, are written through.
@@ -283,7 +287,10 @@ class DeferredStorage(StartingStorage):
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
-        """Start or end a trial; an end is durable when this returns, except within `batch`."""
+        """Start or end a trial; an end is durable when this returns, except within `batch`.
+
+        And except while the storage is away: see `is_reachable`.
+        """
         with self._lock:
             if state == TrialState.RUNNING:
                 return self._claim(trial_id)

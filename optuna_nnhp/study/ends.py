@@ -133,13 +133,15 @@ class Ends:
         with self.storage.batch():
             for running in self.asker.running.values():
                 trial = running.trial
+                if running.told:
+                    continue
                 try:
                     running.report()
                     trial.set_user_attr(RELEASED, worker)
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
                 except UpdateFinishedTrialError:
                     self.lose(running)
-        count = len(self.asker.running)
+        count = sum(not running.told for running in self.asker.running.values())
         _logger.warning(f"{count} trials are left as they are: the same call goes on with them.")
         self.asker.running.clear()
 

@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 from pathlib import Path
-import re
 import time
 
 import optuna
@@ -18,29 +17,28 @@ from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.storages.journal._file import BaseJournalFileLock
 
 from optuna_nnhp.study.lease import machine
-from optuna_nnhp.study.lease import process
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between looks at a lock
 PATIENCE = 10.0  # seconds that one attempt waits for a lock
 GRACE = 30  # seconds, as in Optuna, after which a lock is nobody's whoever made it
-BITS = 32  # of each of the three numbers in an owner's name
+MACHINE_BITS, PROCESS_BITS = 36, 22  # of an owner's number; Linux has 2^22 processes at most
 
 
 class WatchedLock(JournalFileSymlinkLock):
     """Optuna's lock of a journal, but a process of this machine that has died does not keep it.
 
     As there, whoever can make a symbolic link beside the journal has the lock, so that plain
-    Optuna processes and these exclude each other. Here the link leads to the journal by a detour
-    that says who made it, as ``././/./study.journal``: a name in zeros and ones. It comes
-    into being along with the link, so that nobody can be killed in between.
+    Optuna processes and these exclude each other. Here the time stamp of the link says who made
+    it: a machine and a process as one number of nanoseconds, which is a date in the 1970s. A
+    longer link would say it, too, but make every append slower by a third.
 
     Args:
         filepath:
             The journal.
         patience:
-            Seconds that `acquire` waits.
+            Seconds that `acquire` waits; after one that was in vain a second.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -55,7 +53,8 @@ class WatchedLock(JournalFileSymlinkLock):
     def __init__(self, filepath: str, patience: float = PATIENCE) -> None:
         super().__init__(filepath, GRACE)
         self.patience = patience
-        self.is_held = False
+        self.is_held, self._is_tired = False, False
+        self._made = (-1, -1)  # what the link looked like that is this process's
         self._seen: tuple[object, float] | None = None  # what a lock looked like, since when
 
     def acquire(self) -> bool:
@@ -65,41 +64,52 @@ class WatchedLock(JournalFileSymlinkLock):
             TimeoutError: If another process keeps it for longer than the patience lasts.
             OSError: If no link can be made.
         """
-        end, pause = time.monotonic() + self.patience, FIRST_PAUSE
-        target = _detour(_owner(), Path(self._lock_target_file).name)
+        patience = min(self.patience, 1.0) if self._is_tired else self.patience
+        end, pause = time.monotonic() + patience, FIRST_PAUSE
+        name = os.path.basename(self._lock_target_file)  # a link is read from where it is
         while True:
             try:
-                os.symlink(target, self._lock_file)
+                os.symlink(name, self._lock_file)
             except FileExistsError:
                 pass
             else:
-                self._seen, self.is_held = None, True
+                self._sign()
                 return True
             if self._is_abandoned() and self._break():
                 continue
             if time.monotonic() > end:
-                raise TimeoutError(f"{self._lock_file} has been kept for {self.patience:.0f} s")
+                self._is_tired = True
+                raise TimeoutError(f"{self._lock_file} has been kept for {patience:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
+    def _sign(self) -> None:
+        """Say on the link who made it."""
+        self._seen, self.is_held, self._is_tired = None, True, False
+        stamp = _stamp(*_owner())
+        with suppress(OSError, NotImplementedError):  # then nobody will know
+            os.utime(self._lock_file, ns=(stamp, stamp), follow_symlinks=False)
+        self._made = _look(self._lock_file)
+
     def release(self) -> None:
         """Give the lock back, or what another process that got tired of waiting has left of it."""
-        self.is_held, name = False, Path(self._lock_target_file).name
+        self.is_held = False
         with suppress(OSError):
-            if os.readlink(self._lock_file) == _detour(_owner(), name):
+            if _look(self._lock_file) == self._made:
                 os.unlink(self._lock_file)
                 return
+        name = os.path.basename(self._lock_target_file)
         _logger.warning(f"Another process has taken the lock of {name} away from this one.")
 
     def _is_abandoned(self) -> bool:
         """Whether the lock is a dead process's, or has looked the same for too long."""
         try:
-            target, link = os.readlink(self._lock_file), os.lstat(self._lock_file)
+            link = _look(self._lock_file)
         except OSError:
             return False  # it is free again
-        if _is_dead(_owner_of(target)):
+        if _is_dead(_owner_of(link[1])):
             return True
-        look = link.st_ino, link.st_mtime_ns, os.stat(self._lock_target_file).st_mtime_ns
+        look = link, os.stat(self._lock_target_file).st_mtime_ns
         if self._seen is None or self._seen[0] != look:
             self._seen = look, time.monotonic()
         return time.monotonic() - self._seen[1] > (self.grace_period or math.inf)
@@ -125,48 +135,50 @@ def lock_of(path: str | Path) -> BaseJournalFileLock:
 
 # --- Who has made a link ---
 
-Owner = tuple[int, int, int]  # machine, process, when it started
+
+def _look(link: str) -> tuple[int, int]:
+    """What tells a link from every other one, its time stamp last."""
+    state = os.lstat(link)
+    return state.st_ino, state.st_mtime_ns
 
 
-def _owner() -> Owner:
-    """This process."""
-    number, _, started = process().partition("@")
-    digest = hashlib.blake2b(machine().encode(), digest_size=BITS // 8).digest()
-    return int.from_bytes(digest), int(number), int(started or 0) % 2**BITS
+def _owner() -> tuple[int, int]:
+    """This machine and this process."""
+    digest = hashlib.blake2b(machine().encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> (64 - MACHINE_BITS), os.getpid()
 
 
-def _detour(owner: Owner, name: str) -> str:
-    """A path to a file in the link's own folder that says who made it."""
-    digits = "".join(f"{number:0{BITS}b}" for number in owner)
-    return digits.replace("0", "./").replace("1", ".//") + name
+def _stamp(machine_number: int, process: int) -> int:
+    """An owner as a time in nanoseconds.
+
+    Example:
+        >>> _owner_of(_stamp(5, 17)), _stamp(2**36 - 1, 2**22 - 1) / 1e9 < 10 * 365 * 86400
+        ((5, 17), True)
+    """
+    # A file system that rounds time changes the machine, so that nobody judges.
+    return (process % (1 << PROCESS_BITS)) << MACHINE_BITS | machine_number
 
 
-def _owner_of(target: str) -> Owner | None:
-    """Who made a link; None if that is no process of ours."""
-    match = re.match(rf"((?:\.//?){{{3 * BITS}}})[^/]", target)
-    if match is None:
+def _owner_of(stamp: int) -> tuple[int, int] | None:
+    """Who made a link; None if that is not known."""
+    if not 0 < stamp < 1 << (MACHINE_BITS + PROCESS_BITS):
         return None
-    digits = match.group(1).replace(".//", "1").replace("./", "0")
-    machine_number, number, started = (
-        int(digits[start : start + BITS], 2) for start in range(0, 3 * BITS, BITS)
-    )
-    return machine_number, number, started
+    process, machine_number = divmod(stamp, 1 << MACHINE_BITS)
+    return machine_number, process
 
 
-def _is_dead(owner: Owner | None) -> bool:
+def _is_dead(owner: tuple[int, int] | None) -> bool:
     """Whether a process of this machine is gone; of others nobody here can know."""
     if owner is None or owner[0] != _owner()[0]:
         return False
-    _, number, started = owner
-    stat = Path(f"/proc/{number}/stat")
+    number = owner[1]
     try:
-        state, *rest = stat.read_text().rpartition(")")[2].split()
+        state, *_ = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
         return _does_not_exist(number)
     except OSError:
         return False
-    # A dead process's number may be used again, or its parent may not have asked for it yet.
-    return state in "ZX" or int(rest[18]) % 2**BITS != started
+    return state in "ZX"  # it is dead, and its parent has not asked yet
 
 
 def _does_not_exist(number: int) -> bool:

@@ -57,7 +57,8 @@ class JournalWriter:
                 batch, refused = self._possible(batch)
             storage._backend.append_logs(self._signed(_logs(batch)))
             written = self._replay(batch)
-            back = surplus(self._all(batch.study_id), written, batch.most)
+            trials = self._all(batch.study_id) if batch.most is not None else []
+            back = surplus(trials, written, batch.most)
             logs = [log for i in back for log in _waiting_logs(i, batch.mark)]
             written.claimed = [i for i in written.claimed if i not in back]
             written.created = [(i, number) for i, number in written.created if i not in back]

@@ -215,25 +215,30 @@ def _as_json(unsent: Unsent) -> dict[str, Any]:
 
 
 def _from_json(unsent: Mapping[str, Any]) -> Unsent:
-    changes = {
-        int(number): Change(
-            params={
-                name: (float(value), json_to_distribution(text))
-                for name, (value, text) in change["params"].items()
-            },
-            user_attrs=dict(change["user_attrs"]),
-            system_attrs=dict(change["system_attrs"]),
-            intermediate_values={
-                int(step): float(value) for step, value in change["intermediate_values"]
-            },
-            state=None if change["state"] is None else TrialState[change["state"]],
-            values=change["values"] and [float(value) for value in change["values"]],
-            completed=change["completed"] and _local(change["completed"]),
-        )
-        for number, change in unsent["trials"].items()
-    }
+    changes = {int(number): _change(change) for number, change in unsent["trials"].items()}
     attributes = {(_kind(kind), str(key)): value for kind, key, value in unsent["attributes"]}
     return Unsent(changes, attributes)
+
+
+def _change(change: Mapping[str, Any]) -> Change:
+    state = None if change["state"] is None else TrialState[change["state"]]
+    completed = _local(change["completed"]) if change["completed"] else None
+    if state is not None and state.is_finished() and completed is None:
+        raise ValueError("a trial has ended without a time")  # no journal could be read any more
+    return Change(
+        params={
+            name: (float(value), json_to_distribution(text))
+            for name, (value, text) in change["params"].items()
+        },
+        user_attrs=dict(change["user_attrs"]),
+        system_attrs=dict(change["system_attrs"]),
+        intermediate_values={
+            int(step): float(value) for step, value in change["intermediate_values"]
+        },
+        state=state,
+        values=change["values"] and [float(value) for value in change["values"]],
+        completed=completed,
+    )
 
 
 def _kind(kind: str) -> str:

@@ -155,7 +155,7 @@ def is_outage(error: BaseException) -> bool:
     if alchemy := sys.modules.get("sqlalchemy.exc"):
         if isinstance(cause, tuple(getattr(alchemy, name) for name in REAL)):
             return _is_lost(cause)
-        if isinstance(cause, alchemy.DBAPIError | alchemy.TimeoutError):
+        if isinstance(cause, alchemy.DBAPIError | alchemy.TimeoutError) or _is_lost(cause):
             return True
     for module, name in (("grpc", "RpcError"), ("redis.exceptions", "RedisError")):
         kind = getattr(sys.modules.get(module), name, None)
@@ -194,8 +194,9 @@ def reason_of(error: BaseException, url: str = "") -> str:
 
 
 def _is_lost(cause: BaseException) -> bool:
-    """Whether SQLAlchemy says that a connection is broken."""
-    return bool(getattr(cause, "connection_invalidated", False))
+    """Whether SQLAlchemy says that a connection is broken, or was when it was last used."""
+    is_follow_up = type(cause).__name__ == "PendingRollbackError"
+    return is_follow_up or bool(getattr(cause, "connection_invalidated", False))
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -35,7 +35,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 RELEASED = "released"  # attribute of a WAITING trial that has been trained in part
 TAKEN_OVER = "taken_over"  # attribute: how often, since when without progress, and the round
-SUSPECT, POISONOUS = 2, 5  # times without progress: trained alone; ended
+SUSPECT, POISONOUS = 3, 10  # times without progress: trained alone; ended
 
 
 @dataclass

@@ -138,7 +138,10 @@ class Scheduler:
             except Unreachable:  # what is unwritten is kept, and goes on another time
                 raise
             except BaseException:
-                self.ends.fail_all()
+                if self.checkpoints.is_on:
+                    self.ends.release_all(self.lease.worker)
+                else:  # nobody can go on with them
+                    self.ends.fail_all()
                 raise
             finally:
                 self.study.sampler = sampler  # a grid's points were asked through another one

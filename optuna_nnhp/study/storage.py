@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import functools
 from pathlib import Path
 import re
 import time
@@ -25,6 +27,7 @@ from optuna_nnhp.study.journal import open_journal
 from optuna_nnhp.study.lease import new_worker_name
 from optuna_nnhp.study.proxy import SCHEME
 from optuna_nnhp.study.proxy import grpc_proxy
+from optuna_nnhp.study.reach import Unreachable
 from optuna_nnhp.version import __version__
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ IDENTITY = ("template", "task", "metric", "fingerprint")  # what one study canno
 WORKER = "worker"  # trial attribute: who trains it
 MODELS = "models"  # study attribute: the folder of its best weights, inside the storage's
 LONGEST_NAME = 60  # of 255 bytes at most, and a letter may take four
+OPENED_IN = 60.0  # seconds that a storage may be away when a study is opened
 DESCRIBED_IN = 5.0  # seconds, after which a study without a description has lost its creator
 LAST = "version"  # study attribute that is written last: the others are there
 
@@ -175,14 +179,16 @@ def open_study(
     if not isinstance(storage, DeferredStorage):
         storage = DeferredStorage(storage, mark=Marks({WORKER: new_worker_name()}))
     name = study_name or problem.name
+    create = functools.partial(
+        optuna.create_study,
+        study_name=name,
+        storage=storage,
+        sampler=sampler,
+        pruner=pruner,
+        direction="maximize" if problem.maximize else "minimize",
+    )
     try:
-        study = optuna.create_study(
-            study_name=name,
-            storage=storage,
-            sampler=sampler,
-            pruner=pruner,
-            direction="maximize" if problem.maximize else "minimize",
-        )
+        study = _patiently(storage, create)
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
         _await_description(study)
@@ -204,6 +210,16 @@ def open_study(
             study.set_metric_names([problem.description["metric"]])
     note_environment(study, problem)
     return study
+
+
+def _patiently(storage: DeferredStorage, ask: Callable[[], optuna.Study]) -> optuna.Study:
+    """Ask a storage that may be away for a while, or locked by a process that was killed."""
+    while True:
+        try:
+            return ask()
+        except Unreachable:
+            if not storage.wait_until_reachable(OPENED_IN):
+                raise
 
 
 def _await_description(study: optuna.Study) -> None:

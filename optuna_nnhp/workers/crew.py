@@ -166,7 +166,7 @@ class Crew:
                 while self._places:
                     time.sleep(LOOK_EVERY)
                     self._look()
-                    show()
+                    show(bool(self._places))
             is_killed = False
         finally:
             if self._local is not None:
@@ -259,17 +259,17 @@ class Crew:
         self._patience = time.monotonic() + PATIENCE
 
     @contextmanager
-    def _progress(self, is_shown: bool) -> Iterator[Callable[[], None]]:
-        """Within, what shows how far all workers have come."""
+    def _progress(self, is_shown: bool) -> Iterator[Callable[[bool], None]]:
+        """Within, what shows how far all workers have come: now and then while they work."""
         if not is_shown:
-            yield lambda: None
+            yield lambda is_going_on: None
             return
         storage, shown = self.study._storage, 0.0
         assert isinstance(storage, DeferredStorage)
 
-        def show() -> None:
+        def show(is_going_on: bool) -> None:
             nonlocal shown
-            if time.monotonic() - shown < SHOW_EVERY:
+            if is_going_on and time.monotonic() - shown < SHOW_EVERY:
                 return
             storage.refresh()
             trials = self.study.get_trials(deepcopy=False)

@@ -114,6 +114,8 @@ def absolute(storage: str | Path | BaseStorage) -> str | Path | BaseStorage:
         >>> absolute("sqlite:///study.db") == f"sqlite:///{os.path.abspath('study.db')}"
         True
     """
+    if isinstance(storage, DeferredStorage):  # each process has its own around the same one
+        return storage.backend
     if isinstance(storage, BaseStorage):
         return storage
     text = str(storage)

@@ -181,19 +181,23 @@ def work(url: str, name: str, seconds: float) -> tuple[int, int, int]:
     return trials, count.transactions, count.statements
 
 
+def ready() -> None:
+    """Import everything, and be busy until all others have begun to, too."""
+    time.sleep(3.0)
+
+
 def crowd(place: Cluster, processes: int, seconds: float) -> dict[str, float]:
     """So many processes at once."""
     url = place.url()
     storage = RDBStorage(url)
     study = optuna.create_study(storage=storage)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        ready = [pool.submit(time.sleep, 3.0) for _ in range(processes)]  # all have begun
-        for one in ready:
-            one.result()
-        cpu, began = place.seconds(), time.monotonic()
+        for call in [pool.submit(ready) for _ in range(processes)]:
+            call.result()
+        before, began = place.seconds(), time.monotonic()
         calls = [pool.submit(work, url, study.study_name, seconds) for _ in range(processes)]
         done = [call.result() for call in calls]
-        took, cpu = time.monotonic() - began, place.seconds() - cpu
+        took, cpu = time.monotonic() - began, place.seconds() - before
     storage.engine.dispose()
     trials, transactions, statements = (sum(column) for column in zip(*done, strict=True))
     return {
@@ -202,7 +206,7 @@ def crowd(place: Cluster, processes: int, seconds: float) -> dict[str, float]:
         "statements per second": statements / took,
         "server CPU, cores": cpu / took,
         "server CPU, ms per trial": 1000 * cpu / trials,
-        "trials per second and core of the server": trials / cpu,
+        "trials per second and core of the server": trials / max(cpu, 1 / TICKS),
     }
 
 

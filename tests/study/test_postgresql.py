@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+import time
 
 import numpy as np
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+import pytest
 
+from optuna_nnhp.study import reach
+from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.deferred import NoneLeft
+from optuna_nnhp.study.deferred import Unreachable
 from tests.postgresql import Database
 from tests.tiny import courses
 from tests.tiny import numbers
@@ -25,3 +36,67 @@ def test_a_study_runs_and_goes_on(postgresql: Database, folder: Path) -> None:
     more = tune(X, y, storage=postgresql.url, n_trials=6)
     assert courses(more)[:4] == course
     assert len(trials(more)) == 6
+
+
+MOST = 60
+
+
+def work(url: str, name: str, ready: Barrier) -> list[int]:
+    """Train until there is nothing left, whatever the database does."""
+    storage = DeferredStorage(RDBStorage(url), 0.01, mark=lambda: {"worker": name})
+    study = optuna.load_study(
+        storage=storage, study_name="s", sampler=optuna.samplers.RandomSampler()
+    )
+    storage.limit(study._study_id, MOST)
+    study.get_trials()
+    ready.wait()
+    numbers = list[int]()
+    while True:
+        trials = list[optuna.Trial]()
+        try:
+            with storage.reserved(3):
+                trials += (study.ask() for _ in range(3))
+        except NoneLeft:
+            if not trials:
+                break
+        except Unreachable:
+            storage.wait_until_reachable(60.0)
+        for step in range(3):
+            time.sleep(0.01)
+            for trial in trials:
+                trial.report(trial.number + step, step)
+            storage.flush_if_due()
+        with storage.batch():
+            for trial in trials:
+                study.tell(trial, float(trial.number))
+        numbers += [trial.number for trial in trials]
+    assert storage.wait_until_reachable(60.0)
+    return numbers
+
+
+def test_four_workers_survive_that_the_database_is_killed(
+    postgresql: Database, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reach, "FIRST_PAUSE", 0.05)
+    study = optuna.create_study(storage=postgresql.url, study_name="s")
+    for number in range(3):
+        study.enqueue_trial({"x": number})
+    ready = Barrier(5)
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(work, postgresql.url, f"w{n}", ready) for n in range(4)]
+        ready.wait()
+        for pause in (0.0, 0.3):
+            postgresql.stop()
+            time.sleep(pause)
+            postgresql.start()
+            time.sleep(0.1)
+    numbers = [number for run in runs for number in run.result()]
+    read = optuna.load_study(storage=postgresql.url, study_name="s").get_trials()
+    begun = [t for t in read if t.state != TrialState.WAITING]
+    assert sorted(numbers) == [trial.number for trial in begun]
+    assert len(begun) == MOST
+    for trial in begun:
+        assert (trial.state, trial.value) == (TrialState.COMPLETE, float(trial.number))
+        assert trial.intermediate_values == {step: trial.number + step for step in range(3)}
+    assert "cannot be reached" in log.text
+    assert "is lost" not in log.text

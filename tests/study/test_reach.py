@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import itertools
 import math
 from pathlib import Path
+import socket
 import sqlite3
 import sys
 import time
@@ -41,7 +42,7 @@ from tests.postgresql import Database
 from tests.study.test_deferred import SPACE
 from tests.study.test_deferred import opened
 
-KINDS = ("memory", "journal", "sqlite", "postgresql")
+KINDS = ("memory", "journal", "sqlite", "postgresql", "grpc")
 SECRET = "postgresql://me:hunter2@host/db"
 
 
@@ -64,10 +65,19 @@ class Place:
 
     def __init__(self, kind: str, folder: Path, request: pytest.FixtureRequest) -> None:
         self.kind, self.path = kind, folder / f"study.{kind}"
-        self.memory = Flaky()
+        self.memory = InMemoryStorage() if kind == "grpc" else Flaky()
         self.server: Database | None = None
+        self.proxy: Any = None
+        self.port = 0
         if kind == "postgresql":
             self.server = request.getfixturevalue("postgresql")
+        if kind == "grpc":
+            pytest.importorskip("grpc", reason="grpcio is not installed")
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                self.port = free.getsockname()[1]
+            self.serve()
+            request.addfinalizer(lambda: self.proxy.stop(0).wait())
         if kind == "sqlite":
             opened("sqlite", folder)
             (folder / "study.db").rename(self.path)
@@ -79,7 +89,18 @@ class Place:
             return open_journal(self.path)
         if self.kind == "sqlite":
             return RDBStorage(f"sqlite:///{self.path}?timeout=0.05")
+        if self.kind == "grpc":
+            proxy = optuna.storages.GrpcStorageProxy(host="localhost", port=self.port)
+            proxy.wait_server_ready(timeout=20)  # it pauses after a failure, too
+            return proxy
         return self.memory
+
+    def serve(self) -> None:
+        """Optuna's proxy, as another process would run it."""
+        from optuna.storages._grpc.server import make_server
+
+        self.proxy = make_server(self.memory, "localhost", self.port)
+        self.proxy.start()
 
     @contextmanager
     def away(self) -> Generator[None, None, None]:
@@ -98,6 +119,10 @@ class Place:
             yield
             lock.rollback()
             lock.close()
+        elif self.kind == "grpc":
+            self.proxy.stop(0).wait()
+            yield
+            self.serve()
         else:
             Flaky.is_down = True
             try:
@@ -450,6 +475,7 @@ def wrapped(cause: Exception) -> Exception:
         (sql(exc.InternalError), True),
         (sql(exc.DBAPIError), True),
         (exc.TimeoutError("pool"), True),
+        (wrapped(exc.PendingRollbackError("Optuna asks again in a broken session")), True),
         (wrapped(sql(exc.OperationalError)), True),
         (wrapped(OSError("disk")), True),
         (RuntimeError("Error: did not possess lock"), True),

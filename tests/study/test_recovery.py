@@ -22,7 +22,10 @@ from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.checkpoints import folder_of
 from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.recovery import RELEASED
+from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
+from tests.tiny import courses
+from tests.tiny import tune
 
 KINDS = ("dnn", "own", "gpt", "population", "gradient")
 # What another process runs: `tune` with the given options, killed by itself at some moment.
@@ -207,6 +210,20 @@ def test_sigterm_leaves_trials_to_the_next_call(kind: str, folder: Path) -> None
     assert not list(folder.glob("*.models/*/checkpoints/*"))
 
 
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_after_an_error_the_same_call_goes_on(folder: Path, error: type[BaseException]) -> None:
+    def broken(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        raise error("of the user")
+
+    wishes: dict[str, Any] = {**DIFFERENT_LENGTHS, "cohort_size": 3, "storage": "s.journal"}
+    wanted = courses(tune(**{**wishes, "storage": None}))
+    with pytest.raises(error, match="of the user"):
+        tune(**wishes, callbacks=[broken])
+    states = [t.state for t in study_of("s.journal").trials]
+    assert set(states) == {TrialState.COMPLETE, TrialState.WAITING}
+    assert courses(tune(**wishes)) == wanted
+
+
 def test_a_living_worker_keeps_its_trials(folder: Path) -> None:
     first = subprocess.Popen(
         [
@@ -236,6 +253,8 @@ def test_a_living_worker_keeps_its_trials(folder: Path) -> None:
 
 def test_checkpoints_take_their_share_of_the_time(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "me", every=10.0)
+    assert checkpoints.is_due()  # the first one is written soon
+    checkpoints.write([])
     assert not checkpoints.is_due()
     checkpoints._last -= 11
     assert checkpoints.is_due()

@@ -22,6 +22,7 @@ from optuna_nnhp import optimize
 from optuna_nnhp import preset
 from optuna_nnhp.data.text import bundled_text
 from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.templates import common
 from optuna_nnhp.templates import gpt as template
 from optuna_nnhp.templates.gpt import GPT
 from optuna_nnhp.templates.language_model import LanguageModel
@@ -142,7 +143,7 @@ def test_trials_that_cannot_fit_are_refused_with_both_numbers(
     problem = GPT(TEXT, fixed=SMALL | {"iterations": 9})
     member = problem.member(0, problem.defaults())
     with monkeypatch.context() as patch:
-        patch.setattr(template, "free_memory", lambda device: 1000)
+        patch.setattr(common, "free_memory", lambda device: 1000)
         with pytest.raises(TrialError, match=r"must fit into 0\.0 GiB .* needs about"):
             problem.signature(member)
     patched = GPT(TEXT, fixed=SMALL | {"iterations": 1000}, timeout=2.0)

@@ -9,6 +9,8 @@ from pathlib import Path
 import signal
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import nn
 
 from optuna_nnhp import optimize
 from optuna_nnhp.__main__ import main
+from optuna_nnhp.study.recovery import RELEASED
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
 from tests.tiny import numbers
@@ -73,6 +76,9 @@ def test_it_joins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(trials(result)) == 5  # the same study, and nothing to do
     assert len({t.params["learning_rate"] for t in trials(result)}) == 5
     assert worker("--data", "data.npz") == 0  # which has what its last call wanted
+    assert finished() == 5
+    assert worker("--data", "data.npz", "--timeout", 0.5) == 0  # time is the only bound then
+    assert finished() > 5
 
 
 def test_a_table_where_it_was(folder: Path) -> None:
@@ -228,13 +234,30 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "how"),
-    [(signal.SIGINT, 130, "was interrupted"), (signal.SIGTERM, 143, "was told to end")],
-)
-def test_signals_end_it_tidily(number: signal.Signals, code: int, how: str, folder: Path) -> None:
-    endless = TINY | {"epochs": 10**6, "patience": 10**6}
-    begin(fixed=endless, n_trials=None, timeout=0.5)
+ENDLESS = TINY | {"epochs": 10**6, "patience": 10**6}
+
+
+def test_ctrl_c_ends_it_tidily(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(fixed=ENDLESS, n_trials=None, timeout=0.5)
+    known = len(begun().trials)
+
+    def press() -> None:
+        while not begun().get_trials(states=(TrialState.RUNNING,)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    assert worker("--data", "data.npz", "--timeout", 600) == 130
+    thread.join()
+    assert "was interrupted" in capsys.readouterr().out
+    new = begun().trials[known:]
+    assert "interrupted" in {trial.user_attrs.get("cause") for trial in new}
+    assert TrialState.RUNNING not in {trial.state for trial in new}
+
+
+def test_sigterm_ends_it_tidily(folder: Path) -> None:
+    begin(fixed=ENDLESS, n_trials=None, timeout=0.5)
     known = len(begun().trials)
     command = [sys.executable, "-m", "optuna_nnhp", "worker", "--study", "s", "--storage"]
     command += ["s.journal", "--data", "data.npz", "--timeout", "600"]
@@ -244,14 +267,14 @@ def test_signals_end_it_tidily(number: signal.Signals, code: int, how: str, fold
     try:
         while not begun().get_trials(states=(TrialState.RUNNING,)):
             assert process.poll() is None
-        process.send_signal(number)
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == code
-    assert how in output
+    assert process.returncode == 143
+    assert "was told to end" in output
     new = begun().trials[known:]
-    assert new
+    released = [trial for trial in new if RELEASED in trial.user_attrs]
+    assert {trial.state for trial in released} == {TrialState.WAITING}  # whoever comes goes on
     assert TrialState.RUNNING not in {trial.state for trial in new}
-    if number == signal.SIGTERM:  # whoever comes next goes on with them
-        assert TrialState.WAITING in {trial.state for trial in new}

@@ -13,6 +13,7 @@ from datetime import timedelta
 import multiprocessing
 import os
 from pathlib import Path
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,9 @@ from torch import nn
 
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
+from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.workers.job import CONTROL
+from optuna_nnhp.workers.job import Job
 from optuna_nnhp.workers.job import Outcome
 from tests.postgresql import Database
 from tests.tiny import ENVIRONMENT
@@ -137,6 +141,16 @@ def test_every_method(
     assert result.predict(X).shape == (80,)
 
 
+def test_the_bar_shows_what_all_have_done(
+    folder: Path, pool: ProcessPoolExecutor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wishes: dict[str, Any] = {"n_trials": 5, "show_progress_bar": True}
+    result = tune(X, Y, storage="b.journal", workers=2, executor=pool, **wishes)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith("100%")
+    assert f"5/5 trials, best {result.best_value:.6g}, 5 trials done, 0 running" in last
+
+
 def test_functions_and_own_samplers_travel(folder: Path, pool: ProcessPoolExecutor) -> None:
     classes = 2
 
@@ -225,17 +239,17 @@ class Queue:
         self.pool = pool
 
     def submit(self, function: Any, /, *args: Any) -> Any:
-        return self.pool.submit(later, function, 3.0 * args[0].worker, *args)
+        return self.pool.submit(later, function, 2.0 * args[0].worker, *args)
 
 
 def test_a_timeout_begins_with_each_worker(folder: Path, pool: ProcessPoolExecutor) -> None:
-    wishes: dict[str, Any] = {"n_trials": None, "timeout": 2.0, "workers": 2}
+    wishes: dict[str, Any] = {"n_trials": None, "timeout": 1.5, "workers": 2}
     result = tune(X, Y, storage="t.journal", executor=Queue(pool), **wishes)
     workers = [trial.user_attrs["worker"] for trial in trials(result)]
     assert len(set(workers)) == 2
     begun = [trial.datetime_start for trial in trials(result)]
     assert None not in begun
-    assert max(begun) - min(begun) > timedelta(seconds=2.5)
+    assert max(begun) - min(begun) > timedelta(seconds=1.8)
     assert TrialState.RUNNING not in states(result)
 
 
@@ -355,6 +369,41 @@ def test_a_death_is_replaced(folder: Path, log: pytest.LogCaptureFixture) -> Non
     lines = [line for line in log.messages if "Worker 0 died" in line]
     assert len(lines) == 3
     assert all("killed by the system (another one takes its place, and its" in x for x in lines)
+
+
+class Elsewhere(Inline):
+    """An executor whose one worker goes on until all workers of the study are told to end."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def submit(self, function: Any, /, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        threading.Thread(target=self._wait, args=(future, args[0])).start()
+        return future
+
+    def _wait(self, future: Future[Any], job: Job) -> None:
+        study = optuna.load_study(study_name=job.study_name, storage=open_storage(job.storage))
+        while CONTROL not in study._storage.get_study_system_attrs(study._study_id):
+            time.sleep(0.02)
+        self.told.append(study._storage.get_study_system_attrs(study._study_id)[CONTROL]["what"])
+        future.set_result(Outcome(job.worker, ended=self.told[0]))
+
+
+@pytest.mark.parametrize(
+    ("number", "what"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "release")]
+)
+def test_a_signal_to_the_caller_reaches_workers_elsewhere(
+    number: signal.Signals, what: str, folder: Path
+) -> None:
+    executor = Elsewhere()
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+    timer.start()
+    result = tune(X, Y, storage="w.journal", executor=executor)
+    timer.join()
+    assert executor.told == [what]
+    assert len(trials(result)) == 1  # the default configuration, which waits
 
 
 def test_not_for_ever(folder: Path, log: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,271 @@
+"""What could not be written is kept in a file, and the next run writes it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+import json
+import math
+from pathlib import Path
+
+import optuna
+from optuna import Study
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+import pytest
+
+from optuna_nnhp.study import reach
+from optuna_nnhp.study.batches import Change
+from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.deferred import Unreachable
+from optuna_nnhp.study.outbox import Unsent
+from optuna_nnhp.study.outbox import keep
+from optuna_nnhp.study.outbox import load
+from optuna_nnhp.study.outbox import replay_unsent
+from tests.study.test_deferred import SPACE
+from tests.study.test_reach import KINDS
+from tests.study.test_reach import Place
+from tests.study.test_reach import deferred
+
+
+@pytest.fixture(params=KINDS)
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Place:
+    monkeypatch.setattr(reach, "FIRST_PAUSE", 0.02)
+    return Place(request.param, tmp_path, request)
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    """Where it is kept."""
+    return tmp_path / "study.models"
+
+
+NOON = datetime(2026, 1, 1, 12)
+ODD = {"losses": [1.0, math.nan, -math.inf], "text": '"</script>\x00\u2028é', "none": None}
+
+
+def give_up(place: Place, box: Path, worker: str = "host:17:ab") -> Path:
+    """A run that ends while the storage is away."""
+    study = place.worker(worker)
+    storage = deferred(study)
+    with storage.reserved(4):
+        trials = [study.ask(SPACE) for _ in range(4)]
+    storage.flush()
+    with place.away():
+        for step, value in enumerate([0.5, math.nan, math.inf]):
+            trials[0].report(value, step)
+        trials[0].set_user_attr("odd", ODD)
+        study.tell(trials[0], 0.1)
+        trials[1].report(0.25, 1)
+        study.tell(trials[1], state=TrialState.PRUNED)
+        trials[2].set_user_attr("cause", "interrupted")
+        study.tell(trials[2], state=TrialState.FAIL)
+        trials[3].report(-math.inf, 7)
+        trials[3].suggest_float("more", 0.0, 1.0)
+        study.set_user_attr("timing", {"seconds": math.inf})
+        storage.set_study_system_attr(study._study_id, "note", [1])
+        place.told = study.get_trials()  # type: ignore[attr-defined]
+        path = storage.keep_unsent(box)
+    assert path is not None
+    return path
+
+
+def read(place: Place) -> tuple[Study, list[FrozenTrial]]:
+    study = place.read()
+    return study, study.get_trials()
+
+
+def same(a: object, b: object) -> bool:
+    """Equal, where no number equals no number."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def test_the_next_run_writes_what_was_kept(
+    place: Place, box: Path, log: pytest.LogCaptureFixture
+) -> None:
+    path = give_up(place, box)
+    assert [p.name for p in box.iterdir()] == ["unsent-host_17_ab.json"] == [path.name]
+    assert {t.state for t in read(place)[1]} == {TrialState.RUNNING}
+
+    study = place.worker("other")
+    assert replay_unsent(deferred(study), box) == 4
+    assert list(box.iterdir()) == []
+    told, (seen, trials) = place.told, read(place)  # type: ignore[attr-defined]
+    assert same(seen.user_attrs, {"timing": {"seconds": math.inf}})
+    assert seen._storage.get_study_system_attrs(seen._study_id)["note"] == [1]
+    assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
+    for trial, expected in zip(trials, told, strict=True):
+        assert (trial.number, trial.values) == (expected.number, expected.values)
+        assert (trial.params, trial.distributions) == (expected.params, expected.distributions)
+        assert same(trial.user_attrs, expected.user_attrs)
+        assert same(trial.intermediate_values, expected.intermediate_values)
+        if place.kind not in ("memory", "grpc"):  # they take their own times
+            assert trial.datetime_complete == expected.datetime_complete
+    assert same(trials[0].user_attrs["odd"], ODD)
+    assert study.get_trials()[0].value == 0.1
+    assert "lost" not in log.text
+    assert replay_unsent(deferred(study), box) == 0
+    # It is still the dead worker's, and can be taken over with all it has.
+    assert deferred(study).take_over({trials[3]._trial_id: "host:17:ab"}) == [trials[3]._trial_id]
+    assert study.get_trials()[3].intermediate_values == {7: -math.inf}
+
+
+def test_what_has_ended_elsewhere_stays_so(
+    place: Place, box: Path, log: pytest.LogCaptureFixture
+) -> None:
+    give_up(place, box)
+    other = place.read()
+    other.tell(0, 0.5)
+    study = place.worker("other")
+    third = study.get_trials()[3]._trial_id
+    assert deferred(study).take_over({third: "host:17:ab"}) == [third]
+    assert replay_unsent(deferred(study), box) == 2
+    text = "What host:17:ab did in trial 0 is lost: it is COMPLETE already."
+    assert log.text.count(text) == 1
+    assert "What host:17:ab did in trial 3 is lost: other has taken it over." in log.text
+    trials = read(place)[1]
+    assert (trials[0].value, trials[0].intermediate_values) == (0.5, {})
+    assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
+    assert list(box.iterdir()) == []
+
+
+def test_what_was_written_after_all_is_not_written_again(
+    place: Place, box: Path, log: pytest.LogCaptureFixture
+) -> None:
+    path = give_up(place, box)
+    text = path.read_text(encoding="utf-8")
+    study = place.worker("other")
+    replay_unsent(deferred(study), box)
+    path.write_text(text, encoding="utf-8")  # killed before the file was deleted
+    assert replay_unsent(deferred(study), box) == 1  # the one that runs
+    assert "is lost" not in log.text
+
+
+def test_a_file_goes_if_the_storage_comes_back_in_time(place: Place, box: Path) -> None:
+    study = place.worker()
+    storage = deferred(study)
+    trial = study.ask(SPACE)
+    storage.flush()
+    assert storage.keep_unsent(box) is None
+    assert not box.exists()
+    with place.away():
+        study.tell(trial, 1.0)
+        path = storage.keep_unsent(box)
+        assert storage.keep_unsent(box) == path
+        assert path is not None
+    assert storage.wait_until_reachable(10.0)
+    assert not path.exists()
+    assert read(place)[1][0].value == 1.0
+
+
+def test_nothing_goes_while_the_storage_is_away(place: Place, box: Path) -> None:
+    path = give_up(place, box)
+    study = place.worker("other")
+    with place.away(), pytest.raises(Unreachable):
+        replay_unsent(deferred(study), box)
+    assert path.exists()
+    assert deferred(study).wait_until_reachable(10.0)
+    assert replay_unsent(deferred(study), box) == 4
+
+
+@pytest.fixture
+def storage(tmp_path: Path, request: pytest.FixtureRequest) -> DeferredStorage:
+    """A study with two running trials of two workers."""
+    place = Place("journal", tmp_path, request)
+    for name in "ab":
+        study = place.worker(name)
+        study.ask(SPACE)
+        deferred(study).flush()
+    return deferred(place.worker("c"))
+
+
+def ended(value: float) -> Unsent:
+    return Unsent({0: Change(state=TrialState.COMPLETE, values=[value], completed=NOON)})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"COMPLETE"', '"PRUNED"'),
+        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: '{"content": 1, "checksum": 2}',
+        lambda text: "\udcff",
+    ],
+)
+def test_a_damaged_file_is_refused_and_stays(
+    damage: object, storage: DeferredStorage, box: Path
+) -> None:
+    path = keep(box, "a", {"s": ended(1.0)})
+    assert callable(damage)
+    text = damage(path.read_text(encoding="utf-8"))
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    keep(box, "b", {"s": Unsent({1: Change(state=TrialState.FAIL, completed=NOON)})})
+    with pytest.raises(ValueError, match=r"unsent-a\.json must be a whole file of version 1, but"):
+        replay_unsent(storage, box)
+    assert [p.name for p in box.iterdir()] == ["unsent-a.json"]  # the other one is replayed
+    assert [t.state.name for t in storage.get_all_trials(0)] == ["RUNNING", "FAIL"]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("state", "DELETED"),
+        ("params", {"x": 1}),
+        ("intermediate_values", [["a", "b"]]),
+        ("values", ["x"]),
+        ("completed", "yesterday"),
+        ("completed", None),
+    ],
+)
+def test_a_file_with_the_right_checksum_can_be_wrong(name: str, value: object, box: Path) -> None:
+    path = keep(box, "a", {"s": ended(1.0)})
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    whole["content"]["studies"]["s"]["trials"]["0"][name] = value
+    from optuna_nnhp.study.outbox import _checksum
+
+    whole["checksum"] = _checksum(whole["content"])
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"unsent-a\.json"):
+        load(path)
+
+
+def test_what_belongs_to_other_storages_stays(storage: DeferredStorage, box: Path) -> None:
+    path = keep(box, "a", {"s": ended(1.0), "elsewhere": ended(2.0)})
+    assert replay_unsent(storage, box) == 1
+    assert path.exists()
+    assert load(path)[1]["elsewhere"] == ended(2.0)
+    assert [t.state.name for t in storage.get_all_trials(0)] == ["COMPLETE", "RUNNING"]
+    assert replay_unsent(storage, box.parent / "nowhere") == 0
+
+
+def test_a_trial_that_is_no_more_is_named(
+    storage: DeferredStorage, box: Path, log: pytest.LogCaptureFixture
+) -> None:
+    keep(box, "a", {"s": Unsent({7: Change(user_attrs={"x": 1})})})
+    assert replay_unsent(storage, box) == 0
+    assert "What a did in trial 7 is lost: it does not exist." in log.text
+
+
+def test_a_workers_name_cannot_leave_the_folder(tmp_path: Path) -> None:
+    path = keep(tmp_path / "box", "../../x:\0" + "y" * 300, {"s": ended(1.0)})
+    assert path.parent == tmp_path / "box"
+    assert path.name.startswith("unsent-.._.._x_y")
+    assert len(path.name) < 120
+    assert load(path)[0].endswith("y" * 300)
+
+
+def test_an_unmarked_worker_can_keep_and_replay(
+    tmp_path: Path, request: pytest.FixtureRequest, box: Path
+) -> None:
+    place = Place("journal", tmp_path, request)
+    study = optuna.create_study(storage=DeferredStorage(place.open()), study_name="s")
+    trial = study.ask()
+    with place.away():
+        study.tell(trial, 1.0)
+        assert deferred(study).keep_unsent(box) is not None
+    assert replay_unsent(deferred(place.worker("other")), box) == 1
+    assert place.read().best_value == 1.0
