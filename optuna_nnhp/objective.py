@@ -19,6 +19,7 @@ from optuna_nnhp.study.environment import note_environment
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.study.trials import suggest
 from optuna_nnhp.templates import make_problem
+from optuna_nnhp.training.again import judge_best
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.machine import single_blas
 
@@ -100,8 +101,11 @@ class Objective:
                 running.take(scores, 0)
                 running.report()
                 cause = scores.ended[0] or ("pruned" if trial.should_prune() else None)
+        ends_early = cause in ("pruned", "diverged")
+        if not ends_early:
+            running.settled = judge_best(cohort, 0)
         running.describe(problem, cohort.iterations[0], cause)
-        if cause in ("pruned", "diverged"):
+        if ends_early:
             raise optuna.TrialPruned(f"Trial {trial.number}: {cause}.")
         assert running.best is not None
         with self._lock:

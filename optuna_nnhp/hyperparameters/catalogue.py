@@ -203,7 +203,7 @@ def given(argument: str, wishes: Any) -> dict[str, Any]:
             Distributions or values by name; None for none.
 
     Raises:
-        ValueError: If that is no mapping.
+        ValueError: If that is no mapping, or a name is no text.
 
     Example:
         >>> given("fixed", {"epochs": np.int64(3)}), given("space", None)
@@ -214,6 +214,9 @@ def given(argument: str, wishes: Any) -> dict[str, Any]:
     if not isinstance(wishes, Mapping):
         what = "distributions" if argument == "space" else "values"
         raise ValueError(f"`{argument}` must map names to {what}, but got {brief(wishes)}.")
+    for name in wishes:
+        if not isinstance(name, str):
+            raise ValueError(f"The names in `{argument}` must be texts, but one is {brief(name)}.")
     return {n: v.item() if isinstance(v, np.generic) else v for n, v in wishes.items()}
 
 

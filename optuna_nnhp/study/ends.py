@@ -20,6 +20,7 @@ from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.recovery import RELEASED
 from optuna_nnhp.study.trials import TOO_LONG
 from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.training.again import judge_best
 from optuna_nnhp.training.cohort import Cohort
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -75,15 +76,28 @@ class Ends:
         try:
             if cause == "timeout" and self.takes_long(running):
                 running.trial.set_user_attr(TOO_LONG, self.trial_timeout)
+            state, number = self._state(running, cause), running.member.number
+            is_complete = state == TrialState.COMPLETE and running.best is not None
+            if is_complete and self.podium.would_enter(running.best or 0.0, number):
+                self._settle(running, cohort, place)
+            running.company = cohort.company[place]
             running.describe(self.problem, cohort.iterations[place], cause)
         except UpdateFinishedTrialError:
             self.lose(running)
             return
-        state, number = self._state(running, cause), running.member.number
-        is_complete = state == TrialState.COMPLETE and running.best is not None
         if is_complete and self.podium.enters(running.best or 0.0, number):
             self.podium.keep_weights(cohort, place)
         running.tell(self.study, state)
+
+    def _settle(self, running: RunningTrial, cohort: Cohort, place: int) -> None:
+        """Give a trial the value that its weights have alone, as whoever loads them finds it."""
+        try:
+            running.settled = judge_best(cohort, place)
+        except Exception as error:  # no room for one more network, or a user's function
+            _logger.warning(
+                f"Trial {running.member.number} could not be judged alone, and keeps the value "
+                f"that it has among its mates: {error}"
+            )
 
     def _state(self, running: RunningTrial, cause: str) -> TrialState:
         """What an end means to Optuna."""

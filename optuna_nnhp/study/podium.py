@@ -47,11 +47,19 @@ class Podium:
 
     def enters(self, value: float, number: int) -> bool:
         """Note a trial; whether it is one of the best. Of equal ones the first is."""
-        entry = (-value if self.maximize else value, number)
-        self.places = sorted({*self.places, entry})[: self.size]
-        if entry == self.places[0]:
+        self.places = places = self._with(value, number)
+        if places[0][1] == number:
             self.best = value
-        return entry in self.places
+        return any(number == entry[1] for entry in places)
+
+    def would_enter(self, value: float, number: int) -> bool:
+        """Whether a trial would be one of the best."""
+        return any(number == entry[1] for entry in self._with(value, number))
+
+    def _with(self, value: float, number: int) -> Places:
+        """The places with one more trial."""
+        entry = (-value if self.maximize else value, number)
+        return sorted({*self.places, entry})[: self.size]
 
     def is_better(self, value: Any, than: Any) -> bool:
         """Whether a value beats another one; None is beaten by all."""

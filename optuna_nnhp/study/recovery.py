@@ -22,6 +22,7 @@ from optuna_nnhp.study.checkpoints import Checkpoint
 from optuna_nnhp.study.checkpoints import Kept
 from optuna_nnhp.study.checkpoints import forget
 from optuna_nnhp.study.checkpoints import newest
+from optuna_nnhp.study.environment import note_move
 from optuna_nnhp.study.lease import Lease
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.storage import WORKER
@@ -189,6 +190,7 @@ class Recovery:
             self.study.sampler = RandomSampler()  # all is decided: nobody is to be asked
         try:
             own = Trial(self.study, trial._trial_id)
+            note_move(own, trial)
             times, last = trial.user_attrs.get(TAKEN_OVER, (0, 0))
             times = times + 1 if done <= last else 1
             own.set_user_attr(TAKEN_OVER, [times, done])

@@ -26,6 +26,7 @@ from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.deferred import DeferredStorage
 from optuna_nnhp.study.ends import Callback as Callback
 from optuna_nnhp.study.ends import Ends
+from optuna_nnhp.study.environment import note_environment
 from optuna_nnhp.study.judging import REPORT_EVERY
 from optuna_nnhp.study.judging import Judge
 from optuna_nnhp.study.lease import Lease
@@ -106,6 +107,7 @@ class Scheduler:
         if not isinstance(storage, DeferredStorage):
             raise TypeError(f"The study's storage must be a DeferredStorage, but is {storage}.")
         self.storage = storage
+        note_environment(self.study, self.problem)  # on the device where it is trained
         self.asker = Asker(self.study, self.problem, self.budget, storage)
         self.podium = Podium(self.problem.maximize, self.weights, self.kept)
         self.ends = Ends(self.asker, self.podium, self.callbacks, self.trial_timeout)

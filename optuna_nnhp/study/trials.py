@@ -22,6 +22,9 @@ from optuna.trial import TrialState
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
+from optuna_nnhp.training.company import ALONE
+from optuna_nnhp.training.company import COMPANY
+from optuna_nnhp.training.company import Company
 from optuna_nnhp.training.rounds import epochs
 
 TOO_LONG = "trial_timeout"  # attribute of a trial that took longer than each may: seconds
@@ -88,6 +91,10 @@ class RunningTrial:
             Seconds that its cohorts have trained.
         told:
             Whether Optuna knows its end.
+        settled:
+            Its best value as that of its weights alone, once that is known.
+        company:
+            What it was trained in, see `training.company`.
     """
 
     trial: Trial
@@ -105,6 +112,8 @@ class RunningTrial:
     started: float = field(default_factory=time.monotonic)
     trained: float = 0.0
     told: bool = False
+    settled: float | None = None
+    company: Company = ()
 
     def take(self, scores: Scores, i: int) -> None:
         """Note one evaluation: the trial is the i-th of those that were evaluated."""
@@ -153,7 +162,7 @@ class RunningTrial:
     @property
     def best(self) -> float | None:
         """Best value so far, None before the first."""
-        return self.values.get(self.best_round)
+        return self.values.get(self.best_round) if self.settled is None else self.settled
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether a value beats another one."""
@@ -186,6 +195,8 @@ class RunningTrial:
         if self.best_round:
             best_epoch = epochs(self.best_round, rounds)
             attributes |= {"best_epoch": best_epoch, "best_value": self.best}
+        if any(kind != ALONE for _, kind in self.company):
+            attributes[COMPANY] = self.company
         for name, value in attributes.items():
             self.trial.set_user_attr(name, value)
 

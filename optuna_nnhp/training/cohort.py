@@ -15,6 +15,7 @@ from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.regularization import EarlyStopping
 from optuna_nnhp.networks.layers import subset
 from optuna_nnhp.networks.mlp import StackedMLP
+from optuna_nnhp.training.company import in_company
 from optuna_nnhp.training.compiling import compiled
 from optuna_nnhp.training.gpt_native import NativeApply
 from optuna_nnhp.training.knobs import Knobs
@@ -56,6 +57,7 @@ class Cohort:
         done: Rounds that each has done (see `training.rounds`).
         iterations: Steps of the optimizer that each has done.
         stepped: Steps that all have done of a round that they have begun.
+        company: In what company each has trained where torch computes, see `in_company`.
         stopping: Best values and rounds, per member.
     """
 
@@ -72,6 +74,7 @@ class Cohort:
         self.batches = task.batches(self.members)
         self.total = [task.total(m, self.batches.per_round) for m in self.members]
         self.done, self.iterations, self.stepped = [0] * k, [0] * k, 0
+        self.company: list[list[list[int]]] = [[] for _ in self.members]
         self.due, self.judges_all = [next_evaluation(0, task.rounds)] * k, False
         self.loss_sum, self.seen = torch.zeros(k, device=device), torch.zeros(k)
         self.tabulate()
@@ -90,7 +93,8 @@ class Cohort:
         """
         # Beside an engine's own threads those of torch would spin; compiled code is for as many
         # threads as there are when it is made.
-        work = 0.0 if self.engine is not None else 3 * self._operations * len(self.members)
+        is_native = self.native is not None or self.engine is not None
+        work = 0.0 if is_native else 3 * self._operations * len(self.members)
         with nullcontext(do_nothing) if self.task.compile else threads_for(work) as before_step:
             while self._train(out_of_time, before_step):
                 if places := self._due():
@@ -106,6 +110,9 @@ class Cohort:
         rates = self.knobs.rates(self.iterations, end - begin, self.total)
         if self.native is not None:
             return self._train_natively(self.native, rates, out_of_time)
+        if self.engine is None:
+            each = zip(self.company, self.done, strict=True)
+            self.company = [in_company(known, done, self.done) for known, done in each]
         self.flat.prepare(by_autograd=self.engine is None)
         steps = islice(self.batches.rows(self.done), begin, end)
         for step, (rate, rows) in enumerate(zip(rates, steps, strict=True), begin):
@@ -305,7 +312,8 @@ class Cohort:
         return lambda x: torch.cat([network(part) for part in x.split(rows)], dim=1)
 
 
-PER_MEMBER = ("members", "total", "done", "iterations", "due")  # lists, one entry for each
+# Lists, one entry for each.
+PER_MEMBER = ("members", "total", "done", "iterations", "due", "company")
 
 
 def _sorted(members: Sequence[Member]) -> list[Member]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 
-LISTS = ("total", "done", "iterations", "due")  # of a cohort: one entry for each member
+LISTS = ("total", "done", "iterations", "due", "company")  # of a cohort: one entry for each member
 FLAT = ("weights", "first", "second", "steps")
 SUMS = ("loss_sum", "seen")
 

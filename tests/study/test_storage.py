@@ -275,7 +275,10 @@ def test_what_a_killed_process_left_running_goes_on(
 @pytest.mark.parametrize(
     ("worker", "is_dead"),
     [
-        (f"{socket.gethostname()}:{os.getpid()}", True),  # of this process: an interrupted notebook
+        (
+            f"{socket.gethostname()}:{os.getpid()}",
+            True,
+        ),  # of this process: an interrupted notebook
         (f"{socket.gethostname()}:1", False),  # alive: process 1 always is
         ("another-machine:99999999", False),
         ("", False),
