@@ -121,7 +121,7 @@ def resolve_task(y: pd.Series[Any], task: str | None, name: str = "y") -> str:
         >>> resolve_task(pd.Series(["a", "b", "c"]), "classification")
         'multiclass'
     """
-    if task is not None and task not in (*TASKS, "classification"):
+    if task is not None and (not isinstance(task, str) or task not in (*TASKS, "classification")):
         raise unknown("a task", task, (*TASKS, "classification"))
     values = _plain(y)
     distinct = pd.unique(values)

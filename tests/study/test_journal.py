@@ -93,6 +93,7 @@ def test_whoever_appends_next_removes_a_torn_line(path: Path) -> None:
     study.set_user_attr("note", 1)
     assert optuna.load_study(storage=str_storage(path), study_name="a").best_value == 1.0
     assert names(path) == ["a", "b"]
+    assert not any(line.startswith(b" ") for line in path.read_bytes().splitlines())
 
 
 def str_storage(path: Path) -> JournalStorage:
@@ -217,6 +218,9 @@ def test_a_killed_process_does_not_keep_the_lock(
 
 def test_many_that_wait_for_a_dead_process_get_the_lock_one_by_one(path: Path) -> None:
     with holder(path) as process:
+        # Who saw it dead, and comes when the next one has it already, leaves it.
+        assert not WatchedLock(str(path))._break()
+        assert path.with_name("study.journal.lock").is_symlink()
         process.kill()
     inside, most = [], []
 

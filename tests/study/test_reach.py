@@ -6,9 +6,11 @@ from collections.abc import Callable
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextlib import nullcontext
+from contextlib import suppress
 import itertools
 import math
 from pathlib import Path
+import random
 import socket
 import sqlite3
 import sys
@@ -33,6 +35,7 @@ from optuna_nnhp.study import reach
 from optuna_nnhp.study.batches import Batch
 from optuna_nnhp.study.batches import Written
 from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.study.deferred import NoneLeft
 from optuna_nnhp.study.deferred import Unreachable
 from optuna_nnhp.study.journal import open_journal
 from optuna_nnhp.study.reach import Reach
@@ -319,6 +322,75 @@ def test_trials_that_were_started_after_all_are_used_first(
         numbers = [study.ask(SPACE).number for _ in range(3)]
     assert numbers == [0, 1, 2]
     assert len(place.read().get_trials()) == 3
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["memory", "journal", "sqlite"])
+def test_outages_at_random_lose_nothing(
+    kind: str,
+    seed: int,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    """Every writing may fail before or after it has happened, and every reading."""
+    monkeypatch.setattr(reach, "FIRST_PAUSE", 0.0)
+    place = Place(kind, tmp_path, request)
+    study, dice = place.worker(), random.Random(seed)
+    storage = deferred(study)
+    for layers in range(1, 4):
+        study.enqueue_trial({"layers": layers})
+    storage.limit(study._study_id, 30)
+    writer, told, running = storage._ledger.writer, dict[int, float](), list[optuna.Trial]()
+    write, read = writer.write, writer.read
+
+    def failing(batch: Batch) -> Written:
+        luck = dice.random()
+        if luck < 0.3:
+            raise OSError("before")
+        written = write(batch)
+        if luck < 0.6:
+            raise OSError("after")
+        return written
+
+    def failing_read(*arguments: Any) -> Any:
+        if dice.random() < 0.3:
+            raise OSError("reading")
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write", failing)
+        patch.setattr(writer, "read", failing_read)
+        for step in range(60):
+            with suppress(Unreachable, NoneLeft), storage.reserved(dice.randint(1, 4)):
+                for _ in range(2):
+                    running.append(study.ask(SPACE))
+            for trial in running:
+                trial.report(trial.number, step)
+            dice.shuffle(running)
+            with storage.batch() if dice.random() < 0.5 else nullcontext():
+                for trial in running[2:]:
+                    study.tell(trial, trial.number / 2)
+                    told[trial.number] = trial.number / 2
+            running = running[:2]
+    assert storage.wait_until_reachable(10.0)
+    storage.flush()
+    while True:
+        with suppress(NoneLeft):
+            running.append(study.ask(SPACE))
+            continue
+        break
+    for trial in running:
+        study.tell(trial, trial.number / 2)
+        told[trial.number] = trial.number / 2
+    trials = place.read().get_trials()
+    begun = [trial for trial in trials if trial.state != TrialState.WAITING]
+    assert {trial.number: trial.value for trial in begun} == told
+    assert len(begun) == 30
+    assert {trial.state for trial in begun} == {TrialState.COMPLETE}
+    assert [t.params["layers"] for t in trials[:3]] == [1, 2, 3]
+    assert "is lost" not in log.text
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])

@@ -143,7 +143,7 @@ def test_other_data_are_refused() -> None:
     study, _ = noted(Recipe(X=X, y=Y))
     with pytest.raises(ValueError, match=r"The data must be the study's, with the fingerprint "):
         Recipe.of(study, X + 1, Y).problem()
-    with pytest.raises(ValueError, match="The task .binary. needs 2 classes"):
+    with pytest.raises(ValueError, match=r"The task .binary. needs 2 classes"):
         Recipe.of(study, X, X[:, 0]).problem()
     study, _ = noted(Recipe(**CASES["own and metric"]))
     with pytest.raises(ValueError, match="The metric must be the study's, with 'error_rate'"):
