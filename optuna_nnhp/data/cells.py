@@ -70,12 +70,14 @@ def texts(series: pd.Series[Any], name: str = "X") -> tuple[NDArray[np.int64], N
     except TypeError:
         held = next((type(cell).__name__ for cell in series if not isinstance(cell, Hashable)), "")
         raise _strange(series, held or "cells that cannot be compared", name) from None
+    if types.is_object_dtype(series.dtype) and any(
+        isinstance(cell, complex | np.complexfloating) for cell in distinct
+    ):
+        raise _strange(series, "complex numbers", name)
     if types.infer_dtype(series, skipna=True).startswith("mixed"):
         # To pandas True and 1 are one value: which text both got would depend on the row order.
         codes, distinct = pd.factorize(series.map(_text, na_action="ignore"))
     cells = np.asarray(distinct, dtype=object)
-    if any(isinstance(cell, complex | np.complexfloating) for cell in cells):
-        raise _strange(series, "complex numbers", name)
     if not isinstance(series.dtype, pd.StringDtype):
         cells = np.array([_text(cell) for cell in cells], dtype=object)
     stripped = pd.Series(cells, dtype=object).str.strip()

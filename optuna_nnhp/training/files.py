@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 TENSORS, FACTS = ".safetensors", ".json"
+CONTENT = "blake2b"  # in the header of a safetensors file: the checksum of its tensors
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -62,7 +65,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = _unfinished(path)
     try:
-        save_file(_apart(tensors), unfinished)
+        apart = _apart(tensors)
+        save_file(apart, unfinished, metadata={CONTENT: _content(apart)})
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         found = checksum(unfinished)
@@ -130,10 +134,24 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: If it is damaged.
     """
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get(CONTENT)
+        tensors = load_file(path)
     except SafetensorError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path.name} must be a whole safetensors file, but: {reason}") from error
+    if said not in (None, _content(tensors)):  # others write none
+        raise ValueError(f"{path.name} must be a whole safetensors file, but is damaged.")
+    return tensors
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of tensors on the CPU: names, types, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _digest(whole: Mapping[str, Any]) -> str:
