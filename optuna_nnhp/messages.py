@@ -58,7 +58,7 @@ def brief(value: object) -> str:
 
     Example:
         >>> brief("a\\nb"), brief(10**5000), brief(list(range(99)))[-12:]
-        ("'a\\\\nb'", 'an int', '23, 24, 2...')
+        ("'a\\\\nb'", 'an int', '4, 25, 26...')
     """
     try:
         text = " ".join(repr(value).split())

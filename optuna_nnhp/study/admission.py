@@ -359,9 +359,8 @@ class Admission:
             live.cohort, live.rounds = self.problem.cohort(members), 0
         except Exception as error:  # the stack may be half of each by now
             group, live.running = list(live.running.values()), {}
-            done = max(live.cohort.done)
             vars(live.cohort).clear()  # what had no room must go before its halves come
-            self.replace(live, self.breakage.halve(group, error, done))
+            self.replace(live, self.breakage.halve(group, error))
             return
         if live not in self.pool.lives:
             self.pool.add(live)

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 WORKER = "worker"  # trial attribute: who trains it
+RELEASED = "released"  # attribute of a WAITING trial that has been trained in part: by whom
 PLAIN = (float, int, str, bool, type(None))  # what JSON gives back as it was
 
 

@@ -8,6 +8,7 @@ from dataclasses import field
 
 import optuna
 
+from optuna_nnhp.study.checkpoints import Checkpoint
 from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.ends import Ends
@@ -44,7 +45,7 @@ class Breakage:
     ends: Ends
     fits: dict[Hashable, int] = field(default_factory=dict)
 
-    def halve(self, group: list[RunningTrial], error: Exception, done: int = 0) -> list[Live]:
+    def halve(self, group: list[RunningTrial], error: Exception) -> list[Live]:
         """Cohorts of all trials of a group that can be trained, at their last checkpoint.
 
         Args:
@@ -52,29 +53,34 @@ class Breakage:
                 Trials whose cohort has raised, while it was built or trained.
             error:
                 What it raised.
-            done:
-                Rounds that the oldest of them had done.
 
         Raises:
             Exception: The error, if no trial of the study can be trained, it seems.
         """
-        lives, queue = list[Live](), [(group, error)]
         checkpoint = newest(self.checkpoints.folder, self.checkpoints.worker)
+        return self.again(group, error, checkpoint)
+
+    def again(
+        self, group: list[RunningTrial], error: Exception, checkpoint: Checkpoint | None
+    ) -> list[Live]:
+        """The same, given the checkpoint."""
+        lives, queue = list[Live](), [(group, error)]
+        reached = {trial.member.number: trial.last_round for trial in group}
         while queue:
             part, error = queue.pop()
             forget_frames(error)
             if len(part) == 1:
                 self.ends.fail(part[0], error)
                 continue
-            half = (len(part) + 1) // 2
-            self._say(part, half, error)
-            for some in (part[half:], part[:half]):
+            pieces = _pieces(part, checkpoint)
+            self._say(part, pieces, error)
+            for some in reversed(pieces):
                 try:
                     live = self.recovery.again(some, checkpoint)
                 except Exception as other:  # whatever it is, it becomes an outcome
                     queue.append((some, other))
                 else:
-                    live.suspect_until = done + 1
+                    live.suspect_until = 1 + max(reached[t.member.number] for t in some)
                     lives.append(live)
         return lives
 
@@ -82,11 +88,25 @@ class Breakage:
         """How many trials with a signature may be tried together."""
         return self.fits.get(signature, LARGEST)
 
-    def _say(self, part: list[RunningTrial], half: int, error: Exception) -> None:
+    def _say(
+        self, part: list[RunningTrial], pieces: list[list[RunningTrial]], error: Exception
+    ) -> None:
         what = "raised an error"
         if is_out_of_memory(error):
-            what, self.fits[part[0].signature] = "do not fit into memory", half
+            most = (len(part) + 1) // 2
+            what, self.fits[part[0].signature] = "do not fit into memory", most
+        sizes = " and ".join(str(len(piece)) for piece in pieces)
         _logger.warning(
-            f"{len(part)} trials {what} together; they go on as {half} and {len(part) - half}: "
-            f"{last_line(error)}"
+            f"{len(part)} trials {what} together; they go on as {sizes}: {last_line(error)}"
         )
+
+
+def _pieces(part: list[RunningTrial], checkpoint: Checkpoint | None) -> list[list[RunningTrial]]:
+    """Halves; or those that a checkpoint has together, and the others, which would begin anew."""
+    for kept in checkpoint.cohorts if checkpoint else ():
+        numbers = set(kept.numbers)
+        there = [trial for trial in part if trial.member.number in numbers]
+        if 0 < len(there) < len(part):
+            return [there, [trial for trial in part if trial.member.number not in numbers]]
+    half = (len(part) + 1) // 2
+    return [part[:half], part[half:]]

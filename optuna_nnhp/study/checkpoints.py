@@ -52,6 +52,13 @@ class Kept(NamedTuple):
         """Numbers of its running trials."""
         return [int(trial["number"]) for trial in self.facts["running"]]
 
+    @property
+    def steps(self) -> dict[int, int]:
+        """Steps that each of its members has done, by number."""
+        facts = self.snapshot.facts
+        numbers = [number for number, _, _ in facts["members"]]
+        return dict(zip(numbers, facts["iterations"], strict=True))
+
 
 class Checkpoint(NamedTuple):
     """What a checkpoint holds.
@@ -133,7 +140,7 @@ class Checkpoints:
             return False
         started, folder = time.monotonic(), folder_of(self.folder, self.worker)
         tensors, facts = _collected(lives)
-        stem = folder / f"{self.written:06d}"
+        stem = folder / f"{_next_number(folder):06d}"
         try:
             save_checked(stem, tensors, {**facts, "loop": dict(loop or {})})
             for old in _stems(folder)[KEPT:]:
@@ -222,6 +229,10 @@ def _stems(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
     found = {path.with_suffix("") for path in folder.glob("*[0-9].*") if path.suffix in SUFFIXES}
     return sorted(found, reverse=True)
+
+
+def _next_number(folder: Path) -> int:
+    return 1 + max((int(stem.name) for stem in _stems(folder)), default=-1)
 
 
 def _remove(stem: Path) -> None:

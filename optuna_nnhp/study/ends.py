@@ -58,7 +58,8 @@ class Ends:
         told, before = [live.running[number] for number in causes], self.podium.places
         with self.storage.batch():
             for running, cause in zip(told, causes.values(), strict=True):
-                self._end(running, cause, live.cohort, places[running.member.number])
+                if not running.told:
+                    self._end(running, cause, live.cohort, places[running.member.number])
         for number in causes:
             del live.running[number], self.asker.running[number]
         self.podium.drop_others(before)
@@ -71,8 +72,6 @@ class Ends:
 
     def _end(self, running: RunningTrial, cause: str, cohort: Cohort, place: int) -> None:
         """Tell Optuna of one trial's end, its best weights kept first if it leads."""
-        if running.told:
-            return
         try:
             if cause == "timeout" and self.takes_long(running):
                 running.trial.set_user_attr(TOO_LONG, self.trial_timeout)
@@ -111,14 +110,26 @@ class Ends:
                 return TrialState.COMPLETE
         return TrialState.PRUNED
 
-    def fail(self, running: RunningTrial, error: Exception) -> None:
+    def fail(self, running: RunningTrial, error: Exception, *, counts: bool = True) -> None:
         """End a trial that raises alone.
+
+        Args:
+            running:
+                The trial.
+            error:
+                What it raises.
+            counts:
+                Whether it is one of those that end a study if the first of them fail alike.
 
         Raises:
             Exception: The error, if no trial of the study can be trained, it seems.
         """
         del self.asker.running[running.member.number]
-        self.asker.outcomes.fail(running, error)
+        try:
+            self.asker.outcomes.fail(running, error, counts=counts)
+        except UpdateFinishedTrialError:
+            self.lose(running)
+            return
         self.asker.finished += 1
         self.call_back([running])
 
@@ -161,7 +172,7 @@ class Ends:
 
     def lose(self, trial: RunningTrial) -> None:
         """Note that somebody else has ended a trial; what they said of it stays."""
-        trial.told = True
+        trial.told = trial.is_lost = True
         _logger.warning(f"Trial {trial.member.number} was ended by another process.")
 
     def call_back(self, told: Sequence[RunningTrial]) -> None:
@@ -170,5 +181,5 @@ class Ends:
             return
         trials = self.study.get_trials(deepcopy=False)
         for running in told:
-            for callback in self.callbacks:
+            for callback in self.callbacks if not running.is_lost else ():
                 callback(self.study, trials[running.member.number])

@@ -19,6 +19,7 @@ from optuna.storages import BaseStorage
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 LEASE = "optuna_nnhp:lease:"  # system attributes of a study: this and a worker's name
+Leases = dict[str, dict[str, Any]]  # by worker
 BEAT = 15.0  # seconds from one renewal to the next
 LASTS = 60.0  # seconds without a renewal, after which others may take a worker's trials
 LONG = 3600.0  # seconds that no two machines' clocks differ by
@@ -72,7 +73,7 @@ class Lease:
     lasts: float = LASTS
     _beats: int = 0
     _seen: dict[str, tuple[Any, float]] = field(default_factory=dict)  # of others, and since when
-    _known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _known: Leases = field(default_factory=dict)
     _renewing: set[str] = field(default_factory=set)  # others that were seen to live
 
     def __post_init__(self) -> None:
@@ -94,28 +95,30 @@ class Lease:
 
     def workers(self) -> set[str]:
         """All that have ever worked on the study."""
-        return set(self._leases())
+        return set(self.read())
 
-    def is_dead(self, worker: str) -> bool:
+    def is_dead(self, worker: str, leases: Leases | None = None) -> bool:
         """Whether a worker can do nothing any more."""
-        lease = self._leases().get(worker)
+        lease = (self.read() if leases is None else leases).get(worker)
         return _is_gone_without_lease(worker) if lease is None else self._is_dead(worker, lease)
 
-    def is_doubtful(self, worker: str) -> bool:
+    def is_doubtful(self, worker: str, leases: Leases | None = None) -> bool:
         """Whether a worker may be dead, which only waiting would tell.
 
         So is one of another machine that was not seen to renew its lease when it should have.
         """
-        lease = self._leases().get(worker)
+        lease = (self.read() if leases is None else leases).get(worker)
         if lease is None or self._is_dead(worker, lease) or lease["machine"] == machine():
             return False
         return worker not in self._renewing or _now() - self._seen[worker][1] > 2 * self.beat
 
     def _is_dead(self, worker: str, lease: dict[str, Any]) -> bool:
-        if lease.get("ended") or time.time() - float(lease["at"]) > LONG:
+        if lease.get("ended"):
             return True
         if lease["machine"] == machine():
             return worker not in _here if lease["process"] == process() else _is_gone(lease)
+        if time.time() - float(lease["at"]) > LONG:
+            return True
         known, since = self._seen.get(worker, (None, _now()))
         if known != lease:
             if known is not None:
@@ -124,7 +127,7 @@ class Lease:
             self._seen[worker] = lease, since
         return _now() - since > self.lasts
 
-    def _leases(self) -> dict[str, dict[str, Any]]:
+    def read(self) -> Leases:
         """All leases; those of before while the storage does not answer."""
         try:
             attributes = self.storage.get_study_system_attrs(self.study_id)

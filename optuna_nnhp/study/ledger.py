@@ -21,6 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.study.batches import RELEASED
 from optuna_nnhp.study.batches import Batch
 from optuna_nnhp.study.batches import Change
 from optuna_nnhp.study.batches import TakenOver
@@ -90,9 +91,13 @@ class View:
             self.distributions.setdefault(name, distribution)
 
     def listed(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
-        """Trials in some states, by number, without those at the end that nobody has asked for."""
+        """Trials in some states, by number, without those at the end that nobody has asked for.
+
+        Of those that are WAITING alone, without those that wait to be gone on with.
+        """
         if states == (TrialState.WAITING,):  # what `Study.ask` looks for
-            return [self.trials[number] for number in sorted(self.waiting)]
+            trials = [self.trials[number] for number in sorted(self.waiting)]
+            return [t for t in trials if RELEASED not in t._user_attrs]
         end = len(self.trials)
         for trial in reversed(self.held):
             if trial._number != end - 1:

@@ -20,7 +20,6 @@ from optuna.trial import FrozenTrial
 from optuna_nnhp.search.follower import FollowerSampler
 from optuna_nnhp.study.breakage import LARGEST
 from optuna_nnhp.study.checkpoints import Checkpoint
-from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.grid import seconds_of
 from optuna_nnhp.study.outcomes import CohortError
 from optuna_nnhp.study.outcomes import forget_frames
@@ -64,6 +63,9 @@ class LockstepScheduler(Scheduler):
         try:
             self._go_on_with_groups(sampler)
             while not self._is_over():
+                if self.recovery.released():
+                    self._go_on_with_groups(sampler)
+                    continue
                 self._train_one(lambda: self._train_group(sampler), sampler)
         finally:
             cause = "interrupted" if self.budget.interrupted else "timeout"
@@ -86,14 +88,18 @@ class LockstepScheduler(Scheduler):
         forget_frames(error)
         if is_out_of_memory(error):
             self.largest = max(1, self.tried // 2)
-        for live in self.pool.lives:
-            for running in list(live.running.values()):
-                self.ends.fail(running, error)
+        group = [running for live in self.pool.lives for running in live.running.values()]
+        self._fail_group(group, error)
+
+    def _fail_group(self, group: Sequence[RunningTrial], error: Exception) -> None:
+        """End trials whose cohort raises; it is one failure."""
+        for place, running in enumerate(group):
+            self.ends.fail(running, error, counts=place == len(group) - 1)
 
     def _go_on_with_groups(self, base: BaseSampler) -> None:
         """Go on with the groups of dead workers, of which there are checkpoints."""
         for worker, trials in self.recovery.claim().items():
-            checkpoint = newest(self.checkpoints.folder, worker)
+            checkpoint = self.recovery.checkpoint(worker)
             if checkpoint and checkpoint.cohorts and checkpoint.loop.get("method") == self.method:
                 go_on = functools.partial(self._go_on_with, checkpoint, trials, base)
                 self._train_one(go_on, base)
@@ -110,7 +116,8 @@ class LockstepScheduler(Scheduler):
         kept, loop = checkpoint.cohorts[0], checkpoint.loop
         known = {facts["number"]: facts for facts in kept.facts["running"]}
         self._take_up(loop, base)
-        begun = [r for trial in trials for r in self.recovery.begun(trial, 0)]
+        steps = kept.steps
+        begun = [r for t in trials for r in self.recovery.begun(t, steps.get(t.number, 0))]
         try:
             cohort = self.recovery.cohort(kept)
         except ValueError as error:
@@ -118,6 +125,10 @@ class LockstepScheduler(Scheduler):
             for running in begun:
                 self._refuse(running, "killed")
             return
+        except Exception as error:  # whatever it is, it becomes an outcome
+            self.tried = len(kept.steps)
+            self._fail_group(begun, error)
+            raise CohortError from error
         if not begun:
             return
         members = {member.number: member for member in cohort.members}
@@ -209,8 +220,7 @@ class LockstepScheduler(Scheduler):
         try:
             cohort = self.problem.cohort(members)
         except Exception as error:  # whatever it is, it becomes an outcome
-            for trial in trials:
-                self.ends.fail(trial, error)
+            self._fail_group(trials, error)
             raise CohortError from error
         live = Live(cohort, trials[0].signature, trials[0].member, running, len(members))
         self.pool.add(live)

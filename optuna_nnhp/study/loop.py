@@ -73,10 +73,16 @@ class Budget:
 
 
 @contextmanager
-def tidy_interrupts(budget: Budget) -> Iterator[None]:
+def tidy_interrupts(budget: Budget, *, releases: bool = True) -> Iterator[None]:
     """Within, the first Ctrl-C or SIGTERM ends the study tidily and the second one at once.
 
     Only the main thread can catch signals; in another one nothing changes.
+
+    Args:
+        budget:
+            What they end.
+        releases:
+            Whether SIGTERM leaves trials to others; else it is as Ctrl-C.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -88,7 +94,7 @@ def tidy_interrupts(budget: Budget) -> Iterator[None]:
             signal.signal(number, handler)
 
     def end_tidily(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
+        if number == signal.SIGINT or not releases:
             budget.interrupted = True
         else:
             budget.released = True

@@ -69,7 +69,7 @@ class Outcomes:
                 f"either: {error}"
             ) from error
 
-    def fail(self, running: RunningTrial, error: BaseException) -> None:
+    def fail(self, running: RunningTrial, error: BaseException, *, counts: bool = True) -> None:
         """End a trial that raised while it was built or trained alone.
 
         Raises:
@@ -83,7 +83,7 @@ class Outcomes:
             line = f"it needs about {needed / 2**20:,.0f} MiB, and there is no room: {line}"
         running.fail(self.study, self.problem, _cause(error))
         _logger.warning(f"Trial {trial.number} failed: {line}")
-        if self.has_worked:
+        if self.has_worked or not counts:
             return
         self.lines.append(last_line(error))
         if self.lines[-ALIKE:] == [self.lines[-1]] * ALIKE:

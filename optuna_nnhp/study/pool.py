@@ -43,6 +43,10 @@ class Live:
             take, and no more.
         suspect_until:
             Rounds after which it is beyond what a cohort that it was a part of has raised at.
+        seconds:
+            How long it has trained.
+        is_scored:
+            Whether it has been evaluated.
     """
 
     cohort: Cohort
@@ -57,6 +61,8 @@ class Live:
     reported_at: float = 0.0
     is_filled: bool = False
     suspect_until: int = 0
+    seconds: float = 0.0
+    is_scored: bool = False
 
     @property
     def is_suspect(self) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +20,16 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.study.asking import Asker
+from optuna_nnhp.study.batches import RELEASED as RELEASED
 from optuna_nnhp.study.checkpoints import Checkpoint
 from optuna_nnhp.study.checkpoints import Kept
+from optuna_nnhp.study.checkpoints import folder_of
 from optuna_nnhp.study.checkpoints import forget
 from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.environment import note_move
 from optuna_nnhp.study.lease import Lease
 from optuna_nnhp.study.pool import Live
+from optuna_nnhp.study.reach import Unreachable
 from optuna_nnhp.study.storage import WORKER
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.training.cohort import Cohort
@@ -34,8 +39,9 @@ from optuna_nnhp.training.snapshots import restored
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-RELEASED = "released"  # attribute of a WAITING trial that has been trained in part
+CHECKPOINT = "checkpoint"  # attribute of a trial: the worker whose checkpoint had it last
 TAKEN_OVER = "taken_over"  # attribute: how often, since when without progress, and the round
+Broken = Callable[[list[RunningTrial], Exception, Checkpoint | None], list[Live]]
 SUSPECT, POISONOUS = 3, 10  # times without progress: trained alone; ended
 
 
@@ -59,40 +65,84 @@ class Recovery:
     def __post_init__(self) -> None:
         self.study: Study = self.asker.study
         self.problem, self.storage = self.asker.problem, self.asker.storage
+        self._found: dict[str, Checkpoint | None] = {}
 
     def claim(self) -> dict[str, list[FrozenTrial]]:
-        """Make abandoned trials this worker's own: by the worker that had them."""
+        """Make abandoned trials this worker's own: by the worker whose checkpoint has them.
+
+        That is noted before: if this one is killed now, whoever comes next finds it.
+        """
+        self._found.clear()
         claimed: dict[str, list[FrozenTrial]] = {}
-        for worker, trials in self._abandoned().items():
-            ids = self.storage.take_over({trial._trial_id: worker for trial in trials})
-            claimed[worker] = [trial for trial in trials if trial._trial_id in ids]
-        for trial in self._listed(TrialState.WAITING):
-            if RELEASED in trial.user_attrs and self._start(trial):
-                claimed.setdefault(str(trial.user_attrs[RELEASED]), []).append(trial)
-        found = {worker: trials for worker, trials in claimed.items() if trials}
-        for worker, trials in found.items():
+        try:
+            for worker, trials in self._abandoned().items():
+                sources = {trial._trial_id: self._source(trial, worker) for trial in trials}
+                taken = self.storage.take_over(dict.fromkeys(sources, worker))
+                for trial in trials:
+                    if trial._trial_id in taken:
+                        claimed.setdefault(sources[trial._trial_id], []).append(trial)
+            for trial in self.released():
+                source = self._source(trial, str(trial.user_attrs[RELEASED]))
+                if self._start(trial):
+                    claimed.setdefault(source, []).append(trial)
+        except Unreachable as error:  # the others another time
+            _logger.debug(f"Not all abandoned trials could be taken over: {error}")
+        for worker, trials in claimed.items():
             numbers = ", ".join(str(trial.number) for trial in trials)
             _logger.warning(f"Going on with trials that {worker} has left: {numbers}.")
-        return found
+        return claimed
+
+    def released(self) -> list[FrozenTrial]:
+        """Trials that wait for somebody who goes on with them."""
+        return self.storage.released(self.study._study_id)
+
+    def checkpoint(self, worker: str) -> Checkpoint | None:
+        """A worker's newest checkpoint, read once for each `claim`."""
+        if worker not in self._found:
+            self._found[worker] = newest(self.folder, worker)
+        return self._found[worker]
+
+    def _source(self, trial: FrozenTrial, worker: str) -> str:
+        """Whose checkpoint has a trial: its worker's, or an earlier one's; it is noted."""
+        own, earlier = self.checkpoint(worker), trial.user_attrs.get(CHECKPOINT)
+        has_it = own is not None and any(trial.number in kept.numbers for kept in own.cohorts)
+        source = worker if has_it or earlier is None else str(earlier)
+        if earlier != source and self.folder is not None:
+            with suppress(UpdateFinishedTrialError):  # somebody was faster
+                self.storage.backend.set_trial_user_attr(trial._trial_id, CHECKPOINT, source)
+        return source
 
     def is_doubtful(self) -> bool:
         """Whether a trial's worker may be dead, which only waiting would tell."""
         workers = {self._owner(trial) for trial in self._listed(TrialState.RUNNING)}
-        return any(self.lease.is_doubtful(worker) for worker in workers if worker)
+        leases = self.lease.read() if workers else {}
+        return any(self.lease.is_doubtful(worker, leases) for worker in workers if worker)
 
-    def revive(self, claimed: Mapping[str, Sequence[FrozenTrial]]) -> list[Live]:
+    def revive(self, claimed: Mapping[str, Sequence[FrozenTrial]], broken: Broken) -> list[Live]:
         """Cohorts of claimed trials that have a checkpoint, as they were.
 
         All others are there too, each in a cohort of its own, at their beginning.
+
+        Args:
+            claimed:
+                What `claim` gave.
+            broken:
+                Makes cohorts of trials whose own cannot be made, given the error and the
+                checkpoint.
         """
         lives = list[Live]()
         for worker, trials in claimed.items():
             waiting = {trial.number: trial for trial in trials}
-            checkpoint = newest(self.folder, worker)
+            checkpoint = self.checkpoint(worker)
             for kept in checkpoint.cohorts if checkpoint else ():
-                lives += self._revived(kept, waiting)
+                lives += self._revived(kept, waiting, broken)
             for trial in waiting.values():
-                lives += self._anew(trial)
+                for running in self.begun(trial, 0):
+                    try:
+                        lives.append(self.again([running], None))
+                    except Exception as error:  # whatever it is, it becomes an outcome
+                        lives += broken([running], error, None)
+        self._found.clear()
         self.storage.flush()  # how often they were taken over must be known if this ends badly
         return lives
 
@@ -115,10 +165,14 @@ class Recovery:
 
     def forget(self) -> None:
         """Remove the checkpoints of dead workers that have left no trials."""
-        owners = {self._owner(trial) for trial in self._listed(TrialState.RUNNING)}
-        owners |= {str(t.user_attrs.get(RELEASED, "")) for t in self._listed(TrialState.WAITING)}
-        for worker in self.lease.workers() - owners:
-            if self.folder is not None and self.lease.is_dead(worker):
+        if self.folder is None or not self.folder.is_dir():
+            return
+        trials = [*self._listed(TrialState.RUNNING), *self.released()]
+        attributes = [trial.user_attrs for trial in trials]
+        owners = {str(a.get(name)) for a in attributes for name in (WORKER, RELEASED, CHECKPOINT)}
+        leases = self.lease.read()
+        for worker in leases.keys() - owners:
+            if folder_of(self.folder, worker).exists() and self.lease.is_dead(worker, leases):
                 forget(self.folder, worker)
 
     def _abandoned(self) -> dict[str, list[FrozenTrial]]:
@@ -128,7 +182,8 @@ class Recovery:
             worker = self._owner(trial)
             if worker and trial.number not in self.asker.running:
                 found.setdefault(worker, []).append(trial)
-        return {worker: t for worker, t in found.items() if self.lease.is_dead(worker)}
+        leases = self.lease.read() if found else {}
+        return {worker: t for worker, t in found.items() if self.lease.is_dead(worker, leases)}
 
     def _listed(self, state: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(state,))
@@ -144,26 +199,28 @@ class Recovery:
         except UpdateFinishedTrialError:
             return False
 
-    def _revived(self, kept: Kept, waiting: dict[int, FrozenTrial]) -> list[Live]:
+    def _revived(self, kept: Kept, waiting: dict[int, FrozenTrial], broken: Broken) -> list[Live]:
         """One cohort of a checkpoint, with those of its trials that wait for it."""
-        facts = {t["number"]: t for t in kept.facts["running"] if t["number"] in waiting}
-        group = list[RunningTrial]()
-        places = {number: place for place, number in enumerate(_numbers(kept))}
-        for number, known in facts.items():
-            done = kept.snapshot.facts["done"][places[number]]
-            for running in self.begun(waiting.pop(number), done):
-                running.go_on_from(known)
-                group.append(running)
-        if not group:
-            return []
-        try:
-            lives = [self._live(kept, part) for part in self._parts(group)]
-        except ValueError as error:  # of another version of the template
-            _logger.warning(f"Trials begin anew, their checkpoint is of no use: {error}")
-            return [self.again([trial], None) for trial in group]
-        for live in lives:
-            live.slots = max(live.slots, int(kept.facts["slots"]) if len(lives) == 1 else 1)
-            live.rounds, live.leader = kept.facts["rounds"], Member(*kept.facts["leader"])
+        group = [
+            running
+            for number in kept.numbers
+            if number in waiting
+            for running in self.begun(waiting.pop(number), kept.steps[number])
+        ]
+        lives, checkpoint = list[Live](), Checkpoint([kept], {})
+        for part in self._parts(group):
+            try:
+                live = self.again(part, checkpoint)
+            except ValueError as error:  # of another version of the template
+                _logger.warning(f"Trials begin anew, their checkpoint is of no use: {error}")
+                lives += broken(part, error, None)
+            except Exception as error:  # whatever it is, it becomes an outcome
+                lives += broken(part, error, checkpoint)
+            else:
+                if len(part) == len(kept.numbers):
+                    live.slots = int(kept.facts["slots"])
+                live.rounds, live.leader = kept.facts["rounds"], Member(*kept.facts["leader"])
+                lives.append(live)
         return lives
 
     def _parts(self, group: Sequence[RunningTrial]) -> list[list[RunningTrial]]:
@@ -172,10 +229,6 @@ class Recovery:
         rest = [trial for trial in group if _times(trial) < SUSPECT]
         return [*([rest] if rest else []), *alone]
 
-    def _anew(self, trial: FrozenTrial) -> list[Live]:
-        """A trial without a checkpoint, from its beginning."""
-        return [_live(self.problem.cohort([t.member]), [t]) for t in self.begun(trial, 0)]
-
     def begun(self, trial: FrozenTrial, done: int) -> list[RunningTrial]:
         """A claimed trial as this worker's own; none if it cannot be trained.
 
@@ -183,7 +236,7 @@ class Recovery:
             trial:
                 The trial.
             done:
-                Rounds that it has done, by its checkpoint.
+                Steps that it has done, by its checkpoint.
         """
         sampler = self.study.sampler
         if self.problem.space.keys() <= trial.params.keys():
@@ -192,7 +245,8 @@ class Recovery:
             own = Trial(self.study, trial._trial_id)
             note_move(own, trial)
             times, last = trial.user_attrs.get(TAKEN_OVER, (0, 0))
-            times = times + 1 if done <= last else 1
+            if trial.state == TrialState.RUNNING:  # a worker has died
+                times = times + 1 if done <= last else 1
             own.set_user_attr(TAKEN_OVER, [times, done])
             if times > POISONOUS:
                 _logger.warning(f"Trial {trial.number} failed: {times} workers died training it.")
@@ -205,16 +259,15 @@ class Recovery:
         self.asker.running |= {running.member.number: running for running in begun}
         return begun
 
-    def _live(self, kept: Kept, group: Sequence[RunningTrial]) -> Live:
-        return _live(self.cohort(kept, [trial.member.number for trial in group]), group)
-
     def cohort(self, kept: Kept, numbers: Collection[int] | None = None) -> Cohort:
         """A kept cohort, or some of its members.
 
         Raises:
             ValueError: If it is of another version of the template.
         """
-        total = dict(zip(_numbers(kept), kept.snapshot.facts["total"], strict=True))
+        facts = kept.snapshot.facts
+        numbers_there = [member.number for member in members_of(facts)]
+        total = dict(zip(numbers_there, facts["total"], strict=True))
 
         def make(members: Sequence[Member]) -> Cohort:
             # A budget in seconds may be another number of steps here.
@@ -230,10 +283,6 @@ class Recovery:
         if len(places) < len(cohort.members):
             cohort.keep(places)
         return cohort
-
-
-def _numbers(kept: Kept) -> list[int]:
-    return [member.number for member in members_of(kept.snapshot.facts)]
 
 
 def _times(running: RunningTrial) -> int:

@@ -23,6 +23,7 @@ from optuna_nnhp.study.lockstep import COURSE
 from optuna_nnhp.study.lockstep import stages_of
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.loop import tidy_interrupts
+from optuna_nnhp.study.outcomes import last_line
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.study.sizes import seconds_per_step
@@ -99,7 +100,11 @@ class Replication:
             return
         if not (trials := _best(study, self.problem)):
             return
-        self.predicted, needed = True, MARGIN * self._seconds(trials)
+        try:
+            self.predicted, needed = True, MARGIN * self._seconds(trials)
+        except Exception as error:  # as when they are trained
+            _logger.warning(f"The replicates' time could not be measured: {last_line(error)}")
+            return
         self.budget.timeout = self.timeout - min(needed, self.timeout * MOST_SHARE)
         _logger.debug(f"Up to {needed:.2f} s are kept for replicates.")
 
@@ -132,8 +137,8 @@ class Replication:
             for trial in trials:
                 if COURSE in trial.user_attrs and not out_of_time():
                     _keep(study, seed, _train_course(problem, trial, out_of_time))
-        except TrialError as error:
-            _logger.warning(f"Not all replicates could be trained: {error}")
+        except Exception as error:  # no room, or a user's network: the study is complete
+            _logger.warning(f"Not all replicates could be trained: {last_line(error)}")
         return not out_of_time()
 
     def _affordable(self, study: Study) -> list[FrozenTrial]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from dataclasses import field
 import math
@@ -125,7 +126,7 @@ class Scheduler:
     def run(self) -> None:
         """Train cohorts until the budget is spent, or somebody stops the study."""
         sampler = self.study.sampler
-        with self.lease, inside_optimize(self.study), single_blas, tidy_interrupts(self.budget):
+        with self.lease, inside_optimize(self.study), single_blas, self._interrupts():
             try:
                 self._recall()
                 if self.asker.left() == 0:
@@ -150,6 +151,20 @@ class Scheduler:
                 self.trainer.shutdown()
                 self._note_timing()
                 self.storage.flush()
+                self._keep_unsent()
+
+    def _interrupts(self) -> AbstractContextManager[None]:
+        """Tidy ends by signals; what is in memory only nobody can go on with."""
+        return tidy_interrupts(self.budget, releases=self.weights.folder is not None)
+
+    def _keep_unsent(self) -> Path | None:
+        """Keep what the storage has not got in a file, if there is any."""
+        if self.storage.is_reachable:
+            return None
+        kept = self.storage.keep_unsent(self.weights.folder or Path())
+        if kept is not None:
+            _logger.warning(f"What the storage has not got is kept in {kept}.")
+        return kept
 
     def _send_everything(self) -> None:
         """Have the storage written, or what it has not got in a file for the next run.
@@ -159,14 +174,15 @@ class Scheduler:
         """
         self.storage.flush()
         patience = GIVE_UP if self.budget.timeout is None else min(GIVE_UP, self.budget.timeout)
-        if self.storage.wait_until_reachable(patience, lambda: self.budget.interrupted):
+        if self.storage.wait_until_reachable(
+            patience, lambda: self.budget.interrupted or self.budget.released
+        ):
             self.storage.flush()
         if self.storage.is_reachable:
             return
-        kept = self.storage.keep_unsent(self.weights.folder or Path())
         raise Unreachable(
-            f"The storage does not answer. What it has not got is kept in {kept}: the same call "
-            "writes it, and goes on."
+            "The storage does not answer. What it has not got is kept in "
+            f"{self._keep_unsent()}: the same call writes it, and goes on."
         )
 
     def _train_all(self) -> None:
@@ -210,18 +226,14 @@ class Scheduler:
         if time.monotonic() - self.judge.learnt_at > REPORT_EVERY:
             with self.timing("bookkeeping"):
                 self.judge.learn()
-        if time.monotonic() - self._looked < self.lease.beat or self.budget.is_over():
+        is_due = time.monotonic() - self._looked > self.lease.beat or self.recovery.released()
+        if not is_due or self.budget.is_over():
             return
         self._looked = time.monotonic()
-        try:
-            claimed = self.recovery.claim()
-        except Unreachable:  # another time
-            return
-        if claimed:
-            for live in self.recovery.revive(claimed):
+        if claimed := self.recovery.claim():
+            for live in self.recovery.revive(claimed, self.breakage.again):
                 self.admission.take_in_again(live)
-            if self._save():  # theirs may go now
-                self.recovery.forget()
+            self._save()
 
     def _note_timing(self) -> None:
         """Note on the study where this call's time went."""
@@ -257,8 +269,9 @@ class Scheduler:
         except CohortError as error:
             self._break(live, error.__cause__)
             return
-        if live.rounds == 0 and scores is not None:
-            self.admission.first_round = seconds
+        live.seconds += seconds
+        if scores is not None and not live.is_scored:
+            self.admission.first_round, live.is_scored = live.seconds, True
         for running in live.running.values():
             running.trained += seconds
         self.pool.note(live, members, seconds, work * (live.cohort.iterations[0] - before))
@@ -320,9 +333,8 @@ class Scheduler:
         """A cohort has raised: its trials go on in smaller ones, see `Breakage`."""
         assert isinstance(error, Exception)
         group, live.running = list(live.running.values()), {}
-        done = max(live.cohort.done)
         vars(live.cohort).clear()  # what had no room must go before its halves come
-        self.admission.replace(live, self.breakage.halve(group, error, done))
+        self.admission.replace(live, self.breakage.halve(group, error))
 
     # --- Ends ---
 
@@ -351,6 +363,7 @@ class Scheduler:
         asked = [*self.admission.waiting, *self.admission.parked]
         self.ends.refuse(asked, "interrupted" if is_stopped else "timeout")
         self.checkpoints.clear()
+        self.recovery.forget()
 
 
 def _trained(cohort: Cohort, stop: Callable[[], bool]) -> Scores | None:

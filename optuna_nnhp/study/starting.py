@@ -16,6 +16,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.study.batches import RELEASED
 from optuna_nnhp.study.batches import WORKER
 from optuna_nnhp.study.batches import Batch
 from optuna_nnhp.study.batches import copied
@@ -256,6 +257,13 @@ class StartingStorage(PassingStorage):
         self._wanted = max(0, self._wanted - 1)
         return True
 
+    def released(self, study_id: int) -> list[FrozenTrial]:
+        """WAITING trials that have been trained in part; nobody who asks for a trial gets them."""
+        with self._lock:
+            view = self._ledger.view(study_id)
+            waiting = [view.trials[number] for number in sorted(view.waiting)]
+            return [trial for trial in waiting if RELEASED in trial._user_attrs]
+
     def _try_claim(self, view: View, number: int) -> None:
         ledger, mark = self._ledger, dict(self._mark())
         trial_id = view.trials[number]._trial_id
@@ -263,7 +271,8 @@ class StartingStorage(PassingStorage):
             ledger.sync_once(view)
             if trial_id in ledger.claimed:
                 return
-        others = (view.trials[n]._trial_id for n in sorted(view.waiting) if n != number)
+        waiting = (view.trials[n] for n in sorted(view.waiting) if n != number)
+        others = (trial._trial_id for trial in waiting if RELEASED not in trial._user_attrs)
         free = [i for i in others if i not in ledger.claimed][: max(0, self._wanted - 1)]
         batch = Batch(claims=[trial_id, *free], study_id=view.study_id, mark=mark)
         batch.most = self._most.get(view.study_id)

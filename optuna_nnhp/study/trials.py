@@ -91,6 +91,8 @@ class RunningTrial:
             Seconds that its cohorts have trained.
         told:
             Whether Optuna knows its end.
+        is_lost:
+            Whether it ends elsewhere.
         settled:
             Its best value as that of its weights alone, once that is known.
         company:
@@ -112,6 +114,7 @@ class RunningTrial:
     started: float = field(default_factory=time.monotonic)
     trained: float = 0.0
     told: bool = False
+    is_lost: bool = False
     settled: float | None = None
     company: Company = ()
 

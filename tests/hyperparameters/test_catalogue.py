@@ -306,7 +306,7 @@ def test_choose_leaves_its_arguments_alone() -> None:
             {},
             "^'rellu' is not a choice of `activation`; did you mean 'relu'",
         ),
-        ({"activation": IntDistribution(0, 3)}, {}, "^'0' is not a choice of `activation`"),
+        ({"activation": IntDistribution(0, 3)}, {}, "^0 is not a choice of `activation`"),
         ({}, {"width": 0}, "^`width` must be a number between 1 and 65536, but got 0"),
         ({}, {"width": 64.5}, r"^`width` must be a whole number, but got 64\.5"),
         ({}, {"width": True}, "^`width` must be a number between 1 and 65536, but got True"),
@@ -319,7 +319,7 @@ def test_choose_leaves_its_arguments_alone() -> None:
         ({}, {"batch_size": 0}, "^`batch_size` must be a number between 1 and .*got 0"),
         ({}, {"epochs": 0}, "^`epochs` must be a number between 1 and 1e[+]06, but got 0"),
         ({}, {"loss": "mse"}, "^'mse' is not a choice of `loss`.* Known: cross_entropy, focal"),
-        ({}, {"normalization": None}, "^'None' is not a choice of `normalization`"),
+        ({}, {"normalization": None}, "^None is not a choice of `normalization`"),
         (
             {},
             {"epochs": 5, "iterations": 7},

@@ -11,7 +11,6 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 import pytest
-import torch
 from torch import nn
 
 from optuna_nnhp import Objective
@@ -23,7 +22,6 @@ from optuna_nnhp.training.native import library
 from tests.templates.test_own import convolutional
 from tests.templates.test_own import images
 from tests.tiny import DIFFERENT_LENGTHS
-from tests.tiny import SHAPE
 from tests.tiny import TINY
 from tests.tiny import numbers
 from tests.tiny import trials
@@ -103,26 +101,6 @@ def test_the_compiled_engine_needs_no_notes() -> None:
         pytest.skip("there was no C compiler")
     result = tune(*numbers(), n_trials=4, cohort_size=4)
     assert not any("company" in trial.user_attrs for trial in trials(result))
-
-
-def test_large_steps_of_the_compiled_engine_on_any_number_of_threads() -> None:
-    # Torch's threads sum a metric over many rows in parts; the engine's steps are long enough
-    # for two.
-    if library() is None:
-        pytest.skip("there was no C compiler")
-    X, y = numbers(60_000)
-    fixed = SHAPE | {"epochs": 1, "width": 256, "hidden_layers": 3, "batch_size": 512}
-    values, before = set(), torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            result = tune(X, y, n_trials=1, validation=0.95, fixed=fixed)
-            values.add(result.best_value)
-            torch.set_num_threads(3 - threads)
-            assert result.replay().is_exact
-    finally:
-        torch.set_num_threads(before)
-    assert len(values) == 1
 
 
 def test_a_network_that_cannot_be_judged_alone(monkeypatch: pytest.MonkeyPatch) -> None:

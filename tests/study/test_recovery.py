@@ -21,7 +21,9 @@ import pytest
 from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.checkpoints import folder_of
 from optuna_nnhp.study.checkpoints import newest
+from optuna_nnhp.study.deferred import DeferredStorage
 from optuna_nnhp.study.recovery import RELEASED
+from optuna_nnhp.study.storage import open_storage
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
 from tests.tiny import courses
@@ -289,3 +291,30 @@ def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert found.loop == {"n": 4}
     checkpoints.clear()
     assert newest(tmp_path, "me:1") is None
+
+
+def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> None:
+    run("dnn", "cut.journal", at=6)
+    fatal = SCRIPT.replace(
+        "X, y = numbers(200)",
+        "recovery.restored = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nX, y = numbers(200)",
+    )
+    arguments = json.dumps(["dnn", "SIGKILL", 0, {"storage": "cut.journal", "n_trials": 6}])
+    killed = subprocess.run([sys.executable, "-c", fatal, arguments], env=ENVIRONMENT)
+    assert killed.returncode == -signal.SIGKILL
+    last = run("dnn", "cut.journal", how="SIGKILL", at=4)  # three more rounds, and it is killed
+    assert last.returncode == -signal.SIGKILL
+    (path, *_) = sorted(folder.glob("cut.models/*/checkpoints/*/*.json"), key=os.path.getmtime)
+    done = json.loads(path.read_text())["facts"]["cohorts"][0]["cohort"]["done"]
+    assert min(done) >= 5  # it did not begin anew
+    assert run("dnn", "cut.journal").returncode == 0
+    assert courses_of("cut.journal") == whole("dnn")
+
+
+def test_nobody_who_asks_for_a_trial_gets_one_that_was_left(folder: Path) -> None:
+    run("dnn", "cut.journal", how="SIGTERM", at=4)
+    storage = DeferredStorage(open_storage("cut.journal"), mark=lambda: {"worker": "other"})
+    study = optuna.load_study(study_name=None, storage=storage)
+    assert len(storage.released(study._study_id)) == 6
+    with storage.reserved(3):
+        assert [study.ask().number for _ in range(3)] == [6, 7, 8]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from optuna_nnhp.templates import DNN
 from optuna_nnhp.training.again import judge_alone
 from optuna_nnhp.training.again import judge_best
 from optuna_nnhp.training.again import judge_network
@@ -26,6 +27,8 @@ from tests.members import task
 from tests.members import varied
 from tests.networks.test_lift import LIFTED
 from tests.networks.test_lift import own_task
+from tests.tiny import SHAPE
+from tests.tiny import numbers
 
 ROUNDS = 6
 EACH = {"epochs": ROUNDS, "width": 32, "width_shape": "constant"}
@@ -153,3 +156,21 @@ def test_along_a_course(is_fresh: bool, engine: str) -> None:
     again = train_again(make(chosen), course, ROUNDS, ROUNDS, ends=[1, 4])
     assert again.value == again.values[ROUNDS] == value
     assert sorted(again.values) == [1, 2, 4, 5, 6]
+
+
+def test_threads_decide_nothing_where_the_engine_computes() -> None:
+    # Its steps are long enough for torch to have threads too, which would sum the loss of many
+    # rows in parts.
+    if library() is None:
+        pytest.skip("there was no C compiler")
+    X, y = numbers(100_000)
+    fixed = SHAPE | {"epochs": 1, "width": 256, "hidden_layers": 3, "batch_size": 512}
+    problem = DNN(X, y, validation=0.95, fixed=fixed, device="cpu")
+    scores, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            scores.append(problem.cohort([problem.member(0, problem.defaults())]).train_round())
+    finally:
+        torch.set_num_threads(before)
+    assert scores[0] == scores[1]
