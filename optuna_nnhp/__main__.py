@@ -43,8 +43,6 @@ from optuna_nnhp.study.storage import models_folder
 from optuna_nnhp.study.storage import open_storage
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.recipe import Recipe
-from optuna_nnhp.workers.job import INTERRUPT
-from optuna_nnhp.workers.job import RELEASE
 from optuna_nnhp.workers.job import Job
 from optuna_nnhp.workers.job import Outcome
 from optuna_nnhp.workers.job import settled
@@ -52,6 +50,8 @@ from optuna_nnhp.workers.job import work
 from optuna_nnhp.workers.joining import noted_pruner
 from optuna_nnhp.workers.joining import noted_trials
 from optuna_nnhp.workers.joining import noted_wish
+from optuna_nnhp.workers.watch import INTERRUPT
+from optuna_nnhp.workers.watch import RELEASE
 
 FAILED, REFUSED = 1, 2
 ENDED = {None: 0, INTERRUPT: 130, RELEASE: 143}  # as shells have it: 128 and the signal's number

@@ -24,6 +24,7 @@ from optuna_nnhp import seeds
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.inspect.sample import keep_sample
+from optuna_nnhp.messages import brief
 from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.study.checkpoints import EVERY
 from optuna_nnhp.study.loop import Budget
@@ -223,6 +224,10 @@ def optimize(
         3
     """
     _check_budget(n_trials, timeout, cohort_size)
+    if study_name is not None and not isinstance(study_name, str):
+        raise ValueError(f"`study_name` must be a text, but got {brief(study_name)}.")
+    if callbacks is not None and not isinstance(callbacks, Sequence):
+        raise ValueError(f"`callbacks` must be a list of functions, but got {brief(callbacks)}.")
     _check_seconds(checkpoint_every=checkpoint_every, trial_timeout=trial_timeout)
     seeds.check_seed(seed)
     check_workers(workers, executor, storage)
@@ -319,7 +324,7 @@ def _open(
     study = open_study(problem, opened, study_name, sampler, pruner)
     named = isinstance(storage, str | Path)
     if storage is not None:
-        where = without_password(str(storage)) if named else "its storage"
+        where = without_password(str(storage), storage) if named else "its storage"
         _logger.info(f"The study {study.study_name!r} is kept in {where}.")
     folder = models_folder(opened, None if isinstance(storage, BaseStorage) else storage)
     return study, BestWeights(folder / study.user_attrs[MODELS] if folder else None)
@@ -330,14 +335,14 @@ def _check_budget(n_trials: Any, timeout: Any, cohort_size: Any) -> None:
         raise ValueError("`n_trials` or `timeout` must be given, but both are None.")
     for name, count in (("n_trials", n_trials), ("cohort_size", cohort_size)):
         if count is not None and (not _is(count, Integral) or count < 1):
-            raise ValueError(f"`{name}` must be at least 1, but got {count!r}.")
+            raise ValueError(f"`{name}` must be at least 1, but got {brief(count)}.")
     _check_seconds(timeout=timeout)
 
 
 def _check_seconds(**given: Any) -> None:
     for name, seconds in given.items():
         if seconds is not None and not (_is(seconds, Real) and seconds > 0):
-            raise ValueError(f"`{name}` must be more than 0 seconds, but got {seconds!r}.")
+            raise ValueError(f"`{name}` must be more than 0 seconds, but got {brief(seconds)}.")
 
 
 def _is(value: object, kind: type) -> bool:
@@ -346,5 +351,5 @@ def _is(value: object, kind: type) -> bool:
 
 def _check_pruner(pruner: object) -> BasePruner:
     if not isinstance(pruner, BasePruner):
-        raise ValueError(f"`pruner` must be an Optuna pruner, but got {pruner!r}.")
+        raise ValueError(f"`pruner` must be an Optuna pruner, but got {brief(pruner)}.")
     return pruner

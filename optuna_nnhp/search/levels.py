@@ -27,6 +27,7 @@ from optuna_nnhp.hyperparameters.catalogue import nearest
 from optuna_nnhp.hyperparameters.record import Hyperparameter
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.messages import brief
 from optuna_nnhp.messages import unknown
 
 Point = dict[str, Value]
@@ -92,7 +93,8 @@ def check_levels(
     """
     if not isinstance(levels, Mapping) or not levels:
         raise ValueError(
-            f"`levels` must name hyperparameters and lists of their values, but got {levels!r}."
+            "`levels` must name hyperparameters and lists of their values, but got "
+            f"{brief(levels)}."
         )
     checked: dict[str, tuple[Value, ...]] = {}
     for name, values in levels.items():
@@ -101,7 +103,7 @@ def check_levels(
         is_list = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str)
         if not is_list or len(values) == 0:
             raise ValueError(
-                f"`levels[{name!r}]` must be a list with a value or more, but got {values!r}."
+                f"`levels[{name!r}]` must be a list with a value or more, but got {brief(values)}."
             )
         record = records.get(name)
         held = [_checked(name, value, space[name], record) for value in values]
@@ -129,7 +131,7 @@ def _checked(
         steps = f" in steps of {step:g}" if step not in (None, 1) else ""
         raise ValueError(
             f"A level of `{name}` must be {kind} from {low:g} to {high:g}{steps}, "
-            f"but got {value!r}."
+            f"but got {brief(value)}."
         )
     return as_held(value, distribution)
 

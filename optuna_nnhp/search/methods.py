@@ -90,7 +90,7 @@ def make_sampler(
         >>> type(make_sampler("bayes", seed=0)).__name__
         'HistorySampler'
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise unknown("a method", method, METHODS)
     given = dict(options or {})
     if METHODS[method].sampler is HistorySampler:
@@ -110,7 +110,7 @@ def split_options(
         >>> split_options("population", {"size": 8})
         ({}, {'size': 8})
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise unknown("a method", method, METHODS)
     known = METHODS[method]
     given = dict(options or {})

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp import seeds
+from optuna_nnhp.messages import brief
 from optuna_nnhp.study.lockstep import COURSE
 from optuna_nnhp.study.lockstep import stages_of
 from optuna_nnhp.study.loop import Budget
@@ -54,7 +55,9 @@ def check_replicates(count: object) -> int | None:
     """
     is_whole = isinstance(count, Integral) and not isinstance(count, bool)
     if count is not None and (not is_whole or count < 1):  # type: ignore[operator]
-        raise ValueError(f"`replicates` must be a whole number of at least 1, but got {count!r}.")
+        raise ValueError(
+            f"`replicates` must be a whole number of at least 1, but got {brief(count)}."
+        )
     return None if count is None else int(count)  # type: ignore[call-overload]
 
 

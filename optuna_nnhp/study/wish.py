@@ -23,6 +23,7 @@ from optuna_nnhp import seeds
 from optuna_nnhp.hyperparameters.catalogue import nearest
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.messages import brief
 from optuna_nnhp.search.methods import make_sampler
 from optuna_nnhp.search.methods import split_options
 from optuna_nnhp.search.zoomed import ZoomedSpace
@@ -79,7 +80,7 @@ class Wish:
             if value is not None and self.method in LOOPS:
                 raise ValueError(
                     f"`{name}` must not be given with the method {self.method!r}, which has its "
-                    f"own way, but got {value!r}."
+                    f"own way, but got {brief(value)}."
                 )
 
     def check(self, problem: Problem, budget: Budget) -> None:
@@ -163,7 +164,7 @@ def wish_of(
         wish = Wish(method, make_sampler(method, seed, options=mine), False, mine, loops)
         return replace(wish, levels=levels, seed=seed)
     if not isinstance(sampler, BaseSampler):
-        raise ValueError(f"`sampler` must be an Optuna sampler, but got {sampler!r}.")
+        raise ValueError(f"`sampler` must be an Optuna sampler, but got {brief(sampler)}.")
     if mine or (method != "bayes" and method not in LOOPS):
         raise ValueError(
             f"`sampler` must stand alone, or with the methods {', '.join(map(str, LOOPS))}, but "
@@ -181,15 +182,15 @@ def _check_option(name: str, value: object) -> None:
     """Raise unless an option of a method makes sense."""
     if name == "partial":
         if not isinstance(value, bool):
-            raise ValueError(f"`partial` must be True or False, but got {value!r}.")
+            raise ValueError(f"`partial` must be True or False, but got {brief(value)}.")
     elif name == "rate":
         if type(value) is bool or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"`rate` must be a number above 0, but got {value!r}.")
+            raise ValueError(f"`rate` must be a number above 0, but got {brief(value)}.")
     elif not (name == "patience" and value is None):
         least = LEAST.get(name, 1)
         if type(value) is bool or not isinstance(value, Integral) or int(value) < least:
             raise ValueError(
-                f"`{name}` must be a whole number of at least {least}, but got {value!r}."
+                f"`{name}` must be a whole number of at least {least}, but got {brief(value)}."
             )
 
 

@@ -29,6 +29,7 @@ from optuna_nnhp.hyperparameters.catalogue import changing
 from optuna_nnhp.hyperparameters.catalogue import choose
 from optuna_nnhp.hyperparameters.catalogue import default_params
 from optuna_nnhp.hyperparameters.catalogue import effective
+from optuna_nnhp.hyperparameters.catalogue import given as asked
 from optuna_nnhp.hyperparameters.catalogue import nearest
 from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
@@ -131,9 +132,10 @@ class GPT:
         self.timeout = timeout
         self._corpora: dict[tuple[str, int | None], Corpus] = {}
         begins = {} if preset is None else values_of_preset(preset)
-        given = _with_heads(dict(fixed or {}), space or {}, begins)
+        space, fixed = asked("space", space), asked("fixed", fixed)
+        given = _with_heads(fixed, space, begins)
         choose("language", space, given)  # before anything is computed with it
-        seconds = trial_seconds(given, space or {}, timeout)
+        seconds = trial_seconds(given, space, timeout)
         if timeout is not None and given.get("seconds") and seconds > timeout:
             raise ValueError(
                 f"`seconds` must be at most the timeout, {timeout:g}, but got {seconds:g}."
@@ -143,7 +145,7 @@ class GPT:
             "tokens": self.text.default_kind,
             **begins,
         }
-        if not any(given.get(name) or name in (space or {}) for name in BUDGETS):
+        if not any(given.get(name) or name in space for name in BUDGETS):
             given["seconds"] = seconds
         self.space, rest = choose("language", space, given)
         self.fixed = {n: v if n in given else self._start.get(n, v) for n, v in rest.items()}

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 import math
 
-import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
@@ -14,9 +13,11 @@ from optuna.distributions import IntDistribution
 
 from optuna_nnhp.hyperparameters.catalogue import choose
 from optuna_nnhp.hyperparameters.catalogue import default_params
+from optuna_nnhp.hyperparameters.catalogue import given
 from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.messages import brief
 
 
 class Parameters(Mapping[str, Value]):
@@ -81,32 +82,43 @@ def own_space(
         >>> own, list(space)[0], "l1" in space, fixed["l1"]
         ({'heads'}, 'heads', False, 0)
     """
-    known = records(task)
-    own_ranges = {n: d for n, d in (space or {}).items() if n not in known}
-    own_values = {
-        n: v.item() if isinstance(v, np.generic) else v
-        for n, v in (fixed or {}).items()
-        if n not in known
-    }
+    known, space, fixed = records(task), given("space", space), given("fixed", fixed)
+    own_ranges = {n: d for n, d in space.items() if n not in known}
+    own_values = {n: v for n, v in fixed.items() if n not in known}
     for name, distribution in own_ranges.items():
         if not isinstance(distribution, BaseDistribution):
             raise ValueError(
-                f"`space[{name!r}]` must be an Optuna distribution, but got {distribution!r}."
+                f"`space[{name!r}]` must be an Optuna distribution, but got {brief(distribution)}."
             )
+        if any(math.isinf(end) for end in _ends_of_range(distribution)):
+            raise ValueError(f"The range of {name!r} must be finite, but got {distribution}.")
+        for choice in getattr(distribution, "choices", ()):
+            if not isinstance(choice, None | bool | int | float | str):
+                raise ValueError(
+                    f"The choices of {name!r} must be numbers, texts or truth values, but one is "
+                    f"{brief(choice)}."
+                )
         if name in own_values:
-            raise ValueError(f"`{name}` must be in `space` or in `fixed`, but is in both.")
+            raise ValueError(f"{name!r} must be in `space` or in `fixed`, but is in both.")
     for name, value in own_values.items():
         if not isinstance(value, None | bool | int | float | str):
             raise ValueError(
-                f"`fixed[{name!r}]` must be a number, a text or a truth value, but got {value!r}."
+                f"`fixed[{name!r}]` must be a number, a text or a truth value, but got "
+                f"{brief(value)}."
             )
     tuned, rest = choose(
         task,
-        {n: d for n, d in (space or {}).items() if n in known},
-        {n: v for n, v in (fixed or {}).items() if n in known},
+        {n: d for n, d in space.items() if n in known},
+        {n: v for n, v in fixed.items() if n in known},
     )
     own = {*own_ranges, *own_values}
     return own, ({**own_ranges, **tuned}, {**own_values, **rest})
+
+
+def _ends_of_range(distribution: BaseDistribution) -> tuple[float, ...]:
+    if isinstance(distribution, FloatDistribution):
+        return distribution.low, distribution.high
+    return ()
 
 
 def middle(distribution: BaseDistribution) -> Value:

@@ -9,6 +9,7 @@ import shutil
 import torch
 from torch import Tensor
 
+from optuna_nnhp.messages import brief
 from optuna_nnhp.training.noise import Noise
 
 # Codes of one function that torch keeps: one for each number of members, architecture and number
@@ -28,7 +29,7 @@ def check_compile(wanted: object, device: torch.device) -> bool:
         False
     """
     if not isinstance(wanted, bool):
-        raise ValueError(f"`compile` must be True or False, but got {wanted!r}.")
+        raise ValueError(f"`compile` must be True or False, but got {brief(wanted)}.")
     if wanted and device.type == "cpu":
         compilers = os.environ.get("CXX", "c++"), "g++", "clang++", "cl"
         if not any(shutil.which(name) for name in compilers):

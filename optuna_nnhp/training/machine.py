@@ -16,6 +16,8 @@ import time
 from threadpoolctl import ThreadpoolController
 import torch
 
+from optuna_nnhp.messages import brief
+
 _logger = logging.getLogger(f"optuna.{__name__}")
 
 # Below this much arithmetic a step is faster on one thread. Two threads on two cores, one of them
@@ -196,6 +198,8 @@ def to_device(name: str | torch.device | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(name, str | torch.device):
+        raise ValueError(f"`device` must be a name or a torch.device, but got {brief(name)}.")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

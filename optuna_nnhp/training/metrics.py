@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_nnhp.messages import brief
 from optuna_nnhp.messages import unknown
 
 TASKS = ("binary", "multiclass", "regression")
@@ -354,7 +355,7 @@ def resolve_metric(
     if metric is None or isinstance(metric, str):
         return _named_metric(DEFAULTS[task] if metric is None else metric, task, direction)
     if not callable(metric):
-        raise ValueError(f"`metric` must be a name, a function or None, but got {metric!r}.")
+        raise ValueError(f"`metric` must be a name, a function or None, but got {brief(metric)}.")
     name = getattr(metric, "__name__", type(metric).__name__)
     decode = None if task == "regression" else target_decode
     compute = partial(_call_per_member, metric, name, decode)
@@ -367,12 +368,12 @@ def _named_metric(name: str, task: str, direction: str | None) -> Metric:
         raise unknown("a metric", name, fitting)
     if name not in fitting:
         raise ValueError(
-            f"`metric` must fit the task {task!r} ({', '.join(fitting)}), but got {name!r}."
+            f"`metric` must fit the task {task!r} ({', '.join(fitting)}), but got {brief(name)}."
         )
     metric = METRICS[name]
     if direction not in (None, metric.direction):
         raise ValueError(
-            f"`direction` must be {metric.direction!r} for {name!r}, but got {direction!r}."
+            f"`direction` must be {metric.direction!r} for {name!r}, but got {brief(direction)}."
         )
     return metric
 
@@ -404,5 +405,5 @@ def _as_number(value: Any, name: str) -> float:
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, Real):
-        raise ValueError(f"The metric {name!r} must return a number, but got {value!r}.")
+        raise ValueError(f"The metric {name!r} must return a number, but got {brief(value)}.")
     return float(value)

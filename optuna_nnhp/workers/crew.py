@@ -31,13 +31,13 @@ from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.loop import Progress
 from optuna_nnhp.study.loop import tidy_interrupts
 from optuna_nnhp.templates import Template
-from optuna_nnhp.workers.job import INTERRUPT
-from optuna_nnhp.workers.job import RELEASE
 from optuna_nnhp.workers.job import SIGNALS
 from optuna_nnhp.workers.job import Job
 from optuna_nnhp.workers.job import Outcome
-from optuna_nnhp.workers.job import tell
 from optuna_nnhp.workers.job import work
+from optuna_nnhp.workers.watch import INTERRUPT
+from optuna_nnhp.workers.watch import RELEASE
+from optuna_nnhp.workers.watch import tell
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

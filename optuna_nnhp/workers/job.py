@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 from typing import Any
-from uuid import uuid4
 
 import cloudpickle
 import optuna
@@ -24,7 +23,6 @@ from optuna import Study
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
 import torch
 
 from optuna_nnhp.search.halving import CohortHalvingPruner
@@ -42,14 +40,13 @@ from optuna_nnhp.templates.recipe import Recipe
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.gpus import free_device
 from optuna_nnhp.training.gpus import gpus
+from optuna_nnhp.workers.watch import INTERRUPT
+from optuna_nnhp.workers.watch import RELEASE
+from optuna_nnhp.workers.watch import TICK
+from optuna_nnhp.workers.watch import Watch
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-CONTROL = "optuna_nnhp:control"  # system attribute of a study: the last thing its workers are told
-STOP, INTERRUPT, RELEASE = "stop", "interrupt", "release"
-TICK = 1.0  # seconds: how often a worker looks whether its parent is there
-# How often it reads what it is told: seconds, and more for each worker, since all of them read.
-READ_EVERY, READ_LATER = 2.0, 0.02
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -245,30 +242,6 @@ def quietly() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def tell(study: Study, what: str) -> str:
-    """Tell all workers of a study something; the mark by which they know it from what was before.
-
-    Args:
-        study:
-            The study.
-        what:
-            `STOP`: no more trials. `INTERRUPT` or `RELEASE`: as on SIGINT or SIGTERM.
-    """
-    mark = uuid4().hex
-    study._storage.set_study_system_attr(study._study_id, CONTROL, {"what": what, "mark": mark})
-    return mark
-
-
-def last_told(study: Study) -> str | None:
-    """The mark of the last thing that a study's workers were told."""
-    return dict(_read(study)).get("mark")
-
-
-def _read(study: Study) -> Mapping[str, str]:
-    attributes = study._storage.get_study_system_attrs(study._study_id)
-    return dict(attributes.get(CONTROL, {}))
-
-
 def _work(job: Job, problem: Template | None) -> str | None:
     """Join the study and train; what ended it before its time."""
     if job.caller == (machine(), process()):
@@ -282,7 +255,7 @@ def _work(job: Job, problem: Template | None) -> str | None:
         with quietly():
             study, problem = _join(job, problem)
         weights = _OwnWeights(job.folder)
-        with Watch(job, study, budget) as watch:
+        with Watch(study, budget, job.told, job.workers, job.parent) as watch:
             if not budget.is_over():
                 run(job, study, problem, budget, weights, [*job.callbacks, watch])
     if budget.interrupted:
@@ -363,69 +336,3 @@ class _OwnWeights(BestWeights):
     def __init__(self, folder: Path | None) -> None:
         super().__init__(folder)
         self._files.clear()
-
-
-class Watch:
-    """Sees to it that a worker ends when it should.
-
-    That is when its parent is gone, or when all workers are told so, which it does itself when
-    the study is stopped here: it is a callback.
-
-    Args:
-        job:
-            The worker's.
-        study:
-            The opened study.
-        budget:
-            How long.
-    """
-
-    def __init__(self, job: Job, study: Study, budget: Budget) -> None:
-        self._job, self._study, self._budget = job, study, budget
-        self._told, self._is_stopped = job.told, False
-        self._over = threading.Event()
-
-    def __enter__(self) -> Watch:
-        self._look()
-        self._thread = threading.Thread(target=self._keep, name="optuna_nnhp-watch", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def __call__(self, study: Study, trial: FrozenTrial) -> None:
-        """Tell the others that the study is stopped; a callback of it."""
-        if study._stop_flag and not self._is_stopped:
-            self._is_stopped = True
-            self._told = tell(study, STOP)
-
-    def _keep(self) -> None:
-        every = READ_EVERY + READ_LATER * self._job.workers
-        due = time.monotonic() + every
-        while not self._over.wait(TICK):
-            if self._job.parent is not None and os.getppid() != self._job.parent:
-                self._budget.released = True
-            if self._is_stopped:  # a loop that has just begun may have forgotten it
-                self._study._stop_flag = True
-            if time.monotonic() >= due:
-                self._look()
-                due = time.monotonic() + every
-
-    def _look(self) -> None:
-        """Read what all workers are told."""
-        try:
-            said = _read(self._study)
-        except Exception as error:  # drivers raise types of their own, and a storage comes back
-            _logger.debug(f"What workers are told could not be read: {type(error).__name__}")
-            return
-        if not said or said["mark"] == self._told:
-            return
-        self._told, what = said["mark"], said["what"]
-        if what == STOP:
-            self._is_stopped = self._study._stop_flag = True
-        elif what == INTERRUPT:
-            self._budget.interrupted = True
-        else:
-            self._budget.released = True

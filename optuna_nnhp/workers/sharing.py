@@ -32,7 +32,7 @@ from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.workers.crew import Crew
 from optuna_nnhp.workers.crew import Executor
 from optuna_nnhp.workers.job import Job
-from optuna_nnhp.workers.job import last_told
+from optuna_nnhp.workers.watch import last_told
 
 
 def check_workers(
@@ -63,7 +63,7 @@ got None.
         _check_executor(executor)
     if (workers == 1 and executor is None) or not _is_in_memory(storage):
         return
-    given = without_password(storage if isinstance(storage, str) else repr(storage))
+    given = without_password(storage if isinstance(storage, str) else repr(storage), storage)
     raise ValueError(
         f"`storage` must be one that several processes can open, a path or a URL, but got {given}."
     )

@@ -35,7 +35,7 @@ from tests.benchmarks.common import write_json
 from tests.benchmarks.ours import storage_in
 from tests.benchmarks.sides import Settings
 
-SECONDS, REPEATS = 30.0, 5
+SECONDS, REPEATS = 45.0, 5
 SHAPE: dict[str, Any] = {
     **{"hidden_layers": 2, "width": 64, "batch_size": 32, "normalization": "none"},
     **{"patience": 10**6},
@@ -119,7 +119,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=REPEATS, help="pairs, beside a first one to warm up")
     add("--workers", type=int, default=2, help="of the larger side")
     add("--data", default="digits", help="digits, classes or regression")
-    add("--epochs", type=int, default=10, help="of a trial")
+    add("--epochs", type=int, default=50, help="of a trial")
     add("--cohort-size", type=int, default=32, help="trials that are trained at once")
     add("--method", default="random", help="how trials are proposed")
     add("--storage", choices=("journal", "sqlite"), default="journal", help="where the study is")

@@ -164,13 +164,14 @@ def test_threads_decide_nothing_where_the_engine_computes() -> None:
     if library() is None:
         pytest.skip("there was no C compiler")
     X, y = numbers(100_000)
-    fixed = SHAPE | {"epochs": 1, "width": 256, "hidden_layers": 3, "batch_size": 512}
+    fixed = SHAPE | {"epochs": 3, "width": 256, "hidden_layers": 3, "batch_size": 512}
     problem = DNN(X, y, validation=0.95, fixed=fixed, device="cpu")
     scores, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            scores.append(problem.cohort([problem.member(0, problem.defaults())]).train_round())
+            cohort = problem.cohort([problem.member(0, problem.defaults())])
+            scores.append([cohort.train_round() for _ in range(3)])
     finally:
         torch.set_num_threads(before)
     assert scores[0] == scores[1]

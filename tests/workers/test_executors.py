@@ -32,9 +32,9 @@ from torch import nn
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
 from optuna_nnhp.study.storage import open_storage
-from optuna_nnhp.workers.job import CONTROL
 from optuna_nnhp.workers.job import Job
 from optuna_nnhp.workers.job import Outcome
+from optuna_nnhp.workers.watch import CONTROL
 from tests.postgresql import Database
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY

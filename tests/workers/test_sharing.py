@@ -20,19 +20,20 @@ from optuna_nnhp.study.wish import wish_of
 from optuna_nnhp.templates.recipe import Recipe
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.workers import job as job_module
+from optuna_nnhp.workers import watch as watch_module
 from optuna_nnhp.workers.crew import without_points
-from optuna_nnhp.workers.job import INTERRUPT
-from optuna_nnhp.workers.job import RELEASE
-from optuna_nnhp.workers.job import STOP
 from optuna_nnhp.workers.job import Job
 from optuna_nnhp.workers.job import Outcome
-from optuna_nnhp.workers.job import Watch
-from optuna_nnhp.workers.job import last_told
-from optuna_nnhp.workers.job import tell
 from optuna_nnhp.workers.job import work
 from optuna_nnhp.workers.sharing import absolute
 from optuna_nnhp.workers.sharing import check_workers
 from optuna_nnhp.workers.sharing import keep_best
+from optuna_nnhp.workers.watch import INTERRUPT
+from optuna_nnhp.workers.watch import RELEASE
+from optuna_nnhp.workers.watch import STOP
+from optuna_nnhp.workers.watch import Watch
+from optuna_nnhp.workers.watch import last_told
+from optuna_nnhp.workers.watch import tell
 from tests.tiny import TINY
 from tests.tiny import numbers
 from tests.tiny import trials
@@ -116,12 +117,12 @@ def _journal() -> optuna.storages.BaseStorage:
 def test_what_all_workers_are_told(
     what: str, flags: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_module, "TICK", 0.01)
-    monkeypatch.setattr(job_module, "READ_EVERY", 0.02)
+    monkeypatch.setattr(watch_module, "TICK", 0.01)
+    monkeypatch.setattr(watch_module, "READ_EVERY", 0.02)
     study = optuna.create_study()
     tell(study, RELEASE)  # to workers of an earlier call
-    budget, job = Budget(9, None), a_job(told=last_told(study))
-    with Watch(job, study, budget):
+    budget = Budget(9, None)
+    with Watch(study, budget, last_told(study)):
         time.sleep(0.2)
         assert not (study._stop_flag or budget.is_over())
         tell(study, what)
@@ -133,7 +134,7 @@ def test_what_all_workers_are_told(
 
 def test_a_stopped_study_tells_the_others_once() -> None:
     study = optuna.create_study()
-    watch = Watch(a_job(), study, Budget(9, None))
+    watch = Watch(study, Budget(9, None))
     trial: Any = None
     watch(study, trial)
     assert last_told(study) is None
@@ -152,15 +153,15 @@ def test_a_storage_that_is_away_is_no_end(monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError
 
     monkeypatch.setattr(study._storage, "get_study_system_attrs", fail)
-    with Watch(a_job(), study, budget):
+    with Watch(study, budget):
         pass
     assert not budget.is_over()
 
 
 def test_a_worker_whose_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_module, "TICK", 0.01)
+    monkeypatch.setattr(watch_module, "TICK", 0.01)
     study, budget = optuna.create_study(), Budget(9, None)
-    with Watch(a_job(parent=os.getpid()), study, budget):  # which is not its parent
+    with Watch(study, budget, parent=os.getpid()):  # which is not its parent
         limit = time.monotonic() + 10
         while not budget.released and time.monotonic() < limit:
             time.sleep(0.01)
