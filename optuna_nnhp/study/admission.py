@@ -221,7 +221,10 @@ class Admission:
                 return affordable[0]
             if self.asker.left() == 0 or self.budget.is_over() or self.study._stop_flag:
                 break
-            self.parked += self.asker.ask(1)
+            asked = self.asker.ask(1)
+            self.parked += asked
+            if not asked and self.asker.is_refused:
+                break
         if not self.parked:
             return None
         leader = min(self.parked, key=lambda parked: self._pace(parked.member).round)

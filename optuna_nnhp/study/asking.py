@@ -66,6 +66,8 @@ class Asker:
         outcomes: What becomes of those that cannot be trained.
         finished: Number of trials that have ended.
         running: Trials that were asked here and have not ended, by number.
+        is_refused: Whether the last one asked for could not begin: the storage was away, or there
+            are as many as may be.
     """
 
     study: Study
@@ -75,6 +77,7 @@ class Asker:
     points: Points | None = None
     finished: int = 0
     running: dict[int, RunningTrial] = field(default_factory=dict)
+    is_refused: bool = False
 
     def __post_init__(self) -> None:
         self.outcomes = Outcomes(self.study, self.problem)
@@ -139,6 +142,7 @@ class Asker:
             Those that can be trained.
         """
         sampler, trials = self.study.sampler, list[RunningTrial]()
+        self.is_refused = False
         if leader is not None:
             self.study.sampler = FollowerSampler(sampler, self.problem.pin(leader))
         try:
@@ -149,8 +153,9 @@ class Asker:
                         break
                     trials += self._ask_one()
         except NoneLeft:  # other workers were faster
-            pass
+            self.is_refused = True
         except Unreachable as error:
+            self.is_refused = True
             _logger.debug(f"No trials can be asked for now: {error}")
         finally:
             self.study.sampler = sampler

@@ -20,6 +20,7 @@ from optuna.storages import RDBStorage
 
 from optuna_nnhp.messages import holds_password
 from optuna_nnhp.messages import without_password as without_password
+from optuna_nnhp.study.batches import WORKER as WORKER
 from optuna_nnhp.study.deferred import DeferredStorage
 from optuna_nnhp.study.environment import Marks
 from optuna_nnhp.study.environment import note_environment
@@ -37,7 +38,6 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 DEFAULT_STORAGE = "optuna_nnhp.journal"
 IDENTITY = ("template", "task", "metric", "fingerprint")  # what one study cannot mix
-WORKER = "worker"  # trial attribute: who trains it
 MODELS = "models"  # study attribute: the folder of its best weights, inside the storage's
 LONGEST_NAME = 60  # of 255 bytes at most, and a letter may take four
 OPENED_IN = 60.0  # seconds that a storage may be away when a study is opened

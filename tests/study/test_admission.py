@@ -24,6 +24,7 @@ def admission(monkeypatch: pytest.MonkeyPatch) -> Any:
     queue: list[Any] = []
     asker: Any = SimpleNamespace(
         study=SimpleNamespace(_stop_flag=False),
+        is_refused=False,
         problem=SimpleNamespace(one_by_one=False),
         budget=budget,
         queue=queue,
