@@ -108,11 +108,21 @@ def holds_password(error: BaseException | None, url: object = "") -> bool:
         >>> holds_password(ValueError("cannot reach postgresql://me:secret@host/db"))
         True
     """
+    return any(without_password(one, url) != str(one) for one in chain(error))
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came from.
+
+    Example:
+        >>> outer = ValueError("outer")
+        >>> outer.__cause__ = KeyError("inner")
+        >>> [type(one).__name__ for one in chain(outer)]
+        ['ValueError', 'KeyError']
+    """
     while error is not None:
-        if without_password(error, url) != str(error):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def _secrets(url: str) -> set[str]:

@@ -93,10 +93,6 @@ class Lease:
         _here.discard(self.worker)
         self._write({"ended": True})
 
-    def workers(self) -> set[str]:
-        """All that have ever worked on the study."""
-        return set(self.read())
-
     def is_dead(self, worker: str, leases: Leases | None = None) -> bool:
         """Whether a worker can do nothing any more."""
         lease = (self.read() if leases is None else leases).get(worker)

@@ -12,6 +12,7 @@ from optuna import Trial
 from optuna.trial import TrialState
 import torch
 
+from optuna_nnhp.messages import chain
 from optuna_nnhp.messages import without_password
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TooLarge
@@ -112,10 +113,8 @@ def last_line(error: BaseException) -> str:
 
 def forget_frames(error: BaseException) -> None:
     """Let go of what an error's frames hold: the tensors of a cohort that had no room."""
-    cause: BaseException | None = error
-    while cause is not None:
-        traceback.clear_frames(cause.__traceback__)
-        cause = cause.__cause__ or cause.__context__
+    for one in chain(error):
+        traceback.clear_frames(one.__traceback__)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 import torch
 
 from optuna_nnhp.messages import brief
+from optuna_nnhp.messages import chain
 
 _logger = logging.getLogger(f"optuna.{__name__}")
 
@@ -221,12 +222,11 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shape"))
         (True, False)
     """
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    for one in chain(error):
+        if isinstance(one, MemoryError | torch.OutOfMemoryError):
             return True
-        if isinstance(error, RuntimeError) and any(w in str(error).lower() for w in NO_ROOM):
+        if isinstance(one, RuntimeError) and any(w in str(one).lower() for w in NO_ROOM):
             return True
-        error = error.__cause__ or error.__context__
     return False
 
 

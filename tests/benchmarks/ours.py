@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-import importlib
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 from unittest import mock
 
 import optuna
 
 from optuna_nnhp import optimize
+from optuna_nnhp.study import wish
+from optuna_nnhp.study.judging import Judge
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.scheduler import Scheduler
 from optuna_nnhp.study.storage import DEFAULT_STORAGE
@@ -74,17 +74,17 @@ def watched() -> Iterator[tuple[Watch, list[Scheduler]]]:
     """Within, the schedulers that `optimize` makes are kept, and their trials' values noted."""
     watch, kept = Watch(), list[Scheduler]()
 
+    class Noting(Judge):
+        def judge(self, live: Live, scores: Scores) -> dict[int, str]:
+            for place, value in zip(scores.places, scores.value, strict=True):
+                watch.saw(live.cohort.members[place].number, value)
+            return super().judge(live, scores)
+
     class Watched(Scheduler):
         def __post_init__(self) -> None:
             super().__post_init__()
+            self.judge = Noting(self.ends)
             kept.append(self)
 
-        def _judge(self, live: Live, scores: Scores) -> dict[int, str]:
-            for place, value in zip(scores.places, scores.value, strict=True):
-                watch.saw(live.cohort.members[place].number, value)
-            return super()._judge(live, scores)
-
-    # By its name, since the package's attribute `optimize` is the function.
-    module: Any = importlib.import_module("optuna_nnhp.optimize")
-    with mock.patch.object(module, "Scheduler", Watched):
+    with mock.patch.object(wish, "Scheduler", Watched):
         yield watch, kept

@@ -97,9 +97,9 @@ def test_workers_in_different_environments(tmp_path: Path) -> None:
 
 
 def test_it_is_looked_up_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment_of(problem())
+    first = environment_of(problem())
     monkeypatch.setattr(environment, "_cpu", lambda: 1 / 0)
-    environment_of(problem())
+    assert environment_of(problem()) == first
 
 
 def test_a_trial_that_moved_names_both_places() -> None:
