@@ -11,7 +11,7 @@ from tests.torture import torture
 
 @pytest.mark.parametrize("storage", ["study.journal", "sqlite:///study.db"])
 def test_nothing_is_lost(storage: str, folder: Path) -> None:
-    found = torture(storage, n_trials=60, kills=3)
+    found = torture(storage, n_trials=150, kills=3, longest=1.0)
     assert found.faults == []
     assert found.kills == 3
     assert found.trained >= found.recorded > 0

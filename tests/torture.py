@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from optuna_nnhp.study.storage import open_storage
 from tests.tiny import ENVIRONMENT
 
-LONGEST = 2.5  # seconds that a process lives after it has opened the study
+LONGEST = 2.5  # seconds that a process lives at most after it has opened the study
 EVERY = 0.5  # seconds between checkpoints
 # A process that notes every round that it trains, member by member.
 SCRIPT = """
@@ -93,7 +93,11 @@ class Torture:
 
     def look(self) -> list[FrozenTrial]:
         """Compare what the storage has with what it had."""
-        study = optuna.load_study(study_name=None, storage=open_storage(self.storage))
+        storage = open_storage(self.storage)
+        names = [study.study_name for study in storage.get_all_studies()]
+        if not names:
+            return []  # it was killed before it had made one
+        study = optuna.load_study(study_name=names[0], storage=storage)
         trials = study.get_trials(deepcopy=False)
         if [trial.number for trial in trials] != list(range(len(trials))):
             self.faults.append(f"numbers {[trial.number for trial in trials]}")
@@ -131,7 +135,9 @@ def _is_over(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def torture(storage: str, n_trials: int, kills: int, seed: int = 0) -> Torture:
+def torture(
+    storage: str, n_trials: int, kills: int, seed: int = 0, longest: float = LONGEST
+) -> Torture:
     """Run a study, kill it at random moments, and let it end in peace.
 
     Args:
@@ -143,6 +149,8 @@ def torture(storage: str, n_trials: int, kills: int, seed: int = 0) -> Torture:
             How often.
         seed:
             Of the moments.
+        longest:
+            Seconds that a process lives at most after it has opened the study.
     """
     found, draw, started = Torture(storage, n_trials), random.Random(seed), time.monotonic()
     notes = Path(tempfile.mkstemp(suffix=".txt")[1])
@@ -157,7 +165,7 @@ def torture(storage: str, n_trials: int, kills: int, seed: int = 0) -> Torture:
                 found.faults.append(f"the last one said {output!r}")
             break
         try:
-            process.wait(draw.uniform(0, LONGEST))
+            process.wait(draw.uniform(0, longest))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             found.kills += 1

@@ -62,7 +62,7 @@ def test_a_write_that_fails_leaves_the_old_weights(
     path = tmp_path / "w.safetensors"
     save_weights(network(1), path)
 
-    def full(tensors: dict[str, Tensor], filename: Path) -> None:
+    def full(tensors: dict[str, Tensor], filename: Path, metadata: dict[str, str]) -> None:
         filename.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
