@@ -36,11 +36,11 @@ from optuna.storages import BaseStorage
 
 from optuna_nnhp.messages import without_password
 from optuna_nnhp.search.levels import LevelsSampler
-from optuna_nnhp.study.storage import DEFAULT_STORAGE
-from optuna_nnhp.study.storage import MODELS
-from optuna_nnhp.study.storage import inside
-from optuna_nnhp.study.storage import models_folder
-from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.places import DEFAULT_STORAGE
+from optuna_nnhp.storages.places import inside
+from optuna_nnhp.storages.places import models_folder
+from optuna_nnhp.study.opening import MODELS
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.recipe import Recipe
 from optuna_nnhp.workers.job import Job

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("hyperparameters", "data"),
     ("networks",),
     ("training",),
-    ("search",),
+    ("search", "storages"),
     ("study",),
     ("templates",),
     ("inspect",),

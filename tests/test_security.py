@@ -31,11 +31,11 @@ from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
 from optuna_nnhp.inspect.report import closing_report
 from optuna_nnhp.messages import without_password
-from optuna_nnhp.study.storage import MODELS
-from optuna_nnhp.study.storage import file_name
-from optuna_nnhp.study.storage import inside
-from optuna_nnhp.study.storage import models_folder
-from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.places import file_name
+from optuna_nnhp.storages.places import inside
+from optuna_nnhp.storages.places import models_folder
+from optuna_nnhp.study.opening import MODELS
 from tests.tiny import classes
 from tests.tiny import tune
 

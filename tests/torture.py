@@ -22,7 +22,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.storages.opening import open_storage
 from tests.tiny import ENVIRONMENT
 
 LONGEST = 2.5  # seconds that a process lives at most after it has opened the study

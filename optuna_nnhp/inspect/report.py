@@ -13,7 +13,7 @@ from optuna_nnhp.inspect.summary import main_parameters
 from optuna_nnhp.inspect.summary import shown
 from optuna_nnhp.inspect.summary import summary
 from optuna_nnhp.messages import without_password
-from optuna_nnhp.study.storage import beside
+from optuna_nnhp.storages.places import beside
 
 ROWS = (
     *("data", "budget", "trials", "ended by", "best", "other seeds"),

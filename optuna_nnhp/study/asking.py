@@ -19,7 +19,9 @@ from optuna.trial import TrialState
 
 from optuna_nnhp.search.follower import FollowerSampler
 from optuna_nnhp.search.levels import LevelsSampler
-from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.reach import Unreachable
+from optuna_nnhp.storages.starting import NoneLeft
 from optuna_nnhp.study.grid import CUT_SHORT as CUT_SHORT
 from optuna_nnhp.study.grid import DUPLICATE
 from optuna_nnhp.study.grid import FIXED
@@ -31,8 +33,6 @@ from optuna_nnhp.study.outcomes import Outcomes
 from optuna_nnhp.study.outcomes import note_error
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
-from optuna_nnhp.study.reach import Unreachable
-from optuna_nnhp.study.starting import NoneLeft
 from optuna_nnhp.study.trials import TOO_LONG
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.study.trials import suggest

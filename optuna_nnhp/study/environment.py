@@ -19,7 +19,7 @@ from optuna import Trial
 from optuna.trial import FrozenTrial
 import torch
 
-from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training import gpt_native
 from optuna_nnhp.training import native

@@ -29,7 +29,7 @@ from optuna_nnhp.search.levels import as_held
 from optuna_nnhp.search.levels import check_levels
 from optuna_nnhp.search.levels import key
 from optuna_nnhp.search.levels import levels_of
-from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError

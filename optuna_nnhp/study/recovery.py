@@ -19,18 +19,18 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.storages.batches import RELEASED as RELEASED
+from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.lease import Lease
+from optuna_nnhp.storages.reach import Unreachable
 from optuna_nnhp.study.asking import Asker
-from optuna_nnhp.study.batches import RELEASED as RELEASED
 from optuna_nnhp.study.checkpoints import Checkpoint
 from optuna_nnhp.study.checkpoints import Kept
 from optuna_nnhp.study.checkpoints import folder_of
 from optuna_nnhp.study.checkpoints import forget
 from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.environment import note_move
-from optuna_nnhp.study.lease import Lease
 from optuna_nnhp.study.pool import Live
-from optuna_nnhp.study.reach import Unreachable
-from optuna_nnhp.study.storage import WORKER
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member

@@ -19,31 +19,31 @@ from typing import ClassVar
 import optuna
 from optuna import Study
 
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.lease import Lease
+from optuna_nnhp.storages.outbox import replay_unsent
+from optuna_nnhp.storages.reach import Unreachable
 from optuna_nnhp.study.admission import Admission
 from optuna_nnhp.study.asking import Asker
 from optuna_nnhp.study.breakage import Breakage
 from optuna_nnhp.study.checkpoints import EVERY
 from optuna_nnhp.study.checkpoints import Checkpoints
-from optuna_nnhp.study.deferred import DeferredStorage
 from optuna_nnhp.study.ends import Callback as Callback
 from optuna_nnhp.study.ends import Ends
 from optuna_nnhp.study.environment import note_environment
 from optuna_nnhp.study.judging import REPORT_EVERY
 from optuna_nnhp.study.judging import Judge
-from optuna_nnhp.study.lease import Lease
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.loop import Progress
 from optuna_nnhp.study.loop import inside_optimize
 from optuna_nnhp.study.loop import tidy_interrupts
-from optuna_nnhp.study.outbox import replay_unsent
+from optuna_nnhp.study.opening import worker_of
 from optuna_nnhp.study.outcomes import CohortError
 from optuna_nnhp.study.podium import Podium
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.pool import Pool
 from optuna_nnhp.study.problem import Problem
-from optuna_nnhp.study.reach import Unreachable
 from optuna_nnhp.study.recovery import Recovery
-from optuna_nnhp.study.storage import worker_of
 from optuna_nnhp.study.timing import Timing
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.cohort import Cohort

@@ -19,7 +19,7 @@ from torch import nn
 
 from optuna_nnhp.data.text import LONGEST_PATH
 from optuna_nnhp.hyperparameters.record import Value
-from optuna_nnhp.study.storage import IDENTITY
+from optuna_nnhp.study.opening import IDENTITY
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates import make_problem
 
@@ -74,7 +74,7 @@ class Recipe:
         compile:
             As in `optimize`.
         identity:
-            Of the study that it must be: what `study.storage.IDENTITY` names.
+            Of the study that it must be: what `study.opening.IDENTITY` names.
 
     Example:
         >>> recipe = Recipe("dnn", [[1.0], [2.0]] * 5, ["no", "yes"] * 5)

@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 
 from optuna_nnhp.messages import without_password
 from optuna_nnhp.search.levels import LevelsSampler
-from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.loop import Progress
 from optuna_nnhp.study.loop import tidy_interrupts

@@ -26,14 +26,14 @@ from optuna.storages import BaseStorage
 import torch
 
 from optuna_nnhp.search.halving import CohortHalvingPruner
-from optuna_nnhp.study.lease import machine
-from optuna_nnhp.study.lease import process
+from optuna_nnhp.storages.lease import machine
+from optuna_nnhp.storages.lease import process
+from optuna_nnhp.storages.opening import open_storage
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.loop import tidy_interrupts
+from optuna_nnhp.study.opening import MODELS
+from optuna_nnhp.study.opening import open_study
 from optuna_nnhp.study.scheduler import Callback
-from optuna_nnhp.study.storage import MODELS
-from optuna_nnhp.study.storage import open_storage
-from optuna_nnhp.study.storage import open_study
 from optuna_nnhp.study.wish import Wish
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.recipe import Recipe
@@ -88,7 +88,7 @@ class Job:
         parent:
             Number of the process without which it ends, if it is one of this machine.
         caller:
-            Machine and process that must not do the work; see `study.lease`.
+            Machine and process that must not do the work; see `storages.lease`.
         told:
             What workers had been told before.
         verbosity:

@@ -22,10 +22,10 @@ from optuna.trial import TrialState
 import torch
 
 from optuna_nnhp.messages import without_password
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.lease import machine
+from optuna_nnhp.storages.lease import process
 from optuna_nnhp.study.asking import Asker
-from optuna_nnhp.study.deferred import DeferredStorage
-from optuna_nnhp.study.lease import machine
-from optuna_nnhp.study.lease import process
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.templates import Template
 from optuna_nnhp.training.checkpoint import BestWeights

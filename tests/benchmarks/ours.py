@@ -12,11 +12,11 @@ from unittest import mock
 import optuna
 
 from optuna_nnhp import optimize
+from optuna_nnhp.storages.places import DEFAULT_STORAGE
 from optuna_nnhp.study import wish
 from optuna_nnhp.study.judging import Judge
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.scheduler import Scheduler
-from optuna_nnhp.study.storage import DEFAULT_STORAGE
 from optuna_nnhp.training.cohort import Scores
 from tests.benchmarks.common import peak_memory
 from tests.benchmarks.sides import Settings

@@ -36,7 +36,7 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 
 from optuna_nnhp import optimize
-from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.storages.deferred import DeferredStorage
 from tests.benchmarks.common import write_json
 from tests.benchmarks.sides import Settings
 from tests.postgresql import Server

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optuna_nnhp.messages import without_password
-from optuna_nnhp.study.storage import beside
-from optuna_nnhp.study.storage import file_name
-from optuna_nnhp.study.storage import inside
-from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.places import beside
+from optuna_nnhp.storages.places import file_name
+from optuna_nnhp.storages.places import inside
 from tests.properties.clear import outcome
 
 # None of these reaches another machine.

@@ -11,8 +11,8 @@ from optuna.storages import InMemoryStorage
 import pytest
 import torch
 
+from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.study import environment
-from optuna_nnhp.study.deferred import DeferredStorage
 from optuna_nnhp.study.environment import ENVIRONMENT
 from optuna_nnhp.study.environment import Marks
 from optuna_nnhp.study.environment import differences
@@ -21,7 +21,7 @@ from optuna_nnhp.study.environment import environments_of
 from optuna_nnhp.study.environment import key_of
 from optuna_nnhp.study.environment import note_environment
 from optuna_nnhp.study.environment import note_move
-from optuna_nnhp.study.storage import open_study
+from optuna_nnhp.study.opening import open_study
 from optuna_nnhp.templates import DNN
 from optuna_nnhp.templates import GPT
 from optuna_nnhp.training import native

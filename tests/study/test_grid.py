@@ -26,15 +26,15 @@ from optuna_nnhp import optimize
 from optuna_nnhp.hyperparameters.catalogue import records
 from optuna_nnhp.search.levels import LevelsSampler
 from optuna_nnhp.search.levels import key
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.opening import open_storage
 from optuna_nnhp.study import grid
-from optuna_nnhp.study.deferred import DeferredStorage
 from optuna_nnhp.study.grid import Points
 from optuna_nnhp.study.grid import check_grid
 from optuna_nnhp.study.grid import plan_grid
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.study.sizes import Pace
-from optuna_nnhp.study.storage import open_storage
 from optuna_nnhp.templates import DNN
 from optuna_nnhp.templates import GPT
 from optuna_nnhp.templates import OwnNetwork

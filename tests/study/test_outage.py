@@ -13,8 +13,8 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_nnhp import Result
+from optuna_nnhp.storages.reach import Unreachable
 from optuna_nnhp.study import scheduler
-from optuna_nnhp.study.reach import Unreachable
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import causes
 from tests.tiny import courses

@@ -18,12 +18,12 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.opening import open_storage
 from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.checkpoints import folder_of
 from optuna_nnhp.study.checkpoints import newest
-from optuna_nnhp.study.deferred import DeferredStorage
 from optuna_nnhp.study.recovery import RELEASED
-from optuna_nnhp.study.storage import open_storage
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
 from tests.tiny import courses

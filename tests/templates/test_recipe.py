@@ -18,7 +18,7 @@ from torch import nn
 
 from optuna_nnhp import optimize
 from optuna_nnhp import zoom
-from optuna_nnhp.study.storage import open_study
+from optuna_nnhp.study.opening import open_study
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.recipe import RECIPE
 from optuna_nnhp.templates.recipe import Recipe

@@ -31,7 +31,7 @@ from torch import nn
 
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
-from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.storages.opening import open_storage
 from optuna_nnhp.workers.job import Job
 from optuna_nnhp.workers.job import Outcome
 from optuna_nnhp.workers.watch import CONTROL

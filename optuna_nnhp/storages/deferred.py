@@ -25,16 +25,16 @@ from optuna.storages import _CachedStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.study.batches import WORKER
-from optuna_nnhp.study.batches import TakenOver
-from optuna_nnhp.study.batches import copied
-from optuna_nnhp.study.lease import machine
-from optuna_nnhp.study.lease import process
-from optuna_nnhp.study.outbox import Unsent
-from optuna_nnhp.study.outbox import keep
-from optuna_nnhp.study.reach import Unreachable as Unreachable
-from optuna_nnhp.study.starting import NoneLeft as NoneLeft
-from optuna_nnhp.study.starting import StartingStorage
+from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.batches import TakenOver
+from optuna_nnhp.storages.batches import copied
+from optuna_nnhp.storages.lease import machine
+from optuna_nnhp.storages.lease import process
+from optuna_nnhp.storages.outbox import Unsent
+from optuna_nnhp.storages.outbox import keep
+from optuna_nnhp.storages.reach import Unreachable as Unreachable
+from optuna_nnhp.storages.starting import NoneLeft as NoneLeft
+from optuna_nnhp.storages.starting import StartingStorage
 
 LOOK_EVERY = 0.1  # seconds between looks at whether to stop waiting
 

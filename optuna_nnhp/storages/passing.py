@@ -16,9 +16,9 @@ from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
 
-from optuna_nnhp.study.batches import json_copy
-from optuna_nnhp.study.reach import Reach
-from optuna_nnhp.study.reach import Unreachable
+from optuna_nnhp.storages.batches import json_copy
+from optuna_nnhp.storages.reach import Reach
+from optuna_nnhp.storages.reach import Unreachable
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

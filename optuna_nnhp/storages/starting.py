@@ -16,16 +16,16 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.study.batches import RELEASED
-from optuna_nnhp.study.batches import WORKER
-from optuna_nnhp.study.batches import Batch
-from optuna_nnhp.study.batches import copied
-from optuna_nnhp.study.ledger import NEW
-from optuna_nnhp.study.ledger import Ledger
-from optuna_nnhp.study.ledger import View
-from optuna_nnhp.study.passing import ABOUT_STUDIES
-from optuna_nnhp.study.passing import PassingStorage
-from optuna_nnhp.study.reach import Unreachable
+from optuna_nnhp.storages.batches import RELEASED
+from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.batches import Batch
+from optuna_nnhp.storages.batches import copied
+from optuna_nnhp.storages.ledger import NEW
+from optuna_nnhp.storages.ledger import Ledger
+from optuna_nnhp.storages.ledger import View
+from optuna_nnhp.storages.passing import ABOUT_STUDIES
+from optuna_nnhp.storages.passing import PassingStorage
+from optuna_nnhp.storages.reach import Unreachable
 
 
 class NoneLeft(Exception):

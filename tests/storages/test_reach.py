@@ -30,20 +30,20 @@ from optuna.trial import TrialState
 import pytest
 import sqlalchemy
 from sqlalchemy import exc
-
-from optuna_nnhp.study import reach
-from optuna_nnhp.study.batches import Batch
-from optuna_nnhp.study.batches import Written
-from optuna_nnhp.study.deferred import DeferredStorage
-from optuna_nnhp.study.deferred import NoneLeft
-from optuna_nnhp.study.deferred import Unreachable
-from optuna_nnhp.study.journal import open_journal
-from optuna_nnhp.study.reach import Reach
-from optuna_nnhp.study.reach import is_outage
-from optuna_nnhp.study.reach import reason_of
-from tests.postgresql import Database
 from tests.study.test_deferred import SPACE
 from tests.study.test_deferred import opened
+
+from optuna_nnhp.storages import reach
+from optuna_nnhp.storages.batches import Batch
+from optuna_nnhp.storages.batches import Written
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.deferred import NoneLeft
+from optuna_nnhp.storages.deferred import Unreachable
+from optuna_nnhp.storages.journal import open_journal
+from optuna_nnhp.storages.reach import Reach
+from optuna_nnhp.storages.reach import is_outage
+from optuna_nnhp.storages.reach import reason_of
+from tests.postgresql import Database
 
 KINDS = ("memory", "journal", "sqlite", "postgresql", "grpc")
 SECRET = "postgresql://me:hunter2@host/db"
@@ -440,7 +440,7 @@ def test_a_disk_that_is_full_can_be_read(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("optuna_nnhp.study.journal_writer.append", full)
+        patch.setattr("optuna_nnhp.storages.journal_writer.append", full)
         study.tell(trial, 1.0)
         for _ in range(5):
             time.sleep(0.03)

@@ -20,10 +20,10 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_nnhp import Result
-from optuna_nnhp.study.storage import WORKER
-from optuna_nnhp.study.storage import models_folder
-from optuna_nnhp.study.storage import open_storage
-from optuna_nnhp.study.storage import without_password
+from optuna_nnhp.messages import without_password
+from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.places import models_folder
 from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import DIFFERENT_LENGTHS

@@ -21,18 +21,18 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.study.batches import RELEASED
-from optuna_nnhp.study.batches import Batch
-from optuna_nnhp.study.batches import Change
-from optuna_nnhp.study.batches import TakenOver
-from optuna_nnhp.study.batches import Writer
-from optuna_nnhp.study.batches import Written
-from optuna_nnhp.study.batches import copied
-from optuna_nnhp.study.journal_writer import JournalFileWriter
-from optuna_nnhp.study.journal_writer import JournalWriter
-from optuna_nnhp.study.reach import Reach
-from optuna_nnhp.study.reach import Unreachable
-from optuna_nnhp.study.writers import CallWriter
+from optuna_nnhp.storages.batches import RELEASED
+from optuna_nnhp.storages.batches import Batch
+from optuna_nnhp.storages.batches import Change
+from optuna_nnhp.storages.batches import TakenOver
+from optuna_nnhp.storages.batches import Writer
+from optuna_nnhp.storages.batches import Written
+from optuna_nnhp.storages.batches import copied
+from optuna_nnhp.storages.journal_writer import JournalFileWriter
+from optuna_nnhp.storages.journal_writer import JournalWriter
+from optuna_nnhp.storages.reach import Reach
+from optuna_nnhp.storages.reach import Unreachable
+from optuna_nnhp.storages.writers import CallWriter
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -330,7 +330,7 @@ def writer_of(storage: BaseStorage) -> Writer:
         return JournalWriter(storage)
     if isinstance(storage, RDBStorage):
         # Not above: SQLAlchemy takes 0.3 s, and a journal does without.
-        from optuna_nnhp.study import tables
+        from optuna_nnhp.storages import tables
 
         if storage.engine.name in tables.DIALECTS:
             return tables.TableWriter(storage)

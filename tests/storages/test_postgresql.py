@@ -13,10 +13,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 import pytest
 
-from optuna_nnhp.study import reach
-from optuna_nnhp.study.deferred import DeferredStorage
-from optuna_nnhp.study.deferred import NoneLeft
-from optuna_nnhp.study.deferred import Unreachable
+from optuna_nnhp.storages import reach
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.deferred import NoneLeft
+from optuna_nnhp.storages.deferred import Unreachable
 from tests.postgresql import Database
 from tests.tiny import courses
 from tests.tiny import numbers

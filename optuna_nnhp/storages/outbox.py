@@ -19,14 +19,14 @@ from optuna.distributions import distribution_to_json
 from optuna.distributions import json_to_distribution
 from optuna.trial import TrialState
 
-from optuna_nnhp.study.batches import WORKER
-from optuna_nnhp.study.batches import Batch
-from optuna_nnhp.study.batches import Change
+from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.batches import Batch
+from optuna_nnhp.storages.batches import Change
 from optuna_nnhp.training.files import write_whole
 
 if TYPE_CHECKING:
-    from optuna_nnhp.study.deferred import DeferredStorage
-    from optuna_nnhp.study.ledger import View
+    from optuna_nnhp.storages.deferred import DeferredStorage
+    from optuna_nnhp.storages.ledger import View
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

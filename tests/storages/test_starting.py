@@ -27,17 +27,17 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import TrialState
 from optuna.trial import create_trial
 import pytest
-
-from optuna_nnhp.study import ledger
-from optuna_nnhp.study.batches import TakenOver
-from optuna_nnhp.study.batches import Written
-from optuna_nnhp.study.batches import surplus
-from optuna_nnhp.study.deferred import DeferredStorage
-from optuna_nnhp.study.deferred import NoneLeft
-from optuna_nnhp.study.journal_writer import JournalWriter
-from optuna_nnhp.study.writers import CallWriter
 from tests.study.test_deferred import SPACE
 from tests.study.test_deferred import Data
+
+from optuna_nnhp.storages import ledger
+from optuna_nnhp.storages.batches import TakenOver
+from optuna_nnhp.storages.batches import Written
+from optuna_nnhp.storages.batches import surplus
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.deferred import NoneLeft
+from optuna_nnhp.storages.journal_writer import JournalWriter
+from optuna_nnhp.storages.writers import CallWriter
 
 FILES = ("journal", "sqlite", "postgresql")  # for several processes
 KINDS = ("memory", "lines", "calls", *FILES)
@@ -72,7 +72,7 @@ def opened(
         lines = Lines()
         return lambda: JournalStorage(lines)
     if kind == "calls":
-        monkeypatch.setattr("optuna_nnhp.study.writers.SETTLING", 0.02)
+        monkeypatch.setattr("optuna_nnhp.storages.writers.SETTLING", 0.02)
         calls = Calls()
         return lambda: calls
     url = request.getfixturevalue("postgresql").url if kind == "postgresql" else ""
@@ -238,7 +238,7 @@ def test_of_two_processes_one_gets_each_trial(
 def test_of_many_threads_one_gets_each_trial(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optuna_nnhp.study.writers.SETTLING", 0.1)
+    monkeypatch.setattr("optuna_nnhp.storages.writers.SETTLING", 0.1)
     shared: BaseStorage | Lines = {"memory": InMemoryStorage, "lines": Lines, "calls": Calls}[
         kind
     ]()

@@ -12,13 +12,13 @@ from typing import Any
 import optuna
 import pytest
 
-from optuna_nnhp.study import lease as module
-from optuna_nnhp.study.lease import LEASE
-from optuna_nnhp.study.lease import Lease
-from optuna_nnhp.study.lease import machine
-from optuna_nnhp.study.lease import new_worker_name
-from optuna_nnhp.study.lease import process
-from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.storages import lease as module
+from optuna_nnhp.storages.lease import LEASE
+from optuna_nnhp.storages.lease import Lease
+from optuna_nnhp.storages.lease import machine
+from optuna_nnhp.storages.lease import new_worker_name
+from optuna_nnhp.storages.lease import process
+from optuna_nnhp.storages.opening import open_storage
 from tests.tiny import ENVIRONMENT
 
 
@@ -102,8 +102,8 @@ def test_this_process_s_other_work_lives(study: optuna.Study) -> None:
 
 SCRIPT = """
 import sys, time
-from optuna_nnhp.study.lease import Lease
-from optuna_nnhp.study.storage import open_storage
+from optuna_nnhp.storages.lease import Lease
+from optuna_nnhp.storages.opening import open_storage
 storage = open_storage("s.journal")
 with Lease(storage, 0, sys.argv[1], beat=0.1):
     print("here", flush=True)

@@ -18,8 +18,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.storages.journal._file import get_lock_file
 
-from optuna_nnhp.study.journal_lock import WatchedLock
-from optuna_nnhp.study.journal_lock import lock_of
+from optuna_nnhp.storages.journal_lock import WatchedLock
+from optuna_nnhp.storages.journal_lock import lock_of
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

@@ -13,13 +13,13 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.study.batches import WORKER
-from optuna_nnhp.study.batches import Batch
-from optuna_nnhp.study.batches import Change
-from optuna_nnhp.study.batches import TakenOver
-from optuna_nnhp.study.batches import Written
-from optuna_nnhp.study.batches import json_copy
-from optuna_nnhp.study.batches import surplus
+from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.batches import Batch
+from optuna_nnhp.storages.batches import Change
+from optuna_nnhp.storages.batches import TakenOver
+from optuna_nnhp.storages.batches import Written
+from optuna_nnhp.storages.batches import json_copy
+from optuna_nnhp.storages.batches import surplus
 
 REFUSALS = (KeyError, UpdateFinishedTrialError)  # deleted, or ended by somebody else
 SETTLING = 0.2  # seconds after which the last of several owners is the one that stays

@@ -28,12 +28,12 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from optuna_nnhp.study.batches import WORKER
-from optuna_nnhp.study.batches import Batch
-from optuna_nnhp.study.batches import Change
-from optuna_nnhp.study.batches import TakenOver
-from optuna_nnhp.study.batches import Written
-from optuna_nnhp.study.batches import json_copy
+from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.batches import Batch
+from optuna_nnhp.storages.batches import Change
+from optuna_nnhp.storages.batches import TakenOver
+from optuna_nnhp.storages.batches import Written
+from optuna_nnhp.storages.batches import json_copy
 
 Row = dict[str, Any]
 DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")

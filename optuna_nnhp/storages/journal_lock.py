@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileOpenLock
 from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.storages.journal._file import BaseJournalFileLock
 
-from optuna_nnhp.study.lease import machine
+from optuna_nnhp.storages.lease import machine
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

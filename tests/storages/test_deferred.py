@@ -42,11 +42,11 @@ from optuna.trial import create_trial
 import pytest
 from sqlalchemy import Connection
 
-from optuna_nnhp.study import journal
-from optuna_nnhp.study import journal_writer
-from optuna_nnhp.study.batches import Batch
-from optuna_nnhp.study.batches import Written
-from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.storages import journal
+from optuna_nnhp.storages import journal_writer
+from optuna_nnhp.storages.batches import Batch
+from optuna_nnhp.storages.batches import Written
+from optuna_nnhp.storages.deferred import DeferredStorage
 
 KINDS = ("memory", "journal", "sqlite")
 

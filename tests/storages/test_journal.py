@@ -21,14 +21,14 @@ from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.storages.journal._file import get_lock_file
 import pytest
 
-from optuna_nnhp.study import journal_lock
-from optuna_nnhp.study.deferred import DeferredStorage
-from optuna_nnhp.study.journal import JournalFile
-from optuna_nnhp.study.journal import append
-from optuna_nnhp.study.journal import encoded
-from optuna_nnhp.study.journal import mend
-from optuna_nnhp.study.journal import open_journal
-from optuna_nnhp.study.journal_lock import WatchedLock
+from optuna_nnhp.storages import journal_lock
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.journal import JournalFile
+from optuna_nnhp.storages.journal import append
+from optuna_nnhp.storages.journal import encoded
+from optuna_nnhp.storages.journal import mend
+from optuna_nnhp.storages.journal import open_journal
+from optuna_nnhp.storages.journal_lock import WatchedLock
 from tests.tiny import ENVIRONMENT
 
 resource = pytest.importorskip("resource", reason="Windows has no such limits")
@@ -171,7 +171,7 @@ def test_a_journal_that_was_moved_away_is_not_begun_anew(path: Path) -> None:
 HOLDER = """
 import sys
 from optuna.storages.journal import JournalFileSymlinkLock
-from optuna_nnhp.study.journal_lock import WatchedLock
+from optuna_nnhp.storages.journal_lock import WatchedLock
 kind, path = sys.argv[1:]
 lock = WatchedLock(path) if kind == "watched" else JournalFileSymlinkLock(path)
 lock.acquire()
@@ -301,8 +301,8 @@ def test_another_machines_lock_is_not_judged() -> None:
 WRITER = """
 import sys
 import optuna
-from optuna_nnhp.study.deferred import DeferredStorage
-from optuna_nnhp.study.journal import open_journal
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.journal import open_journal
 storage = DeferredStorage(open_journal(sys.argv[1]), 0.0, mark=lambda: {"worker": sys.argv[2]})
 study = optuna.load_study(storage=storage, study_name="a")
 print("ready", flush=True)

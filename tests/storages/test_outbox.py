@@ -12,19 +12,19 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
-
-from optuna_nnhp.study import reach
-from optuna_nnhp.study.batches import Change
-from optuna_nnhp.study.deferred import DeferredStorage
-from optuna_nnhp.study.deferred import Unreachable
-from optuna_nnhp.study.outbox import Unsent
-from optuna_nnhp.study.outbox import keep
-from optuna_nnhp.study.outbox import load
-from optuna_nnhp.study.outbox import replay_unsent
 from tests.study.test_deferred import SPACE
 from tests.study.test_reach import KINDS
 from tests.study.test_reach import Place
 from tests.study.test_reach import deferred
+
+from optuna_nnhp.storages import reach
+from optuna_nnhp.storages.batches import Change
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.deferred import Unreachable
+from optuna_nnhp.storages.outbox import Unsent
+from optuna_nnhp.storages.outbox import keep
+from optuna_nnhp.storages.outbox import load
+from optuna_nnhp.storages.outbox import replay_unsent
 
 
 @pytest.fixture(params=KINDS)
@@ -225,7 +225,7 @@ def test_a_file_with_the_right_checksum_can_be_wrong(name: str, value: object, b
     path = keep(box, "a", {"s": ended(1.0)})
     whole = json.loads(path.read_text(encoding="utf-8"))
     whole["content"]["studies"]["s"]["trials"]["0"][name] = value
-    from optuna_nnhp.study.outbox import _checksum
+    from optuna_nnhp.storages.outbox import _checksum
 
     whole["checksum"] = _checksum(whole["content"])
     path.write_text(json.dumps(whole), encoding="utf-8")

@@ -20,15 +20,15 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.study.batches import WORKER
-from optuna_nnhp.study.batches import Batch
-from optuna_nnhp.study.batches import TakenOver
-from optuna_nnhp.study.batches import Written
-from optuna_nnhp.study.batches import json_copy
-from optuna_nnhp.study.batches import surplus
-from optuna_nnhp.study.journal import append
-from optuna_nnhp.study.journal import encoded
-from optuna_nnhp.study.writers import REFUSALS
+from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.batches import Batch
+from optuna_nnhp.storages.batches import TakenOver
+from optuna_nnhp.storages.batches import Written
+from optuna_nnhp.storages.batches import json_copy
+from optuna_nnhp.storages.batches import surplus
+from optuna_nnhp.storages.journal import append
+from optuna_nnhp.storages.journal import encoded
+from optuna_nnhp.storages.writers import REFUSALS
 
 Log = dict[str, Any]
 

@@ -1,11 +1,10 @@
-"""Opening a study: where it is kept, and whether it is the same study."""
+"""Opening a study: new, or is it the same one?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import functools
 from pathlib import Path
-import re
 import time
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -16,19 +15,15 @@ from optuna.distributions import BaseDistribution
 from optuna.distributions import distribution_to_json
 from optuna.distributions import json_to_distribution
 from optuna.storages import BaseStorage
-from optuna.storages import RDBStorage
 
-from optuna_nnhp.messages import holds_password
-from optuna_nnhp.messages import without_password as without_password
-from optuna_nnhp.study.batches import WORKER as WORKER
-from optuna_nnhp.study.deferred import DeferredStorage
+from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.lease import new_worker_name
+from optuna_nnhp.storages.places import file_name
+from optuna_nnhp.storages.places import inside
+from optuna_nnhp.storages.reach import Unreachable
 from optuna_nnhp.study.environment import Marks
 from optuna_nnhp.study.environment import note_environment
-from optuna_nnhp.study.journal import open_journal
-from optuna_nnhp.study.lease import new_worker_name
-from optuna_nnhp.study.proxy import SCHEME
-from optuna_nnhp.study.proxy import grpc_proxy
-from optuna_nnhp.study.reach import Unreachable
 from optuna_nnhp.version import __version__
 
 if TYPE_CHECKING:
@@ -36,120 +31,11 @@ if TYPE_CHECKING:
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-DEFAULT_STORAGE = "optuna_nnhp.journal"
 IDENTITY = ("template", "task", "metric", "fingerprint")  # what one study cannot mix
 MODELS = "models"  # study attribute: the folder of its best weights, inside the storage's
-LONGEST_NAME = 60  # of 255 bytes at most, and a letter may take four
 OPENED_IN = 60.0  # seconds that a storage may be away when a study is opened
 DESCRIBED_IN = 5.0  # seconds, after which a study without a description has lost its creator
 LAST = "version"  # study attribute that is written last: the others are there
-
-
-def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
-    """The storage that a user names.
-
-    Args:
-        storage:
-            The path of a journal file, a URL such as ``"sqlite:///study.db"``,
-            ``"postgresql://..."`` or ``"grpc://host:port"`` (Optuna's proxy), an Optuna storage,
-            or None for memory only.
-
-    Raises:
-        ValueError: If it cannot be written.
-
-    Example:
-        >>> type(open_storage(None)).__name__
-        'InMemoryStorage'
-    """
-    if storage is None or isinstance(storage, BaseStorage):
-        return optuna.storages.get_storage(storage)
-    try:
-        if str(storage).startswith(SCHEME):
-            return grpc_proxy(str(storage))
-        if "://" in str(storage):
-            return optuna.storages.get_storage(str(storage))
-        path = Path(storage)
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        path.open("ab").close()
-        return open_journal(path)
-    except Exception as error:  # drivers and SQLAlchemy raise types of their own
-        cause = error
-    name = " ".join(without_password(storage, storage).split())
-    lines = without_password(cause, storage).strip().splitlines() or [type(cause).__name__]
-    text = f"The storage must be one that can be written, but {name} cannot: {lines[0]}"
-    # Outside of the `except`: a driver's own text would be shown above ours.
-    raise ValueError(text) from (None if holds_password(cause, str(storage)) else cause)
-
-
-def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None:
-    """Where the best weights are kept: beside a journal or SQLite file, else here.
-
-    Args:
-        storage:
-            The opened storage.
-        given:
-            What the user named.
-
-    Returns:
-        The folder, or None when the study lives in memory only.
-    """
-    if isinstance(storage, DeferredStorage):
-        storage = storage.backend
-    if isinstance(storage, optuna.storages.InMemoryStorage):
-        return None
-    if given is None:
-        backend = getattr(storage, "_backend", storage)  # Optuna caches databases
-        given = backend.url if isinstance(backend, RDBStorage) else DEFAULT_STORAGE
-    return beside(str(given), ".models")
-
-
-def beside(storage: str, suffix: str) -> Path:
-    """A path beside a journal or SQLite file, or here for another database.
-
-    Example:
-        >>> [str(beside(s, ".models")) for s in ("a.journal", "sqlite:///b.db", "mysql://host/c")]
-        ['a.models', 'b.models', 'optuna_nnhp.models']
-    """
-    match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", storage)
-    path = match.group(1) if match else "optuna_nnhp" if "://" in storage else storage
-    path = path.removeprefix("file:") if match else path
-    return Path(path).with_suffix(suffix)
-
-
-def file_name(text: str) -> str:
-    """A text as the name of a file or folder in any file system; different ones may share it.
-
-    Example:
-        >>> file_name("../my study: 1")
-        '.._my_study_1'
-    """
-    plain = re.sub(r"[^\w.-]+", "_", text)[:LONGEST_NAME]
-    return plain if plain.strip(".") else "_"
-
-
-def inside(folder: Path, name: object) -> Path:
-    """What lies right inside a folder, by a name that a storage holds: others write to it too.
-
-    Args:
-        folder:
-            The folder.
-        name:
-            Such as `file_name` makes.
-
-    Raises:
-        ValueError: If that would be elsewhere.
-
-    Example:
-        >>> inside(Path("optuna_nnhp.models"), "digits-1a2b3c4d").name
-        'digits-1a2b3c4d'
-    """
-    if not isinstance(name, str) or not name.strip(".") or re.search(r"[^\w.-]", name):
-        raise ValueError(
-            "A folder that a study names must be of letters, digits, `_`, `-` and `.`, but is "
-            f"{name!r}."
-        )
-    return folder / name
 
 
 def open_study(

@@ -1,0 +1,1 @@
+"""Where studies are kept: written behind, in batches, through kills and outages."""
