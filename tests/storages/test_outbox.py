@@ -12,10 +12,6 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
-from tests.study.test_deferred import SPACE
-from tests.study.test_reach import KINDS
-from tests.study.test_reach import Place
-from tests.study.test_reach import deferred
 
 from optuna_nnhp.storages import reach
 from optuna_nnhp.storages.batches import Change
@@ -25,6 +21,10 @@ from optuna_nnhp.storages.outbox import Unsent
 from optuna_nnhp.storages.outbox import keep
 from optuna_nnhp.storages.outbox import load
 from optuna_nnhp.storages.outbox import replay_unsent
+from tests.storages.test_deferred import SPACE
+from tests.storages.test_reach import KINDS
+from tests.storages.test_reach import Place
+from tests.storages.test_reach import deferred
 
 
 @pytest.fixture(params=KINDS)

@@ -30,8 +30,6 @@ from optuna.trial import TrialState
 import pytest
 import sqlalchemy
 from sqlalchemy import exc
-from tests.study.test_deferred import SPACE
-from tests.study.test_deferred import opened
 
 from optuna_nnhp.storages import reach
 from optuna_nnhp.storages.batches import Batch
@@ -44,6 +42,8 @@ from optuna_nnhp.storages.reach import Reach
 from optuna_nnhp.storages.reach import is_outage
 from optuna_nnhp.storages.reach import reason_of
 from tests.postgresql import Database
+from tests.storages.test_deferred import SPACE
+from tests.storages.test_deferred import opened
 
 KINDS = ("memory", "journal", "sqlite", "postgresql", "grpc")
 SECRET = "postgresql://me:hunter2@host/db"

@@ -27,8 +27,6 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import TrialState
 from optuna.trial import create_trial
 import pytest
-from tests.study.test_deferred import SPACE
-from tests.study.test_deferred import Data
 
 from optuna_nnhp.storages import ledger
 from optuna_nnhp.storages.batches import TakenOver
@@ -38,6 +36,8 @@ from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.storages.deferred import NoneLeft
 from optuna_nnhp.storages.journal_writer import JournalWriter
 from optuna_nnhp.storages.writers import CallWriter
+from tests.storages.test_deferred import SPACE
+from tests.storages.test_deferred import Data
 
 FILES = ("journal", "sqlite", "postgresql")  # for several processes
 KINDS = ("memory", "lines", "calls", *FILES)
