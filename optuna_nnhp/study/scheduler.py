@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dataclasses import field
 import math
 from pathlib import Path
+from threading import Event
 import time
 from typing import Any
 from typing import ClassVar
@@ -311,11 +312,11 @@ class Scheduler:
             with self.timing("training"):
                 scores = _trained(cohort, pauses)
             return scores, time.monotonic() - started
-        ended: list[float] = []
+        ended, given_up = list[float](), Event()
 
         def train() -> Scores | None:
             try:
-                return _trained(cohort, self.budget.out_of_time)
+                return _trained(cohort, lambda: given_up.is_set() or self.budget.out_of_time())
             finally:
                 ended.append(time.monotonic())
 
@@ -323,9 +324,12 @@ class Scheduler:
             future = self.trainer.submit(train)
             try:
                 self.admission.prepare(future.done)
-            finally:
                 late = time.monotonic()
                 wait([future])
+            except BaseException:  # nobody will ask what it has come to
+                given_up.set()
+                wait([future])
+                raise
         self.timing.move("training", "asking", max(0.0, late - ended[0]))
         return future.result(), ended[0] - started
 

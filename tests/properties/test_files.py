@@ -112,6 +112,3 @@ def test_a_file_of_another_model(
     shutil.copy(models[other] / name, place / name)
     with pytest.raises(ValueError, match=r"model\.(json|safetensors)"):
         optuna_nnhp.load(place)
-
-
-# Checkpoints: the same three properties belong here, for `training.files.load_checked`.

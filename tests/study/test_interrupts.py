@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import os
 from pathlib import Path
 import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import optuna
@@ -15,9 +17,11 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
 
+from optuna_nnhp.study import scheduler
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.loop import inside_optimize
 from optuna_nnhp.study.loop import tidy_interrupts
+from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
 from tests.tiny import causes
@@ -83,6 +87,28 @@ def test_an_interrupt_while_all_trials_run() -> None:
     assert [t.user_attrs["epochs"] for t in trials(result)] == [5] * 4
     assert TrialState.RUNNING not in states(result)
     assert result.best_value == min(t.user_attrs["best_value"] for t in trials(result))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError])
+def test_what_ends_the_study_at_once_waits_for_no_round(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_told = list[bool]()
+
+    def endless(cohort: Cohort, stop: Callable[[], bool]) -> None:
+        until = time.monotonic() + 20
+        while not stop() and time.monotonic() < until:
+            time.sleep(0.01)
+        is_told.append(stop())
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(scheduler, "_trained", endless)
+    monkeypatch.setattr(scheduler.Admission, "prepare", fails)
+    with pytest.raises(error):
+        tune(X, Y, fixed=ENDLESS, n_trials=2, cohort_size=2)
+    assert is_told == [True]
 
 
 SCRIPT = f"""
