@@ -348,9 +348,9 @@ def test_the_progress_bar(
 
 
 def test_a_timeout_alone_ends_a_study() -> None:
-    result = tune(n_trials=None, timeout=0.5)
+    result = tune(n_trials=None, timeout=1)
     assert len(trials(result)) > 3
-    assert set(states(result)) <= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+    assert TrialState.RUNNING not in states(result)  # what never began may wait for another call
 
 
 def test_the_device_is_used() -> None:

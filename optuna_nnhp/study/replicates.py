@@ -29,9 +29,9 @@ from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.study.sizes import seconds_per_step
 from optuna_nnhp.study.trials import params_as_trained
+from optuna_nnhp.training.again import train_again
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.course import follow
 from optuna_nnhp.training.machine import single_blas
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -231,7 +231,8 @@ def _train_course(
     """Train a network along a trial's course, up to the round where the trial was at its best."""
     course = stages_of(problem, trial)
     until = round(trial.user_attrs["best_epoch"] * problem.rounds_per_epoch)
-    value = follow(problem.cohort([course[0].member]), course, until, out_of_time)
+    again = train_again(problem.cohort, course, until, 0, ends=(), out_of_time=out_of_time)
+    value = again.values.get(until)
     if value is None:
         return {}
     return {trial.number: value if math.isfinite(value) else None}

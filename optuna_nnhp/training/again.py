@@ -53,6 +53,7 @@ def train_again(
     best: int,
     company: Company = (),
     ends: Iterable[int] | None = None,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Again:
     """Train a member along its course, in its company.
 
@@ -70,6 +71,9 @@ def train_again(
         ends:
             Rounds after which it was evaluated on all data, as in lockstep; if None those after
             which a trial always is.
+        out_of_time:
+            Asked before every step; once it says yes, training stops, and what is returned has
+            trained for less than it should.
     """
     again = Again(make([course[0].member]))
     stages = {stage.begin: stage for stage in course}
@@ -87,7 +91,8 @@ def train_again(
             joined = kind
         if judged is not None:
             again.cohort.evaluate_at(next(end for end in judged if end > done))
-        _train_on(again, min(stop for stop in stops if stop > done))
+        if not _train_on(again, min(stop for stop in stops if stop > done), out_of_time):
+            break
         if again.cohort.done[0] == best:
             again.network = again.cohort.network.member(0)
             again.value = judge_member(again.cohort, 0, again.cohort.network.state_dict())
@@ -106,15 +111,19 @@ def _be_joined(cohort: Cohort, kind: int) -> None:
         cohort.done[1] += 1
 
 
-def _train_on(again: Again, stop: int) -> None:
-    """Train to the member's next evaluation, or to a round where something changes."""
+def _train_on(again: Again, stop: int, out_of_time: Callable[[], bool]) -> bool:
+    """Train to the member's next evaluation, or to a round where something changes.
+
+    Returns:
+        Whether there was time for it.
+    """
     cohort = again.cohort
     if len(cohort.members) > 1:
         cohort.due[1] = min(cohort.due[0], stop) + cohort.done[1] - cohort.done[0]
-    scores = cohort.train_round()
-    assert scores is not None  # nothing stops it
-    if 0 in scores.places:
+    scores = cohort.train_round(out_of_time)
+    if scores is not None and 0 in scores.places:
         again.values[cohort.done[0]] = scores.value[scores.places.index(0)]
+    return scores is not None
 
 
 def judge_alone(cohort: Cohort) -> float:

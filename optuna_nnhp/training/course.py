@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Sequence
 from dataclasses import dataclass
-import math
 
 import torch
 
@@ -84,37 +82,3 @@ def _begin_anew(cohort: Cohort, place: int, member: Member) -> None:
         tensor[place].copy_(first[name][0])
     for state in (cohort.flat.first, cohort.flat.second, cohort.flat.steps):
         state[place] = 0
-
-
-def follow(
-    cohort: Cohort,
-    course: Sequence[Stage],
-    until: int,
-    out_of_time: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Train a cohort of one along a course; its value at the end, None if time ran out.
-
-    Args:
-        cohort:
-            A new cohort of one; its member is that of the first stage.
-        course:
-            All stages, the first of which begins at 0.
-        until:
-            Rounds to train.
-        out_of_time:
-            Asked before every step; once it says yes, training stops.
-    """
-    value = math.nan
-    for stage, following in zip(course, [*course[1:], None], strict=True):
-        if stage.begin >= until and cohort.done[0]:
-            break
-        if cohort.done[0] or stage.is_fresh:
-            go_on(cohort, [0], [stage.member], fresh=[0] if stage.is_fresh else [])
-        end = until if following is None else min(until, following.begin)
-        while cohort.done[0] < end:
-            cohort.evaluate_at(end)
-            scores = cohort.train_round(out_of_time)
-            if scores is None:
-                return None
-            value = scores.value[0]
-    return value

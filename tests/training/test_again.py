@@ -19,7 +19,7 @@ from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.company import in_company
 from optuna_nnhp.training.course import Stage
-from optuna_nnhp.training.course import follow
+from optuna_nnhp.training.course import go_on
 from optuna_nnhp.training.native import Native
 from optuna_nnhp.training.native import library
 from optuna_nnhp.training.task import Task
@@ -152,9 +152,16 @@ def test_along_a_course(is_fresh: bool, engine: str) -> None:
     (member,), chosen = members_of(task(regression=True), 1), task(regression=True)
     later = replace(member, params={**member.params, "learning_rate": 0.02, "dropout": 0.2})
     course = [Stage(0, member), Stage(2, later, is_fresh), Stage(5, member)]
-    value = follow(Cohort([member], chosen), course, ROUNDS)
+    by_hand = Cohort([member], chosen)
+    for stage, end in zip(course, (2, 5, ROUNDS), strict=True):
+        if stage.begin:
+            go_on(by_hand, [0], [stage.member], fresh=[0] if stage.is_fresh else [])
+        while by_hand.done[0] < end:
+            by_hand.evaluate_at(end)
+            scores = by_hand.train_round()
     again = train_again(make(chosen), course, ROUNDS, ROUNDS, ends=[1, 4])
-    assert again.value == again.values[ROUNDS] == value
+    assert scores is not None
+    assert again.value == again.values[ROUNDS] == scores.value[0]
     assert sorted(again.values) == [1, 2, 4, 5, 6]
 
 

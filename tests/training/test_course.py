@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from optuna_nnhp.networks.lift import LiftedStack
+from optuna_nnhp.training.again import train_again
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.course import Stage
-from optuna_nnhp.training.course import follow
 from optuna_nnhp.training.course import go_on
 from tests.members import PLAIN
 from tests.members import task
@@ -115,19 +115,25 @@ def test_following_a_course_repeats_it() -> None:
     place = next(i for i, m in enumerate(cohort.members) if m.number == 0)
     go_on(cohort, [place], [changed])
     train(cohort, 1)
-    again = Cohort([member], task())
-    value = follow(again, [Stage(0, member), Stage(2, changed)], until=3)
-    assert torch.equal(again.flat.weights, cohort.flat.weights)
+    course = [Stage(0, member), Stage(2, changed)]
+    again = train_again(lambda members: Cohort(members, task()), course, 3, 0, ends=())
+    assert torch.equal(again.cohort.flat.weights, cohort.flat.weights)
     alone = Cohort([member], task())
-    alone.flat.weights.copy_(again.flat.weights)
+    alone.flat.weights.copy_(again.cohort.flat.weights)
     outputs = alone.apply(torch.tensor([0]))(alone.task.arrays.valid_x)
-    assert alone.task.metric is not None and value == float(alone.task.metric(outputs)[0])
-    assert again.done == [3]
+    assert alone.task.metric is not None and again.values[3] == float(
+        alone.task.metric(outputs)[0]
+    )
+    assert again.cohort.done == [3]
 
 
 def test_following_stops_when_time_is_out() -> None:
     member = Member(0, 0, {**PLAIN, "epochs": ROUNDS})
-    assert follow(Cohort([member], task()), [Stage(0, member)], 2, lambda: True) is None
+    again = train_again(
+        *(lambda members: Cohort(members, task()), [Stage(0, member)], 2, 2, ()),
+        out_of_time=lambda: True,
+    )
+    assert again.values == {} and again.network is None and again.cohort.done == [0]
 
 
 @pytest.mark.parametrize("name, value", [("activation", "tanh"), ("optimizer", "sgd")])
