@@ -66,6 +66,7 @@ class Recovery:
         self.study: Study = self.asker.study
         self.problem, self.storage = self.asker.problem, self.asker.storage
         self._found: dict[str, Checkpoint | None] = {}
+        self._unsure: dict[str, list[FrozenTrial]] = {}  # the answer to taking them was lost
 
     def claim(self) -> dict[str, list[FrozenTrial]]:
         """Make abandoned trials this worker's own: by the worker whose checkpoint has them.
@@ -77,7 +78,9 @@ class Recovery:
         try:
             for worker, trials in self._abandoned().items():
                 sources = {trial._trial_id: self._source(trial, worker) for trial in trials}
+                self._unsure[worker] = trials
                 taken = self.storage.take_over(dict.fromkeys(sources, worker))
+                del self._unsure[worker]
                 for trial in trials:
                     if trial._trial_id in taken:
                         claimed.setdefault(sources[trial._trial_id], []).append(trial)
@@ -114,6 +117,8 @@ class Recovery:
 
     def is_doubtful(self) -> bool:
         """Whether a trial's worker may be dead, which only waiting would tell."""
+        if self._unsure:
+            return True
         workers = {self._owner(trial) for trial in self._listed(TrialState.RUNNING)}
         leases = self.lease.read() if workers else {}
         return any(self.lease.is_doubtful(worker, leases) for worker in workers if worker)
@@ -176,14 +181,19 @@ class Recovery:
                 forget(self.folder, worker)
 
     def _abandoned(self) -> dict[str, list[FrozenTrial]]:
-        """RUNNING trials of dead workers, by worker."""
+        """RUNNING trials of dead workers, by worker; those that may be this one's by now too."""
         found: dict[str, list[FrozenTrial]] = {}
         for trial in self._listed(TrialState.RUNNING):
             worker = self._owner(trial)
             if worker and trial.number not in self.asker.running:
                 found.setdefault(worker, []).append(trial)
         leases = self.lease.read() if found else {}
-        return {worker: t for worker, t in found.items() if self.lease.is_dead(worker, leases)}
+        dead = {worker: t for worker, t in found.items() if self.lease.is_dead(worker, leases)}
+        for worker, trials in self._unsure.items():
+            listed = {trial.number for trial in dead.get(worker, ())}
+            others = [trial for trial in trials if trial.number not in listed]
+            dead[worker] = [*dead.get(worker, ()), *others]
+        return dead
 
     def _listed(self, state: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(state,))

@@ -130,8 +130,8 @@ class Scheduler:
         with self.lease, inside_optimize(self.study), single_blas, self._interrupts():
             try:
                 self._recall()
-                if self.asker.left() == 0:
-                    done = self.asker.finished
+                done = self.asker.finished
+                if self.asker.left() == 0 and done >= (self.budget.n_trials or 0):
                     _logger.info(f"The study has its {done} trials already: nothing to do.")
                 with Progress(
                     self.show_progress_bar, self.budget, self.asker.finished

@@ -15,18 +15,24 @@ import time
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 import pytest
 
+from optuna_nnhp.storages.batches import Batch
+from optuna_nnhp.storages.batches import Written
 from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.tables import TableWriter
 from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.checkpoints import folder_of
 from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.recovery import RELEASED
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
+from tests.tiny import SHAPE
 from tests.tiny import courses
+from tests.tiny import numbers
 from tests.tiny import tune
 
 KINDS = ("dnn", "own", "gpt", "population", "gradient")
@@ -224,6 +230,30 @@ def test_after_an_error_the_same_call_goes_on(folder: Path, error: type[BaseExce
     states = [t.state for t in study_of("s.journal").trials]
     assert set(states) == {TrialState.COMPLETE, TrialState.WAITING}
     assert courses(tune(**wishes)) == wanted
+
+
+def test_the_answer_to_a_takeover_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("dnn", "sqlite:///cut.db", at=4).returncode == -signal.SIGKILL
+    original, lost = TableWriter.write, list[int]()
+
+    def write(writer: TableWriter, batch: Batch) -> Written:
+        written = original(writer, batch)
+        if batch.takes and not lost:
+            lost.extend(written.taken)
+            raise StorageInternalError("The connection was lost after the commit.")
+        return written
+
+    monkeypatch.setattr(TableWriter, "write", write)
+    study = tune(
+        *numbers(200),
+        storage="sqlite:///cut.db",
+        n_trials=TRIALS["dnn"],
+        fixed=SHAPE | {"epochs": 12, "patience": 10**6},
+        cohort_size=6,
+        pruner=optuna.pruners.NopPruner(),
+    ).study
+    assert len(lost) == 6
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 6
 
 
 def test_a_living_worker_keeps_its_trials(folder: Path) -> None:
