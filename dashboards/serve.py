@@ -27,13 +27,12 @@ from wsgiref.simple_server import make_server
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.storages import JournalStorage
 from optuna.storages import RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import make_url
 
 from optuna_nnhp.inspect.dashboard import annotate
 from optuna_nnhp.messages import without_password
+from optuna_nnhp.storages.journal import open_journal
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse
@@ -175,7 +174,7 @@ def open_storage(storage: str) -> BaseStorage:
         if file.read(15) == b"SQLite format 3":
             raise ValueError(f"it is an SQLite database: say sqlite:///{storage}")
     try:
-        return JournalStorage(JournalFileBackend(storage))
+        return open_journal(storage)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError("it is not a journal of Optuna") from None
 

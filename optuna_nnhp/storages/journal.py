@@ -23,6 +23,7 @@ from optuna_nnhp.storages.journal_lock import lock_of
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
+START = b'{"op_code":'  # of every line
 BLOCK = 65536  # bytes read at once when looking for the last line's start
 
 
@@ -72,20 +73,32 @@ def open_journal(path: str | Path) -> JournalStorage:
 
     Raises:
         OSError: If it cannot be read or written.
-        ValueError: If it is damaged beyond that.
+        ValueError: If it is damaged beyond that, or something else.
 
     Example:
         >>> from tempfile import mkdtemp
         >>> open_journal(Path(mkdtemp(), "study.journal")).get_all_studies()
         []
     """
-    journal = JournalFile(path)
+    journal, name = JournalFile(path), Path(path).name
+    if not _is_journal(path):
+        raise ValueError(f"{name} must be a journal of Optuna, but holds something else.")
     mend(path)
     try:
         return JournalStorage(journal)
     except ValueError as error:
-        reason = f"{Path(path).name} must hold one JSON object a line, but is damaged: {error}"
+        reason = f"{name} must hold one JSON object a line, but is damaged: {error}"
         raise ValueError(reason) from error
+
+
+def _is_journal(path: str | Path) -> bool:
+    """Whether a file begins as a journal does, however short it is.
+
+    A table, whose name was given by mistake, may end without a new line: that is not to be mended.
+    """
+    with open(path, "rb") as file:
+        begin = file.read(BLOCK).lstrip(b"\0 \r\n")[: len(START)]
+    return START.startswith(begin)
 
 
 def encoded(logs: Iterable[dict[str, Any]]) -> bytes:
@@ -227,7 +240,7 @@ def _blank_torn(file: int, path: str | Path) -> bool:
 
 def _torn(line: bytes) -> int:
     """How many bytes before the text of a whole line are another one's; 0 if there is none."""
-    places = [match.start() for match in re.finditer(rb'\{"op_code":', line)]
+    places = [match.start() for match in re.finditer(re.escape(START), line)]
     return next((place for place in places if place and _is_json(line[place:])), 0)
 
 

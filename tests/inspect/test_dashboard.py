@@ -25,6 +25,7 @@ import pytest
 from optuna_nnhp.inspect.dashboard import annotate
 from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
+from optuna_nnhp.storages.opening import open_storage
 from tests.inspect.synthetic_study import make_study
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +182,14 @@ def test_without_optuna_dashboard_the_error_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'optuna-nnhp\[dashboard\]'"):
         annotate(make_study(1, 0))
+
+
+def test_a_journal_with_a_torn_line_is_served(tmp_path: Path) -> None:
+    path = tmp_path / "torn.journal"
+    optuna.create_study(study_name="s", storage=open_storage(path))
+    path.write_bytes(path.read_bytes() + b'{"op_code":0,"wor')
+    storage = load_serve().open_storage(str(path))
+    assert [study.study_name for study in storage.get_all_studies()] == ["s"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from optuna_nnhp.storages.journal import encoded
 from optuna_nnhp.storages.journal import mend
 from optuna_nnhp.storages.journal import open_journal
 from optuna_nnhp.storages.journal_lock import WatchedLock
+from optuna_nnhp.storages.opening import open_storage
 from tests.tiny import ENVIRONMENT
 
 resource = pytest.importorskip("resource", reason="Windows has no such limits")
@@ -83,6 +84,17 @@ def test_a_journal_of_one_torn_line_is_empty(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+@pytest.mark.parametrize(
+    "content", [b"a,b\n1,2\n3,4", b"no journal", b'{"options": 3}\n{"op', b"x"]
+)
+def test_a_file_that_is_no_journal_stays_as_it_is(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"table\.csv cannot: table\.csv must be a journal"):
+        open_storage(path)
+    assert path.read_bytes() == content
+
+
 def test_whoever_appends_next_removes_a_torn_line(path: Path) -> None:
     storage = DeferredStorage(open_journal(path))
     study = optuna.load_study(storage=storage, study_name="a")
@@ -127,11 +139,11 @@ def test_what_others_have_written_behind_a_torn_line_is_not_lost(
 
 
 def test_a_damaged_journal_is_refused_by_name(path: Path) -> None:
-    damaged = path.read_bytes().replace(b'"op_code"', b'"op_c')
-    path.write_bytes(b"damaged\n" + damaged)
+    damaged = path.read_bytes() + path.read_bytes().replace(b'"op_code"', b'"op_c')
+    path.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"study\.journal must hold one JSON object a line"):
         open_journal(path)
-    assert path.read_bytes() == b"damaged\n" + damaged
+    assert path.read_bytes() == damaged
 
 
 @contextmanager
