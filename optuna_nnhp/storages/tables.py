@@ -217,7 +217,8 @@ class TableWriter:
         is_whole = began >= self._again
         if not is_whole:
             states = self._unfinished(study_id)
-            unfinished = {i for i in unfinished if states.get(i) != self._seen.get(i)}
+            seen = self._seen
+            unfinished = {i for i in unfinished if i not in seen or states.get(i) != seen[i]}
         trials = self._storage._get_trials(study_id, None, unfinished, after)
         if is_whole:
             ended = time.monotonic()

@@ -135,7 +135,8 @@ def worker_of(storage: DeferredStorage) -> str:
     """Who writes to a storage: what `open_study` has named it.
 
     Example:
-        >>> worker_of(DeferredStorage(open_storage(None), mark=lambda: {"worker": "me"}))
+        >>> memory = optuna.storages.InMemoryStorage()
+        >>> worker_of(DeferredStorage(memory, mark=lambda: {"worker": "me"}))
         'me'
     """
     return str(storage._mark().get(WORKER) or new_worker_name())

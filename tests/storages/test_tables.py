@@ -88,6 +88,17 @@ def test_new_trials_are_read_at_once(storage: RDBStorage, clock: Clock) -> None:
     assert [t._trial_id for t in writer.read(study, {first}, first)] == [new]
 
 
+def test_what_has_ended_meanwhile_and_was_never_read_is_read(
+    storage: RDBStorage, clock: Clock
+) -> None:
+    study, (first, second) = others(storage, 2)
+    writer = TableWriter(storage)
+    writer.read(study, {first}, second)
+    storage.set_trial_state_values(second, TrialState.FAIL)
+    found = writer.read(study, {first, second}, second)
+    assert [(t._trial_id, t.state) for t in found] == [(second, TrialState.FAIL)]
+
+
 def test_who_takes_a_trial_over_reads_what_its_last_owner_wrote(
     storage: RDBStorage, clock: Clock
 ) -> None:
