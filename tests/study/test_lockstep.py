@@ -360,7 +360,9 @@ def map_studies(storage: optuna.storages.BaseStorage) -> list[optuna.Study]:
 
 @pytest.mark.parametrize("method", LOCKSTEP)
 @pytest.mark.parametrize(
-    "given", [{"pruner": optuna.pruners.MedianPruner()}, {"cohort_size": 4}], ids=str
+    "given",
+    [{"pruner": optuna.pruners.MedianPruner()}, {"cohort_size": 4}],
+    ids=["pruner", "cohort size"],
 )
 def test_what_a_method_has_no_use_for_is_refused(method: str, given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(given))}` must not be given with"):

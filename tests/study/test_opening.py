@@ -275,15 +275,12 @@ def test_what_a_killed_process_left_running_goes_on(
 @pytest.mark.parametrize(
     ("worker", "is_dead"),
     [
-        (
-            f"{socket.gethostname()}:{os.getpid()}",
-            True,
-        ),  # of this process: an interrupted notebook
-        (f"{socket.gethostname()}:1", False),  # alive: process 1 always is
+        pytest.param(f"{socket.gethostname()}:{os.getpid()}", True, id="an interrupted notebook"),
+        pytest.param(f"{socket.gethostname()}:1", False, id="the first process, which is alive"),
+        pytest.param(f"{socket.gethostname()}:99999999", True, id="no process"),
         ("another-machine:99999999", False),
         ("", False),
         ("unreadable", False),
-        (f"{socket.gethostname()}:99999999", True),
     ],
 )
 def test_only_what_is_surely_dead_is_taken_over(worker: str, is_dead: bool) -> None:
