@@ -130,8 +130,8 @@ class Scheduler:
         with self.lease, inside_optimize(self.study), single_blas, self._interrupts():
             try:
                 self._recall()
-                done = self.asker.finished
-                if self.asker.left() == 0 and done >= (self.budget.n_trials or 0):
+                left, done = self.asker.left(), self.asker.finished
+                if left == 0 and done >= (self.budget.n_trials or 0):
                     _logger.info(f"The study has its {done} trials already: nothing to do.")
                 with Progress(
                     self.show_progress_bar, self.budget, self.asker.finished
