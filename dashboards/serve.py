@@ -33,6 +33,8 @@ from sqlalchemy.engine import make_url
 from optuna_nnhp.inspect.dashboard import annotate
 from optuna_nnhp.messages import without_password
 from optuna_nnhp.storages.journal import open_journal
+from optuna_nnhp.storages.proxy import SCHEME
+from optuna_nnhp.storages.proxy import grpc_proxy
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse
@@ -142,10 +144,12 @@ def guarded(app: WSGIApplication, names: Collection[str]) -> WSGIApplication:
         https://owasp.org/www-community/attacks/DNS_Rebinding.
     """
 
+    allowed = {urlsplit(f"//{name}").hostname for name in names}  # in small letters, no port
+
     def guard(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         with contextlib.suppress(ValueError):  # no name at all
             wanted = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
-            if is_local(wanted) or wanted in names:
+            if is_local(wanted) or wanted in allowed:
                 return app(environ, start_response)
         start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
         return [b"This dashboard answers to localhost only: see its option --allow.\n"]
@@ -161,6 +165,8 @@ def open_storage(storage: str) -> BaseStorage:
         ValueError: If the file is no journal.
         Exception: Whatever the database's driver raises.
     """
+    if storage.startswith(SCHEME):
+        return grpc_proxy(storage)
     if "://" in storage:
         url = make_url(storage)
         path = url.database if url.get_backend_name() == "sqlite" else None

@@ -28,6 +28,7 @@ from pathlib import Path
 import sys
 from typing import Any
 from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 import optuna
@@ -36,8 +37,10 @@ from optuna.storages import BaseStorage
 
 from optuna_nnhp.messages import without_password
 from optuna_nnhp.search.levels import LevelsSampler
+from optuna_nnhp.seeds import check_seed
 from optuna_nnhp.storages.opening import open_storage
 from optuna_nnhp.storages.places import DEFAULT_STORAGE
+from optuna_nnhp.storages.places import check_exists
 from optuna_nnhp.storages.places import inside
 from optuna_nnhp.storages.places import models_folder
 from optuna_nnhp.study.opening import MODELS
@@ -47,11 +50,13 @@ from optuna_nnhp.workers.job import Job
 from optuna_nnhp.workers.job import Outcome
 from optuna_nnhp.workers.job import settled
 from optuna_nnhp.workers.job import work
+from optuna_nnhp.workers.joining import noted_options
 from optuna_nnhp.workers.joining import noted_pruner
 from optuna_nnhp.workers.joining import noted_trials
 from optuna_nnhp.workers.joining import noted_wish
 from optuna_nnhp.workers.watch import INTERRUPT
 from optuna_nnhp.workers.watch import RELEASE
+from optuna_nnhp.workers.watch import last_told
 
 FAILED, REFUSED = 1, 2
 ENDED = {None: 0, INTERRUPT: 130, RELEASE: 143}  # as shells have it: 128 and the signal's number
@@ -143,9 +148,10 @@ def _job(options: argparse.Namespace) -> tuple[Job, Template]:
         if value is not None and not value > 0:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"`{option}` must be more than 0, but got {value:g}.")
+    check_exists(options.storage)
     storage = open_storage(options.storage)
     study = _opened(options, storage)
-    seed = uuid4().int % 2**32 if options.seed is None else options.seed
+    seed = uuid4().int % 2**32 if options.seed is None else check_seed(options.seed)
     wish = noted_wish(study, options.method, seed)
     recipe, pruner = _recipe(options, study), noted_pruner(study)
     n_trials = options.n_trials
@@ -164,8 +170,10 @@ def _job(options: argparse.Namespace) -> tuple[Job, Template]:
         n_trials,
         options.timeout,
         sampler=LevelsSampler([], "what waits", is_part=True) if is_grid else None,
+        options=noted_options(study),
         folder=None if folder is None else inside(folder, study.user_attrs[MODELS]),
         threads=options.threads,
+        told=last_told(study),
     )
     return job, settled(recipe, study)
 
@@ -202,8 +210,14 @@ def _data(paths: list[str] | None) -> dict[str, Any]:
     path = Path(paths[0])
     if path.suffix != ".npz":
         return {"X": str(path)}
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in found.files}
+    except (ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"`--data` must be a CSV file, a text or what numpy.savez writes, but {path.name} "
+            f"cannot be read: {error}"
+        ) from error
     if not {"X", "y"} <= arrays.keys():
         found = ", ".join(sorted(arrays)) or "nothing"
         raise ValueError(f"`--data` must hold the arrays X and y, but {path.name} has {found}.")
@@ -220,9 +234,16 @@ def _function(name: str, text: str) -> Callable[..., Any]:
         raise ValueError(f"`--{name}` must be like module:function, but got {text!r}.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    found: Any = importlib.import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # whatever a user's module raises
+        kind = type(error).__name__
+        raise ValueError(
+            f"`--{name}` must name a function that can be imported here, but {text} cannot: "
+            f"{kind}: {error}"
+        ) from error
     if not callable(found):
         raise ValueError(f"`--{name}` must be a function, but {text} is {found!r}.")
     return found  # type: ignore[no-any-return]

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import threading
 from typing import Any
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import optuna
 from optuna import Study
 from optuna import Trial
+from optuna.storages import BaseStorage
 from torch import nn
 
 from optuna_nnhp.inspect.result import Result
@@ -24,6 +26,7 @@ from optuna_nnhp.training.checkpoint import BestWeights
 from optuna_nnhp.training.machine import single_blas
 
 Direction = Literal["maximize", "minimize"]
+Kept = WeakKeyDictionary[BaseStorage, dict[int, tuple[float, BestWeights]]]
 
 
 class Objective:
@@ -82,7 +85,8 @@ class Objective:
         self.space = dict(self._problem.space)
         self.defaults = self._problem.defaults()
         self._lock = threading.Lock()
-        self._kept: dict[str, tuple[float, BestWeights]] = {}  # of each study the best so far
+        # Of each study the best so far: by its storage, since names may be the same in others.
+        self._kept: Kept = WeakKeyDictionary()
 
     def __call__(self, trial: Trial) -> float:
         """Train one trial and return its best value."""
@@ -109,16 +113,18 @@ class Objective:
             raise optuna.TrialPruned(f"Trial {trial.number}: {cause}.")
         assert running.best is not None
         with self._lock:
-            before = self._kept.get(trial.study.study_name)
+            kept = self._kept.setdefault(trial.study._storage, {})
+            before = kept.get(trial.study._study_id)
             if before is None or running.is_better(running.best, before[0]):
                 weights = BestWeights(None)
                 weights.put(trial.number, cohort.best_network(0))
-                self._kept[trial.study.study_name] = running.best, weights
+                kept[trial.study._study_id] = running.best, weights
         return running.best
 
     def result(self, study: Study) -> Result:
         """The study's best trial as a model, as `optimize` returns it."""
-        _, weights = self._kept.get(study.study_name, (0.0, BestWeights(None)))
+        kept = self._kept.get(study._storage, {})
+        _, weights = kept.get(study._study_id, (0.0, BestWeights(None)))
         return Result(study, self._problem, weights)
 
     def _check_direction(self, study: Study) -> None:

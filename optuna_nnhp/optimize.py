@@ -306,7 +306,7 @@ def _tune(
     if not is_crew:
         run(job, study, problem, budget, weights, callbacks, show_progress_bar=show_progress_bar)
     if replication is not None:
-        replication.run(study)
+        replication.run(study, is_late=executor is not None)
     result = Result(read_directly(study), problem, weights)
     keep_sample(result)
     return result

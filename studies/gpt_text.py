@@ -73,10 +73,14 @@ def main(argv: list[str] | None = None) -> int:
             show_progress_bar=True,
         )
         folder = result.save(options.out or f"{name}-model")
-        print(result.generate(options.prompt, tokens=TOKENS), end="\n\n")
         print(closing_report(result, storage, {"model": f"{folder} (optuna_nnhp.load)"}))
     except (ValueError, OSError, RuntimeError, OptunaError, ModuleNotFoundError) as error:
         print(f"error: {without_password(error, storage)}", file=sys.stderr)
+        return 2
+    try:
+        print("\n" + result.generate(options.prompt, tokens=TOKENS))
+    except ValueError as error:
+        print(f"error: `--prompt` cannot be continued: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -138,6 +138,19 @@ def test_unknown_templates_and_bad_data() -> None:
         Objective("dnn", X, Y, n_trials=3)
 
 
+def test_studies_of_one_name_in_two_storages_have_their_own_networks() -> None:
+    fixed, space = {"epochs": 2, "hidden_layers": 1}, {"width": IntDistribution(16, 32)}
+    objective = Objective("dnn", X, Y, fixed=fixed, space=space)
+    studies = []
+    for width in (17, 30):
+        studies.append(optuna.create_study(study_name="s", direction=objective.direction))
+        studies[-1].enqueue_trial({"width": width})
+        studies[-1].optimize(objective, n_trials=1)
+    results = [objective.result(study) for study in studies]
+    assert [r.model[0].out_features for r in results] == [17, 30]  # type: ignore[index]
+    assert all(result.replay().is_exact for result in results)
+
+
 def test_one_objective_serves_two_studies() -> None:
     fixed, space = {"epochs": 2, "hidden_layers": 1}, {"width": IntDistribution(16, 32)}
     objective = Objective("dnn", X, Y, fixed=fixed, space=space)

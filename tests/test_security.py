@@ -114,7 +114,7 @@ def answer(url: str, name: str) -> int:
 
 def test_pages_of_other_sites_do_not_reach_the_dashboard(folder: Path) -> None:
     tune(storage="s.journal", n_trials=1)
-    with served(folder / "s.journal", "--allow", "tuner.example") as url:
+    with served(folder / "s.journal", "--allow", "Tuner.example:8080") as url:
         api = url.replace("/dashboard/", "/api/studies")
         port = url.split(":")[2].split("/")[0]
         for name in (f"127.0.0.1:{port}", "localhost:9999", "[::1]:80", "tuner.example"):

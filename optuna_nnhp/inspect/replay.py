@@ -32,6 +32,7 @@ from optuna_nnhp.inspect.retraining import trained_trial
 from optuna_nnhp.messages import unknown
 from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.places import check_exists
 from optuna_nnhp.storages.places import inside
 from optuna_nnhp.storages.places import models_folder
 from optuna_nnhp.study.environment import BY_COMPILER
@@ -306,9 +307,8 @@ def _threads(known: Sequence[Environment]) -> Iterator[None]:
 
 def _opened(storage: str | Path | BaseStorage, name: str) -> Study:
     """A study by its storage and name."""
-    is_path = not isinstance(storage, BaseStorage) and "://" not in str(storage)
-    if is_path and not Path(str(storage)).exists():  # opening would make it
-        raise FileNotFoundError(f"A study's storage must exist, but there is none: {storage}")
+    if not isinstance(storage, BaseStorage):
+        check_exists(storage)
     opened = open_storage(storage)
     names = optuna.get_all_study_names(opened)
     if name not in names:

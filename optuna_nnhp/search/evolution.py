@@ -16,7 +16,6 @@ from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
-from optuna.samplers import CmaEsSampler
 from optuna.samplers import NSGAIISampler
 from optuna.samplers import RandomSampler
 from optuna.samplers.nsgaii import BLXAlphaCrossover
@@ -25,6 +24,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.search.cma import SafeCmaEs
 from optuna_nnhp.search.ranks import rank
 
 # Parents, and random trials before there are any; a generation of CMA-ES. Optuna's 50 are for
@@ -76,7 +76,7 @@ class EvolutionSampler(BaseSampler):
             )  # users cannot do a thing about it
             crossover = _Blend()
         self._genetic = _Genetic(population_size=population_size, seed=seed, crossover=crossover)
-        self._numeric = CmaEsSampler(
+        self._numeric = SafeCmaEs(
             seed=seed, popsize=max(population_size, 5), warn_independent_sampling=False
         )
 

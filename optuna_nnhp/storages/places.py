@@ -12,6 +12,7 @@ from optuna.storages import RDBStorage
 from optuna_nnhp.storages.deferred import DeferredStorage
 
 DEFAULT_STORAGE = "optuna_nnhp.journal"
+SQLITE = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)")
 LONGEST_NAME = 60  # of 255 bytes at most, and a letter may take four
 
 
@@ -44,10 +45,29 @@ def beside(storage: str, suffix: str) -> Path:
         >>> [str(beside(s, ".models")) for s in ("a.journal", "sqlite:///b.db", "mysql://host/c")]
         ['a.models', 'b.models', 'optuna_nnhp.models']
     """
-    match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", storage)
+    match = SQLITE.match(storage)
     path = match.group(1) if match else "optuna_nnhp" if "://" in storage else storage
     path = path.removeprefix("file:") if match else path
     return Path(path).with_suffix(suffix)
+
+
+def check_exists(storage: str | Path) -> None:
+    """Raise if a journal or SQLite file is not there, which opening it would make.
+
+    Args:
+        storage:
+            A path or URL.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    text = str(storage)
+    match = SQLITE.match(text)
+    path = match.group(1) if match else None if "://" in text else text
+    if path is None or path.startswith(("file:", ":memory:")):
+        return
+    if not Path(path).exists():
+        raise FileNotFoundError(f"A study's storage must exist, but there is no file {path}.")
 
 
 def file_name(text: str) -> str:

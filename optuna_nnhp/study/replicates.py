@@ -111,12 +111,22 @@ class Replication:
         self.budget.timeout = self.timeout - min(needed, self.timeout * MOST_SHARE)
         _logger.debug(f"Up to {needed:.2f} s are kept for replicates.")
 
-    def run(self, study: Study) -> None:
+    def run(self, study: Study, *, is_late: bool = False) -> None:
         """Train what is missing, one seed after the other, until the timeout or Ctrl-C.
 
         What is not trained to its end is left out.
+
+        Args:
+            study:
+                The study.
+            is_late:
+                Whether its end may have come late, by workers that had to wait: then replicates
+                have their share of the timeout from now on.
         """
         self.budget.timeout = self.timeout
+        if is_late and self.timeout is not None:
+            until = self.budget.seconds + MOST_SHARE * self.timeout
+            self.budget.timeout = max(self.timeout, until)
         with single_blas, tidy_interrupts(self.budget):
             trials = self._affordable(study)
             for seed in (_seed(self.problem.seed, place) for place in range(self.count)):

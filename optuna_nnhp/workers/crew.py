@@ -173,7 +173,7 @@ class Crew:
                 self._local.close(kill=is_killed)
         if self.errors and (self._local is not None or not self._ended):
             raise self.errors[0]
-        if not (self._ended or self._is_ending or self.budget.is_over()):
+        if not (self._ended or self._is_over()):
             raise RuntimeError(
                 "A worker must come to its end, but all have died; the log says of what. The "
                 "same call again goes on with the study."
@@ -231,7 +231,7 @@ class Crew:
         """Have another worker take the place of one that is no more."""
         worker, deaths = place.job.worker, place.deaths + 1
         text = f"Worker {worker} {reason}"
-        if self._is_ending or self.budget.is_over():
+        if self._is_over():
             _logger.warning(text)
             return
         if deaths > MOST_DEATHS:
@@ -243,6 +243,13 @@ class Crew:
             self._places.append(_Place(job, self._submit(job), deaths))
         except Exception as refusal:  # a pool of concurrent.futures never recovers
             _logger.warning(f"No other worker can take its place: {refusal}")
+
+    def _is_over(self) -> bool:
+        """Whether no worker is to come to its end any more."""
+        if self._is_ending or self.budget.interrupted or self.budget.released:
+            return True
+        # Elsewhere each worker's time begins when it does, which nobody here knows.
+        return self._local is not None and self.budget.out_of_time()
 
     def _end(self, what: signal.Signals) -> None:
         """Have all workers end tidily, once."""

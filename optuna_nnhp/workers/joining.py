@@ -14,7 +14,7 @@ from optuna_nnhp.templates.recipe import NOT_KEPT
 from optuna_nnhp.templates.recipe import RECIPE
 from optuna_nnhp.workers.job import Job
 
-SEARCH = "search"  # study attribute: method, options, pruner and number of trials of its last call
+SEARCH = "search"  # study attribute: method, options, pruner, trials and loop of its last call
 HALVING, NO_PRUNER = "halving", "none"
 
 
@@ -35,6 +35,7 @@ def note_search(study: Study, job: Job) -> None:
         "options": {**wish.options, **wish.loop_options},
         "pruner": _noted_pruner(pruner),
         "n_trials": job.n_trials,
+        "loop": dict(job.options),
     }
     if study.user_attrs.get(SEARCH) != search:
         study.set_user_attr(SEARCH, search)
@@ -61,6 +62,11 @@ def noted_wish(study: Study, method: str | None, seed: int) -> Wish:
         ValueError: If it is not noted.
     """
     noted = _noted(study)
+    if method == "grid" != noted["method"]:
+        raise ValueError(
+            "`method` must be 'grid' from a study's beginning, when its points are laid out, but "
+            "this one's was another."
+        )
     if method is not None:
         options = noted["options"] if method == noted["method"] else None
         return wish_of(method, None, options, None, seed)
@@ -95,6 +101,11 @@ def noted_trials(study: Study) -> int | None:
     """How many trials a study shall have."""
     count = _noted(study)["n_trials"]
     return None if count is None else int(count)
+
+
+def noted_options(study: Study) -> dict[str, Any]:
+    """Options of a study's loop, such as ``trial_timeout``; none if they are not noted."""
+    return dict(_noted(study).get("loop", {}))
 
 
 def _noted(study: Study) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import copy
 import math
+from pathlib import Path
 import pickle
 from typing import Any
 
@@ -243,3 +244,44 @@ def test_the_whole_catalogue_is_a_space_for_it() -> None:
 def test_a_population_must_have_two() -> None:
     with pytest.raises(ValueError, match="`population_size` must be at least 2, but got 1"):
         EvolutionSampler(population_size=1)
+
+
+class Evil:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, ("owned.txt", "w")
+
+
+def bowl(trial: optuna.Trial) -> float:
+    return cost({n: trial.suggest_float(n, -5, 5) for n in NUMBERS}, 0)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param(pickle.dumps(Evil()).hex(), id="code"),
+        pytest.param(pickle.dumps(np.zeros(3)).hex(), id="no optimizer"),
+        pytest.param("80", id="cut"),
+        pytest.param("no", id="no bytes"),
+    ],
+)
+def test_what_a_storage_holds_runs_no_code(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    optuna.logging.enable_propagation()
+
+    study = optuna.create_study(sampler=EvolutionSampler(seed=0))
+    study.optimize(bowl, n_trials=40)
+    assert any("cma:optimizer:0" in trial.system_attrs for trial in study.trials)
+    other = optuna.create_study()
+    other.add_trials(study.trials)
+    worst = copy.deepcopy(study.trials[-1])
+    worst.values, worst.number = [1e9], 40
+    worst.system_attrs = {"cma:optimizer:0": state}
+    other.add_trial(worst)
+    other.sampler = EvolutionSampler(seed=1)
+    other.optimize(bowl, n_trials=3)
+    assert "must be what Optuna wrote" in caplog.text
+    assert not list(tmp_path.iterdir())

@@ -22,9 +22,17 @@ import pytest
 import torch
 from torch import nn
 
+import optuna_nnhp
+from optuna_nnhp import __main__ as command_line
 from optuna_nnhp import optimize
 from optuna_nnhp.__main__ import main
 from optuna_nnhp.study.recovery import RELEASED
+from optuna_nnhp.workers.job import Job
+from optuna_nnhp.workers.job import Outcome
+from optuna_nnhp.workers.watch import INTERRUPT
+from optuna_nnhp.workers.watch import RELEASE
+from optuna_nnhp.workers.watch import STOP
+from optuna_nnhp.workers.watch import tell
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
 from tests.tiny import numbers
@@ -79,6 +87,78 @@ def test_it_joins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert finished() == 5
     assert worker("--data", "data.npz", "--timeout", 0.5) == 0  # time is the only bound then
     assert finished() > 5
+
+
+@pytest.mark.parametrize("what", [STOP, INTERRUPT, RELEASE])
+def test_what_workers_were_told_before_is_over(what: str, folder: Path) -> None:
+    begin()
+    tell(begun(), what)
+    before = finished()
+    assert worker("--data", "data.npz", "--timeout", 2.5) == 0
+    at = [t.datetime_complete for t in begun().trials[before:] if t.datetime_complete]
+    assert (max(at) - min(at)).total_seconds() > 1.2  # longer than until the first look
+
+
+def test_the_loop_s_options_are_the_study_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(trial_timeout=60.0, checkpoint_every=300.0)
+    seen = list[Mapping[str, Any]]()
+
+    def noted(job: Job, problem: Any) -> Outcome:
+        seen.append(job.options)
+        return Outcome(0)
+
+    monkeypatch.setattr(command_line, "work", noted)
+    assert worker("--data", "data.npz") == 0
+    assert seen[0]["trial_timeout"] == 60 and seen[0]["checkpoint_every"] == 300
+
+
+def test_a_storage_that_is_not_there_is_not_made(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for storage in ("typo.journal", "sqlite:///typo.db"):
+        assert main(["worker", "--study", "s", "--storage", storage]) == 2
+        assert "must exist, but there is no file typo." in capsys.readouterr().err
+        with pytest.raises(FileNotFoundError, match="must exist"):
+            optuna_nnhp.replay((storage, "s"), 0)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04cut", "array"])
+def test_data_that_cannot_be_read(
+    content: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin()
+    if content == "array":
+        np.save("data.npy", X)
+        Path("data.npy").rename("data.npz")
+    else:
+        Path("data.npz").write_bytes(content)
+    assert worker("--data", "data.npz") == 2
+    error = capsys.readouterr().err
+    assert "`--data` must be" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["def f(:", "import nothing_of_that_name", "x = y", "x = 1"])
+def test_functions_that_cannot_be_imported(
+    source: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"module_{abs(hash(source))}"
+    Path(f"{name}.py").write_text(source)
+    assert worker("--data", "data.npz", "--metric", f"{name}:f") == 2
+    error = capsys.readouterr().err
+    assert "`--metric` must name a function" in error and error.count("\n") == 1
+
+
+def test_a_study_that_did_not_begin_as_a_grid(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin()
+    assert worker("--data", "data.npz", "--method", "grid", "--n-trials", 4) == 2
+    assert "`method` must be 'grid' from a study's beginning" in capsys.readouterr().err
+    assert worker("--data", "data.npz", "--seed", -5) == 2
+    assert "`seed` must be a whole number" in capsys.readouterr().err
 
 
 def test_a_table_where_it_was(folder: Path) -> None:
