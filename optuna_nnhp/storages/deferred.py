@@ -357,6 +357,16 @@ class DeferredStorage(StartingStorage):
             trial._user_attrs = {**trial._user_attrs, key: value}
             self._ledger.change(trial_id).user_attrs[key] = value
 
+    def write_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Set a user attribute at once, also of a trial that is another process's.
+
+        Raises:
+            UpdateFinishedTrialError: If the trial has ended.
+            Unreachable: If the storage does not answer.
+        """
+        with self._lock:
+            self._through("set_trial_user_attr", trial_id, key, value)
+
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Set a system attribute."""
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from dataclasses import field
 import functools
+import math
 import os
 from pathlib import Path
 import socket
@@ -23,6 +24,7 @@ Leases = dict[str, dict[str, Any]]  # by worker
 BEAT = 15.0  # seconds from one renewal to the next
 LASTS = 60.0  # seconds without a renewal, after which others may take a worker's trials
 LONG = 3600.0  # seconds that no two machines' clocks differ by
+AGAIN = 1.0  # seconds from one attempt at the first writing to the next
 
 
 def new_worker_name() -> str:
@@ -42,7 +44,10 @@ class Lease:
 
     A worker whose process is gone on this machine is dead at once. Any other one is dead when its
     lease has not changed for `LASTS` seconds by this process's clock, whatever the others' clocks
-    say; or when it is more than an hour old.
+    say; for two beats, if it is more than an hour old.
+
+    Only time in which the storage answers counts: nobody can renew a lease in a storage that is
+    away. Once it answers again, all have the whole time anew.
 
     Args:
         storage:
@@ -75,13 +80,20 @@ class Lease:
     _seen: dict[str, tuple[Any, float]] = field(default_factory=dict)  # of others, and since when
     _known: Leases = field(default_factory=dict)
     _renewing: set[str] = field(default_factory=set)  # others that were seen to live
+    _read_at: float = -math.inf  # when `_known` was read
+    _answered: float = -math.inf  # when the storage has answered last, to whatever was asked
+    _counts_from: float = -math.inf  # since when it answers: silence before says nothing
+    _is_away: bool = True
+    _is_written: bool = False
 
     def __post_init__(self) -> None:
         self._over = threading.Event()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Lease:
         _here.add(self.worker)
         self._over.clear()
+        self._is_written = False  # not again, if this is another `with`
         self._renew()
         self._thread = threading.Thread(target=self._keep, name="optuna_nnhp-lease", daemon=True)
         self._thread.start()
@@ -106,22 +118,24 @@ class Lease:
         lease = (self.read() if leases is None else leases).get(worker)
         if lease is None or self._is_dead(worker, lease) or lease["machine"] == machine():
             return False
-        return worker not in self._renewing or _now() - self._seen[worker][1] > 2 * self.beat
+        since = self._seen[worker][1]
+        is_late = since < self._counts_from or self._read_at - since > 2 * self.beat
+        return is_late or worker not in self._renewing
 
     def _is_dead(self, worker: str, lease: dict[str, Any]) -> bool:
         if lease.get("ended"):
             return True
         if lease["machine"] == machine():
             return worker not in _here if lease["process"] == process() else _is_gone(lease)
-        if time.time() - float(lease["at"]) > LONG:
-            return True
-        known, since = self._seen.get(worker, (None, _now()))
+        known, since = self._seen.get(worker, (None, self._read_at))
         if known != lease:
             if known is not None:
                 self._renewing.add(worker)
-            since = _now()
+            since = self._read_at
             self._seen[worker] = lease, since
-        return _now() - since > self.lasts
+        is_old = time.time() - float(lease["at"]) > LONG  # or the storage was away for so long
+        silent = self._read_at - max(since, self._counts_from)
+        return silent > (min(2 * self.beat, self.lasts) if is_old else self.lasts)
 
     def read(self) -> Leases:
         """All leases; those of before while the storage does not answer."""
@@ -129,13 +143,32 @@ class Lease:
             attributes = self.storage.get_study_system_attrs(self.study_id)
         except Exception as error:  # drivers raise types of their own
             _logger.debug(f"The leases could not be read: {type(error).__name__}")
+            self._note_answer(False)
         else:
+            self._read_at = self._note_answer(True)
             names = [name for name in attributes if name.startswith(LEASE)]
             self._known = {name.removeprefix(LEASE): attributes[name] for name in names}
         return self._known
 
+    def _note_answer(self, is_there: bool) -> float:
+        """Note whether the storage has answered, and the time.
+
+        This worker's own renewals count too: between two readings it may train for long, and an
+        outage then is one for all.
+        """
+        with self._lock:  # the thread writes while others read
+            now = _now()
+            if not is_there:
+                self._is_away = True
+                return now
+            if self._is_away or now - self._answered > 2 * self.beat:  # nobody may have asked
+                self._counts_from = now
+            self._is_away, self._answered = False, now
+            return now
+
     def _keep(self) -> None:
-        while not self._over.wait(self.beat):
+        # Without any lease a worker of another machine that is killed now would never be missed.
+        while not self._over.wait(self.beat if self._is_written else min(AGAIN, self.beat)):
             self._renew()
 
     def _renew(self) -> None:
@@ -149,6 +182,10 @@ class Lease:
             self.storage.set_study_system_attr(self.study_id, LEASE + self.worker, lease)
         except Exception as error:  # drivers raise types of their own
             _logger.debug(f"The lease could not be renewed: {type(error).__name__}")
+            self._note_answer(False)
+        else:
+            self._note_answer(True)
+            self._is_written = True
 
 
 _here: set[str] = set()  # workers of this process that are at work
@@ -210,9 +247,14 @@ def _is_gone(lease: dict[str, Any]) -> bool:
 
 
 def _is_gone_without_lease(worker: str) -> bool:
-    """The same of a worker of an older version, which has no lease: by its number alone."""
-    host, _, number = worker.partition(":")
-    if host != socket.gethostname() or not number.isdigit():
+    """The same of a worker without a lease, by its number alone.
+
+    It was killed before its first writing was through, or is of an older version, whose names
+    end with the number.
+    """
+    host, _, rest = worker.partition(":")
+    number, _, _ = rest.partition(":")
+    if host != socket.gethostname() or not number.isdecimal() or worker in _here:
         return False
     return int(number) == os.getpid() or _does_not_exist(int(number))
 

@@ -370,7 +370,7 @@ class Admission:
 
     def take_in_again(self, live: Live) -> None:
         """Let a cohort of trials that others have left train here; a new one may join its kind."""
-        if any(live.cohort.iterations):
+        if any(live.cohort.iterations) or live.is_suspect:
             self.pool.add(live)
         else:
             self._group(list(live.running.values()))

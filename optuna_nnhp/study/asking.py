@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from optuna_nnhp.search.follower import FollowerSampler
 from optuna_nnhp.search.levels import LevelsSampler
+from optuna_nnhp.storages.batches import RELEASED
 from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.storages.reach import Unreachable
 from optuna_nnhp.storages.starting import NoneLeft
@@ -78,6 +79,7 @@ class Asker:
     finished: int = 0
     running: dict[int, RunningTrial] = field(default_factory=dict)
     is_refused: bool = False
+    _most: int | None = None  # trials that may have begun
 
     def __post_init__(self) -> None:
         self.outcomes = Outcomes(self.study, self.problem)
@@ -109,13 +111,20 @@ class Asker:
         is_free = _never_trained if self.points is None else is_cut_short
         self.finished = sum(t.state.is_finished() and not is_free(t) for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in trials)
-        left = self.budget.left(self.finished + running)
+        released = sum(is_released(t) for t in trials)
+        left = self.budget.left(self.finished + running + released)
         if self.budget.n_trials is not None:
             free = sum(t.state.is_finished() for t in trials) - self.finished
-            self.storage.limit(self.study._study_id, self.budget.n_trials + free)
+            self._most = self.budget.n_trials + free
+            self.storage.limit(self.study._study_id, max(0, self._most - released))
         if self.points is None:
             return left
         return self.points.left if left is None else min(left, self.points.left)
+
+    def make_room_for_released(self) -> None:
+        """Let released trials begin again: nobody else has their place, see `left`."""
+        self.left()
+        self.storage.limit(self.study._study_id, self._most)
 
     def ask_portfolio(self) -> list[RunningTrial]:
         """The template's first configurations, of those that nobody has taken yet."""
@@ -185,6 +194,11 @@ class Asker:
         running.is_baseline = is_enqueued and bool(trial.user_attrs.get(BASELINE))
         running.is_enqueued = is_enqueued
         return [running]
+
+
+def is_released(trial: FrozenTrial) -> bool:
+    """Whether a trial waits for a worker that goes on with it: it has its place in the study."""
+    return trial.state == TrialState.WAITING and RELEASED in trial.user_attrs
 
 
 def _never_trained(trial: FrozenTrial) -> bool:

@@ -184,13 +184,14 @@ class HypergradientScheduler(LockstepScheduler):
         for facts in loop["starts"]:
             if running := live.running.get(facts["number"]):
                 starts.append(Start.from_facts(facts, running, moved, self.rate))
+        for trial in others:
+            self._refuse(trial, "killed")
+        if not starts:  # they have ended, and those of the next group had hardly begun
+            return
         wanted = {m.number for start in starts for m in self._members(start)}
         numbers = [member.number for member in live.cohort.members]
         live.cohort.keep([place for place, n in enumerate(numbers) if n in wanted])
-        for trial in others:
-            self._refuse(trial, "killed")
-        if starts:
-            self._descend(live, starts, int(loop["step"]))
+        self._descend(live, starts, int(loop["step"]))
 
     def _descend(self, live: Live, starts: list[Start], first: int) -> None:
         """Train, move, and train on, until the budget is spent."""

@@ -25,6 +25,7 @@ from optuna_nnhp.study.outcomes import CohortError
 from optuna_nnhp.study.outcomes import forget_frames
 from optuna_nnhp.study.pool import Live
 from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.scheduler import GIVE_UP
 from optuna_nnhp.study.scheduler import Scheduler
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.study.trials import params_as_trained
@@ -49,20 +50,23 @@ class LockstepScheduler(Scheduler):
         is_said: Whether the log says already what is moved and what is not.
         parked: Trials that were enqueued by somebody and lead the next groups.
         largest: Members that a group may have, once memory had no room for more.
+        gave_up: Whether the storage has been waited for in vain, and not answered since.
         method: Its name.
     """
 
     is_said: bool = False
     parked: list[RunningTrial] = field(default_factory=list)
     largest: int = LARGEST
+    gave_up: bool = False
     has_portfolio: ClassVar[bool] = False
+    separates: ClassVar[bool] = False
     method: ClassVar[str]
 
     def _train_all(self) -> None:
         sampler = self.study.sampler
         try:
             self._go_on_with_groups(sampler)
-            while not self._is_over():
+            while not self._is_over() and self._answers():
                 if self.recovery.released():
                     self._go_on_with_groups(sampler)
                     continue
@@ -84,6 +88,11 @@ class LockstepScheduler(Scheduler):
             if not self.budget.released:
                 self.pool.lives.clear()  # a group's stack is needed no more
 
+    def _enter(self, live: Live) -> None:
+        """Let a group train: alone, for a checkpoint has the loop's facts of one group."""
+        self.pool.lives.clear()
+        self.pool.add(live)
+
     def _break_group(self, error: Exception) -> None:
         forget_frames(error)
         if is_out_of_memory(error):
@@ -99,6 +108,8 @@ class LockstepScheduler(Scheduler):
     def _go_on_with_groups(self, base: BaseSampler) -> None:
         """Go on with the groups of dead workers, of which there are checkpoints."""
         for worker, trials in self.recovery.claim().items():
+            if self.budget.released:  # the group that was cut short has the checkpoint
+                break  # the others' trials are found by their attribute CHECKPOINT again
             checkpoint = self.recovery.checkpoint(worker)
             if checkpoint and checkpoint.cohorts and checkpoint.loop.get("method") == self.method:
                 go_on = functools.partial(self._go_on_with, checkpoint, trials, base)
@@ -137,7 +148,7 @@ class LockstepScheduler(Scheduler):
             running.go_on_from(known[number])
             running.member = members[number]
         live = Live(cohort, begun[0].signature, cohort.members[0], own, len(members))
-        self.pool.add(live)
+        self._enter(live)
         self._resume(live, [r for r in begun if r.member.number not in own], loop)
 
     @abstractmethod
@@ -169,9 +180,28 @@ class LockstepScheduler(Scheduler):
         """Ask for a trial that is free in everything."""
         if self.parked:
             return self.parked.pop(0)
-        with self.timing("asking"):
-            asked = self.asker.ask(1)
+        asked = self._ask(1)
         return asked[0] if asked else None
+
+    def _ask(self, count: int, leader: Member | None = None) -> list[RunningTrial]:
+        """Ask for trials; while the storage is away wait for it, and ask for the rest.
+
+        A group goes on with all its members, or it is another one.
+        """
+        trials = list[RunningTrial]()
+        while True:
+            with self.timing("asking"):
+                trials += self.asker.ask(max(0, count - len(trials)), leader)
+            if not self.asker.is_refused or self.storage.is_reachable or not self._answers():
+                return trials
+
+    def _answers(self) -> bool:
+        """Wait until the storage answers; whether it does. In vain it is waited for once only."""
+        if self.storage.is_reachable:
+            self.gave_up = False
+        elif not self.gave_up:
+            self.gave_up = not self.storage.wait_until_reachable(GIVE_UP, self.budget.is_over)
+        return not self.gave_up
 
     def _follow(self, leader: RunningTrial, count: int) -> list[RunningTrial]:
         """Ask for trials with a leader's static values and budget."""
@@ -182,8 +212,7 @@ class LockstepScheduler(Scheduler):
             sampler, lambda name, value: epochs if name == "epochs" else value
         )
         try:
-            with self.timing("asking"):
-                asked = self.asker.ask(count, leader.member)
+            asked = self._ask(count, leader.member)
         finally:
             self.study.sampler = sampler
         fitting = [trial for trial in asked if trial.signature == leader.signature]
@@ -223,7 +252,7 @@ class LockstepScheduler(Scheduler):
             self._fail_group(trials, error)
             raise CohortError from error
         live = Live(cohort, trials[0].signature, trials[0].member, running, len(members))
-        self.pool.add(live)
+        self._enter(live)
         return live
 
     @staticmethod

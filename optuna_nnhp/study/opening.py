@@ -147,8 +147,11 @@ def _check_same(study: optuna.Study, problem: Problem) -> None:
     inside(Path(), study.user_attrs.get(MODELS, "none"))
     text = f"The study {study.study_name!r} exists already with another "
     advice = "; choose another `study_name`."
-    known = study.user_attrs
+    known, wanted = study.user_attrs, "maximize" if problem.maximize else "minimize"
+    directions = ", ".join(direction.name.lower() for direction in study.directions)
     if LAST not in known:
+        if directions != wanted:
+            raise ValueError(f"{text}direction: {directions}{advice}")
         if study.get_trials(deepcopy=False):
             raise ValueError(f"{text}origin: its trials are not optuna_nnhp's{advice}")
         return
@@ -156,8 +159,8 @@ def _check_same(study: optuna.Study, problem: Problem) -> None:
         if known.get(name) != problem.description.get(name):
             old, new = known.get(name), problem.description.get(name)
             raise ValueError(f"{text}{name}: {old!r}, but this one has {new!r}{advice}")
-    if study.direction.name.lower() != ("maximize" if problem.maximize else "minimize"):
-        raise ValueError(f"{text}direction: {study.direction.name.lower()}{advice}")
+    if directions != wanted:
+        raise ValueError(f"{text}direction: {directions}{advice}")
     old_space = {name: json_to_distribution(text) for name, text in known["space"].items()}
     for name in {**old_space, **problem.space}:
         old_values = old_space.get(name, known["fixed"].get(name))

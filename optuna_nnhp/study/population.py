@@ -118,6 +118,10 @@ class PopulationScheduler(LockstepScheduler):
             live.cohort.keep([p for p, number in enumerate(numbers) if number in live.running])
             for trial in others:
                 self._refuse(trial, "killed")
+        elif generation >= self.last:  # who has begun since is of the next population
+            for trial in others:
+                self._refuse(trial, "killed")
+            return
         else:  # all have ended, and their children have begun
             self.generation = generation
             if not self._next_generation(live, self.full, others):
@@ -193,9 +197,7 @@ class PopulationScheduler(LockstepScheduler):
         """
         cohort, left = live.cohort, self.asker.left()
         missing = size - len(begun)
-        with self.timing("asking"):
-            count = missing if left is None else min(missing, left)
-            asked = [*begun, *self.asker.ask(max(0, count))]
+        asked = [*begun, *self._ask(missing if left is None else min(missing, left))]
         places = {member.number: place for place, member in enumerate(cohort.members)}
         trials = list[RunningTrial]()
         for trial in asked:

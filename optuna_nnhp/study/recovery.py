@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from optuna_nnhp.storages.batches import RELEASED as RELEASED
 from optuna_nnhp.storages.batches import WORKER
 from optuna_nnhp.storages.lease import Lease
+from optuna_nnhp.storages.outbox import replay_unsent
 from optuna_nnhp.storages.reach import Unreachable
 from optuna_nnhp.study.asking import Asker
 from optuna_nnhp.study.checkpoints import Checkpoint
@@ -35,6 +36,7 @@ from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.snapshots import members_of
+from optuna_nnhp.training.snapshots import part_of
 from optuna_nnhp.training.snapshots import restored
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -56,17 +58,21 @@ class Recovery:
             Who lives.
         folder:
             The study's checkpoints; None if there are none.
+        separates:
+            Whether trials may be trained without those that they were trained with.
     """
 
     asker: Asker
     lease: Lease
     folder: Path | None
+    separates: bool = True
 
     def __post_init__(self) -> None:
         self.study: Study = self.asker.study
         self.problem, self.storage = self.asker.problem, self.asker.storage
         self._found: dict[str, Checkpoint | None] = {}
         self._unsure: dict[str, list[FrozenTrial]] = {}  # the answer to taking them was lost
+        self.is_postponed = False  # there are trials to claim, when a suspect has been trained
 
     def claim(self) -> dict[str, list[FrozenTrial]]:
         """Make abandoned trials this worker's own: by the worker whose checkpoint has them.
@@ -76,7 +82,9 @@ class Recovery:
         self._found.clear()
         claimed: dict[str, list[FrozenTrial]] = {}
         try:
-            for worker, trials in self._abandoned().items():
+            if self._abandoned():
+                self.replay_unsent()  # some of them may have ended
+            for worker, trials in self._one_suspect(self._abandoned()).items():
                 sources = {trial._trial_id: self._source(trial, worker) for trial in trials}
                 self._unsure[worker] = trials
                 taken = self.storage.take_over(dict.fromkeys(sources, worker))
@@ -84,7 +92,9 @@ class Recovery:
                 for trial in trials:
                     if trial._trial_id in taken:
                         claimed.setdefault(sources[trial._trial_id], []).append(trial)
-            for trial in self.released():
+            if released := self.released():
+                self.asker.make_room_for_released()
+            for trial in released:
                 source = self._source(trial, str(trial.user_attrs[RELEASED]))
                 if self._start(trial):
                     claimed.setdefault(source, []).append(trial)
@@ -94,6 +104,15 @@ class Recovery:
             numbers = ", ".join(str(trial.number) for trial in trials)
             _logger.warning(f"Going on with trials that {worker} has left: {numbers}.")
         return claimed
+
+    def replay_unsent(self) -> None:
+        """Write what earlier runs, and workers that died in an outage, could not write."""
+        if self.folder is None:
+            return
+        try:
+            replay_unsent(self.storage, self.folder.parent)
+        except ValueError as error:  # damaged: it stays where it is
+            _logger.error(f"What an earlier run could not write is lost: {error}")
 
     def released(self) -> list[FrozenTrial]:
         """Trials that wait for somebody who goes on with them."""
@@ -112,12 +131,12 @@ class Recovery:
         source = worker if has_it or earlier is None else str(earlier)
         if earlier != source and self.folder is not None:
             with suppress(UpdateFinishedTrialError):  # somebody was faster
-                self.storage.backend.set_trial_user_attr(trial._trial_id, CHECKPOINT, source)
+                self.storage.write_trial_user_attr(trial._trial_id, CHECKPOINT, source)
         return source
 
     def is_doubtful(self) -> bool:
         """Whether a trial's worker may be dead, which only waiting would tell."""
-        if self._unsure:
+        if self._unsure or self.is_postponed:
             return True
         workers = {self._owner(trial) for trial in self._listed(TrialState.RUNNING)}
         leases = self.lease.read() if workers else {}
@@ -143,10 +162,7 @@ class Recovery:
                 lives += self._revived(kept, waiting, broken)
             for trial in waiting.values():
                 for running in self.begun(trial, 0):
-                    try:
-                        lives.append(self.again([running], None))
-                    except Exception as error:  # whatever it is, it becomes an outcome
-                        lives += broken([running], error, None)
+                    lives += self._anew([running], broken)
         self._found.clear()
         self.storage.flush()  # how often they were taken over must be known if this ends badly
         return lives
@@ -195,6 +211,25 @@ class Recovery:
             dead[worker] = [*dead.get(worker, ()), *others]
         return dead
 
+    def _one_suspect(
+        self, abandoned: dict[str, list[FrozenTrial]]
+    ) -> dict[str, list[FrozenTrial]]:
+        """Of abandoned trials under which workers died again and again only one at a time.
+
+        If this worker dies, too, that says nothing of the others.
+        """
+        suspects = [
+            (trial.number, worker, trial)
+            for worker, trials in abandoned.items()
+            for trial in trials
+            if self.separates and trial.user_attrs.get(TAKEN_OVER, (0, 0))[0] + 1 >= SUSPECT
+        ]
+        self.is_postponed = bool(suspects) and sum(map(len, abandoned.values())) > 1
+        if not suspects:
+            return abandoned
+        _, worker, trial = min(suspects)
+        return {worker: [trial]}
+
     def _listed(self, state: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(state,))
 
@@ -223,15 +258,22 @@ class Recovery:
                 live = self.again(part, checkpoint)
             except ValueError as error:  # of another version of the template
                 _logger.warning(f"Trials begin anew, their checkpoint is of no use: {error}")
-                lives += broken(part, error, None)
+                lives += self._anew(part, broken)
             except Exception as error:  # whatever it is, it becomes an outcome
                 lives += broken(part, error, checkpoint)
             else:
                 if len(part) == len(kept.numbers):
                     live.slots = int(kept.facts["slots"])
                 live.rounds, live.leader = kept.facts["rounds"], Member(*kept.facts["leader"])
-                lives.append(live)
+                lives.append(_alone_if_suspect(live))
         return lives
+
+    def _anew(self, group: list[RunningTrial], broken: Broken) -> list[Live]:
+        """A cohort of some of this worker's trials at their beginning."""
+        try:
+            return [_alone_if_suspect(self.again(group, None))]
+        except Exception as error:  # whatever it is, it becomes an outcome
+            return broken(group, error, None)
 
     def _parts(self, group: Sequence[RunningTrial]) -> list[list[RunningTrial]]:
         """Who is trained together: those under whom workers died again and again are alone."""
@@ -287,17 +329,23 @@ class Recovery:
                 ]
             return self.problem.cohort(members)
 
-        cohort = restored(make, kept.snapshot)
         wanted = total.keys() if numbers is None else set(numbers)
-        places = [place for place, m in enumerate(cohort.members) if m.number in wanted]
-        if len(places) < len(cohort.members):
-            cohort.keep(places)
-        return cohort
+        places = [place for place, number in enumerate(numbers_there) if number in wanted]
+        if len(places) == len(numbers_there):
+            return restored(make, kept.snapshot)
+        return restored(make, part_of(kept.snapshot, places))  # all may have no room
 
 
 def _times(running: RunningTrial) -> int:
     """How often a trial was taken over without progress."""
     return int(running.trial.user_attrs.get(TAKEN_OVER, (0, 0))[0])
+
+
+def _alone_if_suspect(live: Live) -> Live:
+    """The same, which is trained before all others and joined by none where workers died of it."""
+    if any(_times(trial) >= SUSPECT for trial in live.running.values()):
+        live.suspect_until = max(live.cohort.done) + 2
+    return live
 
 
 def _live(cohort: Cohort, group: Sequence[RunningTrial]) -> Live:

@@ -159,8 +159,12 @@ class Replication:
         trials = _best(study, self.problem)
         if self.timeout is None or self.budget.is_over():
             return trials
-        while len(trials) > FEWEST and self._seconds(trials) > self.budget.seconds_left:
-            trials.pop()
+        try:
+            while len(trials) > FEWEST and self._seconds(trials) > self.budget.seconds_left:
+                trials.pop()
+        except Exception as error:  # no room, or a user's network: the study is complete
+            _logger.warning(f"The replicates' time could not be measured: {last_line(error)}")
+            return trials[:FEWEST]
         return trials
 
     def _lacks(self, record: Record, number: int, seed: int) -> bool:

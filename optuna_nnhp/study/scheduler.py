@@ -22,7 +22,6 @@ from optuna import Study
 
 from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.storages.lease import Lease
-from optuna_nnhp.storages.outbox import replay_unsent
 from optuna_nnhp.storages.reach import Unreachable
 from optuna_nnhp.study.admission import Admission
 from optuna_nnhp.study.asking import Asker
@@ -103,6 +102,7 @@ class Scheduler:
     pool: Pool = field(default_factory=Pool)
     timing: Timing = field(default_factory=Timing)
     has_portfolio: ClassVar[bool] = True
+    separates: ClassVar[bool] = True  # trials may be trained without those they began with
 
     def __post_init__(self) -> None:
         storage = self.study._storage
@@ -118,7 +118,7 @@ class Scheduler:
         self.lease = Lease(storage.backend, self.study._study_id, worker)
         self.judge = Judge(self.ends)
         self.checkpoints = Checkpoints(folder, worker, self.checkpoint_every)
-        self.recovery = Recovery(self.asker, self.lease, folder)
+        self.recovery = Recovery(self.asker, self.lease, folder, self.separates)
         self.breakage = Breakage(self.recovery, self.checkpoints, self.ends)
         self.admission = Admission(self.asker, self.pool, self.breakage, self.cohort_size)
         self._looked = -math.inf
@@ -139,6 +139,9 @@ class Scheduler:
                     self._train_all()
                 self._wind_up()
                 self._send_everything()
+                if not self.budget.released:
+                    self.checkpoints.clear()
+                    self.recovery.forget()
             except Unreachable:  # what is unwritten is kept, and goes on another time
                 raise
             except BaseException:
@@ -181,10 +184,9 @@ class Scheduler:
             self.storage.flush()
         if self.storage.is_reachable:
             return
-        raise Unreachable(
-            "The storage does not answer. What it has not got is kept in "
-            f"{self._keep_unsent()}: the same call writes it, and goes on."
-        )
+        kept = self._keep_unsent()
+        what = "" if kept is None else f"What it has not got is kept in {kept}: "
+        raise Unreachable(f"The storage does not answer. {what}the same call goes on.")
 
     def _train_all(self) -> None:
         """Ask for trials and train them, until there are no more."""
@@ -216,6 +218,12 @@ class Scheduler:
         Before that the storage: whoever goes on must find the values that the members have.
         """
         self.storage.flush()
+        try:  # what has ended since is in no checkpoint
+            if not self.storage.is_reachable:
+                self.storage.keep_unsent(self.weights.folder or Path())
+        except OSError as error:
+            _logger.warning(f"No checkpoint is written, nor what the storage has not got: {error}")
+            return False
         return self.checkpoints.write(self.pool.training, self._loop_facts())
 
     def _loop_facts(self) -> dict[str, Any]:
@@ -227,7 +235,10 @@ class Scheduler:
         if time.monotonic() - self.judge.learnt_at > REPORT_EVERY:
             with self.timing("bookkeeping"):
                 self.judge.learn()
-        is_due = time.monotonic() - self._looked > self.lease.beat or self.recovery.released()
+        is_due = time.monotonic() - self._looked > self.lease.beat
+        if self.recovery.is_postponed:
+            is_due = not any(live.is_suspect for live in self.pool.training)
+        is_due = is_due or bool(self.recovery.released())
         if not is_due or self.budget.is_over():
             return
         self._looked = time.monotonic()
@@ -247,11 +258,7 @@ class Scheduler:
 
     def _recall(self) -> None:
         """Take in what the study holds already; begin a new one with the defaults."""
-        if self.weights.folder is not None:
-            try:
-                replay_unsent(self.storage, self.weights.folder)
-            except ValueError as error:  # damaged: it stays where it is
-                _logger.error(f"What an earlier run could not write is lost: {error}")
+        self.recovery.replay_unsent()
         self.asker.begin(with_portfolio=self.has_portfolio)
         self.judge.learn()
 
@@ -366,8 +373,6 @@ class Scheduler:
         is_stopped = self.budget.interrupted or self.study._stop_flag
         asked = [*self.admission.waiting, *self.admission.parked]
         self.ends.refuse(asked, "interrupted" if is_stopped else "timeout")
-        self.checkpoints.clear()
-        self.recovery.forget()
 
 
 def _trained(cohort: Cohort, stop: Callable[[], bool]) -> Scores | None:

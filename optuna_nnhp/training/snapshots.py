@@ -71,6 +71,22 @@ def members_of(facts: Mapping[str, Any]) -> list[Member]:
     return [Member(number, seed, params) for number, seed, params in facts["members"]]
 
 
+def part_of(snapshot: Snapshot, places: Sequence[int]) -> Snapshot:
+    """A snapshot of some members only.
+
+    Args:
+        snapshot:
+            Of a cohort.
+        places:
+            The members' places in it.
+    """
+    facts, index = dict(snapshot.facts), torch.tensor(places, dtype=torch.long)
+    for name in ("members", *LISTS):
+        facts[name] = [facts[name][place] for place in places]
+    tensors = {name: tensor.cpu()[index] for name, tensor in snapshot.tensors.items()}
+    return Snapshot(tensors, facts)
+
+
 @torch.no_grad()
 def restored(make: Callable[[Sequence[Member]], Cohort], snapshot: Snapshot) -> Cohort:
     """A cohort that goes on where one was: with the same steps, on the same engine bit for bit.

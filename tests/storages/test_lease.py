@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 import os
 from pathlib import Path
 import subprocess
@@ -10,6 +12,8 @@ import time
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.storages import InMemoryStorage
 import pytest
 
 from optuna_nnhp.storages import lease as module
@@ -53,6 +57,21 @@ def write(study: optuna.Study, worker: str, **lease: Any) -> None:
     study._storage.set_study_system_attr(study._study_id, LEASE + worker, lease)
 
 
+def wait(lease: Lease, clock: Clock, seconds: float) -> None:
+    """Let time pass, in which somebody looks at the leases every now and then."""
+    while seconds > 0:
+        clock.now += min(lease.beat, seconds)
+        seconds -= lease.beat
+        lease.read()
+
+
+@contextmanager
+def away(lease: Lease) -> Generator[None, None, None]:
+    storage, lease.storage = lease.storage, None  # type: ignore[assignment]
+    yield
+    lease.storage = storage
+
+
 def test_another_machine_s_worker_is_dead_once_its_lease_is_not_renewed(
     study: optuna.Study, clock: Clock
 ) -> None:
@@ -60,14 +79,14 @@ def test_another_machine_s_worker_is_dead_once_its_lease_is_not_renewed(
     write(study, "far", beat=1)
     assert not lease.is_dead("far")
     assert lease.is_doubtful("far")  # nobody has seen it renewed
-    clock.now += 50
+    wait(lease, clock, 50)
     write(study, "far", beat=2)
     assert not lease.is_dead("far")
     assert not lease.is_doubtful("far")
-    clock.now += 40
+    wait(lease, clock, 40)
     assert not lease.is_dead("far")
     assert lease.is_doubtful("far")  # two beats are missing
-    clock.now += 21
+    wait(lease, clock, 21)
     assert lease.is_dead("far")
     assert not lease.is_doubtful("far")
     write(study, "far", beat=3)  # it slept
@@ -80,7 +99,102 @@ def test_other_clocks_do_not_matter_except_by_hours(study: optuna.Study, clock: 
         write(study, "far", at=time.time() + 60 * minutes)
         assert not lease.is_dead("far")
     write(study, "far", at=time.time() - 2 * 3600)
+    assert not lease.is_dead("far")
+    wait(lease, clock, 31)
     assert lease.is_dead("far")
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["minutes", "hours"])
+def test_nobody_dies_of_an_outage(study: optuna.Study, clock: Clock, is_old: bool) -> None:
+    lease = lease_of(study)
+    write(study, "far", beat=1)
+    assert not lease.is_dead("far")
+    wait(lease, clock, 15)
+    # The others' clock is not moved by hand: an outage of hours is a lease that looks so old.
+    write(study, "far", beat=2, at=time.time() - 7200 * is_old)
+    assert not lease.is_dead("far")
+    assert not lease.is_doubtful("far")
+    wait(lease, clock, 15)
+    with away(lease):
+        for _ in range(20):
+            wait(lease, clock, 15)
+            assert not lease.is_dead("far")
+    assert not lease.is_dead("far")  # its next beat is still to come
+    assert lease.is_doubtful("far")
+    wait(lease, clock, 29)
+    assert not lease.is_dead("far")
+    write(study, "far", beat=3)
+    assert not lease.is_dead("far")
+    assert not lease.is_doubtful("far")
+    wait(lease, clock, 61)
+    assert lease.is_dead("far")
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["minutes", "hours"])
+def test_who_died_in_an_outage_is_missed(study: optuna.Study, clock: Clock, is_old: bool) -> None:
+    lease = lease_of(study)
+    write(study, "far", at=time.time() - 7200 * is_old)
+    with away(lease):
+        wait(lease, clock, 300)
+    for seconds, is_dead in ((0, False), (29, False), (2, is_old), (28, is_old), (2, True)):
+        wait(lease, clock, seconds)
+        assert lease.is_dead("far") == is_dead
+        assert lease.is_doubtful("far") != is_dead
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_between_two_looks_renewals_tell_of_an_outage(
+    study: optuna.Study, clock: Clock, is_away: bool
+) -> None:
+    lease = lease_of(study)
+    write(study, "far")
+    assert not lease.is_dead("far")
+    storage: Any = lease.storage
+    for beat in range(20):  # it trains for five minutes, while its thread goes on
+        lease.storage = None if is_away and beat < 19 else storage  # type: ignore[assignment]
+        clock.now += 15
+        lease._renew()
+    assert lease.is_dead("far") != is_away
+
+
+def test_who_is_gone_from_this_machine_is_dead_in_an_outage_too(
+    study: optuna.Study, clock: Clock
+) -> None:
+    lease = lease_of(study)
+    write(study, "gone", machine=machine(), process=process())
+    lease.read()
+    with away(lease):
+        assert lease.is_dead("gone")
+    assert lease.is_dead("gone")
+
+
+class Locked(InMemoryStorage):
+    """Stands for a database that many workers write to at once."""
+
+    left = 3  # attempts at a lease that fail
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        if key.startswith(LEASE) and self.left:
+            self.left -= 1
+            raise StorageInternalError("database is locked")
+        super().set_study_system_attr(study_id, key, value)
+
+
+def test_the_first_writing_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AGAIN", 0.02)
+    storage = Locked()
+    lease = lease_of(optuna.create_study(storage=storage))
+    for _ in range(2):
+        until = time.monotonic() + 10
+        storage.left = 3
+        with lease:
+            assert "beat" not in lease.read().get("me", {})
+            while "beat" not in lease.read().get("me", {}):
+                assert time.monotonic() < until  # sooner than the next beat
+                time.sleep(0.01)
+            beats = lease._beats
+            time.sleep(0.1)
+            assert lease._beats == beats  # from then on a beat is one
 
 
 def test_who_has_ended_is_dead_at_once(study: optuna.Study) -> None:
@@ -140,6 +254,24 @@ def test_a_number_that_is_used_again(study: optuna.Study) -> None:
     number, _, started = process().partition("@")
     write(study, "old", machine=machine(), process=f"{number}@{int(started or 0) - 5}")
     assert lease_of(study).is_dead("old") == bool(started)
+
+
+def test_workers_that_were_killed_before_their_first_writing_have_no_lease(
+    study: optuna.Study,
+) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    name = new_worker_name()
+    host = name.split(":")[0]
+    lease = lease_of(study)
+    assert lease.is_dead(f"{host}:{child.pid}:0123abcd")
+    assert not lease.is_dead(f"{host}:{os.getppid()}:0123abcd")
+    assert not lease.is_dead(f"elsewhere:{child.pid}:0123abcd")
+    assert lease.is_dead(name)  # an earlier process with this one's number
+    locked = optuna.create_study(storage=Locked())
+    with lease_of(locked, name):  # it lives, and its lease is still to come
+        assert not lease_of(locked).read()
+        assert not lease_of(locked).is_dead(name)
 
 
 def test_workers_of_older_versions_have_no_lease(study: optuna.Study) -> None:

@@ -16,6 +16,7 @@ import sqlite3
 import sys
 import time
 from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -38,9 +39,13 @@ from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.storages.deferred import NoneLeft
 from optuna_nnhp.storages.deferred import Unreachable
 from optuna_nnhp.storages.journal import open_journal
+from optuna_nnhp.storages.lease import LEASE
+from optuna_nnhp.storages.lease import Lease
 from optuna_nnhp.storages.reach import Reach
 from optuna_nnhp.storages.reach import is_outage
 from optuna_nnhp.storages.reach import reason_of
+from optuna_nnhp.study.recovery import CHECKPOINT
+from optuna_nnhp.study.recovery import Recovery
 from tests.postgresql import Database
 from tests.storages.test_deferred import SPACE
 from tests.storages.test_deferred import opened
@@ -240,6 +245,25 @@ def test_what_needs_an_answer_says_that_there_is_none(place: Place) -> None:
     study.tell(trial, 1.0)
     assert study.ask(SPACE).params["rate"] == 0.25
     assert [t.state.name for t in place.read().get_trials()][:2] == ["COMPLETE", "RUNNING"]
+
+
+def test_an_outage_while_trials_are_taken_over_is_no_error(place: Place, tmp_path: Path) -> None:
+    left = place.worker("gone").ask(SPACE)
+    study = place.worker()
+    storage = deferred(study)
+    storage.set_study_system_attr(study._study_id, f"{LEASE}gone", {"ended": True})
+    lease = Lease(storage.backend, study._study_id, "here")
+    asker: Any = SimpleNamespace(study=study, problem=None, storage=storage, running={})
+    recovery = Recovery(asker, lease, tmp_path / "checkpoints")
+    assert recovery.lease.is_dead("gone")
+    assert len(study.get_trials()) == 1
+    with place.away():
+        assert recovery.claim() == {}
+        assert not storage.is_reachable
+    assert storage.wait_until_reachable(10.0)
+    assert [trial.number for trial in recovery.claim()["gone"]] == [left.number]
+    (trial,) = place.read().get_trials()
+    assert (trial.user_attrs["worker"], trial.user_attrs[CHECKPOINT]) == ("here", "gone")
 
 
 def test_a_restart_between_two_calls_is_not_even_noticed(

@@ -226,6 +226,13 @@ def test_a_study_of_another_template(folder: Path) -> None:
         tune(X, Y, storage="s.journal", study_name="s")
 
 
+@pytest.mark.parametrize("directions", [["maximize"], ["minimize", "minimize"]])
+def test_an_empty_study_of_another_direction(folder: Path, directions: list[str]) -> None:
+    optuna.create_study(study_name="s", storage=open_storage("s.journal"), directions=directions)
+    with pytest.raises(ValueError, match="another direction: m"):
+        tune(X, Y, storage="s.journal", study_name="s", n_trials=1)
+
+
 def test_another_direction(folder: Path) -> None:
     def own(y_true: Any, y_pred: Any) -> float:
         return 0.0

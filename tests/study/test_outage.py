@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -16,6 +20,7 @@ from optuna_nnhp import Result
 from optuna_nnhp.storages.reach import Unreachable
 from optuna_nnhp.study import scheduler
 from tests.tiny import DIFFERENT_LENGTHS
+from tests.tiny import ENVIRONMENT
 from tests.tiny import causes
 from tests.tiny import courses
 from tests.tiny import numbers
@@ -35,8 +40,11 @@ class Away:
         self.seconds, self.is_used = seconds, False
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        if self.is_used:
-            return
+        if not self.is_used:
+            self.lock()
+
+    def lock(self) -> None:
+        """Lock it now."""
         self.is_used = True
         self.connection = sqlite3.connect("s.db", isolation_level=None, check_same_thread=False)
         self.connection.execute("BEGIN EXCLUSIVE")
@@ -68,7 +76,7 @@ def test_what_a_storage_has_not_got_waits_for_the_next_run(
 ) -> None:
     wanted, away = run(storage=None), Away(None)
     monkeypatch.setattr(scheduler, "GIVE_UP", 0.5)
-    with pytest.raises(Unreachable, match="the same call writes it, and goes on") as error:
+    with pytest.raises(Unreachable, match="the same call goes on") as error:
         run(callbacks=[away])
     (kept,) = folder.rglob("unsent-*.json")
     assert kept.name in str(error.value)
@@ -77,6 +85,44 @@ def test_what_a_storage_has_not_got_waits_for_the_next_run(
     assert states(result) == [TrialState.COMPLETE] * 8
     assert courses(result)[:4] == courses(wanted)[:4]
     assert causes(result) == ["finished"] * 8
+    assert not list(folder.rglob("unsent-*"))
+
+
+KILLED = """
+import os, signal
+from optuna_nnhp.study import checkpoints
+from tests.study.test_outage import Away, run
+
+checkpoints.SHARE = 1e9  # as many as there can be
+away, ended = Away(None), []
+
+
+def note(study, trial):
+    away(study, trial)
+    ended.append(trial.number)
+    print(trial.number, flush=True)
+    if len(ended) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+run(callbacks=[note], checkpoint_every=0.001)
+"""
+
+
+def test_what_ended_while_the_storage_was_away_survives_a_kill(folder: Path) -> None:
+    wanted = run(storage=None)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ended = [int(number) for number in killed.stdout.split()]
+    assert len(list(folder.rglob("unsent-*.json"))) == 1
+    again = datetime.now()
+    result = run()
+    assert courses(result)[:4] == courses(wanted)[:4]
+    assert causes(result) == ["finished"] * 8
+    early = [t.number for t in trials(result) if (t.datetime_complete or again) < again]
+    assert set(early) >= set(ended[:2])  # the third one's end was not in a checkpoint yet
     assert not list(folder.rglob("unsent-*"))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
+from optuna.pruners import NopPruner
 from optuna.trial import TrialState
 import pytest
 
@@ -24,10 +25,13 @@ from optuna_nnhp.storages.batches import Written
 from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.storages.opening import open_storage
 from optuna_nnhp.storages.tables import TableWriter
+from optuna_nnhp.study import recovery
 from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.checkpoints import folder_of
 from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.recovery import RELEASED
+from optuna_nnhp.templates import DNN
+from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
 from tests.tiny import SHAPE
@@ -35,6 +39,7 @@ from tests.tiny import courses
 from tests.tiny import numbers
 from tests.tiny import tune
 
+LONG = SHAPE | {"epochs": 12, "patience": 10**6}
 KINDS = ("dnn", "own", "gpt", "population", "gradient")
 # What another process runs: `tune` with the given options, killed by itself at some moment.
 SCRIPT = """
@@ -85,9 +90,18 @@ elif kind == "own":
         nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(params["dropout"]), nn.Linear(8, 1)
     )
     usual |= {"fixed": long | {"batch_size": 64}, "cohort_size": 3}
-elif kind in ("dnn", "poison"):
-    if kind == "poison":
-        recovery.SUSPECT, recovery.POISONOUS = 1, 2
+elif kind == "poison":
+    recovery.SUSPECT, recovery.POISONOUS = 2, 4
+    original = Cohort.train_round
+
+    def train_round(self, *args):
+        if any(member.number == 1 for member in self.members):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args)
+
+    Cohort.train_round = train_round
+    usual |= {"fixed": SHAPE | long}
+elif kind == "dnn":
     after_each_call(Cohort, "train_round")
     usual |= {"fixed": SHAPE | long, "cohort_size": 6}
 else:
@@ -188,16 +202,18 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(folder: Path, harm: str
     assert courses_of("cut.journal") == whole("dnn")
 
 
-def test_who_kills_every_worker_is_trained_alone_and_then_ended(folder: Path) -> None:
-    wishes: dict[str, Any] = {"n_trials": 2, "cohort_size": 2, "checkpoint_every": None}
-    for _ in range(3):
-        killed = run("poison", "s.journal", at=1, **wishes)
-        assert killed.returncode == -signal.SIGKILL
-    last = run("poison", "s.journal", **wishes)
-    assert last.returncode == 0, last.stderr
+def test_who_kills_every_worker_is_trained_alone_and_ends_and_its_mates_do_not(
+    folder: Path,
+) -> None:
+    wishes: dict[str, Any] = {"n_trials": 4, "cohort_size": 4, "checkpoint_every": 60.0}
+    lasts = [run("poison", "s.journal", **wishes)]
+    while lasts[-1].returncode == -signal.SIGKILL and len(lasts) < 12:
+        lasts.append(run("poison", "s.journal", **wishes))
+    assert lasts[-1].returncode == 0, lasts[-1].stderr
+    assert len(lasts) == 6  # the first one, and POISONOUS that took the trial over, are killed
     found = study_of("s.journal").trials
-    assert [t.user_attrs["cause"] for t in found] == ["killed"] * 2 + ["finished"] * 2
-    assert [t.state.name for t in found] == ["FAIL"] * 2 + ["COMPLETE"] * 2
+    assert [t.user_attrs["cause"] for t in found] == ["finished", "killed"] + ["finished"] * 3
+    assert [t.state.name for t in found] == ["COMPLETE", "FAIL"] + ["COMPLETE"] * 3
 
 
 @pytest.mark.parametrize("kind", ["own", "gpt", "population", "gradient"])
@@ -244,16 +260,64 @@ def test_the_answer_to_a_takeover_is_lost(folder: Path, monkeypatch: pytest.Monk
         return written
 
     monkeypatch.setattr(TableWriter, "write", write)
-    study = tune(
-        *numbers(200),
-        storage="sqlite:///cut.db",
-        n_trials=TRIALS["dnn"],
-        fixed=SHAPE | {"epochs": 12, "patience": 10**6},
-        cohort_size=6,
-        pruner=optuna.pruners.NopPruner(),
-    ).study
+    finish_in = functools.partial(tune, *numbers(200), storage="sqlite:///cut.db")
+    study = finish_in(n_trials=6, fixed=LONG, cohort_size=6, pruner=NopPruner()).study
     assert len(lost) == 6
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 6
+
+
+def finish(storage: str, **wishes: Any) -> list[Any]:
+    """Go on in this process with what `run` has begun of the kind "dnn"."""
+    usual: dict[str, Any] = {
+        "fixed": LONG,
+        "cohort_size": 6,
+        "pruner": NopPruner(),
+        "device": "cpu",
+    }
+    tune(*numbers(200), storage=storage, **{"n_trials": TRIALS["dnn"], **usual, **wishes})
+    return courses_of(storage)
+
+
+def test_a_checkpoint_of_more_than_there_is_room_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("dnn", "cut.journal", at=4)
+    original, sizes = DNN.cohort, list[int]()
+
+    def cohort(problem: DNN, members: Any) -> Cohort:
+        if len(members) > 2:
+            raise MemoryError
+        sizes.append(len(members))
+        return original(problem, members)
+
+    monkeypatch.setattr(DNN, "cohort", cohort)
+    assert finish("cut.journal") == whole("dnn")
+    assert 2 in sizes
+
+
+def test_a_checkpoint_of_another_version_is_of_no_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("A snapshot must have the cohort's tensors.")
+
+    alone: dict[str, Any] = {"cohort_size": 1, "n_trials": 1}
+    wanted = finish("whole.journal", **alone)
+    run("dnn", "cut.journal", at=4, **alone)
+    monkeypatch.setattr(recovery, "restored", refuse)
+    assert finish("cut.journal", **alone) == wanted
+    assert "their checkpoint is of no use" in log.text
+
+
+def test_trials_that_wait_for_a_worker_have_their_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("dnn", "cut.journal", how="SIGTERM", at=4)
+    with monkeypatch.context() as patch:  # a worker that does not see them yet
+        patch.setattr(recovery.Recovery, "released", lambda self: [])
+        finish("cut.journal")
+    assert [t.state for t in study_of("cut.journal").trials] == [TrialState.WAITING] * 6
+    assert finish("cut.journal") == whole("dnn")
 
 
 def test_a_living_worker_keeps_its_trials(folder: Path) -> None:

@@ -17,6 +17,7 @@ from optuna_nnhp import Result
 from optuna_nnhp.inspect.summary import summary
 from optuna_nnhp.study.loop import Budget
 from optuna_nnhp.study.replicates import CONFIGURATIONS
+from optuna_nnhp.study.replicates import FEWEST
 from optuna_nnhp.study.replicates import MOST_SHARE
 from optuna_nnhp.study.replicates import REPLICATES
 from optuna_nnhp.study.replicates import Replication
@@ -280,6 +281,29 @@ def test_where_time_is_short_fewer_configurations_have_all_replicates(
     assert [len(entry["values"]) for entry in record(found).values()] == [3] * configurations
     best = sorted(found.study.trials, key=lambda t: t.value or 0.0)[:configurations]
     assert set(record(found)) == {str(trial.number) for trial in best}
+
+
+def test_what_cannot_be_measured_is_tried_for_the_best(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    def no_room(some: object) -> float:
+        raise MemoryError
+
+    found, budget = tuned(), Budget(None, timeout=1000.0)
+    replication = Replication(found._problem, 3, budget)
+    monkeypatch.setattr(replication, "_seconds", no_room)
+    replication.run(found.study)
+    assert len(record(found)) == FEWEST
+    assert "The replicates' time could not be measured" in log.text
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_after_workers_that_came_late_there_is_time_left(is_late: bool) -> None:
+    found, budget = tuned(), Budget(None, timeout=100.0)
+    replication = Replication(found._problem, 3, budget)
+    budget.started -= 1000.0
+    replication.run(found.study, is_late=is_late)
+    assert bool(found.study.user_attrs.get(REPLICATES)) == is_late
 
 
 def test_long_trials_take_their_quarter() -> None:

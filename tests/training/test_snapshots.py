@@ -19,6 +19,7 @@ from optuna_nnhp.training.files import load_checked
 from optuna_nnhp.training.files import save_checked
 from optuna_nnhp.training.snapshots import Snapshot
 from optuna_nnhp.training.snapshots import members_of
+from optuna_nnhp.training.snapshots import part_of
 from optuna_nnhp.training.snapshots import restored
 from optuna_nnhp.training.snapshots import snapshot_of
 from tests.members import task
@@ -130,6 +131,24 @@ def test_members_of_different_ages_and_those_that_left(tmp_path: Path) -> None:
     kept = through_files(cohort, tmp_path)
     assert members_of(kept.facts) == cohort.members
     assert finish(restored(make, kept)) == finish(cohort)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_goes_on_as_in_the_whole(kind: str, tmp_path: Path) -> None:
+    make, members = KINDS[kind]()
+    cohort = make(members)
+    cohort.train_round()
+    part = part_of(through_files(cohort, tmp_path), [1])
+    sizes = list[int]()
+
+    def small(some: Sequence[Member]) -> Cohort:
+        sizes.append(len(some))
+        return make(some)
+
+    alone = restored(small, part)
+    assert sizes == [1]
+    cohort.keep([1])
+    assert finish(alone) == finish(cohort)
 
 
 def test_a_budget_in_seconds_stays_the_same_number_of_steps(tmp_path: Path) -> None:

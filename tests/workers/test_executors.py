@@ -406,6 +406,13 @@ def test_a_signal_to_the_caller_reaches_workers_elsewhere(
     assert len(trials(result)) == 1  # the default configuration, which waits
 
 
+def test_workers_that_had_to_wait_are_replaced_too(folder: Path) -> None:
+    executor = Dying(100)
+    with pytest.raises(RuntimeError, match="but all have died"):
+        tune(X, Y, storage="n.journal", executor=executor, n_trials=None, timeout=1e-6)
+    assert executor.calls == 4
+
+
 def test_not_for_ever(folder: Path, log: pytest.LogCaptureFixture) -> None:
     executor = Dying(100)
     text = "A worker must come to its end, but all have died"
