@@ -73,16 +73,18 @@ def main(argv: list[str] | None = None) -> int:
             show_progress_bar=True,
         )
         folder = result.save(options.out or f"{name}-model")
-        print(closing_report(result, storage, {"model": f"{folder} (optuna_nnhp.load)"}))
+        report = closing_report(result, storage, {"model": f"{folder} (optuna_nnhp.load)"})
     except (ValueError, OSError, RuntimeError, OptunaError, ModuleNotFoundError) as error:
         print(f"error: {without_password(error, storage)}", file=sys.stderr)
         return 2
+    code = 0
     try:
-        print("\n" + result.generate(options.prompt, tokens=TOKENS))
+        print(result.generate(options.prompt, tokens=TOKENS), end="\n\n")
     except ValueError as error:
         print(f"error: `--prompt` cannot be continued: {error}", file=sys.stderr)
-        return 2
-    return 0
+        code = 2
+    print(report)
+    return code
 
 
 if __name__ == "__main__":

@@ -92,6 +92,13 @@ def test_gpt_text(run: Run, sums: Path, tmp_path: Path) -> None:
     assert optuna_nnhp.load(tmp_path / "sums-model").generate("12", tokens=3).startswith("12")
 
 
+def test_a_prompt_that_cannot_be_continued_loses_nothing(run: Run, sums: Path) -> None:
+    line = ("gpt_text", str(sums), "--timeout", "4", "--seconds", "0.3", "--n-trials", "1")
+    code, output, errors = run(*line, "--prompt", "Ünd")
+    assert code == 2 and "`--prompt` cannot be continued" in errors
+    assert "dashboards/serve.py sums.journal" in output.splitlines()[-1]
+
+
 def test_gpt_transfer(run: Run, sums: Path) -> None:
     sizes = ("--narrow", "16", "--wide", "32", "--train-tokens", "8000", "--final-tokens", "8000")
     code, output, errors = run("gpt_transfer", str(sums), "--timeout", "4", *sizes)

@@ -267,11 +267,9 @@ def bowl(trial: optuna.Trial) -> float:
     ],
 )
 def test_what_a_storage_holds_runs_no_code(
-    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    optuna.logging.enable_propagation()
-
     study = optuna.create_study(sampler=EvolutionSampler(seed=0))
     study.optimize(bowl, n_trials=40)
     assert any("cma:optimizer:0" in trial.system_attrs for trial in study.trials)
@@ -283,5 +281,5 @@ def test_what_a_storage_holds_runs_no_code(
     other.add_trial(worst)
     other.sampler = EvolutionSampler(seed=1)
     other.optimize(bowl, n_trials=3)
-    assert "must be what Optuna wrote" in caplog.text
+    assert "must be what Optuna wrote" in log.text
     assert not list(tmp_path.iterdir())
