@@ -29,6 +29,7 @@ from optuna_nnhp.__main__ import main
 from optuna_nnhp.study.recovery import RELEASED
 from optuna_nnhp.workers.job import Job
 from optuna_nnhp.workers.job import Outcome
+from optuna_nnhp.workers.job import work
 from optuna_nnhp.workers.watch import INTERRUPT
 from optuna_nnhp.workers.watch import RELEASE
 from optuna_nnhp.workers.watch import STOP
@@ -90,13 +91,19 @@ def test_it_joins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("what", [STOP, INTERRUPT, RELEASE])
-def test_what_workers_were_told_before_is_over(what: str, folder: Path) -> None:
+def test_what_workers_were_told_before_is_over(
+    what: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begin()
-    tell(begun(), what)
-    before = finished()
-    assert worker("--data", "data.npz", "--timeout", 2.5) == 0
-    at = [t.datetime_complete for t in begun().trials[before:] if t.datetime_complete]
-    assert (max(at) - min(at)).total_seconds() > 1.2  # longer than until the first look
+    mark, seen = tell(begun(), what), list[str | None]()
+
+    def noted(job: Job, problem: Any) -> Outcome:
+        seen.append(job.told)
+        return work(job, problem)
+
+    monkeypatch.setattr(command_line, "work", noted)
+    assert worker("--data", "data.npz", "--n-trials", 5) == 0
+    assert seen == [mark] and finished() == 5
 
 
 def test_the_loop_s_options_are_the_study_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
