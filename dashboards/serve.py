@@ -31,7 +31,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
 
 from optuna_nnhp.inspect.dashboard import annotate
-from optuna_nnhp.messages import without_password
+from optuna_nnhp.messages import first_line
 from optuna_nnhp.storages.journal import open_journal
 from optuna_nnhp.storages.proxy import SCHEME
 from optuna_nnhp.storages.proxy import grpc_proxy
@@ -122,8 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def one_line(text: object, storage: str = "") -> str:
     """The first line of a text, with the passwords in it and in the storage's URL hidden."""
-    line = (str(text).strip() or type(text).__name__).splitlines()[0].rstrip(".")
-    return without_password(line, storage)
+    return first_line(text, storage).rstrip(".")
 
 
 def is_local(host: str) -> bool:

@@ -95,6 +95,25 @@ def without_password(text: object, url: object = "") -> str:
     return _NAMED.sub(rf"\1{HIDDEN}", hidden)
 
 
+def first_line(error: object, url: object = "") -> str:
+    """What an error says first, without passwords; the name of its type if it says nothing.
+
+    Args:
+        error:
+            The error, or its text.
+        url:
+            The storage's URL, if it is known.
+
+    Example:
+        >>> first_line(OSError("cannot open mysql://me:secret@host/db.\\nCheck the host."))
+        'cannot open mysql://me:***@host/db.'
+        >>> first_line(KeyboardInterrupt())
+        'KeyboardInterrupt'
+    """
+    lines = without_password(error, url).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def holds_password(error: BaseException | None, url: object = "") -> bool:
     """Whether an error, or one that it came from, says the password of a URL.
 

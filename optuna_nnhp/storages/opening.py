@@ -7,6 +7,7 @@ from pathlib import Path
 import optuna
 from optuna.storages import BaseStorage
 
+from optuna_nnhp.messages import first_line
 from optuna_nnhp.messages import holds_password
 from optuna_nnhp.messages import without_password
 from optuna_nnhp.storages.journal import open_journal
@@ -45,7 +46,7 @@ def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
     except Exception as error:  # drivers and SQLAlchemy raise types of their own
         cause = error
     name = " ".join(without_password(storage, storage).split())
-    lines = without_password(cause, storage).strip().splitlines() or [type(cause).__name__]
-    text = f"The storage must be one that can be written, but {name} cannot: {lines[0]}"
+    reason = first_line(cause, storage)
+    text = f"The storage must be one that can be written, but {name} cannot: {reason}"
     # Outside of the `except`: a driver's own text would be shown above ours.
     raise ValueError(text) from (None if holds_password(cause, str(storage)) else cause)

@@ -13,7 +13,7 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.exceptions import StorageInternalError
 from optuna.exceptions import UpdateFinishedTrialError
 
-from optuna_nnhp.messages import without_password
+from optuna_nnhp.messages import first_line
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -189,8 +189,7 @@ def reason_of(error: BaseException, url: str = "") -> str:
     text = str(cause)
     if callable(details := getattr(cause, "details", None)):  # gRPC's own text has many lines
         text = str(details() or text)
-    lines = without_password(text, url).strip().splitlines()
-    return (lines[0].rstrip(" .") if lines else type(cause).__name__)[:LONGEST_REASON]
+    return first_line(text.strip() or type(cause).__name__, url).rstrip(" .")[:LONGEST_REASON]
 
 
 def _is_lost(cause: BaseException) -> bool:

@@ -13,11 +13,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.storages.batches import RELEASED
 from optuna_nnhp.study.asking import CUT_SHORT
 from optuna_nnhp.study.asking import Asker
 from optuna_nnhp.study.podium import Podium
 from optuna_nnhp.study.pool import Live
-from optuna_nnhp.study.recovery import RELEASED
 from optuna_nnhp.study.trials import TOO_LONG
 from optuna_nnhp.study.trials import RunningTrial
 from optuna_nnhp.training.again import judge_best

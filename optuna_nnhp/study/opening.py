@@ -149,18 +149,17 @@ def _check_same(study: optuna.Study, problem: Problem) -> None:
     advice = "; choose another `study_name`."
     known, wanted = study.user_attrs, "maximize" if problem.maximize else "minimize"
     directions = ", ".join(direction.name.lower() for direction in study.directions)
-    if LAST not in known:
-        if directions != wanted:
-            raise ValueError(f"{text}direction: {directions}{advice}")
-        if study.get_trials(deepcopy=False):
-            raise ValueError(f"{text}origin: its trials are not optuna_nnhp's{advice}")
-        return
-    for name in IDENTITY:
+    is_new = LAST not in known
+    if is_new and study.get_trials(deepcopy=False):
+        raise ValueError(f"{text}origin: its trials are not optuna_nnhp's{advice}")
+    for name in () if is_new else IDENTITY:
         if known.get(name) != problem.description.get(name):
             old, new = known.get(name), problem.description.get(name)
             raise ValueError(f"{text}{name}: {old!r}, but this one has {new!r}{advice}")
     if directions != wanted:
         raise ValueError(f"{text}direction: {directions}{advice}")
+    if is_new:
+        return
     old_space = {name: json_to_distribution(text) for name, text in known["space"].items()}
     for name in {**old_space, **problem.space}:
         old_values = old_space.get(name, known["fixed"].get(name))

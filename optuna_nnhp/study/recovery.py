@@ -19,7 +19,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.storages.batches import RELEASED as RELEASED
+from optuna_nnhp.storages.batches import RELEASED
 from optuna_nnhp.storages.batches import WORKER
 from optuna_nnhp.storages.lease import Lease
 from optuna_nnhp.storages.outbox import replay_unsent
@@ -82,9 +82,10 @@ class Recovery:
         self._found.clear()
         claimed: dict[str, list[FrozenTrial]] = {}
         try:
-            if self._abandoned():
+            if abandoned := self._abandoned():
                 self.replay_unsent()  # some of them may have ended
-            for worker, trials in self._one_suspect(self._abandoned()).items():
+                abandoned = self._abandoned()
+            for worker, trials in self._one_suspect(abandoned).items():
                 sources = {trial._trial_id: self._source(trial, worker) for trial in trials}
                 self._unsure[worker] = trials
                 taken = self.storage.take_over(dict.fromkeys(sources, worker))

@@ -24,7 +24,7 @@ from optuna.samplers import BaseSampler
 from optuna.samplers import GridSampler
 from optuna.trial import TrialState
 
-from optuna_nnhp.messages import without_password
+from optuna_nnhp.messages import first_line
 from optuna_nnhp.search.levels import LevelsSampler
 from optuna_nnhp.storages.deferred import DeferredStorage
 from optuna_nnhp.study.loop import Budget
@@ -213,8 +213,7 @@ class Crew:
             return
         except Exception as error:  # each executor has types of its own for a death
             self._last_death = error
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            self._replace(place, f"died: {without_password(lines[0], self.job.storage)}")
+            self._replace(place, f"died: {first_line(error, self.job.storage)}")
             return
         if outcome.error is not None:
             self.errors.append(outcome.error)

@@ -20,6 +20,7 @@ from optuna.pruners import NopPruner
 from optuna.trial import TrialState
 import pytest
 
+from optuna_nnhp.storages.batches import RELEASED
 from optuna_nnhp.storages.batches import Batch
 from optuna_nnhp.storages.batches import Written
 from optuna_nnhp.storages.deferred import DeferredStorage
@@ -29,7 +30,6 @@ from optuna_nnhp.study import recovery
 from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.checkpoints import folder_of
 from optuna_nnhp.study.checkpoints import newest
-from optuna_nnhp.study.recovery import RELEASED
 from optuna_nnhp.templates import DNN
 from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import DIFFERENT_LENGTHS

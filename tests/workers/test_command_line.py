@@ -26,7 +26,7 @@ import optuna_nnhp
 from optuna_nnhp import __main__ as command_line
 from optuna_nnhp import optimize
 from optuna_nnhp.__main__ import main
-from optuna_nnhp.study.recovery import RELEASED
+from optuna_nnhp.storages.batches import RELEASED
 from optuna_nnhp.workers.job import Job
 from optuna_nnhp.workers.job import Outcome
 from optuna_nnhp.workers.job import work
