@@ -17,9 +17,9 @@ PARTS = {
 setup(
     ext_modules=[
         Extension(
-            f"optuna_nnhp.training._{name}_engine",
-            [f"optuna_nnhp/training/{name}_engine.c"],
-            depends=[f"optuna_nnhp/training/{header}.h" for header in (*SHARED, *parts)],
+            f"optuna_nnhp.engine._{name}_engine",
+            [f"optuna_nnhp/engine/csrc/{name}_engine.c"],
+            depends=[f"optuna_nnhp/engine/csrc/{header}.h" for header in (*SHARED, *parts)],
             extra_compile_args=FLAGS,
             optional=True,
         )

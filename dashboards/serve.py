@@ -30,11 +30,11 @@ from optuna.storages import BaseStorage
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
 
+from optuna_nnhp.errors import first_line
 from optuna_nnhp.inspect.dashboard import annotate
-from optuna_nnhp.messages import first_line
-from optuna_nnhp.storages.journal import open_journal
-from optuna_nnhp.storages.proxy import SCHEME
-from optuna_nnhp.storages.proxy import grpc_proxy
+from optuna_nnhp.storages.grpc_storage import GRPC_SCHEME
+from optuna_nnhp.storages.grpc_storage import open_grpc_proxy
+from optuna_nnhp.storages.journal_file import open_journal
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse
@@ -164,8 +164,8 @@ def open_storage(storage: str) -> BaseStorage:
         ValueError: If the file is no journal.
         Exception: Whatever the database's driver raises.
     """
-    if storage.startswith(SCHEME):
-        return grpc_proxy(storage)
+    if storage.startswith(GRPC_SCHEME):
+        return open_grpc_proxy(storage)
     if "://" in storage:
         url = make_url(storage)
         path = url.database if url.get_backend_name() == "sqlite" else None

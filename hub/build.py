@@ -19,14 +19,14 @@ SEARCH = "optuna_nnhp/search"
 
 # By package: its sampler and the modules of `SEARCH` it needs, the sampler's own first.
 SAMPLERS = {
-    "samplers/zoom": ("ZoomSampler", ("zoom", "boxes", "ranks")),
-    "samplers/hypergradient": ("HypergradientSampler", ("hypergradient", "units")),
-    "samplers/population_based_training": ("PopulationSampler", ("population", "units")),
+    "samplers/zoom": ("ZoomSampler", ("zoom", "boxes", "ordering")),
+    "samplers/hypergradient": ("HypergradientSampler", ("hypergradient", "unit_scale")),
+    "samplers/population_based_training": ("PopulationSampler", ("population", "unit_scale")),
 }
-OWN_IMPORT = re.compile(r"^from optuna_nnhp\.search\.(\w+) import ", re.MULTILINE)
+SEARCH_IMPORT = re.compile(r"^from optuna_nnhp\.search\.(\w+) import ", re.MULTILINE)
 
 
-def copied(name: str) -> str:
+def copy_of_module(name: str) -> str:
     """A module of `SEARCH` as it stands in a package.
 
     Args:
@@ -34,11 +34,11 @@ def copied(name: str) -> str:
             The module's name.
     """
     source = (ROOT / SEARCH / f"{name}.py").read_text(encoding="utf-8")
-    source = OWN_IMPORT.sub(r"from .\1 import ", source)
+    source = SEARCH_IMPORT.sub(r"from .\1 import ", source)
     return f"# Made by hub/build.py from {SEARCH}/{name}.py of optuna_nnhp: edit that.\n{source}"
 
 
-def initial(sampler: str, module: str) -> str:
+def package_init(sampler: str, module: str) -> str:
     """The `__init__.py` of a package.
 
     Args:
@@ -53,20 +53,20 @@ def initial(sampler: str, module: str) -> str:
     )
 
 
-def made() -> dict[Path, str]:
+def generated_files() -> dict[Path, str]:
     """The text of every file that is made, by its path."""
     files = {}
     for package, (sampler, modules) in SAMPLERS.items():
         folder = PACKAGES / package
-        files[folder / "__init__.py"] = initial(sampler, modules[0])
+        files[folder / "__init__.py"] = package_init(sampler, modules[0])
         files[folder / "LICENSE"] = (ROOT / "LICENSE").read_text(encoding="utf-8")
-        files |= {folder / f"{name}.py": copied(name) for name in modules}
+        files |= {folder / f"{name}.py": copy_of_module(name) for name in modules}
     return files
 
 
 def main() -> int:
     """Write the files that are not up to date, and say which."""
-    for path, text in made().items():
+    for path, text in generated_files().items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             print(path.relative_to(ROOT))

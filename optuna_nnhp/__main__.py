@@ -35,34 +35,38 @@ import optuna
 from optuna import Study
 from optuna.storages import BaseStorage
 
-from optuna_nnhp.messages import without_password
-from optuna_nnhp.search.levels import LevelsSampler
-from optuna_nnhp.seeds import check_seed
-from optuna_nnhp.storages.opening import open_storage
-from optuna_nnhp.storages.places import DEFAULT_STORAGE
-from optuna_nnhp.storages.places import check_exists
-from optuna_nnhp.storages.places import inside
-from optuna_nnhp.storages.places import models_folder
-from optuna_nnhp.study.opening import MODELS
+from optuna_nnhp.errors import hide_passwords
+from optuna_nnhp.rng import check_seed
+from optuna_nnhp.search.grid import GridPointsSampler
+from optuna_nnhp.storages.open_storage import open_storage
+from optuna_nnhp.storages.paths import DEFAULT_STORAGE
+from optuna_nnhp.storages.paths import check_storage_exists
+from optuna_nnhp.storages.paths import models_folder
+from optuna_nnhp.storages.paths import safe_join
+from optuna_nnhp.study.open_study import MODELS
 from optuna_nnhp.templates import Template
-from optuna_nnhp.templates.recipe import Recipe
-from optuna_nnhp.workers.job import Job
-from optuna_nnhp.workers.job import Outcome
-from optuna_nnhp.workers.job import settled
-from optuna_nnhp.workers.job import work
-from optuna_nnhp.workers.joining import noted_options
-from optuna_nnhp.workers.joining import noted_pruner
-from optuna_nnhp.workers.joining import noted_trials
-from optuna_nnhp.workers.joining import noted_wish
-from optuna_nnhp.workers.watch import INTERRUPT
-from optuna_nnhp.workers.watch import RELEASE
-from optuna_nnhp.workers.watch import last_told
+from optuna_nnhp.templates.problem_spec import ProblemSpec
+from optuna_nnhp.workers.control import INTERRUPT
+from optuna_nnhp.workers.control import RELEASE
+from optuna_nnhp.workers.control import last_control_message_id
+from optuna_nnhp.workers.study_metadata import stored_method_config
+from optuna_nnhp.workers.study_metadata import stored_n_trials
+from optuna_nnhp.workers.study_metadata import stored_pruner
+from optuna_nnhp.workers.study_metadata import stored_tuner_options
+from optuna_nnhp.workers.worker import WorkerConfig
+from optuna_nnhp.workers.worker import WorkerResult
+from optuna_nnhp.workers.worker import build_problem_on_free_device
+from optuna_nnhp.workers.worker import run_worker
 
-FAILED, REFUSED = 1, 2
-ENDED = {None: 0, INTERRUPT: 130, RELEASE: 143}  # as shells have it: 128 and the signal's number
+EXIT_FAILED, EXIT_REFUSED = 1, 2
+EXIT_CODES = {
+    None: 0,
+    INTERRUPT: 130,
+    RELEASE: 143,
+}  # as shells have it: 128 and the signal's number
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line.
 
     Args:
@@ -70,7 +74,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             Its words; those of this process if None.
 
     Example:
-        >>> parse(["worker", "--study", "digits"]).storage
+        >>> parse_arguments(["worker", "--study", "digits"]).storage
         'optuna_nnhp.journal'
     """
     raw = argparse.RawDescriptionHelpFormatter
@@ -113,31 +117,31 @@ def main(argv: list[str] | None = None) -> int:
         argv:
             The words of the command line; those of this process if None.
     """
-    options = parse(argv)
+    options = parse_arguments(argv)
     try:
-        job, problem = _job(options)
+        config, problem = _worker_config(options)
     except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
         text = str(error) if str(error) else type(error).__name__
-        print(f"error: {without_password(text, options.storage)}", file=sys.stderr)
-        return REFUSED
+        print(f"error: {hide_passwords(text, options.storage)}", file=sys.stderr)
+        return EXIT_REFUSED
     except KeyboardInterrupt:
-        return ENDED[INTERRUPT]
-    return _told(options, work(job, problem))
+        return EXIT_CODES[INTERRUPT]
+    return _report(options, run_worker(config, problem))
 
 
-def _told(options: argparse.Namespace, outcome: Outcome) -> int:
+def _report(options: argparse.Namespace, outcome: WorkerResult) -> int:
     """Say how it ended; the exit code."""
     if outcome.error is not None:
         text = f"{type(outcome.error).__name__}: {outcome.error}"
         for line in (text, *getattr(outcome.error, "__notes__", ())):
-            print(without_password(line, options.storage), file=sys.stderr)
-        return FAILED
+            print(hide_passwords(line, options.storage), file=sys.stderr)
+        return EXIT_FAILED
     how = {None: "has come to its end", INTERRUPT: "was interrupted", RELEASE: "was told to end"}
     print(f"This worker of the study {options.study!r} {how[outcome.ended]}.")
-    return ENDED[outcome.ended]
+    return EXIT_CODES[outcome.ended]
 
 
-def _job(options: argparse.Namespace) -> tuple[Job, Template]:
+def _worker_config(options: argparse.Namespace) -> tuple[WorkerConfig, Template]:
     """What the command line and the study say together; with the data, which are the study's.
 
     Raises:
@@ -148,37 +152,37 @@ def _job(options: argparse.Namespace) -> tuple[Job, Template]:
         if value is not None and not value > 0:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"`{option}` must be more than 0, but got {value:g}.")
-    check_exists(options.storage)
+    check_storage_exists(options.storage)
     storage = open_storage(options.storage)
-    study = _opened(options, storage)
+    study = _load_study(options, storage)
     seed = uuid4().int % 2**32 if options.seed is None else check_seed(options.seed)
-    wish = noted_wish(study, options.method, seed)
-    recipe, pruner = _recipe(options, study), noted_pruner(study)
+    method_config = stored_method_config(study, options.method, seed)
+    problem_spec, pruner = _problem_spec(options, study), stored_pruner(study)
     n_trials = options.n_trials
     if n_trials is None and options.timeout is None:
-        n_trials = noted_trials(study)
+        n_trials = stored_n_trials(study)
     if n_trials is None and options.timeout is None:
         raise ValueError("`--timeout` or `--n-trials` must be given: the study notes neither.")
-    is_grid = wish.method == "grid"
+    is_grid = method_config.method == "grid"
     folder = models_folder(storage, options.storage)
-    job = Job(
-        recipe,
+    config = WorkerConfig(
+        problem_spec,
         storage,
         options.study,
-        wish,
+        method_config,
         pruner,
         n_trials,
         options.timeout,
-        sampler=LevelsSampler([], "what waits", is_part=True) if is_grid else None,
-        options=noted_options(study),
-        folder=None if folder is None else inside(folder, study.user_attrs[MODELS]),
+        sampler=GridPointsSampler([], "what waits", is_part=True) if is_grid else None,
+        options=stored_tuner_options(study),
+        folder=None if folder is None else safe_join(folder, study.user_attrs[MODELS]),
         threads=options.threads,
-        told=last_told(study),
+        last_message_id=last_control_message_id(study),
     )
-    return job, settled(recipe, study)
+    return config, build_problem_on_free_device(problem_spec, study)
 
 
-def _opened(options: argparse.Namespace, storage: BaseStorage) -> Study:
+def _load_study(options: argparse.Namespace, storage: BaseStorage) -> Study:
     """The study, which exists."""
     try:
         return optuna.load_study(study_name=options.study, storage=storage)
@@ -190,18 +194,18 @@ def _opened(options: argparse.Namespace, storage: BaseStorage) -> Study:
         ) from error
 
 
-def _recipe(options: argparse.Namespace, study: Study) -> Recipe:
+def _problem_spec(options: argparse.Namespace, study: Study) -> ProblemSpec:
     """How the study's problem is made here."""
-    data = _data(options.data)
+    data = _load_data(options.data)
     if options.validation is not None:
         data["validation"] = options.validation
     for name in ("network", "metric"):
         if getattr(options, name) is not None:
-            data[name] = _function(name, getattr(options, name))
-    return Recipe.of(study, target=options.target, device=options.device, **data)
+            data[name] = _import_function(name, getattr(options, name))
+    return ProblemSpec.from_study(study, target=options.target, device=options.device, **data)
 
 
-def _data(paths: list[str] | None) -> dict[str, Any]:
+def _load_data(paths: list[str] | None) -> dict[str, Any]:
     """The data that paths name: arrays are read here."""
     if paths is None:
         return {}
@@ -227,7 +231,7 @@ def _data(paths: list[str] | None) -> dict[str, Any]:
     return data
 
 
-def _function(name: str, text: str) -> Callable[..., Any]:
+def _import_function(name: str, text: str) -> Callable[..., Any]:
     """A function of the user's that the command line names: it says so, no storage does."""
     module, _, path = text.partition(":")
     if not module or not path:

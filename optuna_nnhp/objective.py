@@ -17,13 +17,13 @@ from torch import nn
 
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.study.environment import ENVIRONMENT
-from optuna_nnhp.study.environment import note_environment
-from optuna_nnhp.study.trials import RunningTrial
-from optuna_nnhp.study.trials import suggest
+from optuna_nnhp.study.environment import record_environment
+from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running_trial import suggest
 from optuna_nnhp.templates import make_problem
-from optuna_nnhp.training.again import judge_best
-from optuna_nnhp.training.checkpoint import BestWeights
-from optuna_nnhp.training.machine import single_blas
+from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.device import single_threaded_blas
+from optuna_nnhp.training.retrain import evaluate_best
 
 Direction = Literal["maximize", "minimize"]
 Kept = WeakKeyDictionary[BaseStorage, dict[int, tuple[float, BestWeights]]]
@@ -94,20 +94,20 @@ class Objective:
         self._check_direction(trial.study)
         member = problem.member(trial.number, suggest(trial, problem.space))
         problem.signature(member)  # raises what keeps it from being trained
-        trial.set_user_attr(ENVIRONMENT, note_environment(trial.study, problem))
+        trial.set_user_attr(ENVIRONMENT, record_environment(trial.study, problem))
         running = RunningTrial(trial, member, problem.maximize)
         cohort = problem.cohort([member])
         cause: str | None = None
-        with single_blas:
+        with single_threaded_blas:
             while cause is None:
                 scores = cohort.train_round()
                 assert scores is not None
-                running.take(scores, 0)
+                running.add_scores(scores, 0)
                 running.report()
                 cause = scores.ended[0] or ("pruned" if trial.should_prune() else None)
         ends_early = cause in ("pruned", "diverged")
         if not ends_early:
-            running.settled = judge_best(cohort, 0)
+            running.exact_value = evaluate_best(cohort, 0)
         running.describe(problem, cohort.iterations[0], cause)
         if ends_early:
             raise optuna.TrialPruned(f"Trial {trial.number}: {cause}.")
@@ -117,7 +117,7 @@ class Objective:
             before = kept.get(trial.study._study_id)
             if before is None or running.is_better(running.best, before[0]):
                 weights = BestWeights(None)
-                weights.put(trial.number, cohort.best_network(0))
+                weights.save(trial.number, cohort.best_network(0))
                 kept[trial.study._study_id] = running.best, weights
         return running.best
 

@@ -20,39 +20,39 @@ from optuna.storages import BaseStorage
 import torch
 from torch import nn
 
-from optuna_nnhp import seeds
-from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp import rng
+from optuna_nnhp.errors import hide_passwords
+from optuna_nnhp.errors import short_repr
+from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.inspect.result import Result
-from optuna_nnhp.inspect.sample import keep_sample
-from optuna_nnhp.messages import brief
-from optuna_nnhp.messages import without_password
+from optuna_nnhp.inspect.sample import store_generated_text
 from optuna_nnhp.search.halving import CohortHalvingPruner
-from optuna_nnhp.storages.opening import open_storage
-from optuna_nnhp.storages.places import DEFAULT_STORAGE
-from optuna_nnhp.storages.places import models_folder
-from optuna_nnhp.study.checkpoints import EVERY
-from optuna_nnhp.study.loop import Budget
-from optuna_nnhp.study.opening import MODELS
-from optuna_nnhp.study.opening import open_study
-from optuna_nnhp.study.opening import read_directly
-from optuna_nnhp.study.replicates import CONFIGURATIONS
-from optuna_nnhp.study.replicates import Replication
+from optuna_nnhp.storages.open_storage import open_storage
+from optuna_nnhp.storages.paths import DEFAULT_STORAGE
+from optuna_nnhp.storages.paths import models_folder
+from optuna_nnhp.study.budget import Budget
+from optuna_nnhp.study.checkpoints import CHECKPOINT_INTERVAL
+from optuna_nnhp.study.method_config import enqueue_source_best
+from optuna_nnhp.study.method_config import parse_method
+from optuna_nnhp.study.open_study import MODELS
+from optuna_nnhp.study.open_study import open_study
+from optuna_nnhp.study.open_study import without_cache
+from optuna_nnhp.study.replicates import MAX_CONFIGURATIONS
+from optuna_nnhp.study.replicates import ReplicateTrainer
 from optuna_nnhp.study.replicates import check_replicates
-from optuna_nnhp.study.scheduler import Callback
-from optuna_nnhp.study.wish import begin_zoomed
-from optuna_nnhp.study.wish import wish_of
+from optuna_nnhp.study.tuner import Callback
 from optuna_nnhp.templates import Template
-from optuna_nnhp.templates.recipe import Recipe
-from optuna_nnhp.training.checkpoint import BestWeights
-from optuna_nnhp.workers.crew import Executor
-from optuna_nnhp.workers.job import Job
-from optuna_nnhp.workers.job import planned
-from optuna_nnhp.workers.job import run
-from optuna_nnhp.workers.job import settled
-from optuna_nnhp.workers.joining import note_search
-from optuna_nnhp.workers.sharing import check_workers
-from optuna_nnhp.workers.sharing import keep_best
-from optuna_nnhp.workers.sharing import run_workers
+from optuna_nnhp.templates.problem_spec import ProblemSpec
+from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.workers.launch import check_workers
+from optuna_nnhp.workers.launch import delete_other_weights
+from optuna_nnhp.workers.launch import run_workers
+from optuna_nnhp.workers.study_metadata import store_search_config
+from optuna_nnhp.workers.worker import WorkerConfig
+from optuna_nnhp.workers.worker import build_problem
+from optuna_nnhp.workers.worker import build_problem_on_free_device
+from optuna_nnhp.workers.worker import run_tuner
+from optuna_nnhp.workers.worker_pool import Executor
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -85,7 +85,7 @@ def optimize(
     callbacks: Sequence[Callback] | None = None,
     show_progress_bar: bool = False,
     cohort_size: int | None = None,
-    checkpoint_every: float | None = EVERY,
+    checkpoint_every: float | None = CHECKPOINT_INTERVAL,
     trial_timeout: float | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -112,7 +112,8 @@ def optimize(
             What to predict; with a CSV file, give ``target`` instead.
         network:
             A function of your own from parameters, a mapping, to a `torch.nn.Module`, instead of
-            ``template``; ``space`` then names your parameters too. See `templates.OwnNetwork`.
+            ``template``; ``space`` then names your parameters too. See
+            `templates.CustomNetworkTemplate`.
         target:
             Column of the CSV file that is to be predicted.
         task:
@@ -225,22 +226,24 @@ def optimize(
     """
     _check_budget(n_trials, timeout, cohort_size)
     if study_name is not None and not isinstance(study_name, str):
-        raise ValueError(f"`study_name` must be a text, but got {brief(study_name)}.")
+        raise ValueError(f"`study_name` must be a text, but got {short_repr(study_name)}.")
     if callbacks is not None and not isinstance(callbacks, Sequence):
-        raise ValueError(f"`callbacks` must be a list of functions, but got {brief(callbacks)}.")
+        raise ValueError(
+            f"`callbacks` must be a list of functions, but got {short_repr(callbacks)}."
+        )
     _check_seconds(checkpoint_every=checkpoint_every, trial_timeout=trial_timeout)
-    seeds.check_seed(seed)
+    rng.check_seed(seed)
     check_workers(workers, executor, storage)
     budget, count = Budget(n_trials, timeout), check_replicates(replicates)
-    wish = wish_of(method, sampler, method_options, levels, seed)
-    wish.refuse(
+    method_config = parse_method(method, sampler, method_options, levels, seed)
+    method_config.reject_options(
         pruner=None if isinstance(pruner, NopPruner) else pruner,
         cohort_size=cohort_size,
         trial_timeout=trial_timeout,
     )
     if pruner is not None:
         _check_pruner(pruner)
-    recipe = Recipe(
+    problem_spec = ProblemSpec(
         template,
         X,
         y,
@@ -259,60 +262,66 @@ def optimize(
         device=device,
         compile=compile,
     )
-    job = Job(
-        recipe,
+    config = WorkerConfig(
+        problem_spec,
         storage,
         study_name or "",
-        wish,
+        method_config,
         pruner,
         n_trials,
         options={
             "cohort_size": cohort_size,
-            "kept": CONFIGURATIONS if count else 1,
+            "kept": MAX_CONFIGURATIONS if count else 1,
             "checkpoint_every": checkpoint_every,
             "trial_timeout": trial_timeout,
         },
         callbacks=tuple(callbacks or ()),
         workers=workers,
     )
-    return _tune(job, budget, count, executor, show_progress_bar)
+    return _run_study(config, budget, count, executor, show_progress_bar)
 
 
-def _tune(
-    job: Job,
+def _run_study(
+    config: WorkerConfig,
     budget: Budget,
     replicates: int | None,
     executor: Executor | None,
     show_progress_bar: bool,
 ) -> Result:
     """Open the study and run it: here, or by a crew of workers."""
-    problem, space = planned(job.recipe), job.recipe.space
-    job.wish.check(problem, budget)
-    pruner = job.pruner or CohortHalvingPruner(first_rung=problem.first_rung)
-    study, weights = _open(problem, job.storage, job.study_name, job.wish.sampler, pruner)
-    begin_zoomed(study, space, problem)
-    study.sampler = job.wish.for_study(study, few=problem.one_by_one)
-    job = replace(job, study_name=study.study_name, folder=weights.folder)
-    note_search(study, job)
-    replication = Replication(problem, replicates, budget) if replicates else None
-    is_crew = executor is not None or job.workers > 1
+    problem, space = build_problem(config.problem_spec), config.problem_spec.space
+    config.method_config.check(problem, budget)
+    pruner = config.pruner or CohortHalvingPruner(min_resource=problem.min_resource)
+    study, weights = _open_study_and_weights(
+        problem, config.storage, config.study_name, config.method_config.sampler, pruner
+    )
+    enqueue_source_best(study, space, problem)
+    study.sampler = config.method_config.sampler_for(study, few=problem.sequential)
+    config = replace(config, study_name=study.study_name, folder=weights.folder)
+    store_search_config(study, config)
+    replication = ReplicateTrainer(problem, replicates, budget) if replicates else None
+    is_crew = executor is not None or config.workers > 1
     if is_crew:
-        run_workers(job, study, problem, budget, executor, show_progress_bar=show_progress_bar)
-        keep_best(study, BestWeights(weights.folder), job.options["kept"], problem.maximize)
-    problem = settled(job.recipe, study, problem)
-    callbacks = job.callbacks
+        run_workers(config, study, problem, budget, executor, show_progress_bar=show_progress_bar)
+        delete_other_weights(
+            study, BestWeights(weights.folder), config.options["kept"], problem.maximize
+        )
+    problem = build_problem_on_free_device(config.problem_spec, study, problem)
+    callbacks = config.callbacks
     if replication is not None:
         replication.problem, callbacks = problem, (*callbacks, replication)
     if not is_crew:
-        run(job, study, problem, budget, weights, callbacks, show_progress_bar=show_progress_bar)
+        run_tuner(
+            config, study, problem, budget, weights, callbacks, show_progress_bar=show_progress_bar
+        )
     if replication is not None:
         replication.run(study, is_late=executor is not None)
-    result = Result(read_directly(study), problem, weights)
-    keep_sample(result)
+    result = Result(without_cache(study), problem, weights)
+    store_generated_text(result)
     return result
 
 
-def _open(
+def _open_study_and_weights(
     problem: Template,
     storage: str | Path | BaseStorage | None,
     study_name: str,
@@ -324,7 +333,7 @@ def _open(
     study = open_study(problem, opened, study_name, sampler, pruner)
     named = isinstance(storage, str | Path)
     if storage is not None:
-        where = without_password(str(storage), storage) if named else "its storage"
+        where = hide_passwords(str(storage), storage) if named else "its storage"
         _logger.info(f"The study {study.study_name!r} is kept in {where}.")
     folder = models_folder(opened, None if isinstance(storage, BaseStorage) else storage)
     return study, BestWeights(folder / study.user_attrs[MODELS] if folder else None)
@@ -334,22 +343,24 @@ def _check_budget(n_trials: Any, timeout: Any, cohort_size: Any) -> None:
     if n_trials is None and timeout is None:
         raise ValueError("`n_trials` or `timeout` must be given, but both are None.")
     for name, count in (("n_trials", n_trials), ("cohort_size", cohort_size)):
-        if count is not None and (not _is(count, Integral) or count < 1):
-            raise ValueError(f"`{name}` must be at least 1, but got {brief(count)}.")
+        if count is not None and (not _is_number(count, Integral) or count < 1):
+            raise ValueError(f"`{name}` must be at least 1, but got {short_repr(count)}.")
     _check_seconds(timeout=timeout)
 
 
 def _check_seconds(**given: Any) -> None:
     for name, seconds in given.items():
-        if seconds is not None and not (_is(seconds, Real) and seconds > 0):
-            raise ValueError(f"`{name}` must be more than 0 seconds, but got {brief(seconds)}.")
+        if seconds is not None and not (_is_number(seconds, Real) and seconds > 0):
+            raise ValueError(
+                f"`{name}` must be more than 0 seconds, but got {short_repr(seconds)}."
+            )
 
 
-def _is(value: object, kind: type) -> bool:
+def _is_number(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _check_pruner(pruner: object) -> BasePruner:
     if not isinstance(pruner, BasePruner):
-        raise ValueError(f"`pruner` must be an Optuna pruner, but got {brief(pruner)}.")
+        raise ValueError(f"`pruner` must be an Optuna pruner, but got {short_repr(pruner)}.")
     return pruner

@@ -17,8 +17,8 @@ import sys
 from optuna.exceptions import OptunaError
 
 from optuna_nnhp import optimize
+from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.inspect.report import closing_report
-from optuna_nnhp.messages import without_password
 from optuna_nnhp.search import METHODS
 from optuna_nnhp.training.metrics import METRICS
 
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = result.save(options.out or f"{name}-model")
         print(closing_report(result, storage, {"model": f"{folder} (optuna_nnhp.load)"}))
     except (ValueError, OSError, RuntimeError, OptunaError) as error:
-        print(f"error: {without_password(error, storage)}", file=sys.stderr)
+        print(f"error: {hide_passwords(error, storage)}", file=sys.stderr)
         return 2
     return 0
 

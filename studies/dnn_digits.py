@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from optuna_nnhp import optimize
+from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.inspect.report import closing_report
-from optuna_nnhp.messages import without_password
 from optuna_nnhp.search import METHODS
 
 TIMEOUT = 60.0  # seconds
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         test = {f"{METRIC} on the {len(y_test)} digits put aside": result.score(X_test, y_test)}
         print(closing_report(result, options.storage, test))
     except (ValueError, OSError, RuntimeError, OptunaError) as error:
-        print(f"error: {without_password(error, options.storage)}", file=sys.stderr)
+        print(f"error: {hide_passwords(error, options.storage)}", file=sys.stderr)
         return 2
     return 0
 

@@ -18,8 +18,8 @@ from typing import Any
 from optuna.exceptions import OptunaError
 
 from optuna_nnhp import optimize
+from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.inspect.report import closing_report
-from optuna_nnhp.messages import without_password
 from optuna_nnhp.search import METHODS
 from optuna_nnhp.templates.presets import PRESETS
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = result.save(options.out or f"{name}-model")
         report = closing_report(result, storage, {"model": f"{folder} (optuna_nnhp.load)"})
     except (ValueError, OSError, RuntimeError, OptunaError, ModuleNotFoundError) as error:
-        print(f"error: {without_password(error, storage)}", file=sys.stderr)
+        print(f"error: {hide_passwords(error, storage)}", file=sys.stderr)
         return 2
     code = 0
     try:

@@ -32,8 +32,8 @@ SPACE = {
 FIXED: dict[str, Any] = {
     **{"layers": 2, "context": 64, "batch_tokens": 768},
     **{"optimizer": "adamw", "muon_learning_rate": 0.02, "parametrization": "mup"},
-    **{"momentum": 0.9, "squared_decay": 0.99, "clip_norm": math.inf},
-    **{"learning_rate_decay": "linear", "warmup": 0.05, "final_fraction": 0.01},
+    **{"momentum": 0.9, "beta2": 0.99, "clip_norm": math.inf},
+    **{"learning_rate_decay": "linear", "warmup": 0.05, "min_lr_ratio": 0.01},
     **{"dropout": 0.0, "weight_decay": 0.0},
 }
 SEED = 0

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from optuna_nnhp import seeds
+from optuna_nnhp import rng
 from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
 from optuna_nnhp.hyperparameters.learning_rate import LEARNING_RATE_DECAY
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.loss import RegressionLoss
-from optuna_nnhp.hyperparameters.optimizer import UPDATES
+from optuna_nnhp.hyperparameters.optimizer import UPDATE_RULES
 from optuna_nnhp.hyperparameters.weight_init import WEIGHT_INIT
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.training.cohort import Arrays
@@ -35,11 +35,11 @@ PLAIN: dict[str, Any] = {
     "huber_delta": 1.0,
     "optimizer": "adamw",
     "momentum": 0.9,
-    "squared_decay": 0.99,
+    "beta2": 0.99,
     "learning_rate": 0.01,
     "learning_rate_decay": "cosine",
     "warmup": 0.1,
-    "final_fraction": 0.1,
+    "min_lr_ratio": 0.1,
     "batch_size": 16,
     "epochs": 4,
     "iterations": 0,
@@ -68,13 +68,13 @@ def varied(k: int, *, regression: bool = False, seed: int = 0, **static: Any) ->
                 ["mse", "mae", "huber"] if regression else ["cross_entropy", "focal"]
             ),
             "huber_delta": draw.uniform(0.2, 2),
-            "optimizer": list(UPDATES)[number % len(UPDATES)],
+            "optimizer": list(UPDATE_RULES)[number % len(UPDATE_RULES)],
             "momentum": draw.uniform(0.5, 0.95),
-            "squared_decay": draw.uniform(0.9, 0.999),
+            "beta2": draw.uniform(0.9, 0.999),
             "learning_rate": draw.choice([0.001, 0.003]),
             "learning_rate_decay": draw.choice(LEARNING_RATE_DECAY.distribution.choices),  # type: ignore
             "warmup": draw.choice([0.0, 0.2]),
-            "final_fraction": draw.uniform(0.01, 1),
+            "min_lr_ratio": draw.uniform(0.01, 1),
             "epochs": draw.choice([3, 4]),
             "dropout": draw.choice([0.0, 0.3]),
             "weight_decay": draw.choice([0.0, 0.01]),
@@ -97,7 +97,7 @@ def task(*, regression: bool = False, rows: int = ROWS, seed: int = 0) -> Task:
     outputs = 1 if regression else CLASSES
 
     def build(members: Sequence[Member]) -> StackedMLP:
-        generators = [seeds.generator(seed, seeds.INITIALIZATION, m.seed) for m in members]
+        generators = [rng.generator(seed, rng.INITIALIZATION, m.seed) for m in members]
         return StackedMLP([m.params for m in members], FEATURES, outputs, generators)
 
     def column(members: Sequence[Member], name: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 import pytest
 from scipy import stats
 
-from optuna_nnhp.study.hypergradient import moved_by_gradient
+from optuna_nnhp.study.hypergradient import gradient_space
 from studies import comparison
 from studies.comparison import gradient
 from studies.comparison import methods
@@ -77,7 +77,7 @@ def test_a_generation_without_an_evaluation_costs_nothing() -> None:
 
 def test_twins_count_as_networks() -> None:
     result = tune(n_trials=2, method="gradient", method_options={"starts": 2})
-    moved = len(moved_by_gradient(result._problem))
+    moved = len(gradient_space(result._problem))
     assert moved > 1
     assert [networks(t) for t in trials(result)] == [1 + moved] * 2
     assert model_epochs(trials(result)) == [(1 + moved) * TINY["epochs"]] * 2
@@ -178,8 +178,10 @@ def test_a_run_without_a_value_is_a_gap() -> None:
 
 
 def test_claim_of_the_gradient() -> None:
-    def descent(seed: int, start: float, moved: str, loss: float) -> gradient.Descent:
-        return gradient.Descent("d", seed, start, moved, loss, 0.1, 1.0, 0.01, 1.1, 9, 1, 1)
+    def descent(seed: int, start: float, moved: str, loss: float) -> gradient.AdamOnUnitScale:
+        return gradient.AdamOnUnitScale(
+            "d", seed, start, moved, loss, 0.1, 1.0, 0.01, 1.1, 9, 1, 1
+        )
 
     found = [descent(s, 1.0, gradient.ONLY, v) for s, v in enumerate((0.9, 1.01, 1.5))]
     found += [descent(0, 1.0, gradient.EVERYTHING, 1.03)]

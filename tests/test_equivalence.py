@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from optuna_nnhp.data.splits import batch_order
+from optuna_nnhp.engine.mlp import CompiledMLP
+from optuna_nnhp.engine.mlp import load_library
 from optuna_nnhp.hyperparameters import width
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.networks import mlp
@@ -19,8 +21,6 @@ from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
 from optuna_nnhp.training.cohort import Task
-from optuna_nnhp.training.native import Native
-from optuna_nnhp.training.native import library
 from tests.members import task
 from tests.members import varied
 from tests.tolerance import EXACT
@@ -40,12 +40,12 @@ def precision() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(autouse=True, params=["native", "torch"])
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds for the compiled engine and for torch's operations."""
     if request.param == "torch":
-        monkeypatch.setattr(Native, "can", lambda *_: False)
-    elif library() is None:
+        monkeypatch.setattr(CompiledMLP, "supports", lambda *_: False)
+    elif load_library() is None:
         pytest.skip("there was no C compiler")
 
 
@@ -60,7 +60,7 @@ class Curves(defaultdict[int, list[tuple[float, float, float]]]):
         scores = cohort.train_round()
         assert isinstance(scores, Scores)
         rows = zip(scores.train_loss, scores.validation_loss, scores.value, strict=True)
-        for place, row in zip(scores.places, rows, strict=True):
+        for place, row in zip(scores.indices, rows, strict=True):
             self[cohort.members[place].number].append(row)
         return scores
 
@@ -81,9 +81,7 @@ def optimizer(network: nn.Module, params: dict[str, Any]) -> torch.optim.Optimiz
         {"params": weights, "weight_decay": params["weight_decay"]},
         {"params": others, "weight_decay": 0.0},
     ]
-    rate, momentum, squared = (
-        params[name] for name in ("learning_rate", "momentum", "squared_decay")
-    )
+    rate, momentum, squared = (params[name] for name in ("learning_rate", "momentum", "beta2"))
     match params["optimizer"]:
         case "sgd":
             return torch.optim.SGD(groups, rate, momentum)
@@ -107,7 +105,7 @@ def plain_run(member: Member, chosen: Task) -> nn.Module:
     total = -(-rows // batch) * int(params["epochs"])
     rates = learning_rates(
         *(torch.tensor([params["learning_rate"]]), [params["learning_rate_decay"]]),
-        *(torch.tensor([params["warmup"]]), torch.tensor([params["final_fraction"]])),
+        *(torch.tensor([params["warmup"]]), torch.tensor([params["min_lr_ratio"]])),
         *(torch.arange(total)[None], torch.tensor([total])),
     )[0].tolist()
     for epoch in range(int(params["epochs"])):
@@ -196,7 +194,7 @@ def test_a_trial_goes_on_unchanged_when_mates_leave() -> None:
     cohort, alone = Cohort(members, task()), Cohort([members[4]], task())
     run(cohort, 1)
     place = [m.number for m in cohort.members].index(4)
-    cohort.keep([place, (place + 1) % K])
+    cohort.select([place, (place + 1) % K])
     run(alone, 1)
     assert cohort.members[0].number == 4
     assert_close(run(cohort, 2)[4], run(alone, 2)[4], FLOAT64)
@@ -212,10 +210,10 @@ def test_a_trial_that_joins_later_is_as_it_is_alone(
     first, second, third = members[:4], members[4:6], members[6:]
     cohort, curves = Cohort(first, task()), Curves()
     curves.take(cohort)
-    cohort.join(second)
+    cohort.append(second)
     curves.take(cohort)
-    cohort.keep([place for place, m in enumerate(cohort.members) if m.number != 2])
-    cohort.join(third)
+    cohort.select([place for place, m in enumerate(cohort.members) if m.number != 2])
+    cohort.append(third)
     for _ in range(3):
         curves.take(cohort)
     for member in members:
@@ -226,7 +224,9 @@ def test_a_trial_that_joins_later_is_as_it_is_alone(
         if member in cohort.members:
             place = cohort.members.index(member)
             assert cohort.best_value(place) == pytest.approx(alone.best_value(0))
-            if [cohort.done[place]] == alone.done:  # else it is between two evaluations
+            if [
+                cohort.rounds_done[place]
+            ] == alone.rounds_done:  # else it is between two evaluations
                 assert_close(cohort.flat.weights[place], alone.flat.weights[0], FLOAT64)
                 assert [cohort.iterations[place]] == alone.iterations
 

@@ -30,7 +30,7 @@ from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
 from optuna_nnhp.inspect.figures import figures
 from optuna_nnhp.inspect.figures import save_html
-from optuna_nnhp.inspect.page import index_html
+from optuna_nnhp.inspect.html_page import index_html
 
 ROOT = Path(optuna_nnhp.__file__).parents[1]
 CHROMIUM_OPTIONS = [
@@ -93,7 +93,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
             value=best.value + 0.01 if best.value else 1.0,
             params=best.params,
             distributions=best.distributions,
-            user_attrs={**attributes, "course": moved},
+            user_attrs={**attributes, "schedule": moved},
             intermediate_values={1: 0.5, 2: best.value},
         )
     )

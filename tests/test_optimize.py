@@ -21,8 +21,8 @@ from sklearn.metrics import balanced_accuracy_score
 import torch
 
 from optuna_nnhp import optimize
-from optuna_nnhp.hyperparameters.catalogue import choose
 from optuna_nnhp.hyperparameters.catalogue import default_params
+from optuna_nnhp.hyperparameters.catalogue import resolve_space
 from tests.tiny import DIVERGING
 from tests.tiny import SHAPE
 from tests.tiny import TINY
@@ -211,7 +211,7 @@ def test_the_first_trial_is_the_default_configuration(
     make: Callable[[], tuple[Array, Array]], task: str, method: str
 ) -> None:
     result = tune(*make(), method=method, fixed={"epochs": 1})
-    space, _ = choose(task, None, {"epochs": 1})
+    space, _ = resolve_space(task, None, {"epochs": 1})
     assert trials(result)[0].params == default_params(task, space)
     assert trials(result)[0].params.keys() == space.keys()
     assert trials(result)[1].params != trials(result)[0].params

@@ -26,16 +26,16 @@ import pandas as pd
 import pytest
 
 import optuna_nnhp
+from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.inspect.dashboard import annotate
 from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
 from optuna_nnhp.inspect.report import closing_report
-from optuna_nnhp.messages import without_password
-from optuna_nnhp.storages.opening import open_storage
-from optuna_nnhp.storages.places import file_name
-from optuna_nnhp.storages.places import inside
-from optuna_nnhp.storages.places import models_folder
-from optuna_nnhp.study.opening import MODELS
+from optuna_nnhp.storages.open_storage import open_storage
+from optuna_nnhp.storages.paths import models_folder
+from optuna_nnhp.storages.paths import safe_file_name
+from optuna_nnhp.storages.paths import safe_join
+from optuna_nnhp.study.open_study import MODELS
 from tests.tiny import classes
 from tests.tiny import tune
 
@@ -208,8 +208,8 @@ def test_a_storage_that_fails_does_not_say_its_password(url: str, password: str)
     ],
 )
 def test_what_is_hidden_in_texts(text: str, url: str, expected: str) -> None:
-    assert without_password(text, url) == expected
-    assert without_password(expected, url) == expected
+    assert hide_passwords(text, url) == expected
+    assert hide_passwords(expected, url) == expected
 
 
 SECRET_URL = "sqlite:///file:s.db?uri=true&password=hunter2"  # which SQLite does not read
@@ -300,7 +300,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_any_text_becomes_a_name_inside_a_folder(name: str, tmp_path: Path) -> None:
-    found = inside(tmp_path, file_name(name))
+    found = safe_join(tmp_path, safe_file_name(name))
     found.mkdir()
     assert found.resolve().parent == tmp_path.resolve()
     assert [path.name for path in tmp_path.iterdir()] == [found.name]
@@ -310,7 +310,7 @@ def test_any_text_becomes_a_name_inside_a_folder(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", [*NAMES[:8], "", None, 3, ["a"], "a b", "a\n"], ids=ascii)
 def test_a_name_from_a_storage_cannot_leave_its_folder(name: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="A folder that a study names must be of letters"):
-        inside(tmp_path, name)
+        safe_join(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["../../up", "/up", "x" * 400, "ü" * 300, "..", "a\0b", "a/b\\c"])
@@ -357,7 +357,7 @@ LOADERS = {
 }
 
 # What a process sends to its own workers, and a try of whether it can be sent: no files.
-MESSAGES = {"optuna_nnhp/workers/job.py": ["cloudpickle.loads"] * 2}
+MESSAGES = {"optuna_nnhp/workers/worker.py": ["cloudpickle.loads"] * 2}
 
 
 def code_from_files(source: str) -> list[str]:

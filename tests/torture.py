@@ -22,7 +22,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.open_storage import open_storage
 from tests.tiny import ENVIRONMENT
 
 LONGEST = 2.5  # seconds that a process lives at most after it has opened the study
@@ -41,9 +41,9 @@ original = Cohort.train_round
 
 
 def train_round(cohort, *args):
-    before = sum(cohort.done)
+    before = sum(cohort.rounds_done)
     scores = original(cohort, *args)
-    os.write(file, f"{sum(cohort.done) - before}\\n".encode())
+    os.write(file, f"{sum(cohort.rounds_done) - before}\\n".encode())
     return scores
 
 

@@ -13,20 +13,20 @@ import pandas as pd
 
 from optuna_nnhp.data.frames import as_array
 from optuna_nnhp.data.frames import as_target
-from optuna_nnhp.data.frames import check_lengths
-from optuna_nnhp.data.splits import is_pair
-from optuna_nnhp.data.splits import split
-from optuna_nnhp.data.tabular import TabularData
-from optuna_nnhp.data.tabular import encode
-from optuna_nnhp.data.tabular import fingerprint
+from optuna_nnhp.data.frames import check_consistent_length
+from optuna_nnhp.data.splits import is_validation_pair
+from optuna_nnhp.data.splits import train_validation_split
+from optuna_nnhp.data.supervised import SupervisedData
+from optuna_nnhp.data.supervised import encode_targets
+from optuna_nnhp.data.supervised import fingerprint
 from optuna_nnhp.data.target import check_target
 from optuna_nnhp.data.target import resolve_task
 
-KIND = "array"  # in JSON, where a table's preprocessing has another form
+ARRAY_KIND = "array"  # in JSON, where a table's preprocessing has another form
 
 
 @dataclass(frozen=True)
-class ArrayInputs:
+class ArrayPreprocessor:
     """What arrays must look like; the counterpart of a table's `Preprocessor`.
 
     Args:
@@ -36,7 +36,7 @@ class ArrayInputs:
             ``"float32"``, or ``"int64"`` for whole numbers such as tokens.
 
     Example:
-        >>> inputs = ArrayInputs((8, 8), "float32")
+        >>> inputs = ArrayPreprocessor((8, 8), "float32")
         >>> inputs.transform(np.zeros((3, 8, 8))).dtype
         dtype('float32')
     """
@@ -45,7 +45,7 @@ class ArrayInputs:
     dtype: str
 
     @classmethod
-    def of(cls, X: Any) -> ArrayInputs:
+    def fit(cls, X: Any) -> ArrayPreprocessor:
         """What the examples of an array look like.
 
         Raises:
@@ -77,11 +77,12 @@ class ArrayInputs:
             raise ValueError(f"{name} must hold whole numbers, but holds {array.dtype}.")
         with np.errstate(over="ignore"):
             typed = np.ascontiguousarray(array, dtype=self.dtype)
-        wild = ~np.isfinite(typed).reshape(len(typed), -1).all(1)
-        if wild.any():
+        non_finite = ~np.isfinite(typed).reshape(len(typed), -1).all(1)
+        if non_finite.any():
             raise ValueError(
-                f"{name} must be finite and within float32's range, but {wild.sum():,} examples "
-                f"are not, the first is number {wild.argmax():,}."
+                f"{name} must be finite and within float32's range, but "
+                f"{non_finite.sum():,} examples "
+                f"are not, the first is number {non_finite.argmax():,}."
             )
         return typed
 
@@ -89,7 +90,7 @@ class ArrayInputs:
         """A few words for a person.
 
         Example:
-            >>> ArrayInputs((1, 8, 8), "float32").describe()
+            >>> ArrayPreprocessor((1, 8, 8), "float32").describe()
             'each of shape (1, 8, 8), float32'
         """
         return f"each of shape {self.shape}, {self.dtype}"
@@ -98,13 +99,13 @@ class ArrayInputs:
         """The state as plain JSON.
 
         Example:
-            >>> ArrayInputs((8,), "int64").to_json()
+            >>> ArrayPreprocessor((8,), "int64").to_json()
             {'kind': 'array', 'shape': [8], 'dtype': 'int64'}
         """
-        return {"kind": KIND, "shape": list(self.shape), "dtype": self.dtype}
+        return {"kind": ARRAY_KIND, "shape": list(self.shape), "dtype": self.dtype}
 
     @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> ArrayInputs:
+    def from_json(cls, state: Mapping[str, Any]) -> ArrayPreprocessor:
         """Restores what ``to_json`` gave.
 
         Args:
@@ -121,8 +122,8 @@ def prepare_arrays(
     task: str | None = None,
     validation: float | Sequence[Any] = 0.2,
     seed: int = 0,
-) -> TabularData:
-    """Checks and splits arrays; the counterpart of `prepare` for what is no table.
+) -> SupervisedData:
+    """Checks and splits arrays; the counterpart of `prepare_table` for what is no table.
 
     Args:
         X:
@@ -131,7 +132,7 @@ def prepare_arrays(
         y:
             Labels or numbers, **shape** (examples,) or (examples, 1).
         task:
-            As in `prepare`.
+            As in `prepare_table`.
         validation:
             The fraction of examples to validate on, or (X_val, y_val).
         seed:
@@ -146,23 +147,27 @@ def prepare_arrays(
         >>> data.train_X.shape, data.valid_X.shape
         ((8, 1, 8, 8), (2, 1, 8, 8))
     """
-    inputs = ArrayInputs.of(X)
+    inputs = ArrayPreprocessor.fit(X)
     array, labels = inputs.transform(X), as_target(y)
-    check_lengths(array, labels)
+    check_consistent_length(array, labels)
     check_target(labels)
-    found, rows = resolve_task(labels, task), pd.DataFrame({"row": np.arange(len(array))})
-    if is_pair(validation):
+    resolved_task, rows = resolve_task(labels, task), pd.DataFrame({"row": np.arange(len(array))})
+    if is_validation_pair(validation):
         X_val, y_val = validation  # type: ignore[misc]
         train_X, valid_X = array, inputs.transform(X_val, "X_val")
         train_labels, valid_labels = labels, as_target(y_val, "y_val")
-        check_lengths(valid_X, valid_labels, ("X_val", "y_val"))
+        check_consistent_length(valid_X, valid_labels, ("X_val", "y_val"))
         check_target(valid_labels, "y_val")
     else:
-        train, train_labels, valid, valid_labels = split(rows, labels, validation, found, seed)
+        train, train_labels, valid, valid_labels = train_validation_split(
+            rows, labels, validation, resolved_task, seed
+        )
         train_X, valid_X = array[train["row"].to_numpy()], array[valid["row"].to_numpy()]
-    target, train_y, valid_y = encode(train_labels, valid_labels, found, validation, task)
+    target, train_y, valid_y = encode_targets(
+        train_labels, valid_labels, resolved_task, validation, task
+    )
     mark = fingerprint([train_X, train_y, valid_X, valid_y], target)
-    return TabularData(train_X, train_y, valid_X, valid_y, inputs, target, mark)
+    return SupervisedData(train_X, train_y, valid_X, valid_y, inputs, target, mark)
 
 
 def _as_array(X: Any, name: str) -> NDArray[Any]:

@@ -15,17 +15,17 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_nnhp.data.utf8 import BYTES
-from optuna_nnhp.data.utf8 import checked_ids
-from optuna_nnhp.data.utf8 import utf8
+from optuna_nnhp.data.utf8_text import N_BYTE_VALUES
+from optuna_nnhp.data.utf8_text import encode_utf8
+from optuna_nnhp.data.utf8_text import validate_token_ids
 
-BPE_VOCABULARY = 1024  # for the few hundred kilobytes that a small study reads
+DEFAULT_BPE_VOCABULARY = 1024  # for the few hundred kilobytes that a small study reads
 # The `tokenizers` library takes time quadratic in the longest word to train on, and hundreds of
 # bytes of memory for each token to encode.
-_TRAINING_PIECE, _ENCODING_PIECE = 4096, 100_000
+_TRAINING_CHARACTERS, _ENCODING_CHARACTERS = 4096, 100_000
 # Byte-level BPE never joins what stands on both sides of such a line's end.
-_SEAM = re.compile(r"(?<=\S)\n(?=\S)")
-_PROBE = "It's  1 Ä\r\n\te\u0301\u00a0中 🙂 \n\n x "
+_SAFE_SPLIT = re.compile(r"(?<=\S)\n(?=\S)")
+_ROUND_TRIP_TEXT = "It's  1 Ä\r\n\te\u0301\u00a0中 🙂 \n\n x "
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BpeTokenizer:
         >>> len(tokenizer.encode("the bat 🙂")), tokenizer.decode(tokenizer.encode("the bat 🙂"))
         (9, 'the bat 🙂')
 
-    Source:
+    TextSource:
         Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), by
         https://huggingface.co/docs/tokenizers.
     """
@@ -59,17 +59,17 @@ class BpeTokenizer:
 
     def __post_init__(self) -> None:
         values = self._model.get_vocab()
-        alphabet = _tokenizers().pre_tokenizers.ByteLevel.alphabet()
+        alphabet = _import_tokenizers().pre_tokenizers.ByteLevel.alphabet()
         # A probe, since normalizers and the like of a foreign state may change the text.
         if (
             sorted(values.values()) != list(range(len(values)))
             or not set(alphabet) <= set(values)
-            or self.decode(self.encode(_PROBE)) != _PROBE
+            or self.decode(self.encode(_ROUND_TRIP_TEXT)) != _ROUND_TRIP_TEXT
         ):
             raise ValueError("The state of a BPE tokenizer must be lossless for any text.")
 
     @classmethod
-    def train(cls, text: str, vocabulary: int = BPE_VOCABULARY) -> BpeTokenizer:
+    def train(cls, text: str, vocabulary: int = DEFAULT_BPE_VOCABULARY) -> BpeTokenizer:
         """Learns which sequences of bytes are frequent.
 
         Args:
@@ -84,25 +84,25 @@ class BpeTokenizer:
             ValueError:
                 If the vocabulary is below 257, or the text has fewer pairs that occur twice.
         """
-        if not isinstance(vocabulary, int) or vocabulary <= BYTES:
+        if not isinstance(vocabulary, int) or vocabulary <= N_BYTE_VALUES:
             raise ValueError(
-                f"`vocabulary` must be at least {BYTES + 1} (the bytes and one merge), "
+                f"`vocabulary` must be at least {N_BYTE_VALUES + 1} (the bytes and one merge), "
                 f"but got {vocabulary}."
             )
-        library, length = _tokenizers(), len(utf8(text))
+        library, length = _import_tokenizers(), len(encode_utf8(text))
         level = library.pre_tokenizers.ByteLevel
         model = library.Tokenizer(library.models.BPE())
         model.pre_tokenizer = level(add_prefix_space=False)
         model.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
             # The library reserves memory for as many as it is asked for.
-            vocab_size=min(vocabulary, BYTES + length),
+            vocab_size=min(vocabulary, N_BYTE_VALUES + length),
             min_frequency=2,
             show_progress=False,
             initial_alphabet=level.alphabet(),
         )
-        starts = range(0, len(text), _TRAINING_PIECE)
-        model.train_from_iterator((text[i : i + _TRAINING_PIECE] for i in starts), trainer)
+        starts = range(0, len(text), _TRAINING_CHARACTERS)
+        model.train_from_iterator((text[i : i + _TRAINING_CHARACTERS] for i in starts), trainer)
         if model.get_vocab_size() < vocabulary:
             raise ValueError(
                 f"`vocabulary` must be at most {model.get_vocab_size():,} for a training part "
@@ -117,10 +117,10 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """The ids of a text, **shape** (tokens,)."""
-        utf8(text)
+        encode_utf8(text)
         pieces = [
             np.array(encoding.ids, dtype=np.int32)
-            for piece in _stretches(text)
+            for piece in _split_for_encoding(text)
             for encoding in self._model.encode_batch_fast([piece], add_special_tokens=False)
         ]
         return np.concatenate(pieces)
@@ -136,7 +136,7 @@ class BpeTokenizer:
             ValueError:
                 If there are others.
         """
-        plain = checked_ids(ids, self.size)
+        plain = validate_token_ids(ids, self.size)
         return str(self._model.decode(plain, skip_special_tokens=False))
 
     def to_json(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class BpeTokenizer:
     @cached_property
     def _model(self) -> Any:
         """The library's object."""
-        library = _tokenizers()
+        library = _import_tokenizers()
         try:
             return library.Tokenizer.from_str(self.state)
         except Exception as error:  # the library has no class of its own for this
@@ -155,7 +155,7 @@ class BpeTokenizer:
             ) from error
 
 
-def _tokenizers() -> ModuleType:
+def _import_tokenizers() -> ModuleType:
     try:
         return import_module("tokenizers")
     except ModuleNotFoundError as error:
@@ -168,10 +168,10 @@ def _tokenizers() -> ModuleType:
         ) from error
 
 
-def _stretches(text: str) -> Iterator[str]:
+def _split_for_encoding(text: str) -> Iterator[str]:
     """The text in pieces whose tokens, one after another, are those of the whole."""
     start = 0
-    while seam := _SEAM.search(text, start + _ENCODING_PIECE):
-        yield text[start : seam.end()]
-        start = seam.end()
+    while split_at := _SAFE_SPLIT.search(text, start + _ENCODING_CHARACTERS):
+        yield text[start : split_at.end()]
+        start = split_at.end()
     yield text[start:]

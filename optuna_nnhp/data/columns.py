@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 import pandas as pd
 from pandas.api import types
 
-from optuna_nnhp.data.cells import date_parts
-from optuna_nnhp.data.cells import holds_texts
-from optuna_nnhp.data.cells import parse_dates
-from optuna_nnhp.data.cells import parse_numbers
-from optuna_nnhp.data.cells import texts
-from optuna_nnhp.data.cells import to_moments
-from optuna_nnhp.data.cells import to_numbers
-from optuna_nnhp.data.frames import listing
+from optuna_nnhp.data.frames import format_list
+from optuna_nnhp.data.parsing import date_parts
+from optuna_nnhp.data.parsing import factorize_texts
+from optuna_nnhp.data.parsing import is_text_column
+from optuna_nnhp.data.parsing import parse_dates
+from optuna_nnhp.data.parsing import parse_numbers
+from optuna_nnhp.data.parsing import to_numbers
+from optuna_nnhp.data.parsing import to_timestamps
 
 logger = logging.getLogger(f"optuna.{__name__}")
 
 MAX_CATEGORIES = 100
-KINDS = ("numeric", "boolean", "categorical", "date", "constant")
+COLUMN_KINDS = ("numeric", "boolean", "categorical", "date", "constant")
 DATE_PARTS = ("year", "month", "day", "weekday", "hour", "days")
 # Tried in this order; all texts of a column must follow one of them. Where day and month cannot
 # be told apart (no day above 12), the month is taken to come first.
@@ -37,8 +37,8 @@ DATE_FORMATS = (
 )
 # Squares of numbers beyond 1e154 and under 1e-162 leave float64's range; nothing measured is
 # beyond 1e100, and what is under 1e-100 is 0.
-LARGEST, SMALLEST = 1e100, 1e-100
-SAMPLE = 100
+MAX_MAGNITUDE, MIN_MAGNITUDE = 1e100, 1e-100
+N_SNIFFED_TEXTS = 100
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Column:
         name:
             Its name.
         kind:
-            One of ``KINDS``; a constant one gives no features.
+            One of ``COLUMN_KINDS``; a constant one gives no features.
         parts:
             Its number features: ``("",)`` for a number or boolean, names from ``DATE_PARTS`` for a
             date; without those that are constant.
@@ -63,7 +63,7 @@ class Column:
             How a date's texts are written, one of ``DATE_FORMATS``.
 
     Example:
-        >>> Column("town", "categorical", categories=("Rome", "Ulm"), missing=True).width
+        >>> Column("town", "categorical", categories=("Rome", "Ulm"), missing=True).one_hot_width
         3
     """
 
@@ -76,11 +76,11 @@ class Column:
     date_format: str = ""
 
     @property
-    def width(self) -> int:
+    def one_hot_width(self) -> int:
         """How many 0/1 features a categorical column has.
 
         Example:
-            >>> Column("town", "categorical", categories=("Rome", "Ulm")).width
+            >>> Column("town", "categorical", categories=("Rome", "Ulm")).one_hot_width
             2
         """
         return len(self.categories) + self.infrequent + self.missing
@@ -105,7 +105,7 @@ def check_values(frame: pd.DataFrame, name: str = "X") -> None:
     empty = [str(column) for column in frame if _all_missing(frame[column])]
     if empty:
         raise ValueError(
-            f"Every column of {name} must have a value, but these have none: {listing(empty)}."
+            f"Every column of {name} must have a value, but these have none: {format_list(empty)}."
         )
     check_finite(frame, name)
 
@@ -135,7 +135,7 @@ def check_finite(frame: pd.DataFrame, name: str = "X") -> None:
             _check_finite(values, str(column), name)
 
 
-def learn_column(series: pd.Series[Any]) -> Column:
+def fit_column(series: pd.Series[Any]) -> Column:
     """Finds a column's kind and features in the training part.
 
     Args:
@@ -147,16 +147,16 @@ def learn_column(series: pd.Series[Any]) -> Column:
             If it holds infinity, or cells that are no number, text, boolean or date.
 
     Example:
-        >>> learn_column(pd.Series(["1", "2.5", None], name="size"))
+        >>> fit_column(pd.Series(["1", "2.5", None], name="size"))
         Column(name='size', kind='numeric', parts=('',), missing=True, categories=(), \
 infrequent=False, date_format='')
     """
-    kind, date_format = detect(series)
+    kind, date_format = infer_column_kind(series)
     if kind == "categorical":
-        return _learn_categories(series)
+        return _fit_categories(series)
     parts = DATE_PARTS if kind == "date" else ("",)
     column = Column(str(series.name), kind, parts, date_format=date_format)
-    values, absent = read_numbers(column, series)
+    values, absent = numeric_features(column, series)
     if absent.all():
         return replace(column, kind="constant", parts=())
     present = values[~absent]
@@ -168,7 +168,7 @@ infrequent=False, date_format='')
     return replace(column, parts=kept, missing=missing)
 
 
-def detect(series: pd.Series[Any]) -> tuple[str, str]:
+def infer_column_kind(series: pd.Series[Any]) -> tuple[str, str]:
     """The kind of a column, and how its dates are written.
 
     Texts count as what they all spell: true/false, numbers, or dates in one of
@@ -179,10 +179,10 @@ def detect(series: pd.Series[Any]) -> tuple[str, str]:
             The column, **shape** (rows,).
 
     Returns:
-        One of ``KINDS`` but "constant", and one of ``DATE_FORMATS`` or "".
+        One of ``COLUMN_KINDS`` but "constant", and one of ``DATE_FORMATS`` or "".
 
     Example:
-        >>> detect(pd.Series(["31.12.2024", "1.1.2025"]))
+        >>> infer_column_kind(pd.Series(["31.12.2024", "1.1.2025"]))
         ('date', '%d.%m.%Y')
     """
     dtype = series.dtype
@@ -190,15 +190,15 @@ def detect(series: pd.Series[Any]) -> tuple[str, str]:
         return "categorical", ""
     if types.is_datetime64_any_dtype(dtype) or isinstance(dtype, pd.PeriodDtype):
         return "date", DATE_FORMATS[0]
-    if not holds_texts(series):
+    if not is_text_column(series):
         return ("boolean" if types.is_bool_dtype(dtype) else "numeric"), ""
-    _, values = texts(series)
+    _, values = factorize_texts(series)
     if not len(values):
         return "numeric", ""
     if len(values) <= 4 and {text.lower() for text in values} <= {"true", "false"}:
         return "boolean", ""
     # Most columns of words are found out by their first texts.
-    head = values[:SAMPLE]
+    head = values[:N_SNIFFED_TEXTS]
     if not np.isnan(parse_numbers(head)).any() and not np.isnan(parse_numbers(values)).any():
         return "numeric", ""
     if any(character.isdigit() for character in head[0]):
@@ -210,7 +210,7 @@ def detect(series: pd.Series[Any]) -> tuple[str, str]:
     return "categorical", ""
 
 
-def read_numbers(
+def numeric_features(
     column: Column, series: pd.Series[Any], name: str = "X"
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The number features of a numeric, boolean or date column.
@@ -235,30 +235,34 @@ def read_numbers(
 
     Example:
         >>> column = Column("size", "numeric", parts=("",))
-        >>> values, absent = read_numbers(column, pd.Series(["2", None]))
+        >>> values, absent = numeric_features(column, pd.Series(["2", None]))
         >>> values.tolist(), absent.tolist()
         ([[2.0], [nan]], [False, True])
     """
     if column.kind == "date":
-        moments, present = to_moments(series, column.date_format, name)
-        values = date_parts(moments, column.parts)
-        absent = np.asarray(moments.isna())
+        timestamps, present = to_timestamps(series, column.date_format, name)
+        values = date_parts(timestamps, column.parts)
+        absent = np.asarray(timestamps.isna())
     else:
         flat, present = to_numbers(series, column.kind == "boolean", name)
         _check_finite(flat, column.name, name)
         absent = np.isnan(flat)
-        flat = np.where(np.abs(flat) < SMALLEST, 0.0, flat)
-        values = np.repeat(np.clip(flat, -LARGEST, LARGEST)[:, None], len(column.parts), axis=1)
-    lost = absent & present
-    if lost.any():
+        flat = np.where(np.abs(flat) < MIN_MAGNITUDE, 0.0, flat)
+        values = np.repeat(
+            np.clip(flat, -MAX_MAGNITUDE, MAX_MAGNITUDE)[:, None], len(column.parts), axis=1
+        )
+    unreadable = absent & present
+    if unreadable.any():
         logger.warning(
-            f"Column {column.name!r} of {name} is {column.kind}, but {lost.sum():,} of its cells "
-            f"are not; they count as missing. The first is {series.iloc[int(lost.argmax())]!r}."
+            f"Column {column.name!r} of {name} is {column.kind}, but {unreadable.sum():,} "
+            f"of its cells "
+            f"are not; they count as missing. The first is "
+            f"{series.iloc[int(unreadable.argmax())]!r}."
         )
     return values, absent
 
 
-def read_codes(column: Column, series: pd.Series[Any], name: str = "X") -> NDArray[np.int64]:
+def category_codes(column: Column, series: pd.Series[Any], name: str = "X") -> NDArray[np.int64]:
     """The category of each cell of a categorical column.
 
     Args:
@@ -275,31 +279,31 @@ def read_codes(column: Column, series: pd.Series[Any], name: str = "X") -> NDArr
 
     Example:
         >>> column = Column("town", "categorical", categories=("Rome", "Ulm"), missing=True)
-        >>> read_codes(column, pd.Series(["Ulm", None, "Oslo"])).tolist()
+        >>> category_codes(column, pd.Series(["Ulm", None, "Oslo"])).tolist()
         [1, 2, -1]
     """
-    codes, values = texts(series, name)
+    codes, values = factorize_texts(series, name)
     known = pd.Index(column.categories, dtype=object).get_indexer(pd.Index(values, dtype=object))
     other = len(column.categories) if column.infrequent else -1
-    missing = column.width - 1 if column.missing else other
+    missing = column.one_hot_width - 1 if column.missing else other
     return np.append(np.where(known < 0, other, known), missing)[codes].astype(np.int64)
 
 
-def _learn_categories(series: pd.Series[Any]) -> Column:
+def _fit_categories(series: pd.Series[Any]) -> Column:
     """The categories of a column, at most ``MAX_CATEGORIES`` with the infrequent one."""
     name = str(series.name)
-    codes, values = texts(series)
+    codes, values = factorize_texts(series)
     missing = bool((codes < 0).any())
     if len(values) <= MAX_CATEGORIES:
         if len(values) + missing < 2:
             return Column(name, "constant")
         return Column(name, "categorical", missing=missing, categories=tuple(sorted(values)))
     counts = np.bincount(codes[codes >= 0], minlength=len(values))
-    room = MAX_CATEGORIES - 1
+    max_categories = MAX_CATEGORIES - 1
     # A text seen once teaches nothing, and sorting a million of them takes a second.
-    least = max(2, int(np.partition(counts, -room)[-room]))
-    often = [(int(counts[i]), str(values[i])) for i in np.flatnonzero(counts >= least)]
-    kept = tuple(sorted(text for _, text in sorted(often)[-room:]))
+    min_count = max(2, int(np.partition(counts, -max_categories)[-max_categories]))
+    often = [(int(counts[i]), str(values[i])) for i in np.flatnonzero(counts >= min_count)]
+    kept = tuple(sorted(text for _, text in sorted(often)[-max_categories:]))
     logger.warning(
         f"Column {name!r} has {len(values):,} distinct texts: the {len(kept)} most frequent that "
         "occur at least twice are categories, all others count as one."
@@ -312,9 +316,11 @@ def _learn_categories(series: pd.Series[Any]) -> Column:
 def _all_missing(series: pd.Series[Any]) -> bool:
     """Whether no cell has a value; reads all texts only where the first thousand are markers."""
     present = series.dropna()
-    if present.empty or not holds_texts(series):
+    if present.empty or not is_text_column(series):
         return present.empty
-    return not len(texts(present.iloc[:1000])[1]) and not len(texts(present)[1])
+    return not len(factorize_texts(present.iloc[:1000])[1]) and not len(
+        factorize_texts(present)[1]
+    )
 
 
 def _check_finite(values: NDArray[np.float64], column: str, name: str) -> None:

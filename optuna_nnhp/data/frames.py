@@ -24,14 +24,14 @@ MISSING_MARKERS = (
     *("", "?", "#N/A", "#N/A N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA"),
     *("NULL", "NaN", "None", "n/a", "nan", "null", "NaT"),
 )
-MAX_NAMES = 10
-COMPRESSED = (".gz", ".bz2", ".zip", ".xz", ".zst", ".tar")  # as pandas knows them
-LOOKED_AT = 2**20  # bytes at a time
-_LONE_RETURN = re.compile(rb"\r(?!\n)")
+MAX_LISTED = 10
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zip", ".xz", ".zst", ".tar")  # as pandas knows them
+CHUNK_BYTES = 2**20  # bytes at a time
+_LONE_CARRIAGE_RETURN = re.compile(rb"\r(?!\n)")
 
 
-def listing(names: Iterable[object], quote: bool = True) -> str:
-    """Names for an error or log line, at most ``MAX_NAMES`` of them.
+def format_list(names: Iterable[object], quote: bool = True) -> str:
+    """Names for an error or log line, at most ``MAX_LISTED`` of them.
 
     Args:
         names:
@@ -40,16 +40,16 @@ def listing(names: Iterable[object], quote: bool = True) -> str:
             Whether to write each one as Python would.
 
     Example:
-        >>> listing(["a", "b"])
+        >>> format_list(["a", "b"])
         "'a', 'b'"
-        >>> listing(range(12), quote=False)
+        >>> format_list(range(12), quote=False)
         '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
     """
     items = list(names)
     # A cell can hold a novel: one line stays one line.
-    shown = [repr(item) if quote else str(item) for item in items[:MAX_NAMES]]
+    shown = [repr(item) if quote else str(item) for item in items[:MAX_LISTED]]
     shown = [text if len(text) <= 60 else text[:57] + "..." for text in shown]
-    more = f" and {len(items) - MAX_NAMES:,} more" if len(items) > MAX_NAMES else ""
+    more = f" and {len(items) - MAX_LISTED:,} more" if len(items) > MAX_LISTED else ""
     return ", ".join(shown) + more
 
 
@@ -89,10 +89,10 @@ def read_csv(path: str | os.PathLike[str], target: str) -> tuple[pd.DataFrame, p
     if file.is_dir():
         raise ValueError(f"A CSV file is needed, but {str(file)!r} is a folder.")
     # The header first: a wrong target is said before a large file is read.
-    header = _parse(file, header=None, nrows=1, dtype=str, keep_default_na=False)
+    header = _parse_csv(file, header=None, nrows=1, dtype=str, keep_default_na=False)
     names = [str(name).strip() for name in header.iloc[0]]
     _check_header(names, target, file)
-    frame = _parse(
+    frame = _parse_csv(
         file, header=0, names=names, index_col=False, na_values=list(MISSING_MARKERS)
     ).reset_index(drop=True)
     if frame.empty:
@@ -100,7 +100,7 @@ def read_csv(path: str | os.PathLike[str], target: str) -> tuple[pd.DataFrame, p
     return frame.drop(columns=target), frame[target]
 
 
-def _parse(file: Path, **options: Any) -> pd.DataFrame:
+def _parse_csv(file: Path, **options: Any) -> pd.DataFrame:
     """``pandas.read_csv`` with one-line errors."""
     name = repr(str(file))
     try:
@@ -109,7 +109,7 @@ def _parse(file: Path, **options: Any) -> pd.DataFrame:
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # low_memory=True guesses types chunk by chunk and can mix them in one column.
             frame: pd.DataFrame = pd.read_csv(
-                _source(file),
+                _normalize_line_ends(file),
                 skipinitialspace=True,
                 encoding="utf-8-sig",
                 low_memory=False,
@@ -132,17 +132,17 @@ def _parse(file: Path, **options: Any) -> pd.DataFrame:
     return frame
 
 
-def _source(file: Path) -> Path | BytesIO:
+def _normalize_line_ends(file: Path) -> Path | BytesIO:
     """The file, or its content if it has line ends that pandas does not take as such.
 
     After an empty line that ends in a lone carriage return, pandas moves the next row's cells to
     the left if the first is empty.
     """
-    if file.suffix.lower() in COMPRESSED:
+    if file.suffix.lower() in COMPRESSED_SUFFIXES:
         return file
     with file.open("rb") as stream:
-        while chunk := stream.read(LOOKED_AT):
-            if _LONE_RETURN.search(chunk + stream.peek(1)[:1]):
+        while chunk := stream.read(CHUNK_BYTES):
+            if _LONE_CARRIAGE_RETURN.search(chunk + stream.peek(1)[:1]):
                 content = file.read_bytes()
                 return BytesIO(content.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
     return file
@@ -150,19 +150,19 @@ def _source(file: Path) -> Path | BytesIO:
 
 def _check_header(names: list[str], target: str, file: Path) -> None:
     """Raises ValueError unless the names are unique and hold the target and one more."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
         raise ValueError(
-            f"Column names must be unique, but {str(file)!r} repeats {listing(twice)}."
+            f"Column names must be unique, but {str(file)!r} repeats {format_list(duplicates)}."
         )
     if target not in names:
-        near = get_close_matches(str(target), names, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        suggestions = get_close_matches(str(target), names, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, suggestions))}?" if suggestions else "."
         if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
             hint += " Is the file separated by something else than commas?"
         raise ValueError(
             f"The target {target!r} is not a column of {str(file)!r}{hint} "
-            f"Columns: {listing(names)}."
+            f"Columns: {format_list(names)}."
         )
     if len(names) == 1:
         raise ValueError(f"{str(file)!r} has no column besides the target {target!r}.")
@@ -191,12 +191,14 @@ def as_frame(X: Any, name: str = "X") -> pd.DataFrame:
     """
     if isinstance(X, pd.DataFrame):
         frame = X.set_axis([str(column) for column in X.columns], axis=1).reset_index(drop=True)
-        twice = frame.columns[frame.columns.duplicated()].unique()
-        if len(twice):
-            raise ValueError(f"Column names must be unique, but {name} repeats {listing(twice)}.")
+        duplicates = frame.columns[frame.columns.duplicated()].unique()
+        if len(duplicates):
+            raise ValueError(
+                f"Column names must be unique, but {name} repeats {format_list(duplicates)}."
+            )
     else:
         values = _array_or_list(X, name)
-        shape = _shape(values, name)
+        shape = _shape_of(values, name)
         if len(shape) != 2:
             raise ValueError(f"{name} must be 2-D (rows, columns), but has shape {shape}.")
         frame = pd.DataFrame(values, columns=pd.Index([f"x{i}" for i in range(shape[1])]))
@@ -205,7 +207,7 @@ def as_frame(X: Any, name: str = "X") -> pd.DataFrame:
             f"{name} must have at least one row and one column, but has shape {frame.shape}."
         )
     changed = {
-        str(c): _inferred(frame[c], f"Column {str(c)!r} of {name}")
+        str(c): _infer_dtype(frame[c], f"Column {str(c)!r} of {name}")
         for c in frame
         if frame[c].dtype == object or not getattr(frame[c].dtype, "isnative", True)
     }
@@ -234,7 +236,7 @@ def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
         [1, 0]
     """
     values = _array_or_list(y, name)
-    shape = _shape(values, name)
+    shape = _shape_of(values, name)
     if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
         raise ValueError(f"{name} must be 1-D (rows,), but has shape {shape}.")
     if shape[0] == 0:
@@ -247,10 +249,10 @@ def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
         series = pd.Series([row[0] for row in values])
     else:
         series = pd.Series(values)
-    return _inferred(series.reset_index(drop=True), name)
+    return _infer_dtype(series.reset_index(drop=True), name)
 
 
-def check_lengths(X: Sized, y: Sized, names: Sequence[str] = ("X", "y")) -> None:
+def check_consistent_length(X: Sized, y: Sized, names: Sequence[str] = ("X", "y")) -> None:
     """Checks that there is one label for each row.
 
     Args:
@@ -266,7 +268,7 @@ def check_lengths(X: Sized, y: Sized, names: Sequence[str] = ("X", "y")) -> None
             If the lengths differ.
 
     Example:
-        >>> check_lengths(as_frame([[1], [2]]), as_target([0, 1]))
+        >>> check_consistent_length(as_frame([[1], [2]]), as_target([0, 1]))
     """
     if len(X) != len(y):
         raise ValueError(
@@ -275,7 +277,7 @@ def check_lengths(X: Sized, y: Sized, names: Sequence[str] = ("X", "y")) -> None
         )
 
 
-def match_columns(
+def align_columns(
     X: Any, columns: Sequence[str], needed: Iterable[str], name: str = "X"
 ) -> pd.DataFrame:
     """A table brought to the columns that another one had.
@@ -296,7 +298,7 @@ def match_columns(
             If a needed column is absent, or the number of unnamed columns differs.
 
     Example:
-        >>> match_columns([[1, 2]], ["a", "b"], ["a", "b"]).columns.tolist()
+        >>> align_columns([[1, 2]], ["a", "b"], ["a", "b"]).columns.tolist()
         ['a', 'b']
     """
     frame = as_frame(X, name)
@@ -309,7 +311,7 @@ def match_columns(
     absent = [column for column in needed if column not in frame.columns]
     if absent:
         raise ValueError(
-            f"{name} must have the columns of the training data, but lacks {listing(absent)}."
+            f"{name} must have the columns of the training data, but lacks {format_list(absent)}."
         )
     return frame[[column for column in columns if column in frame.columns]]
 
@@ -345,7 +347,7 @@ def as_array(values: Any, name: str) -> Any:
         if values.dtype.names:
             raise ValueError(
                 f"{name} must have cells of one type, but these have the fields "
-                f"{listing(values.dtype.names)}: use a DataFrame."
+                f"{format_list(values.dtype.names)}: use a DataFrame."
             )
         return values.astype(values.dtype.newbyteorder("="), copy=False)
     return values
@@ -357,7 +359,7 @@ def _array_or_list(values: Any, name: str) -> Any:
     return list(values) if isinstance(values, tuple | range) else values
 
 
-def _inferred(series: pd.Series[Any], what: str) -> pd.Series[Any]:
+def _infer_dtype(series: pd.Series[Any], what: str) -> pd.Series[Any]:
     """The cells with the type that all of them have, if there is one."""
     if isinstance(series.dtype, np.dtype) and not series.dtype.isnative:
         return series.astype(series.dtype.newbyteorder("="))
@@ -370,7 +372,7 @@ def _inferred(series: pd.Series[Any], what: str) -> pd.Series[Any]:
     return series.infer_objects()
 
 
-def _shape(values: Any, name: str) -> tuple[int, ...]:
+def _shape_of(values: Any, name: str) -> tuple[int, ...]:
     """The shape, or a ValueError for rows of different lengths."""
     try:
         return tuple(np.shape(values))

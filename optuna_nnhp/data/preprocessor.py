@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 import pandas as pd
 from sklearn.preprocessing import OneHotEncoder
 
-from optuna_nnhp.data.columns import KINDS
+from optuna_nnhp.data.columns import COLUMN_KINDS
 from optuna_nnhp.data.columns import Column
+from optuna_nnhp.data.columns import category_codes
 from optuna_nnhp.data.columns import check_values
-from optuna_nnhp.data.columns import learn_column
-from optuna_nnhp.data.columns import read_codes
-from optuna_nnhp.data.columns import read_numbers
+from optuna_nnhp.data.columns import fit_column
+from optuna_nnhp.data.columns import numeric_features
+from optuna_nnhp.data.frames import align_columns
 from optuna_nnhp.data.frames import as_frame
-from optuna_nnhp.data.frames import listing
-from optuna_nnhp.data.frames import match_columns
+from optuna_nnhp.data.frames import format_list
 from optuna_nnhp.data.scaling import Scaler
 
 logger = logging.getLogger(f"optuna.{__name__}")
 
 # Rows in work at a time: bounds the float64 and sparse copies beside the result.
-CHUNK = 65536
+CHUNK_ROWS = 65536
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,24 +78,24 @@ class Preprocessor:
         """
         frame = as_frame(X)
         check_values(frame)
-        return learn(frame)
+        return fit_preprocessor(frame)
 
     @cached_property
-    def numbers(self) -> tuple[Column, ...]:
+    def numeric_columns(self) -> tuple[Column, ...]:
         """The columns with number features."""
         return tuple(c for c in self.columns if c.kind in ("numeric", "boolean", "date"))
 
     @cached_property
-    def categoricals(self) -> tuple[Column, ...]:
+    def categorical_columns(self) -> tuple[Column, ...]:
         """The columns with categories."""
         return tuple(c for c in self.columns if c.kind == "categorical")
 
     @cached_property
     def feature_names(self) -> list[str]:
         """One name for each feature: ``size``, ``day.month``, ``size=<missing>``, ``town=Ulm``."""
-        names = [f"{c.name}.{p}" if p else c.name for c in self.numbers for p in c.parts]
-        names += [f"{c.name}=<missing>" for c in self.numbers if c.missing]
-        for column in self.categoricals:
+        names = [f"{c.name}.{p}" if p else c.name for c in self.numeric_columns for p in c.parts]
+        names += [f"{c.name}=<missing>" for c in self.numeric_columns if c.missing]
+        for column in self.categorical_columns:
             values = [*column.categories, *["<infrequent>"] * column.infrequent]
             names += [f"{column.name}={v}" for v in [*values, *["<missing>"] * column.missing]]
         return names
@@ -103,7 +103,7 @@ class Preprocessor:
     @cached_property
     def _encoder(self) -> OneHotEncoder:
         """Codes to 0/1 columns; -1, the code of what training never saw, to zeros."""
-        widths = [column.width for column in self.categoricals]
+        widths = [column.one_hot_width for column in self.categorical_columns]
         encoder = OneHotEncoder(
             categories=[np.arange(width) for width in widths],
             handle_unknown="ignore",
@@ -136,15 +136,15 @@ class Preprocessor:
             >>> preprocessor.transform([[1.0, "never seen"]]).tolist()
             [[0.0, 0.0, 0.0]]
         """
-        needed = [column.name for column in (*self.numbers, *self.categoricals)]
-        frame = match_columns(X, [column.name for column in self.columns], needed, name)
-        values, absent = number_block(self.numbers, frame, name)
-        codes = [read_codes(c, frame[c.name], name) for c in self.categoricals]
+        needed = [column.name for column in (*self.numeric_columns, *self.categorical_columns)]
+        frame = align_columns(X, [column.name for column in self.columns], needed, name)
+        values, absent = numeric_block(self.numeric_columns, frame, name)
+        codes = [category_codes(c, frame[c.name], name) for c in self.categorical_columns]
         features = np.empty((len(frame), len(self.feature_names)), dtype=np.float32)
         first, second = values.shape[1], values.shape[1] + absent.shape[1]
         features[:, first:second] = absent
-        for start in range(0, len(frame), CHUNK):
-            rows = slice(start, start + CHUNK)
+        for start in range(0, len(frame), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
             if self.scaler is not None:
                 features[rows, :first] = self.scaler.transform(values[rows])
             if codes:
@@ -160,7 +160,7 @@ class Preprocessor:
             '2 columns: 1 numeric, 1 constant -> 1 features'
         """
         counts = Counter(column.kind for column in self.columns)
-        kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in KINDS if counts[kind])
+        kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in COLUMN_KINDS if counts[kind])
         return f"{len(self.columns):,} columns: {kinds} -> {len(self.feature_names):,} features"
 
     def to_json(self) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class Preprocessor:
         return cls(tuple(columns), scaler)
 
 
-def learn(frame: pd.DataFrame) -> Preprocessor:
+def fit_preprocessor(frame: pd.DataFrame) -> Preprocessor:
     """``Preprocessor.fit`` for a table that is part of a checked one.
 
     A column without a value in this part is constant here, and dropped like one.
@@ -215,24 +215,26 @@ def learn(frame: pd.DataFrame) -> Preprocessor:
             If no column varies.
 
     Example:
-        >>> learn(pd.DataFrame({"a": [1, 2], "b": [None, None]})).feature_names
+        >>> fit_preprocessor(pd.DataFrame({"a": [1, 2], "b": [None, None]})).feature_names
         ['a']
     """
-    columns = tuple(learn_column(frame[name]) for name in frame)
+    columns = tuple(fit_column(frame[name]) for name in frame)
     constant = [column.name for column in columns if column.kind == "constant"]
     if len(constant) == len(columns):
         raise ValueError(
             f"At least one column of X must vary in the training part, but none of "
-            f"{listing(constant)} does."
+            f"{format_list(constant)} does."
         )
     if constant:
-        logger.info(f"Dropped, for they do not vary in the training part: {listing(constant)}.")
+        logger.info(
+            f"Dropped, for they do not vary in the training part: {format_list(constant)}."
+        )
     preprocessor = Preprocessor(columns, None)
-    values, _ = number_block(preprocessor.numbers, frame)
+    values, _ = numeric_block(preprocessor.numeric_columns, frame)
     return Preprocessor(columns, Scaler.fit(values) if values.shape[1] else None)
 
 
-def number_block(
+def numeric_block(
     columns: tuple[Column, ...], frame: pd.DataFrame, name: str = "X"
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Number features before scaling, and the missing indicators.
@@ -250,13 +252,13 @@ def number_block(
         (rows, columns that lacked values in training).
 
     Example:
-        >>> number_block((Column("a", "numeric", ("",)),), pd.DataFrame({"a": [7]}))[0].tolist()
+        >>> numeric_block((Column("a", "numeric", ("",)),), pd.DataFrame({"a": [7]}))[0].tolist()
         [[7.0]]
     """
     values = [np.empty((len(frame), 0))]
     absent = [np.empty((len(frame), 0), dtype=bool)]
     for column in columns:
-        numbers, missing = read_numbers(column, frame[column.name], name)
+        numbers, missing = numeric_features(column, frame[column.name], name)
         values.append(numbers)
         if column.missing:
             absent.append(missing[:, None])

@@ -13,14 +13,14 @@ from sklearn.model_selection import train_test_split
 
 from optuna_nnhp.data.frames import as_frame
 from optuna_nnhp.data.frames import as_target
-from optuna_nnhp.data.frames import check_lengths
-from optuna_nnhp.data.frames import listing
+from optuna_nnhp.data.frames import check_consistent_length
+from optuna_nnhp.data.frames import format_list
 
-Parts = tuple[pd.DataFrame, "pd.Series[Any]", pd.DataFrame, "pd.Series[Any]"]
-SEEDS = 2**32
+SplitParts = tuple[pd.DataFrame, "pd.Series[Any]", pd.DataFrame, "pd.Series[Any]"]
+SEED_LIMIT = 2**32
 
 
-def is_pair(validation: object) -> bool:
+def is_validation_pair(validation: object) -> bool:
     """Whether the validation part is given as (X_val, y_val) rather than as a fraction.
 
     Args:
@@ -32,7 +32,7 @@ def is_pair(validation: object) -> bool:
             If it is neither.
 
     Example:
-        >>> is_pair(0.2), is_pair(([[1]], [0]))
+        >>> is_validation_pair(0.2), is_validation_pair(([[1]], [0]))
         (False, True)
     """
     if isinstance(validation, tuple | list):
@@ -52,13 +52,13 @@ def is_pair(validation: object) -> bool:
     return False
 
 
-def split(
+def train_validation_split(
     X: pd.DataFrame,
     y: pd.Series[Any],
     validation: float | Sequence[Any],
     task: str,
     seed: int,
-) -> Parts:
+) -> SplitParts:
     """Divides the rows into a training and a validation part.
 
     A fraction is drawn at random, stratified for classification: every class is in both parts.
@@ -85,26 +85,26 @@ def split(
 
     Example:
         >>> X, y = pd.DataFrame({"a": range(10)}), pd.Series([0, 1] * 5)
-        >>> [len(part) for part in split(X, y, 0.25, "binary", seed=0)]
+        >>> [len(part) for part in train_validation_split(X, y, 0.25, "binary", seed=0)]
         [7, 7, 3, 3]
     """
-    if is_pair(validation):
+    if is_validation_pair(validation):
         X_val, y_val = validation  # type: ignore[misc]
         valid_X, valid_y = as_frame(X_val, "X_val"), as_target(y_val, "y_val")
-        check_lengths(valid_X, valid_y, ("X_val", "y_val"))
+        check_consistent_length(valid_X, valid_y, ("X_val", "y_val"))
         return X, y, valid_X, valid_y
-    if not 0 <= seed < SEEDS:
+    if not 0 <= seed < SEED_LIMIT:
         raise ValueError(f"`seed` must be from 0 to 2**32 - 1, but got {seed}.")
     valid = ceil(len(y) * validation)  # type: ignore[operator]
     codes = None if task == "regression" else pd.factorize(y)[0]
-    _check_sizes(y, codes, valid)
+    _check_part_sizes(y, codes, valid)
     train_rows, valid_rows = train_test_split(
         np.arange(len(y)), test_size=valid, random_state=seed, stratify=codes
     )
     if codes is not None:
         # scikit-learn keeps proportions, but rounds small classes away.
-        _exchange(train_rows, valid_rows, codes)
-        _exchange(valid_rows, train_rows, codes)
+        _move_missing_classes(train_rows, valid_rows, codes)
+        _move_missing_classes(valid_rows, train_rows, codes)
     tables = [X.iloc[rows].reset_index(drop=True) for rows in (train_rows, valid_rows)]
     labels = [y.iloc[rows].reset_index(drop=True) for rows in (train_rows, valid_rows)]
     return tables[0], labels[0], tables[1], labels[1]
@@ -144,7 +144,7 @@ def batch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64(sequence)).permutation(n)
 
 
-def _check_sizes(y: pd.Series[Any], codes: NDArray[np.int64] | None, valid: int) -> None:
+def _check_part_sizes(y: pd.Series[Any], codes: NDArray[np.int64] | None, valid: int) -> None:
     """Raises ValueError unless both parts can be filled, with every class in both."""
     train = len(y) - valid
     if codes is None:
@@ -156,9 +156,10 @@ def _check_sizes(y: pd.Series[Any], codes: NDArray[np.int64] | None, valid: int)
         return
     counts = np.bincount(codes)
     if counts.min() < 2:
-        alone = pd.unique(y[counts[codes] == 1]).tolist()
+        singletons = pd.unique(y[counts[codes] == 1]).tolist()
         raise ValueError(
-            f"Every class must have at least 2 rows, one for each part, but {listing(alone)} "
+            f"Every class must have at least 2 rows, one for each part, but "
+            f"{format_list(singletons)} "
             "has 1 (task='regression' if y is a quantity)."
         )
     if min(train, valid) < len(counts):
@@ -168,7 +169,9 @@ def _check_sizes(y: pd.Series[Any], codes: NDArray[np.int64] | None, valid: int)
         )
 
 
-def _exchange(have: NDArray[np.int64], lack: NDArray[np.int64], codes: NDArray[np.int64]) -> None:
+def _move_missing_classes(
+    have: NDArray[np.int64], lack: NDArray[np.int64], codes: NDArray[np.int64]
+) -> None:
     """Gives ``lack`` a row of each class it lacks, for one of a class it has several of.
 
     Stratified drawing rounds: of a class with two rows, a fifth may be none. In place; both parts

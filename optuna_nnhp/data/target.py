@@ -13,15 +13,15 @@ from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 import pandas as pd
 
-from optuna_nnhp.data.frames import listing
-from optuna_nnhp.messages import unknown
+from optuna_nnhp.data.frames import format_list
+from optuna_nnhp.errors import unknown_name
 
 Label: TypeAlias = str | int | float | bool
 
 TASKS = ("binary", "multiclass", "regression")
 MAX_INTEGER_CLASSES = 20
 # Far beyond any unit, and its square is far within float64.
-LARGEST = 1e30
+MAX_ABS_TARGET = 1e30
 
 
 def check_target(y: pd.Series[Any], name: str = "y") -> None:
@@ -50,20 +50,21 @@ def check_target(y: pd.Series[Any], name: str = "y") -> None:
             f"{name} must have no missing values, but has {missing.sum():,}, "
             f"the first in row {missing.argmax():,}."
         )
-    values = _plain(y)
+    values = _to_numpy(y)
     if values.dtype.kind == "f":
-        wild = ~(np.abs(values.astype(np.float64)) <= LARGEST)
-        if wild.any():
+        invalid = ~(np.abs(values.astype(np.float64)) <= MAX_ABS_TARGET)
+        if invalid.any():
             raise ValueError(
-                f"{name} must be finite and within ±{LARGEST:g}, but {wild.sum():,} values are "
-                f"not, the first in row {wild.argmax():,}: {values[wild][0]}."
+                f"{name} must be finite and within ±{MAX_ABS_TARGET:g}, but "
+                f"{invalid.sum():,} values are "
+                f"not, the first in row {invalid.argmax():,}: {values[invalid][0]}."
             )
     elif values.dtype.kind == "O":
         kinds = sorted({type(value).__name__ for value in values})  # also integers beyond int64
         if kinds != ["str"]:
             raise ValueError(
                 f"{name} must hold numbers, texts or booleans of one type, "
-                f"but holds {listing(kinds, quote=False)}."
+                f"but holds {format_list(kinds, quote=False)}."
             )
     elif values.dtype.kind not in "biu":
         raise ValueError(f"{name} must hold numbers, texts or booleans, but holds {y.dtype}.")
@@ -89,7 +90,7 @@ def infer_task(y: pd.Series[Any]) -> str:
         >>> infer_task(pd.Series([0.5, 1.5, 2.5]))
         'regression'
     """
-    values = _plain(y)
+    values = _to_numpy(y)
     distinct = len(pd.unique(values))
     if values.dtype.kind in "iuf" and not isinstance(y.dtype, pd.CategoricalDtype):
         whole = values.dtype.kind != "f" or bool((values == np.floor(values)).all())
@@ -122,8 +123,8 @@ def resolve_task(y: pd.Series[Any], task: str | None, name: str = "y") -> str:
         'multiclass'
     """
     if task is not None and (not isinstance(task, str) or task not in (*TASKS, "classification")):
-        raise unknown("a task", task, (*TASKS, "classification"))
-    values = _plain(y)
+        raise unknown_name("a task", task, (*TASKS, "classification"))
+    values = _to_numpy(y)
     distinct = pd.unique(values)
     if len(distinct) == 1:
         raise ValueError(
@@ -138,7 +139,7 @@ def resolve_task(y: pd.Series[Any], task: str | None, name: str = "y") -> str:
     if task == "binary" and len(distinct) != 2:
         raise ValueError(
             f"The task 'binary' needs 2 classes, but {name} has {len(distinct):,}: "
-            f"{listing(np.asarray(distinct).tolist())}."
+            f"{format_list(np.asarray(distinct).tolist())}."
         )
     if task == "classification":
         return "binary" if len(distinct) == 2 else "multiclass"
@@ -186,7 +187,7 @@ class Target:
             >>> Target.fit(pd.Series([1.0, 3.0]), "regression")
             Target(task='regression', classes=(), mean=2.0, scale=1.0)
         """
-        values = _plain(y)
+        values = _to_numpy(y)
         if task == "regression":
             numbers = values.astype(np.float64)
             # A constant training part predicts its constant.
@@ -213,25 +214,25 @@ class Target:
             >>> Target("regression", mean=2.0, scale=4.0).encode(pd.Series([10, 2])).tolist()
             [2.0, 0.0]
         """
-        values = _plain(y)
+        values = _to_numpy(y)
         if self.task != "regression":
-            codes = pd.Index(self._labels()).get_indexer(pd.Index(values))
-            strange = pd.unique(values[codes < 0]).tolist()
-            if strange:
+            codes = pd.Index(self._classes_array()).get_indexer(pd.Index(values))
+            unknown_labels = pd.unique(values[codes < 0]).tolist()
+            if unknown_labels:
                 raise ValueError(
-                    f"The labels of {name} must be among {listing(self.classes)}, "
-                    f"but {(codes < 0).sum():,} rows have {listing(strange)}."
+                    f"The labels of {name} must be among {format_list(self.classes)}, "
+                    f"but {(codes < 0).sum():,} rows have {format_list(unknown_labels)}."
                 )
             return np.asarray(codes, dtype=np.int64)
         if values.dtype.kind not in "iuf":
             raise ValueError(f"Regression needs numbers, but {name} holds {y.dtype}.")
         with np.errstate(over="ignore"):
             scaled = ((values.astype(np.float64) - self.mean) / self.scale).astype(np.float32)
-        wild = ~np.isfinite(scaled)
-        if wild.any():
+        invalid = ~np.isfinite(scaled)
+        if invalid.any():
             raise ValueError(
                 f"{name} must be within float32's range once divided by the training part's "
-                f"standard deviation {self.scale:g}, but {values[wild][0]} is not."
+                f"standard deviation {self.scale:g}, but {values[invalid][0]} is not."
             )
         return np.asarray(scaled)
 
@@ -252,7 +253,7 @@ class Target:
         """
         if self.task == "regression":
             return np.asarray(encoded, dtype=np.float64) * self.scale + self.mean
-        return np.asarray(self._labels()[np.asarray(encoded)])
+        return np.asarray(self._classes_array()[np.asarray(encoded)])
 
     def describe(self) -> str:
         """One line for a person.
@@ -263,7 +264,7 @@ class Target:
         """
         if self.task == "regression":
             return f"regression (mean {self.mean:.4g}, standard deviation {self.scale:.4g})"
-        return f"{self.task} ({listing(self.classes)})"
+        return f"{self.task} ({format_list(self.classes)})"
 
     def to_json(self) -> dict[str, Any]:
         """The state as plain JSON.
@@ -289,13 +290,13 @@ class Target:
         """
         return cls(state["task"], tuple(state["classes"]), state["mean"], state["scale"])
 
-    def _labels(self) -> NDArray[Any]:
+    def _classes_array(self) -> NDArray[Any]:
         """The classes as an array, **shape** (classes,)."""
         text = isinstance(self.classes[0], str)
         return np.array(self.classes, dtype=object if text else None)
 
 
-def _plain(y: pd.Series[Any]) -> NDArray[Any]:
+def _to_numpy(y: pd.Series[Any]) -> NDArray[Any]:
     """The values without pandas' extension types: bool, int, float, datetime or object.
 
     pandas' nullable and categorical types say the same in other words; labels from a CSV file and

@@ -19,20 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 import optuna
 
-from optuna_nnhp.data.bpe import BPE_VOCABULARY
-from optuna_nnhp.data.frames import listing
-from optuna_nnhp.data.tokens import Tokenizer
-from optuna_nnhp.data.tokens import fit_tokenizer
-from optuna_nnhp.data.utf8 import utf8
-from optuna_nnhp.messages import unknown
+from optuna_nnhp.data.bpe import DEFAULT_BPE_VOCABULARY
+from optuna_nnhp.data.frames import format_list
+from optuna_nnhp.data.tokenizers import Tokenizer
+from optuna_nnhp.data.tokenizers import fit_tokenizer
+from optuna_nnhp.data.utf8_text import encode_utf8
+from optuna_nnhp.errors import unknown_name
 
-PathName: TypeAlias = str | os.PathLike[str]
-Source: TypeAlias = PathName | Sequence[PathName]
+StrPath: TypeAlias = str | os.PathLike[str]
+TextSource: TypeAlias = StrPath | Sequence[StrPath]
 
-DEFAULT_TEXT = "pydoc_data.topics"  # Python's own documentation
-ERRORS = ("strict", "replace", "ignore")
-LONGEST_PATH = 4096
-CHAR_ALPHABET = 256  # up to here characters are no more tokens than bytes
+DEFAULT_TEXT_MODULE = "pydoc_data.topics"  # Python's own documentation
+DECODE_ERRORS = ("strict", "replace", "ignore")
+MAX_PATH_LENGTH = 4096
+MAX_CHAR_ALPHABET = 256  # up to here characters are no more tokens than bytes
 # What a folder is searched for: prose, marked-up text, data and source code.
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".srt", ".log"),
@@ -40,13 +40,13 @@ TEXT_SUFFIXES = (
     *(".ini", ".cfg", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java"),
     *(".js", ".ts", ".css", ".rb", ".r", ".jl", ".sql", ".sh"),
 )
-_UTF8_MARK = b"\xef\xbb\xbf"
+_UTF8_BOM = b"\xef\xbb\xbf"
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class TokenizedText:
     """Both parts of a text as token ids.
 
     Args:
@@ -61,7 +61,7 @@ class Tokens:
             divided by this and by ln 2, is bits per byte, which any two tokenizers share.
 
     Example:
-        >>> tokens = prepare_text("to be or not\\n" * 8).tokens("char")
+        >>> tokens = prepare_text("to be or not\\n" * 8).tokenize("char")
         >>> tokens.tokenizer.size, tokens.train.shape, tokens.valid.shape, tokens.valid_bytes
         (8, (93,), (11,), 11)
     """
@@ -92,21 +92,21 @@ class TextData:
 
     Example:
         >>> data = prepare_text("to be or not\\n" * 8)
-        >>> len(data.train), len(data.valid), data.default_kind
+        >>> len(data.train), len(data.valid), data.default_tokenizer
         (93, 11, 'char')
     """
 
     train: str = field(repr=False)
     valid: str = field(repr=False)
     fingerprint: str
-    _tokens: dict[tuple[str, int | None], Tokens] = field(
+    _tokens: dict[tuple[str, int | None], TokenizedText] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     @cached_property
     def valid_bytes(self) -> int:
         """What the validation part takes in UTF-8."""
-        return len(utf8(self.valid))
+        return len(encode_utf8(self.valid))
 
     @cached_property
     def alphabet_size(self) -> int:
@@ -114,11 +114,11 @@ class TextData:
         return len({*self.train, *self.valid})
 
     @property
-    def default_kind(self) -> str:
+    def default_tokenizer(self) -> str:
         """``"char"`` where the alphabet has at most 256 characters, else ``"byte"``."""
-        return "char" if self.alphabet_size <= CHAR_ALPHABET else "byte"
+        return "char" if self.alphabet_size <= MAX_CHAR_ALPHABET else "byte"
 
-    def tokens(self, kind: str, vocabulary: int | None = None) -> Tokens:
+    def tokenize(self, kind: str, vocabulary: int | None = None) -> TokenizedText:
         """Both parts as token ids; what was made once is kept.
 
         Args:
@@ -126,7 +126,7 @@ class TextData:
                 ``"char"``, ``"byte"`` or ``"bpe"``.
             vocabulary:
                 The number of different tokens, for ``"bpe"`` alone; None is
-                ``BPE_VOCABULARY``.
+                ``DEFAULT_BPE_VOCABULARY``.
 
         Raises:
             ModuleNotFoundError:
@@ -134,11 +134,11 @@ class TextData:
             ValueError:
                 If the kind is unknown or the vocabulary is not possible.
         """
-        key = kind, BPE_VOCABULARY if kind == "bpe" and vocabulary is None else vocabulary
+        key = kind, DEFAULT_BPE_VOCABULARY if kind == "bpe" and vocabulary is None else vocabulary
         if key not in self._tokens:
             tokenizer = fit_tokenizer(kind, self.train, self.valid, vocabulary)
             parts = tokenizer.encode(self.train), tokenizer.encode(self.valid)
-            self._tokens[key] = Tokens(tokenizer, *parts, self.valid_bytes)
+            self._tokens[key] = TokenizedText(tokenizer, *parts, self.valid_bytes)
         return self._tokens[key]
 
     def describe(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class TextData:
         """
         return {
             "characters": len(self.train) + len(self.valid),
-            "bytes": len(utf8(self.train)) + self.valid_bytes,
+            "bytes": len(encode_utf8(self.train)) + self.valid_bytes,
             "alphabet": self.alphabet_size,
             "train_characters": len(self.train),
             "valid_characters": len(self.valid),
@@ -160,7 +160,7 @@ class TextData:
 
 
 def prepare_text(
-    source: Source, *, validation: float | Source = 0.1, errors: str = "strict"
+    source: TextSource, *, validation: float | TextSource = 0.1, errors: str = "strict"
 ) -> TextData:
     """Reads a text and splits it.
 
@@ -185,11 +185,11 @@ def prepare_text(
         >>> data.valid
         'abba\\n'
 
-    Source:
+    TextSource:
         nanoGPT's ``data/shakespeare_char/prepare.py`` for the split
         (https://github.com/karpathy/nanoGPT).
     """
-    share = _share(validation)
+    share = _validation_fraction(validation)
     text = read_text(source, errors)
     if share is None:
         train, valid = text, read_text(validation, errors, "validation")  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ def prepare_text(
     return TextData(train, valid, fingerprint(train, valid))
 
 
-def _share(validation: object) -> float | None:
+def _validation_fraction(validation: object) -> float | None:
     """The share, or None for another source."""
     if isinstance(validation, int | float | np.integer | np.floating) and not isinstance(
         validation, bool
@@ -243,23 +243,23 @@ def fingerprint(train: str, valid: str) -> str:
     """
     digest = blake2b(f"{len(train)} {len(valid)} ".encode(), digest_size=4)
     for part in (train, valid):
-        digest.update(utf8(part))
+        digest.update(encode_utf8(part))
     return digest.hexdigest()
 
 
-def check_length(tokens: Tokens, context: int) -> None:
+def check_context_fits(tokens: TokenizedText, context: int) -> None:
     """Raises ValueError unless each part has a window of ``context`` tokens and the next one.
 
     Args:
-        tokens:
+        tokenize:
             Both parts.
         context:
             How many tokens a model looks back at, at least 1.
 
     Example:
-        >>> tokens = prepare_text("to be or not\\n" * 8).tokens("char")
-        >>> check_length(tokens, context=8)
-        >>> check_length(tokens, context=16)
+        >>> tokens = prepare_text("to be or not\\n" * 8).tokenize("char")
+        >>> check_context_fits(tokens, context=8)
+        >>> check_context_fits(tokens, context=16)
         Traceback (most recent call last):
         ValueError: Each part must have at least 17 tokens for a `context` of 16, but of 104 \
 tokens 93 are for training and 11 for validation; `context` can be at most 10.
@@ -267,9 +267,13 @@ tokens 93 are for training and 11 for validation; `context` can be at most 10.
     if context < 1:
         raise ValueError(f"`context` must be at least 1, but got {context}.")
     train, valid = len(tokens.train), len(tokens.valid)
-    most = min(train, valid) - 1
-    if context > most:
-        advice = f"`context` can be at most {most:,}" if most > 0 else "give a longer text"
+    max_context = min(train, valid) - 1
+    if context > max_context:
+        advice = (
+            f"`context` can be at most {max_context:,}"
+            if max_context > 0
+            else "give a longer text"
+        )
         raise ValueError(
             f"Each part must have at least {context + 1:,} tokens for a `context` of "
             f"{context:,}, but of {train + valid:,} tokens {train:,} are for training and "
@@ -291,17 +295,18 @@ def bundled_text() -> str:
         True
     """
     try:
-        topics: dict[str, str] = import_module(DEFAULT_TEXT).topics
+        topics: dict[str, str] = import_module(DEFAULT_TEXT_MODULE).topics
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"The default text is Python's documentation, module {DEFAULT_TEXT}, which this "
+            f"The default text is Python's documentation, module {DEFAULT_TEXT_MODULE}, "
+            f"which this "
             "Python was installed without: give a text or file of your own.",
             name=error.name,
         ) from error
-    return _joined(topics[name] for name in sorted(topics))
+    return _join_with_newlines(topics[name] for name in sorted(topics))
 
 
-def read_text(source: Source, errors: str = "strict", name: str = "source") -> str:
+def read_text(source: TextSource, errors: str = "strict", name: str = "source") -> str:
     """A text from wherever a user has it.
 
     Line ends stay as they are, since bits per byte count every byte. Files are joined with a
@@ -329,13 +334,13 @@ def read_text(source: Source, errors: str = "strict", name: str = "source") -> s
         >>> read_text("to be\\nor not")
         'to be\\nor not'
     """
-    if errors not in ERRORS:
-        raise unknown("a way to treat bytes that are not UTF-8", errors, ERRORS)
+    if errors not in DECODE_ERRORS:
+        raise unknown_name("a way to treat bytes that are not UTF-8", errors, DECODE_ERRORS)
     if isinstance(source, str) and _is_text(source):
-        utf8(source, f"`{name}`")
+        encode_utf8(source, f"`{name}`")
         text = source
     else:
-        text = _joined(_read(file, errors) for file in _files(source, name))
+        text = _join_with_newlines(_read_file(file, errors) for file in _list_files(source, name))
     if not text:
         raise ValueError(f"`{name}` must have at least one character, but is empty.")
     return text
@@ -343,7 +348,7 @@ def read_text(source: Source, errors: str = "strict", name: str = "source") -> s
 
 def _is_text(source: str) -> bool:
     """Whether a str is text rather than a path."""
-    if "\n" in source or len(source) > LONGEST_PATH:
+    if "\n" in source or len(source) > MAX_PATH_LENGTH:
         return True
     if os.path.exists(source):
         return False
@@ -352,10 +357,10 @@ def _is_text(source: str) -> bool:
     return re.search(r"\s", source) is not None or not re.search(r"[/\\]|\.\w{1,8}$", source)
 
 
-def _files(source: object, name: str) -> list[Path]:
+def _list_files(source: object, name: str) -> list[Path]:
     """All files of a source that is not text."""
     if isinstance(source, str | os.PathLike):
-        return _files_at(Path(source), name)
+        return _list_files_at(Path(source), name)
     if not isinstance(source, Sequence) or not all(
         isinstance(path, str | os.PathLike) for path in source
     ):
@@ -365,10 +370,10 @@ def _files(source: object, name: str) -> list[Path]:
         )
     if not source:
         raise ValueError(f"`{name}` must have at least one file, but is an empty list.")
-    return [file for path in source for file in _files_at(Path(path), name)]
+    return [file for path in source for file in _list_files_at(Path(path), name)]
 
 
-def _files_at(path: Path, name: str) -> list[Path]:
+def _list_files_at(path: Path, name: str) -> list[Path]:
     """The file, or the text files of the folder."""
     if not os.path.exists(path):
         raise FileNotFoundError(
@@ -387,36 +392,37 @@ def _files_at(path: Path, name: str) -> list[Path]:
     if not texts:
         raise ValueError(
             f"A folder must have files with text suffixes such as .txt or .md, but "
-            f"{str(path)!r} has {listing(others) if others else 'no files'}."
+            f"{str(path)!r} has {format_list(others) if others else 'no files'}."
         )
     if others:
         _logger.info(
             f"Of the folder {str(path)!r} {len(texts):,} files are read, but not "
-            f"{listing(others)}."
+            f"{format_list(others)}."
         )
     return [found[key] for key in texts]
 
 
-def _read(file: Path, errors: str) -> str:
+def _read_file(file: Path, errors: str) -> str:
     """A file's text, or a ValueError that says where it is none."""
     data, name = file.read_bytes(), repr(str(file))
-    if (place := data.find(b"\0")) >= 0:
+    if (position := data.find(b"\0")) >= 0:
         raise ValueError(
-            f"A text file must have no zero bytes, but {name} has one at position {place:,}: "
+            f"A text file must have no zero bytes, but {name} has one at position {position:,}: "
             "it is binary, or UTF-16 instead of UTF-8."
         )
-    start = len(_UTF8_MARK) if data.startswith(_UTF8_MARK) else 0
+    start = len(_UTF8_BOM) if data.startswith(_UTF8_BOM) else 0
     try:
         return data[start:].decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        place = start + error.start
+        position = start + error.start
         raise ValueError(
-            f"A text file must be UTF-8, but {name} has the byte 0x{data[place]:02x} at position "
-            f"{place:,}; errors='replace' reads it nevertheless."
+            f"A text file must be UTF-8, but {name} has the byte 0x{data[position]:02x} at "
+            f"position "
+            f"{position:,}; errors='replace' reads it nevertheless."
         ) from None
 
 
-def _joined(texts: Iterable[str]) -> str:
+def _join_with_newlines(texts: Iterable[str]) -> str:
     """One text, with a line's end between each two."""
     parts = [text for text in texts if text]
     for i, part in enumerate(parts[:-1]):

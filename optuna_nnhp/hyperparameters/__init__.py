@@ -2,8 +2,8 @@
 
 from optuna_nnhp.hyperparameters.catalogue import CATALOGUE as CATALOGUE
 from optuna_nnhp.hyperparameters.catalogue import catalogue as catalogue
-from optuna_nnhp.hyperparameters.catalogue import choose as choose
 from optuna_nnhp.hyperparameters.catalogue import default_params as default_params
-from optuna_nnhp.hyperparameters.catalogue import effective as effective
-from optuna_nnhp.hyperparameters.catalogue import records as records
-from optuna_nnhp.hyperparameters.record import Hyperparameter as Hyperparameter
+from optuna_nnhp.hyperparameters.catalogue import effective_params as effective_params
+from optuna_nnhp.hyperparameters.catalogue import resolve_space as resolve_space
+from optuna_nnhp.hyperparameters.catalogue import specs as specs
+from optuna_nnhp.hyperparameters.spec import Hyperparameter as Hyperparameter

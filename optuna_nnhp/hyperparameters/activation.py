@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import nn
 from torch.nn.init import calculate_gain
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ class Activation:
     cons: str
 
 
-LEAK = 0.01
+LEAKY_SLOPE = 0.01
 # alpha and scale in Klambauer et al. 2017 (arXiv:1706.02515), as `torch.nn.SELU`.
 SELU = (1.6732632423543772, 1.0507009873554805)
 
@@ -84,12 +84,12 @@ ACTIVATIONS: dict[str, Activation] = {
         "units with negative input stop learning (dead units)",
     ),
     "leaky_relu": Activation(
-        lambda: nn.LeakyReLU(LEAK),
-        lambda x, out: aten.leaky_relu.out(x, LEAK, out=out),
+        lambda: nn.LeakyReLU(LEAKY_SLOPE),
+        lambda x, out: aten.leaky_relu.out(x, LEAKY_SLOPE, out=out),
         lambda grad, x, y, out: aten.leaky_relu_backward.grad_input(
-            grad, x, LEAK, False, grad_input=out
+            grad, x, LEAKY_SLOPE, False, grad_input=out
         ),
-        calculate_gain("leaky_relu", LEAK),
+        calculate_gain("leaky_relu", LEAKY_SLOPE),
         "relu without dead units",
         "its slope is one more arbitrary number; seldom clearly better",
     ),
@@ -159,7 +159,7 @@ ACTIVATION = Hyperparameter(
     name="activation",
     distribution=CategoricalDistribution(tuple(ACTIVATIONS)),
     default="relu",
-    levels=("relu", "tanh", "gelu"),
+    grid_values=("relu", "tanh", "gelu"),
     task="table",
     help="Function after every hidden layer; relu is fast and safe, smooth ones (gelu, silu, "
     "mish) cost more and are often a little better.",
@@ -196,11 +196,11 @@ def activate(h: Tensor, groups: Sequence[tuple[str, int]], keep: Tensor | None =
         >>> activate(h, [("relu", 1), ("tanh", 1)]).flatten()
         tensor([0.0000, 0.4621])
     """
-    out: Tensor = _Activate.apply(h, groups, keep)  # type: ignore[no-untyped-call]
+    out: Tensor = _ActivateFunction.apply(h, groups, keep)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Activate(torch.autograd.Function):
+class _ActivateFunction(torch.autograd.Function):
     """Activations and their factor at once, each written where it is read next.
 
     Autograd's own graph of slices, concatenation and products took three times as long.
@@ -211,7 +211,7 @@ class _Activate(torch.autograd.Function):
         ctx: Any, x: Tensor, groups: Sequence[tuple[str, int]], keep: Tensor | None
     ) -> Tensor:
         y = torch.empty_like(x)
-        for (name, _), part, out in _parts(groups, x, y):
+        for (name, _), part, out in _group_slices(groups, x, y):
             ACTIVATIONS[name].forward(part, out)
         ctx.groups = groups
         ctx.save_for_backward(x, y, keep)
@@ -223,12 +223,12 @@ class _Activate(torch.autograd.Function):
         out = torch.empty_like(grad)
         if keep is not None:
             grad = torch.mul(grad, keep, out=out)
-        for (name, _), *parts in _parts(ctx.groups, grad, x, y, out):
+        for (name, _), *parts in _group_slices(ctx.groups, grad, x, y, out):
             ACTIVATIONS[name].backward(*parts)
         return out, None, None
 
 
-def _parts(groups: Sequence[tuple[str, int]], *stacks: Tensor) -> Iterator[tuple[Any, ...]]:
+def _group_slices(groups: Sequence[tuple[str, int]], *stacks: Tensor) -> Iterator[tuple[Any, ...]]:
     """Each group with its slice of every stack."""
     counts = [count for _, count in groups]
     return zip(groups, *(stack.split(counts) for stack in stacks), strict=True)

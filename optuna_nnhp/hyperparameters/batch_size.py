@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from optuna.distributions import CategoricalDistribution
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 BATCH_SIZE = Hyperparameter(
     name="batch_size",
     distribution=CategoricalDistribution((16, 32, 64, 128, 256, 512, 1024)),
     default=64,
-    levels=(16, 32, 64, 128, 256, 512, 1024),
+    grid_values=(16, 32, 64, 128, 256, 512, 1024),
     domain=(1, 2**20),
     static=True,
     task="table",

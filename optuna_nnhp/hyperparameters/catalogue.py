@@ -12,16 +12,18 @@ from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 import pandas as pd
 
+from optuna_nnhp.errors import short_repr
+from optuna_nnhp.errors import unknown_name
 from optuna_nnhp.hyperparameters.activation import ACTIVATION
 from optuna_nnhp.hyperparameters.batch_size import BATCH_SIZE
 from optuna_nnhp.hyperparameters.depth import HIDDEN_LAYERS
 from optuna_nnhp.hyperparameters.epochs import EPOCHS
 from optuna_nnhp.hyperparameters.epochs import ITERATIONS
 from optuna_nnhp.hyperparameters.learning_rate import EMBEDDING_RATE
-from optuna_nnhp.hyperparameters.learning_rate import FINAL_FRACTION
 from optuna_nnhp.hyperparameters.learning_rate import GPT_LEARNING_RATE
 from optuna_nnhp.hyperparameters.learning_rate import LEARNING_RATE
 from optuna_nnhp.hyperparameters.learning_rate import LEARNING_RATE_DECAY
+from optuna_nnhp.hyperparameters.learning_rate import MIN_LR_RATIO
 from optuna_nnhp.hyperparameters.learning_rate import WARMUP
 from optuna_nnhp.hyperparameters.loss import FOCAL_GAMMA
 from optuna_nnhp.hyperparameters.loss import HUBER_DELTA
@@ -29,11 +31,9 @@ from optuna_nnhp.hyperparameters.loss import LOSS_CLASSIFICATION
 from optuna_nnhp.hyperparameters.loss import LOSS_REGRESSION
 from optuna_nnhp.hyperparameters.muon import GPT_OPTIMIZER
 from optuna_nnhp.hyperparameters.muon import MUON_LEARNING_RATE
+from optuna_nnhp.hyperparameters.optimizer import BETA2
 from optuna_nnhp.hyperparameters.optimizer import MOMENTUM
 from optuna_nnhp.hyperparameters.optimizer import OPTIMIZER
-from optuna_nnhp.hyperparameters.optimizer import SQUARED_DECAY
-from optuna_nnhp.hyperparameters.record import Hyperparameter
-from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.hyperparameters.regularization import CLIP_NORM
 from optuna_nnhp.hyperparameters.regularization import DROPOUT
 from optuna_nnhp.hyperparameters.regularization import L1
@@ -42,12 +42,12 @@ from optuna_nnhp.hyperparameters.regularization import MIN_IMPROVEMENT
 from optuna_nnhp.hyperparameters.regularization import NORMALIZATION
 from optuna_nnhp.hyperparameters.regularization import PATIENCE
 from optuna_nnhp.hyperparameters.regularization import WEIGHT_DECAY
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.hyperparameters.transformer import TRANSFORMER
 from optuna_nnhp.hyperparameters.weight_init import WEIGHT_INIT
 from optuna_nnhp.hyperparameters.width import WIDTH
 from optuna_nnhp.hyperparameters.width import WIDTH_SHAPE
-from optuna_nnhp.messages import brief
-from optuna_nnhp.messages import unknown
 
 CATALOGUE: tuple[Hyperparameter, ...] = (
     WEIGHT_INIT,
@@ -61,11 +61,11 @@ CATALOGUE: tuple[Hyperparameter, ...] = (
     HUBER_DELTA,
     OPTIMIZER,
     MOMENTUM,
-    SQUARED_DECAY,
+    BETA2,
     LEARNING_RATE,
     LEARNING_RATE_DECAY,
     WARMUP,
-    FINAL_FRACTION,
+    MIN_LR_RATIO,
     BATCH_SIZE,
     EPOCHS,
     ITERATIONS,
@@ -85,7 +85,7 @@ CATALOGUE: tuple[Hyperparameter, ...] = (
 )
 
 
-def records(task: str) -> dict[str, Hyperparameter]:
+def specs(task: str) -> dict[str, Hyperparameter]:
     """The hyperparameters that a task has, by name.
 
     Args:
@@ -93,7 +93,7 @@ def records(task: str) -> dict[str, Hyperparameter]:
             ``"binary"``, ``"multiclass"``, ``"regression"`` or ``"language"``.
 
     Example:
-        >>> records("regression")["loss"].default
+        >>> specs("regression")["loss"].default
         'mse'
     """
     kinds = {"regression": ("table", "regression"), "language": ("language",)}
@@ -101,14 +101,14 @@ def records(task: str) -> dict[str, Hyperparameter]:
     return {h.name: h for h in CATALOGUE if h.task in ("any", *kind)}
 
 
-def changing() -> frozenset[str]:
+def mutable_names() -> frozenset[str]:
     """Names of those that may change while a network trains.
 
     Example:
-        >>> "learning_rate" in changing(), "hidden_layers" in changing()
+        >>> "learning_rate" in mutable_names(), "hidden_layers" in mutable_names()
         (True, False)
     """
-    return frozenset(h.name for h in CATALOGUE if h.changes)
+    return frozenset(h.name for h in CATALOGUE if h.mutable)
 
 
 def catalogue() -> pd.DataFrame:
@@ -116,8 +116,8 @@ def catalogue() -> pd.DataFrame:
 
     Returns:
         A frame with a row for each hyperparameter and the columns ``name``, ``task`` (any,
-        table, classification, regression or language), ``range``, ``default``, ``levels`` (what a
-        grid visits), ``static`` (whether trials must share it to be trained as one stack),
+        table, classification, regression or language), ``range``, ``default``, ``grid_values``
+        (what a grid visits), ``static`` (whether trials must share it to be trained as one stack),
         ``tuned`` (whether the default space holds it) and ``help``.
 
     Example:
@@ -130,7 +130,7 @@ def catalogue() -> pd.DataFrame:
             "task": h.task,
             "range": h.describe_range(),
             "default": h.describe_value(h.default),
-            "levels": ", ".join(h.describe_value(level) for level in h.levels),
+            "grid_values": ", ".join(h.describe_value(level) for level in h.grid_values),
             "static": h.static,
             "tuned": h.tuned,
             "help": h.help,
@@ -139,7 +139,7 @@ def catalogue() -> pd.DataFrame:
     )
 
 
-def choose(
+def resolve_space(
     task: str,
     space: Mapping[str, BaseDistribution] | None = None,
     fixed: Mapping[str, Value] | None = None,
@@ -164,23 +164,23 @@ def choose(
         ValueError: If a name is unknown or given twice, or a value or range makes no sense.
 
     Example:
-        >>> space, fixed = choose("regression", fixed={"batch_size": 128})
+        >>> space, fixed = resolve_space("regression", fixed={"batch_size": 128})
         >>> "batch_size" in space, fixed["batch_size"], fixed["epochs"]
         (False, 128, 50)
     """
-    known = records(task)
-    space = given("space", space)
-    fixed = given("fixed", fixed)
+    known = specs(task)
+    space = as_plain_dict("space", space)
+    fixed = as_plain_dict("fixed", fixed)
     for name in (*space, *fixed):
         if name not in known:
-            raise unknown(f"a hyperparameter of {task} networks", name, known)
+            raise unknown_name(f"a hyperparameter of {task} networks", name, known)
         if name in space and name in fixed:
             raise ValueError(f"`{name}` must be in `space` or in `fixed`, but is in both.")
     for name, distribution in space.items():
         known[name].check_distribution(distribution)
     for name, value in fixed.items():
         known[name].check(value)
-    if any("epochs" in given for given in (space, fixed)) and (
+    if any("epochs" in as_plain_dict for as_plain_dict in (space, fixed)) and (
         fixed.get("iterations") or "iterations" in space
     ):
         raise ValueError("The budget must be `epochs` or `iterations`, but both are given.")
@@ -193,7 +193,7 @@ def choose(
     return tuned, rest
 
 
-def given(argument: str, wishes: Any) -> dict[str, Any]:
+def as_plain_dict(argument: str, wishes: Any) -> dict[str, Any]:
     """What a user gives by name, NumPy's numbers as Python's.
 
     Args:
@@ -206,17 +206,19 @@ def given(argument: str, wishes: Any) -> dict[str, Any]:
         ValueError: If that is no mapping, or a name is no text.
 
     Example:
-        >>> given("fixed", {"epochs": np.int64(3)}), given("space", None)
+        >>> as_plain_dict("fixed", {"epochs": np.int64(3)}), as_plain_dict("space", None)
         ({'epochs': 3}, {})
     """
     if wishes is None:
         return {}
     if not isinstance(wishes, Mapping):
         what = "distributions" if argument == "space" else "values"
-        raise ValueError(f"`{argument}` must map names to {what}, but got {brief(wishes)}.")
+        raise ValueError(f"`{argument}` must map names to {what}, but got {short_repr(wishes)}.")
     for name in wishes:
         if not isinstance(name, str):
-            raise ValueError(f"The names in `{argument}` must be texts, but one is {brief(name)}.")
+            raise ValueError(
+                f"The names in `{argument}` must be texts, but one is {short_repr(name)}."
+            )
     return {n: v.item() if isinstance(v, np.generic) else v for n, v in wishes.items()}
 
 
@@ -231,7 +233,7 @@ def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str
         >>> default_params("binary", {"learning_rate": FloatDistribution(0.01, 0.1)})
         {'learning_rate': 0.01}
     """
-    known = records(task)
+    known = specs(task)
     defaults: dict[str, Value] = {}
     for name, distribution in space.items():
         value = known[name].default
@@ -239,18 +241,18 @@ def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str
             if value not in distribution.choices:
                 continue
         else:
-            value = nearest(value, distribution)
+            value = nearest_value(value, distribution)
         defaults[name] = value
     return defaults
 
 
-def nearest(value: Value, distribution: BaseDistribution) -> Value:
+def nearest_value(value: Value, distribution: BaseDistribution) -> Value:
     """The value of a range that is nearest to one; a choice is as it is.
 
     Example:
         >>> (
-        ...     nearest(0.0, FloatDistribution(0.005, 0.6, log=True)),
-        ...     nearest(9, IntDistribution(1, 4)),
+        ...     nearest_value(0.0, FloatDistribution(0.005, 0.6, log=True)),
+        ...     nearest_value(9, IntDistribution(1, 4)),
         ... )
         (0.005, 4)
     """
@@ -263,12 +265,12 @@ def nearest(value: Value, distribution: BaseDistribution) -> Value:
     return int(number) if isinstance(distribution, IntDistribution) else number
 
 
-def effective(task: str, params: Mapping[str, Value]) -> dict[str, Value]:
+def effective_params(task: str, params: Mapping[str, Value]) -> dict[str, Value]:
     """Parameters as training uses them: what is "off" is exactly 0 (or infinity).
 
     Example:
-        >>> effective("binary", {"dropout": 0.01, "clip_norm": 50.0})
+        >>> effective_params("binary", {"dropout": 0.01, "clip_norm": 50.0})
         {'dropout': 0.0, 'clip_norm': inf}
     """
-    known = records(task)
-    return {name: known[name].effective(value) for name, value in params.items()}
+    known = specs(task)
+    return {name: known[name].effective_value(value) for name, value in params.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optuna.distributions import IntDistribution
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 # Tuned multilayer perceptrons on 86 tables: 8, 18, 12, 13, 21, 14 of them with 1 to 6 layers
 # (Gorishniy et al. 2024, arXiv:2410.24210, published tuning results), so no narrow bound.
@@ -12,7 +12,7 @@ HIDDEN_LAYERS = Hyperparameter(
     name="hidden_layers",
     distribution=IntDistribution(1, 8),
     default=2,
-    levels=(1, 2, 4, 8),
+    grid_values=(1, 2, 4, 8),
     domain=(1, 64),
     static=True,
     task="table",

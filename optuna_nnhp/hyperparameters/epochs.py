@@ -7,18 +7,18 @@ import math
 
 from optuna.distributions import IntDistribution
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
-from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Value
 
 EPOCHS = Hyperparameter(
     name="epochs",
     distribution=IntDistribution(1, 100, log=True),
     default=50,
-    levels=(1, 10, 50, 100),
+    grid_values=(1, 10, 50, 100),
     domain=(1, 1_000_000),
     tuned=False,
     task="table",
-    only_with={"iterations": (0,)},
+    active_if={"iterations": (0,)},
     help="Passes over the training data, the budget of a trial: iterations = ceil(examples / "
     "batch size) * epochs. Early stopping and pruning may end it sooner.",
 )
@@ -26,7 +26,7 @@ ITERATIONS = Hyperparameter(
     name="iterations",
     distribution=IntDistribution(0, 1_000_000),
     default=0,
-    levels=(100, 1000, 10000),
+    grid_values=(100, 1000, 10000),
     domain=(0, 1_000_000_000),
     static=True,
     tuned=False,

@@ -11,7 +11,7 @@ from optuna.distributions import FloatDistribution
 import torch
 from torch import Tensor
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 # Tuned AdamW rates on 86 tables lay between 3.4e-5 and 9.2e-4, piled up against a bound of
 # 1e-3 (arXiv:2410.24210); sgd wants up to a hundred times that.
@@ -19,9 +19,9 @@ LEARNING_RATE = Hyperparameter(
     name="learning_rate",
     distribution=FloatDistribution(3e-5, 0.5, log=True),
     default=2e-3,
-    levels=(0.1, 0.01, 0.001),
+    grid_values=(0.1, 0.01, 0.001),
     domain=(1e-10, 100.0),
-    changes=True,
+    mutable=True,
     task="table",
     help="Size of the steps, the most important number: too small does not arrive in time, too "
     "large diverges; at its peak, after warm-up.",
@@ -30,9 +30,9 @@ GPT_LEARNING_RATE = Hyperparameter(
     name="learning_rate",
     distribution=FloatDistribution(1e-3, 3e-2, log=True),
     default=1e-2,
-    levels=(0.003, 0.01),
+    grid_values=(0.003, 0.01),
     domain=(1e-10, 100.0),
-    changes=True,
+    mutable=True,
     task="language",
     help="Size of adamw's steps at their peak. Small models on little text want ten times GPT-2's "
     "6e-4 and more.",
@@ -41,9 +41,9 @@ EMBEDDING_RATE = Hyperparameter(
     name="embedding_rate",
     distribution=FloatDistribution(0.3, 10.0, log=True),
     default=1.0,
-    levels=(1.0, 3.0),
+    grid_values=(1.0, 3.0),
     domain=(1e-6, 1e6),
-    changes=True,
+    mutable=True,
     task="language",
     help="Rate of embeddings and head over the learning rate.",
 )
@@ -53,41 +53,45 @@ LEARNING_RATE_DECAY = Hyperparameter(
         ("constant", "step", "exponential", "linear", "cosine", "one_cycle")
     ),
     default="cosine",
-    levels=("constant", "step", "cosine"),
-    help="How the rate falls over the trial's own budget, to `final_fraction` of its peak; "
+    grid_values=("constant", "step", "cosine"),
+    help="How the rate falls over the trial's own budget, to `min_lr_ratio` of its peak; "
     "one_cycle first climbs for 30 % of the time and has no other warm-up.",
 )
 WARMUP = Hyperparameter(
     name="warmup",
     distribution=FloatDistribution(0.0, 0.3),
     default=0.05,
-    levels=(0.0, 0.1),
+    grid_values=(0.0, 0.1),
     domain=(0.0, 0.9),
-    not_with={"learning_rate_decay": ("one_cycle",)},
+    inactive_if={"learning_rate_decay": ("one_cycle",)},
     help="Share of the budget over which the rate climbs linearly from near zero.",
 )
-FINAL_FRACTION = Hyperparameter(
-    name="final_fraction",
+MIN_LR_RATIO = Hyperparameter(
+    name="min_lr_ratio",
     distribution=FloatDistribution(1e-3, 1.0, log=True),
     default=1e-2,
-    levels=(0.001, 0.1),
+    grid_values=(0.001, 0.1),
     domain=(1e-9, 1.0),
-    not_with={"learning_rate_decay": ("constant",)},
+    inactive_if={"learning_rate_decay": ("constant",)},
     help="Rate at the end as a share of its peak; 1 is no decay.",
 )
-STEP_DROPS = 3  # the step schedule's equal drops, a quarter of the budget apart
-CYCLE_START = 1 / 25  # torch.optim.lr_scheduler.OneCycleLR's defaults
-CYCLE_PEAK = 0.3
+NUM_STEP_DROPS = 3  # the step schedule's equal drops, a quarter of the budget apart
+ONE_CYCLE_START_RATIO = 1 / 25  # torch.optim.lr_scheduler.OneCycleLR's defaults
+ONE_CYCLE_PEAK_POSITION = 0.3
 
 # The share of the peak rate, given progress q in [0, 1] after warm-up and the final share f.
 _DECAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "constant": lambda q, f: torch.ones_like(q),
-    "step": lambda q, f: f ** ((q * (STEP_DROPS + 1)).floor().clamp(max=STEP_DROPS) / STEP_DROPS),
+    "step": lambda q, f: (
+        f ** ((q * (NUM_STEP_DROPS + 1)).floor().clamp(max=NUM_STEP_DROPS) / NUM_STEP_DROPS)
+    ),
     "exponential": lambda q, f: f**q,
     "linear": lambda q, f: 1 - (1 - f) * q,
     "cosine": lambda q, f: f + (1 - f) * (1 + torch.cos(math.pi * q)) / 2,
     "one_cycle": lambda q, f: torch.where(
-        q < CYCLE_PEAK, _anneal(CYCLE_START, 1.0, q / CYCLE_PEAK), _anneal(1.0, f, _late(q))
+        q < ONE_CYCLE_PEAK_POSITION,
+        _anneal(ONE_CYCLE_START_RATIO, 1.0, q / ONE_CYCLE_PEAK_POSITION),
+        _anneal(1.0, f, _progress_after_peak(q)),
     ),
 }
 
@@ -96,15 +100,15 @@ def _anneal(start: float, end: Tensor | float, share: Tensor) -> Tensor:
     return end + (start - end) * (1 + torch.cos(math.pi * share)) / 2
 
 
-def _late(q: Tensor) -> Tensor:
-    return (q - CYCLE_PEAK) / (1 - CYCLE_PEAK)
+def _progress_after_peak(q: Tensor) -> Tensor:
+    return (q - ONE_CYCLE_PEAK_POSITION) / (1 - ONE_CYCLE_PEAK_POSITION)
 
 
 def learning_rates(
     peak: Tensor,
     decay: Sequence[str],
     warmup: Tensor,
-    final_fraction: Tensor,
+    min_lr_ratio: Tensor,
     step: Tensor,
     total: Tensor,
 ) -> Tensor:
@@ -117,7 +121,7 @@ def learning_rates(
             `learning_rate_decay` of each member, k names.
         warmup:
             Share of the budget spent climbing.
-        final_fraction:
+        min_lr_ratio:
             Share of the peak at the last step.
         step:
             Steps done before, so 0 is the first; steps from ``total`` on have the rate 0.
@@ -138,7 +142,7 @@ def learning_rates(
         (arXiv:1708.07120) for one-cycle.
     """
     peak, warmup, final, step, total = (
-        x.double() for x in (peak, warmup, final_fraction, step, total)
+        x.double() for x in (peak, warmup, min_lr_ratio, step, total)
     )
     one_cycle = torch.tensor([name == "one_cycle" for name in decay], device=peak.device)
     climb = torch.where(one_cycle, 0.0, (warmup * total).floor())[:, None]

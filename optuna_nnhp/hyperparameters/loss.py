@@ -10,13 +10,13 @@ from optuna.distributions import FloatDistribution
 import torch
 from torch import Tensor
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 LOSS_CLASSIFICATION = Hyperparameter(
     name="loss",
     distribution=CategoricalDistribution(("cross_entropy", "focal")),
     default="cross_entropy",
-    levels=("cross_entropy", "focal"),
+    grid_values=("cross_entropy", "focal"),
     task="classification",
     help="cross_entropy: the standard; focal: gives less weight to examples that are already "
     "right, for rare classes.",
@@ -25,18 +25,18 @@ FOCAL_GAMMA = Hyperparameter(
     name="focal_gamma",
     distribution=FloatDistribution(0.5, 5.0),
     default=2.0,
-    levels=(1.0, 2.0),
+    grid_values=(1.0, 2.0),
     domain=(0.0, 20.0),
-    changes=True,
+    mutable=True,
     task="classification",
-    only_with={"loss": ("focal",)},
+    active_if={"loss": ("focal",)},
     help="How strongly the focal loss turns away from easy examples (0 is cross-entropy).",
 )
 LOSS_REGRESSION = Hyperparameter(
     name="loss",
     distribution=CategoricalDistribution(("mse", "mae", "huber")),
     default="mse",
-    levels=("mse", "mae", "huber"),
+    grid_values=("mse", "mae", "huber"),
     task="regression",
     help="mse: large errors count most; mae: all alike, robust to outliers; huber: mse up to "
     "`huber_delta`, mae beyond.",
@@ -45,16 +45,16 @@ HUBER_DELTA = Hyperparameter(
     name="huber_delta",
     distribution=FloatDistribution(0.1, 10.0, log=True),
     default=1.0,
-    levels=(0.1, 1.0),
+    grid_values=(0.1, 1.0),
     domain=(1e-6, 1e6),
-    changes=True,
+    mutable=True,
     task="regression",
-    only_with={"loss": ("huber",)},
+    active_if={"loss": ("huber",)},
     help="Error at which huber turns from square to absolute, in standard deviations of y.",
 )
 
 
-SURE = 1e-7  # of 1 - p
+MIN_ERROR_PROBABILITY = 1e-7  # of 1 - p
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class ClassificationLoss:
               examples.
             - Output: ``(k,)``.
         """
-        out: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        out: Tensor = _ClassificationLossFunction.apply(  # type: ignore[no-untyped-call]
             outputs, target, self.smoothing[:, None], self.gamma[:, None]
         )
         return out
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _ClassificationLossFunction(torch.autograd.Function):
     """Cross-entropy, and its gradient by hand.
 
     Autograd's twenty small operations took 15 us of a model-step of 85 (64 networks of 2 x 64
@@ -119,9 +119,9 @@ class _CrossEntropy(torch.autograd.Function):
         if bool((gamma > 0).any()):
             wrong = -torch.expm1(right)
             # (1 - p) ** 0 has no finite slope at p = 1: kept away from it.
-            near = wrong.clamp_min(SURE)
+            near = wrong.clamp_min(MIN_ERROR_PROBABILITY)
             factor = near.pow(gamma)
-            inner = loss * gamma * factor / near * right.exp() * (wrong >= SURE)
+            inner = loss * gamma * factor / near * right.exp() * (wrong >= MIN_ERROR_PROBABILITY)
             loss = loss * factor
         if ctx.needs_input_grad[0]:
             slope = log_p.exp_().mul_((factor + inner).unsqueeze(-1))
@@ -173,14 +173,14 @@ class RegressionLoss:
             - Output: ``(k,)``.
         """
         masks = self.is_mse[:, None], self.is_mae[:, None]
-        out: Tensor = _Errors.apply(  # type: ignore[no-untyped-call]
+        out: Tensor = _RegressionLossFunction.apply(  # type: ignore[no-untyped-call]
             outputs, target, self.delta[:, None], *masks
         )
         return out
 
 
-class _Errors(torch.autograd.Function):
-    """Losses of errors, and their gradient by hand, as in `_CrossEntropy`."""
+class _RegressionLossFunction(torch.autograd.Function):
+    """Losses of errors, and their gradient by hand, as in `_ClassificationLossFunction`."""
 
     @staticmethod
     def forward(

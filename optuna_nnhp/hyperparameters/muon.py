@@ -9,13 +9,13 @@ from optuna.distributions import FloatDistribution
 import torch
 from torch import Tensor
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 GPT_OPTIMIZER = Hyperparameter(
     name="optimizer",
     distribution=CategoricalDistribution(("muon", "adamw")),
     default="muon",
-    levels=("muon", "adamw"),
+    grid_values=("muon", "adamw"),
     static=True,
     task="language",
     help="muon: orthogonal steps for hidden matrices, adamw for the rest; ahead in short runs, "
@@ -25,22 +25,22 @@ MUON_LEARNING_RATE = Hyperparameter(
     name="muon_learning_rate",
     distribution=FloatDistribution(5e-3, 0.1, log=True),
     default=0.02,
-    levels=(0.01, 0.02, 0.04),
+    grid_values=(0.01, 0.02, 0.04),
     domain=(1e-10, 100.0),
-    changes=True,
+    mutable=True,
     task="language",
-    only_with={"optimizer": ("muon",)},
+    active_if={"optimizer": ("muon",)},
     help="Size of muon's steps; decays as the learning rate does, which is adamw's.",
 )
 
 # The quintic iteration whose slope at zero is as steep as it can be: singular values come to lie
 # between about 0.7 and 1.2, not at 1, which serves as well.
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
 EPSILON = 1e-7
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Matrices with the same singular vectors and singular values near 1.
 
     In the precision of its argument: `torch.optim.Muon` casts to bfloat16, which a CPU without
@@ -50,7 +50,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
         - matrices, Output: ``(n, rows, columns)``.
 
     Example:
-        >>> out = orthogonalized(torch.randn(1, 8, 16))
+        >>> out = orthogonalize(torch.randn(1, 8, 16))
         >>> values = torch.linalg.svdvals(out[0])
         >>> bool((values > 0.5).all() and (values < 1.5).all())
         True
@@ -59,22 +59,22 @@ def orthogonalized(matrices: Tensor) -> Tensor:
         Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the formula
         in the documentation of `torch.optim.Muon`.
     """
-    a, b, c = COEFFICIENTS
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if is_tall else matrices
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(EPSILON)
-    for _ in range(ITERATIONS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = torch.bmm(x, x.transpose(1, 2))
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.transpose(1, 2) if is_tall else x
 
 
-def rate_factor(inputs: int, outputs: int) -> float:
+def shape_rate_factor(inputs: int, outputs: int) -> float:
     """What the rate is multiplied with for a matrix of another shape than a square.
 
     Example:
-        >>> rate_factor(64, 256), rate_factor(256, 64)
+        >>> shape_rate_factor(64, 256), shape_rate_factor(256, 64)
         (2.0, 1.0)
 
     Source:

@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 import torch
 from torch import Tensor
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 EPSILON = 1e-8  # torch.optim's default for Adam, AdamW and RMSprop
 
@@ -20,7 +20,7 @@ OPTIMIZER = Hyperparameter(
     name="optimizer",
     distribution=CategoricalDistribution(("sgd", "nesterov", "adam", "adamw", "rmsprop")),
     default="adamw",
-    levels=("sgd", "adam", "adamw", "rmsprop"),
+    grid_values=("sgd", "adam", "adamw", "rmsprop"),
     task="table",
     help="sgd and nesterov (with momentum) want a larger rate and a schedule; adam, adamw and "
     "rmsprop scale each weight's step and are easier to set.",
@@ -29,41 +29,41 @@ MOMENTUM = Hyperparameter(
     name="momentum",
     distribution=FloatDistribution(0.5, 0.99),
     default=0.9,
-    levels=(0.5, 0.9, 0.99),
+    grid_values=(0.5, 0.9, 0.99),
     domain=(0.0, 0.9999),
-    changes=True,
+    mutable=True,
     help="How much of the last step is kept: momentum of sgd, nesterov and rmsprop, beta1 of "
     "adam and adamw.",
 )
-SQUARED_DECAY = Hyperparameter(
-    name="squared_decay",
+BETA2 = Hyperparameter(
+    name="beta2",
     distribution=FloatDistribution(0.9, 0.999),
     default=0.999,
-    levels=(0.95, 0.999),
+    grid_values=(0.95, 0.999),
     domain=(0.0, 0.999999),
-    changes=True,
-    only_with={"optimizer": ("adam", "adamw", "rmsprop", "muon")},
+    mutable=True,
+    active_if={"optimizer": ("adam", "adamw", "rmsprop", "muon")},
     help="How slowly the running mean of squared gradients forgets: beta2 of adam and adamw, "
     "alpha of rmsprop; sgd and nesterov have none.",
 )
 
 
 @dataclass(frozen=True)
-class Coefficients:
+class UpdateCoefficients:
     """The numbers of one member's update, besides its learning rate.
 
     Args:
         momentum:
             See `MOMENTUM`.
-        squared_decay:
-            See `SQUARED_DECAY`.
+        beta2:
+            See `BETA2`.
     """
 
     momentum: float
-    squared_decay: float
+    beta2: float
 
 
-class Row:
+class OptimizerState:
     """What the updates of one member read and change.
 
     Args:
@@ -71,10 +71,10 @@ class Row:
             Parameters.
         grad:
             Their gradients; may be overwritten.
-        first:
+        exp_avg:
             Momentum buffer (sgd, nesterov, rmsprop) or mean of gradients (adam, adamw); zeros at
             the start.
-        second:
+        exp_avg_sq:
             Mean of squared gradients; zeros at the start, unused by sgd and nesterov.
         step:
             Number of this update, from 1.
@@ -84,19 +84,21 @@ class Row:
     """
 
     def __init__(
-        self, weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: Tensor
+        self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor
     ) -> None:
-        self.weight, self.grad, self.first, self.second = weight, grad, first, second
+        self.weight, self.grad, self.exp_avg, self.exp_avg_sq = weight, grad, exp_avg, exp_avg_sq
         # As torch's fused kernels want them: lists, here of one tensor each.
-        self.lists = [weight], [grad], [first], [second], [step]
+        self.lists = [weight], [grad], [exp_avg], [exp_avg_sq], [step]
 
 
-def _sgd(row: Row, rate: float, c: Coefficients, nesterov: bool = False) -> None:
-    weights, grads, firsts, _, _ = row.lists
+def _sgd(
+    state: OptimizerState, rate: float, c: UpdateCoefficients, nesterov: bool = False
+) -> None:
+    weights, grads, exp_avgs, _, _ = state.lists
     torch._fused_sgd_(
         weights,
         grads,
-        firsts if c.momentum else [],
+        exp_avgs if c.momentum else [],
         lr=rate,
         momentum=c.momentum,
         weight_decay=0.0,
@@ -107,22 +109,22 @@ def _sgd(row: Row, rate: float, c: Coefficients, nesterov: bool = False) -> None
     )
 
 
-def _nesterov(row: Row, rate: float, c: Coefficients) -> None:
-    _sgd(row, rate, c, nesterov=True)
+def _nesterov(state: OptimizerState, rate: float, c: UpdateCoefficients) -> None:
+    _sgd(state, rate, c, nesterov=True)
 
 
-def _adam(row: Row, rate: float, c: Coefficients) -> None:
-    weights, grads, firsts, seconds, steps = row.lists
+def _adam(state: OptimizerState, rate: float, c: UpdateCoefficients) -> None:
+    weights, grads, exp_avgs, exp_avg_sqs, steps = state.lists
     torch._fused_adamw_(
         weights,
         grads,
-        firsts,
-        seconds,
+        exp_avgs,
+        exp_avg_sqs,
         [],
         steps,
         lr=rate,
         beta1=c.momentum,
-        beta2=c.squared_decay,
+        beta2=c.beta2,
         weight_decay=0.0,
         eps=EPSILON,
         amsgrad=False,
@@ -130,19 +132,19 @@ def _adam(row: Row, rate: float, c: Coefficients) -> None:
     )
 
 
-def _rmsprop(row: Row, rate: float, c: Coefficients) -> None:
-    _, grads, firsts, seconds, steps = row.lists
-    row.second.mul_(_number(c.squared_decay, row.weight.dtype))
-    row.first.mul_(_number(c.momentum, row.weight.dtype))
+def _rmsprop(state: OptimizerState, rate: float, c: UpdateCoefficients) -> None:
+    _, grads, exp_avgs, exp_avg_sqs, steps = state.lists
+    state.exp_avg_sq.mul_(_scalar_tensor(c.beta2, state.weight.dtype))
+    state.exp_avg.mul_(_scalar_tensor(c.momentum, state.weight.dtype))
     # Adagrad's kernel adds the squares of its gradients to the running sum and then steps by
     # gradient / (sqrt(sum) + eps): rmsprop's increment, once the gradients are scaled. It took
     # 5 us where seven eager operations took 26 (4,672 parameters).
-    share = math.sqrt(1 - c.squared_decay)
-    row.grad.mul_(_number(share, row.weight.dtype))
+    share = math.sqrt(1 - c.beta2)
+    state.grad.mul_(_scalar_tensor(share, state.weight.dtype))
     torch._fused_adagrad_(
-        firsts,
+        exp_avgs,
         grads,
-        seconds,
+        exp_avg_sqs,
         steps,
         lr=-1 / share,
         lr_decay=0.0,
@@ -150,18 +152,18 @@ def _rmsprop(row: Row, rate: float, c: Coefficients) -> None:
         eps=EPSILON,
         maximize=False,
     )
-    row.weight.add_(row.first, alpha=-rate)
+    state.weight.add_(state.exp_avg, alpha=-rate)
 
 
 @functools.lru_cache(maxsize=4096)
-def _number(value: float, dtype: torch.dtype) -> Tensor:
+def _scalar_tensor(value: float, dtype: torch.dtype) -> Tensor:
     """A number as a tensor; torch makes one anew for each product, which takes longer than it."""
     return torch.tensor(value, dtype=dtype)
 
 
 # torch's fused kernels do one pass over memory where eager formulas do ten; on a stack of 32
 # networks of 2 x 256 units they took 2.7 ms against 17 ms (one thread).
-UPDATES: dict[str, Callable[[Row, float, Coefficients], None]] = {
+UPDATE_RULES: dict[str, Callable[[OptimizerState, float, UpdateCoefficients], None]] = {
     "sgd": _sgd,
     "nesterov": _nesterov,
     "adam": _adam,
@@ -170,13 +172,15 @@ UPDATES: dict[str, Callable[[Row, float, Coefficients], None]] = {
 }
 
 
-def update(optimizer: str, row: Row, rate: float, coefficients: Coefficients) -> None:
+def optimizer_step(
+    optimizer: str, state: OptimizerState, rate: float, coefficients: UpdateCoefficients
+) -> None:
     """One step of one algorithm, in place, for one member; see `decay_weights` for weight decay.
 
     Args:
         optimizer:
             A choice of `optimizer`.
-        row:
+        state:
             What is updated.
         rate:
             Learning rate at this step.
@@ -185,8 +189,8 @@ def update(optimizer: str, row: Row, rate: float, coefficients: Coefficients) ->
 
     Example:
         >>> weight, grad = torch.zeros(1), torch.ones(1)
-        >>> row = Row(weight, grad, torch.zeros(1), torch.zeros(1), torch.tensor(1.0))
-        >>> update("sgd", row, 0.1, Coefficients(0.0, 0.0))
+        >>> state = OptimizerState(weight, grad, torch.zeros(1), torch.zeros(1), torch.tensor(1.0))
+        >>> optimizer_step("sgd", state, 0.1, UpdateCoefficients(0.0, 0.0))
         >>> weight
         tensor([-0.1000])
 
@@ -194,4 +198,4 @@ def update(optimizer: str, row: Row, rate: float, coefficients: Coefficients) ->
         The formulas in the documentation of torch.optim.SGD, Adam, AdamW and RMSprop, which
         the tests use as the oracle; the kernels are those of ``torch.optim.AdamW(fused=True)``.
     """
-    UPDATES[optimizer](row, rate, coefficients)
+    UPDATE_RULES[optimizer](state, rate, coefficients)

@@ -12,7 +12,7 @@ from optuna.distributions import IntDistribution
 import torch
 from torch import Tensor
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 # In 86 tuned multilayer perceptrons dropout was on in 60 %, then 0.06 to 0.49; weight decay was
 # on in 53 %, then 1.3e-4 to 9.7e-2 against a bound of 0.1 (arXiv:2410.24210). Hence "off or
@@ -21,20 +21,20 @@ DROPOUT = Hyperparameter(
     name="dropout",
     distribution=FloatDistribution(0.005, 0.6, log=True),
     default=0.1,
-    levels=(0.005, 0.2, 0.5),
+    grid_values=(0.005, 0.2, 0.5),
     domain=(0.0, 0.95),
-    off_below=0.04,
-    changes=True,
+    zero_below=0.04,
+    mutable=True,
     help="Share of hidden units silenced at each step; more for wide networks on few examples.",
 )
 WEIGHT_DECAY = Hyperparameter(
     name="weight_decay",
     distribution=FloatDistribution(1e-7, 0.5, log=True),
     default=1e-2,
-    levels=(1e-7, 1e-4, 1e-2),
+    grid_values=(1e-7, 1e-4, 1e-2),
     domain=(0.0, 10.0),
-    off_below=1e-5,
-    changes=True,
+    zero_below=1e-5,
+    mutable=True,
     help="L2: pulls weights (not biases) to zero; decoupled from the gradient for adamw, part "
     "of it for the others, as in torch.optim.",
 )
@@ -42,10 +42,10 @@ L1 = Hyperparameter(
     name="l1",
     distribution=FloatDistribution(1e-8, 1e-2, log=True),
     default=1e-8,
-    levels=(1e-8, 1e-4),
+    grid_values=(1e-8, 1e-4),
     domain=(0.0, 10.0),
-    off_below=1e-6,
-    changes=True,
+    zero_below=1e-6,
+    mutable=True,
     task="table",
     help="L1: adds this times the sum of absolute weights (not biases) to the loss; pushes "
     "useless weights to zero.",
@@ -54,7 +54,7 @@ NORMALIZATION = Hyperparameter(
     name="normalization",
     distribution=CategoricalDistribution(("none", "batch", "layer")),
     default="none",
-    levels=("none", "batch", "layer"),
+    grid_values=("none", "batch", "layer"),
     static=True,
     task="table",
     help="Before each activation: batch (over the examples of a step) and layer (over the units) "
@@ -66,10 +66,10 @@ LABEL_SMOOTHING = Hyperparameter(
     name="label_smoothing",
     distribution=FloatDistribution(0.002, 0.3, log=True),
     default=0.1,
-    levels=(0.002, 0.1),
+    grid_values=(0.002, 0.1),
     domain=(0.0, 0.99),
-    off_below=0.01,
-    changes=True,
+    zero_below=0.01,
+    mutable=True,
     task="classification",
     help="Share of each label spread over all classes; against overconfidence.",
 )
@@ -77,10 +77,10 @@ CLIP_NORM = Hyperparameter(
     name="clip_norm",
     distribution=FloatDistribution(0.1, 100.0, log=True),
     default=1.0,
-    levels=(1.0, 100.0),
+    grid_values=(1.0, 100.0),
     domain=(1e-6, math.inf),
-    off_above=30.0,
-    changes=True,
+    infinite_above=30.0,
+    mutable=True,
     help="Largest norm of the whole gradient; longer ones are scaled down, so that one bad "
     "batch cannot throw a trial off.",
 )
@@ -88,7 +88,7 @@ PATIENCE = Hyperparameter(
     name="patience",
     distribution=IntDistribution(1, 100, log=True),
     default=16,
-    levels=(5, 16, 50),
+    grid_values=(5, 16, 50),
     domain=(1, 1_000_000),
     tuned=False,
     task="table",
@@ -99,14 +99,14 @@ MIN_IMPROVEMENT = Hyperparameter(
     name="min_improvement",
     distribution=FloatDistribution(0.0, 0.1),
     default=0.0,
-    levels=(0.0, 0.001),
+    grid_values=(0.0, 0.001),
     domain=(0.0, 1e12),
     tuned=False,
     task="table",
     help="Early stopping: what counts as an improvement, in units of the metric.",
 )
 
-STEEP = 2.0**40  # a power of two: the products below are exact
+STEEPNESS = 2.0**40  # a power of two: the products below are exact
 
 
 def dropout_factor(noise: Tensor, probability: Tensor) -> Tensor:
@@ -133,8 +133,8 @@ def dropout_factor(noise: Tensor, probability: Tensor) -> Tensor:
     """
     # A comparison, its conversion to numbers and their scaling took 4.0 us for 32 x 64 units;
     # a huge slope cut off at 0 and 1 takes 0.7 us.
-    factor = noise * STEEP + (1 - probability * STEEP)
-    return factor.clamp_(0, 1).mul_(1 / (1 - probability).clamp_min(1 / STEEP))
+    factor = noise * STEEPNESS + (1 - probability * STEEPNESS)
+    return factor.clamp_(0, 1).mul_(1 / (1 - probability).clamp_min(1 / STEEPNESS))
 
 
 def add_l1(weight: Tensor, grad: Tensor, l1: Tensor) -> None:
@@ -321,12 +321,12 @@ class EarlyStopping:
         self.waited[members] = waited
         return waited >= self.patience[members]
 
-    def keep(self, members: Tensor) -> None:
+    def select(self, members: Tensor) -> None:
         """Go on with some members ``(m,)`` only."""
         for name, value in vars(self).items():
             setattr(self, name, value[members])
 
-    def join(self, other: EarlyStopping) -> None:
+    def append(self, other: EarlyStopping) -> None:
         """Take in other members."""
         for name, value in vars(self).items():
             setattr(self, name, torch.cat([value, getattr(other, name)]))

@@ -8,7 +8,7 @@ from torch import Generator
 from torch import Tensor
 from torch.nn import init
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 PLAIN_SCALE = 0.05  # of the two classic schemes that look at neither fan-in nor activation
 
@@ -26,7 +26,7 @@ WEIGHT_INIT = Hyperparameter(
         )
     ),
     default="he_normal",
-    levels=("xavier_uniform", "he_normal", "orthogonal"),
+    grid_values=("xavier_uniform", "he_normal", "orthogonal"),
     task="table",
     help="Distribution of the first weights; Xavier, He and orthogonal keep the signal's size "
     "over the layers, plain normal and uniform (scale 0.05) do so by luck only.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import IntDistribution
 
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 # Tuned widths on 86 tables: quartiles 320, 592, 800 against a bound of 1024 (same source as
 # in depth.py); small tables and small machines want the low end.
@@ -13,7 +13,7 @@ WIDTH = Hyperparameter(
     name="width",
     distribution=IntDistribution(16, 1024, log=True),
     default=256,
-    levels=(32, 64, 128, 256, 512),
+    grid_values=(32, 64, 128, 256, 512),
     domain=(1, 65536),
     task="table",
     help="Neurons of the first hidden layer; trials are stacked when their widths round up to "
@@ -23,13 +23,13 @@ WIDTH_SHAPE = Hyperparameter(
     name="width_shape",
     distribution=CategoricalDistribution(("constant", "funnel")),
     default="constant",
-    levels=("constant", "funnel"),
+    grid_values=("constant", "funnel"),
     task="table",
-    not_with={"hidden_layers": (1,)},
+    inactive_if={"hidden_layers": (1,)},
     help="constant: all hidden layers have `width` neurons; funnel: they shrink evenly, the "
     "last one to a quarter.",
 )
-FUNNEL_END = 0.25
+FUNNEL_MIN_RATIO = 0.25
 
 
 def layer_widths(width: int, shape: str, hidden_layers: int) -> list[int]:
@@ -43,7 +43,7 @@ def layer_widths(width: int, shape: str, hidden_layers: int) -> list[int]:
     """
     if shape == "constant" or hidden_layers == 1:
         return [width] * hidden_layers
-    slope = (1 - FUNNEL_END) / (hidden_layers - 1)
+    slope = (1 - FUNNEL_MIN_RATIO) / (hidden_layers - 1)
     return [max(1, round(width * (1 - slope * layer))) for layer in range(hidden_layers)]
 
 

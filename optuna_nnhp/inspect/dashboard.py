@@ -19,20 +19,20 @@ from typing import cast
 import optuna
 from optuna.trial import FrozenTrial
 
-from optuna_nnhp.inspect.courses import courses
-from optuna_nnhp.inspect.figures import learning_curves
 from optuna_nnhp.inspect.figures import learning_rate
-from optuna_nnhp.inspect.replicated import replicated
+from optuna_nnhp.inspect.figures import plot_learning_curves
+from optuna_nnhp.inspect.replicates import replicated_trials
+from optuna_nnhp.inspect.schedules import plot_schedules
 from optuna_nnhp.inspect.summary import SAMPLE
-from optuna_nnhp.inspect.summary import changes
+from optuna_nnhp.inspect.summary import find_best_trial
+from optuna_nnhp.inspect.summary import format_value
 from optuna_nnhp.inspect.summary import is_language
-from optuna_nnhp.inspect.summary import language_rows
-from optuna_nnhp.inspect.summary import leading
+from optuna_nnhp.inspect.summary import language_model_rows
 from optuna_nnhp.inspect.summary import metric_name
-from optuna_nnhp.inspect.summary import over_seeds
 from optuna_nnhp.inspect.summary import range_text
+from optuna_nnhp.inspect.summary import replicates_text
+from optuna_nnhp.inspect.summary import schedule_changes_text
 from optuna_nnhp.inspect.summary import search_space
-from optuna_nnhp.inspect.summary import shown
 from optuna_nnhp.inspect.summary import summary
 from optuna_nnhp.version import __version__
 
@@ -57,25 +57,28 @@ def _optuna_dashboard() -> ModuleType:
     return cast(ModuleType, optuna_dashboard)
 
 
-def _escaped(value: object) -> str:
+def _escape_markdown(value: object) -> str:
     """Text that Markdown shows as it is: no emphasis, links, tables, HTML or formulas.
 
     Example:
-        >>> print(_escaped("a_b|<script>$x$"))
+        >>> print(_escape_markdown("a_b|<script>$x$"))
         a\\_b\\|\\<script\\>\\$x\\$
     """
-    return re.sub(r"([\\`*_\[\]<>|$~&#!])", r"\\\1", shown(value))
+    return re.sub(r"([\\`*_\[\]<>|$~&#!])", r"\\\1", format_value(value))
 
 
-def _name(name: str) -> str:
+def _markdown_name(name: str) -> str:
     # A code span shows its content as it is, but knows no escapes: plain names only.
-    return f"`{name}`" if re.fullmatch(r"[\w.:-]+", name) else _escaped(name)
+    return f"`{name}`" if re.fullmatch(r"[\w.:-]+", name) else _escape_markdown(name)
 
 
-def _table(rows: Mapping[str, object], heads: tuple[str, str]) -> str:
+def _markdown_table(rows: Mapping[str, object], heads: tuple[str, str]) -> str:
     lines = [f"| {heads[0]} | {heads[1]} |", "| --- | --- |"]
     # The dashboard's tables have no padding: the space keeps the columns apart.
-    lines += [f"| {_name(name)}&emsp; | {_escaped(value)} |" for name, value in rows.items()]
+    lines += [
+        f"| {_markdown_name(name)}&emsp; | {_escape_markdown(value)} |"
+        for name, value in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -94,35 +97,39 @@ def study_note(study: optuna.Study) -> str:
         True
     """
     rows = summary(study)
-    parts = [f"## {_escaped(rows.pop('study'))}"]
+    parts = [f"## {_escape_markdown(rows.pop('study'))}"]
     rows.pop("best")
     rows.pop("other seeds", None)
-    parts.append("\n".join(f"- **{_escaped(k)}**: {_escaped(text)}" for k, text in rows.items()))
+    parts.append(
+        "\n".join(
+            f"- **{_escape_markdown(k)}**: {_escape_markdown(text)}" for k, text in rows.items()
+        )
+    )
     parts.append("### Best so far")
-    if best := leading(study):
-        value = f"{_escaped(metric_name(study))} {shown(best.value)}"
-        seeds = f"; {_escaped(words)}" if (words := over_seeds(study)) else ""
+    if best := find_best_trial(study):
+        value = f"{_escape_markdown(metric_name(study))} {format_value(best.value)}"
+        seeds = f"; {_escape_markdown(words)}" if (words := replicates_text(study)) else ""
         parts.append(f"**{value}** in trial {best.number}{seeds}")
-        parts.append(_table(best.params, ("parameter", "value")))
-        parts += _sample(study, best)
+        parts.append(_markdown_table(best.params, ("parameter", "value")))
+        parts += _generated_text(study, best)
     else:
         parts.append("No trial has completed yet.")
     if space := {name: range_text(found) for name, found in search_space(study).items()}:
-        parts += ["### What is tuned", _table(space, ("parameter", "range"))]
+        parts += ["### What is tuned", _markdown_table(space, ("parameter", "range"))]
     if fixed := study.user_attrs.get("fixed"):
-        parts += ["### What is fixed", _table(fixed, ("parameter", "value"))]
+        parts += ["### What is fixed", _markdown_table(fixed, ("parameter", "value"))]
     return "\n\n".join(parts)
 
 
-def _sample(study: optuna.Study, trial: FrozenTrial) -> list[str]:
+def _generated_text(study: optuna.Study, trial: FrozenTrial) -> list[str]:
     """What a language model writes, if it is the study's best."""
     sample = study.user_attrs.get(SAMPLE, {})
     if sample.get("trial") != trial.number:
         return []
-    return ["### What it writes", _quoted(sample["text"])]
+    return ["### What it writes", _code_block(sample["text"])]
 
 
-def _quoted(text: str) -> str:
+def _code_block(text: str) -> str:
     """A text as it stands: every line indented, which is Markdown's code."""
     return "\n".join("    " + line for line in text.splitlines())
 
@@ -144,25 +151,27 @@ def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
     """
     attrs = trial.user_attrs
     facts = {
-        "other seeds": _words(study, trial),
+        "other seeds": _replicates_text(study, trial),
         "best epoch": attrs.get("best_epoch"),
         "epochs": attrs.get("epochs"),
         "iterations": attrs.get("iterations"),
         "weights": attrs.get("weights"),
         "seconds": attrs.get("seconds"),
-        **language_rows(trial),
+        **language_model_rows(trial),
         "ended by": attrs.get("cause"),
-        "its values": changes(trial),
+        "its values": schedule_changes_text(trial),
     }
     known = [
-        f"- **{label}**: {_escaped(fact)}" for label, fact in facts.items() if fact is not None
+        f"- **{label}**: {_escape_markdown(fact)}"
+        for label, fact in facts.items()
+        if fact is not None
     ]
     use = "generate" if is_language(study) else "predict"
     parts = [
-        f"## Best trial: {_escaped(metric_name(study))} {shown(trial.value)}",
+        f"## Best trial: {_escape_markdown(metric_name(study))} {format_value(trial.value)}",
         "\n".join(known),
-        *_sample(study, trial),
-        _table(trial.params, ("parameter", "value")) if trial.params else "",
+        *_generated_text(study, trial),
+        _markdown_table(trial.params, ("parameter", "value")) if trial.params else "",
         "### The network",
         "In the program that ran the study, `result.model` is this trial's network at its best "
         f"epoch, and `result.{use}` uses it; elsewhere `optuna_nnhp.load` reads what "
@@ -171,9 +180,9 @@ def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _words(study: optuna.Study, trial: FrozenTrial) -> str | None:
+def _replicates_text(study: optuna.Study, trial: FrozenTrial) -> str | None:
     """What a trial came to with other seeds."""
-    return next((r.words for r in replicated(study) if r.number == trial.number), None)
+    return next((r.words for r in replicated_trials(study) if r.number == trial.number), None)
 
 
 def _fingerprint(study: optuna.Study) -> str:
@@ -191,7 +200,7 @@ def _digest(text: str) -> str:
     return sha256(text.encode()).hexdigest()[:32]
 
 
-def _merged(own: str, old: str) -> str:
+def _merge_notes(own: str, old: str) -> str:
     """Our text, then what a person wrote: below our line or, without one, all there was."""
     _, line, kept = old.partition(_OWN_NOTES)
     kept = kept if line else f"\n\n{old}" if old.strip() else ""
@@ -212,10 +221,10 @@ def _note_target(study: optuna.Study, number: int) -> optuna.Trial:
     return cast(optuna.Trial, target)
 
 
-def _annotate_best(study: optuna.Study, before: int | None) -> int | None:
+def _write_best_trial_note(study: optuna.Study, before: int | None) -> int | None:
     """Write the note of the best trial, take ours off the trial that was best before."""
     dashboard = _optuna_dashboard()
-    leader = leading(study)
+    leader = find_best_trial(study)
     best = leader.number if leader else None
     if before is not None and before != best:
         target = _note_target(study, before)
@@ -223,7 +232,7 @@ def _annotate_best(study: optuna.Study, before: int | None) -> int | None:
     if leader is not None:
         target = _note_target(study, leader.number)
         own = trial_note(study, leader)
-        _write_note(target, _merged(own, dashboard.get_note(target)))
+        _write_note(target, _merge_notes(own, dashboard.get_note(target)))
     return best
 
 
@@ -255,13 +264,16 @@ def annotate(study: optuna.Study) -> bool:
     fingerprint = _fingerprint(study)
     if last.get("study") == fingerprint:
         return False
-    _write_note(study, _merged(study_note(study), dashboard.get_note(study)))
-    now: dict[str, Any] = {"study": fingerprint, "best": _annotate_best(study, last.get("best"))}
+    _write_note(study, _merge_notes(study_note(study), dashboard.get_note(study)))
+    now: dict[str, Any] = {
+        "study": fingerprint,
+        "best": _write_best_trial_note(study, last.get("best")),
+    }
     figures = {
-        "learning_curves": learning_curves(study, points=50),
+        "learning_curves": plot_learning_curves(study, points=50),
         "learning_rate": learning_rate(study, most=100, details=False),
     }
-    if (moved := courses(study, best=3, small=True)).data:
+    if (moved := plot_schedules(study, best=3, small=True)).data:
         figures["courses"] = moved
     for name, figure in figures.items():
         now[name] = _digest(figure.to_json())

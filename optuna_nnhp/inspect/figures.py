@@ -15,48 +15,50 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import plotly.graph_objects as go
 
-from optuna_nnhp.inspect.courses import courses
+from optuna_nnhp.inspect.html_page import index_html
 from optuna_nnhp.inspect.optuna_figures import optuna_figures
-from optuna_nnhp.inspect.page import index_html
-from optuna_nnhp.inspect.style import COLORS
-from optuna_nnhp.inspect.style import GREY
-from optuna_nnhp.inspect.style import escaped
-from optuna_nnhp.inspect.style import robust_range
-from optuna_nnhp.inspect.style import rounded
-from optuna_nnhp.inspect.style import styled
+from optuna_nnhp.inspect.plot_style import COLORS
+from optuna_nnhp.inspect.plot_style import GREY
+from optuna_nnhp.inspect.plot_style import apply_style
+from optuna_nnhp.inspect.plot_style import escape_markup
+from optuna_nnhp.inspect.plot_style import robust_range
+from optuna_nnhp.inspect.plot_style import round_to_five_digits
+from optuna_nnhp.inspect.schedules import plot_schedules
 from optuna_nnhp.inspect.summary import best_value
+from optuna_nnhp.inspect.summary import finite_reports
+from optuna_nnhp.inspect.summary import format_value
 from optuna_nnhp.inspect.summary import is_language
 from optuna_nnhp.inspect.summary import is_maximized
 from optuna_nnhp.inspect.summary import main_parameters
 from optuna_nnhp.inspect.summary import metric_name
-from optuna_nnhp.inspect.summary import ranked
-from optuna_nnhp.inspect.summary import reported
-from optuna_nnhp.inspect.summary import shown
+from optuna_nnhp.inspect.summary import ranked_trials
 
 
-def _hover(trial: FrozenTrial, state: str = "") -> str:
+def _hover_text(trial: FrozenTrial, state: str = "") -> str:
     lines = [f"<b>trial {trial.number}</b>{state}"]
-    lines += [f"{escaped(k)}: {escaped(v)}" for k, v in main_parameters(trial.params).items()]
+    lines += [
+        f"{escape_markup(k)}: {escape_markup(v)}" for k, v in main_parameters(trial.params).items()
+    ]
     return "<br>".join(lines)
 
 
 def _best_step(trial: FrozenTrial, maximized: bool, rounds: int) -> int:
-    values = reported(trial)
+    values = finite_reports(trial)
     step = round(trial.user_attrs.get("best_epoch", 0) * rounds)
     return step if step in values else (max if maximized else min)(values, key=values.__getitem__)
 
 
-def _curve(trial: FrozenTrial, points: int, keep: int) -> tuple[list[int], list[float]]:
+def _thinned_curve(trial: FrozenTrial, points: int, keep: int) -> tuple[list[int], list[float]]:
     """Steps and values of one trial, thinned evenly to about ``points``; ``keep`` stays."""
-    values = reported(trial)
+    values = finite_reports(trial)
     epochs = np.asarray(list(values))
     chosen = np.unique(np.linspace(0, len(epochs) - 1, min(points, len(epochs))).round())
     kept = sorted({int(epochs[int(i)]) for i in chosen} | {keep})
-    return kept, [rounded(values[epoch]) for epoch in kept]
+    return kept, [round_to_five_digits(values[epoch]) for epoch in kept]
 
 
 def _curves_subtitle(study: optuna.Study, shown_best: int, shown_pruned: int) -> str:
-    complete, pruned = len(ranked(study)), len(ranked(study, TrialState.PRUNED))
+    complete, pruned = len(ranked_trials(study)), len(ranked_trials(study, TrialState.PRUNED))
     if not complete and not pruned:
         return "no trial has completed yet"
     best = f"the best {shown_best} of {complete} complete trials, star: best epoch"
@@ -66,7 +68,7 @@ def _curves_subtitle(study: optuna.Study, shown_best: int, shown_pruned: int) ->
     )
 
 
-def learning_curves(
+def plot_learning_curves(
     study: optuna.Study, best: int = 5, pruned: int = 20, *, points: int = 200
 ) -> go.Figure:
     """The metric on the validation part against the epoch, of the best trials and pruned ones.
@@ -93,15 +95,15 @@ def learning_curves(
         >>> study.add_trial(
         ...     optuna.trial.create_trial(value=0.9, intermediate_values={1: 0.5, 2: 0.9})
         ... )
-        >>> [trace.name for trace in learning_curves(study).data]
+        >>> [trace.name for trace in plot_learning_curves(study).data]
         ['trial 0: 0.9', 'best epoch']
     """
     for name, number, least in (("best", best, 0), ("pruned", pruned, 0), ("points", points, 2)):
         if number < least:
             raise ValueError(f"`{name}` must be at least {least}, but got {number}.")
     maximized, rounds = is_maximized(study), study.user_attrs.get("rounds_per_epoch", 1)
-    grey = [t for t in ranked(study, TrialState.PRUNED) if reported(t)][:pruned]
-    top = [t for t in ranked(study) if reported(t)][:best]
+    grey = [t for t in ranked_trials(study, TrialState.PRUNED) if finite_reports(t)][:pruned]
+    top = [t for t in ranked_trials(study) if finite_reports(t)][:best]
     figure = go.Figure()
     for trial in reversed(grey):
         line = {"color": GREY, "width": 1}
@@ -112,20 +114,22 @@ def learning_curves(
     for place, trial in reversed(list(enumerate(top))):
         line = {"color": COLORS[place % len(COLORS)], "width": 3 if place == 0 else 1.8}
         trace = _curve_trace(trial, maximized, rounds, points, "", line)
-        trace.update(name=f"trial {trial.number}: {shown(trial.value)}", legendrank=place + 1)
+        trace.update(
+            name=f"trial {trial.number}: {format_value(trial.value)}", legendrank=place + 1
+        )
         figure.add_trace(trace)
     _mark_best_epochs(figure, top, maximized, rounds)
     for trace in figure.data if rounds > 1 else ():
         trace.x = [round(step / rounds, 3) for step in trace.x]
-    metric = escaped(metric_name(study))
-    styled(
+    metric = escape_markup(metric_name(study))
+    apply_style(
         figure,
         f"Learning curves: {metric}",
         _curves_subtitle(study, len(top), len(grey)),
         xaxis_title="share of the budget" if is_language(study) else "epoch",
         yaxis_title=f"{metric} (validation)",
     )
-    values = [value for trial in [*grey, *top] for value in reported(trial).values()]
+    values = [value for trial in [*grey, *top] for value in finite_reports(trial).values()]
     if values:
         figure.update_yaxes(range=list(robust_range(values, maximized)))
     return figure
@@ -139,14 +143,14 @@ def _curve_trace(
     state: str,
     line: dict[str, Any],
 ) -> go.Scatter:
-    x, y = _curve(trial, points, _best_step(trial, maximized, rounds))
+    x, y = _thinned_curve(trial, points, _best_step(trial, maximized, rounds))
     return go.Scatter(
         x=x,
         y=y,
         mode="lines+markers" if len(x) == 1 else "lines",
         line=line,
         marker={"size": 4},
-        text=_hover(trial, state),
+        text=_hover_text(trial, state),
         hovertemplate="%{text}<br>epoch %{x}: <b>%{y}</b><extra></extra>",
     )
 
@@ -157,11 +161,11 @@ def _mark_best_epochs(
     if not trials:
         return
     epochs = [_best_step(trial, maximized, rounds) for trial in trials]
-    values = [reported(t)[epoch] for t, epoch in zip(trials, epochs, strict=True)]
+    values = [finite_reports(t)[epoch] for t, epoch in zip(trials, epochs, strict=True)]
     colors = [COLORS[place % len(COLORS)] for place in range(len(trials))]
     figure.add_scatter(
         x=epochs,
-        y=[rounded(value) for value in values],
+        y=[round_to_five_digits(value) for value in values],
         mode="markers",
         marker={
             "symbol": "star",
@@ -176,16 +180,16 @@ def _mark_best_epochs(
     )
 
 
-def _spread(trials: list[FrozenTrial], most: int) -> list[FrozenTrial]:
+def _thin_by_rank(trials: list[FrozenTrial], most: int) -> list[FrozenTrial]:
     """At most ``most`` of ranked trials, evenly over the ranks; the best one always stays."""
     if len(trials) <= most:
         return trials
     return [trials[int(i)] for i in np.linspace(0, len(trials) - 1, most).round()]
 
 
-def _optimizer(study: optuna.Study, trial: FrozenTrial) -> str:
+def _optimizer_name(study: optuna.Study, trial: FrozenTrial) -> str:
     fixed = study.user_attrs.get("fixed", {}).get("optimizer", "all trials")
-    return shown(trial.params.get("optimizer", fixed))
+    return format_value(trial.params.get("optimizer", fixed))
 
 
 def learning_rate(study: optuna.Study, *, most: int = 1000, details: bool = True) -> go.Figure:
@@ -221,22 +225,24 @@ def learning_rate(study: optuna.Study, *, most: int = 1000, details: bool = True
     if most < 1:
         raise ValueError(f"`most` must be at least 1, but got {most}.")
     states = (TrialState.COMPLETE, TrialState.PRUNED)
-    with_rate = {s: [t for t in ranked(study, s) if "learning_rate" in t.params] for s in states}
-    trials = {state: _spread(with_rate[state], most) for state in states}
+    with_rate = {
+        s: [t for t in ranked_trials(study, s) if "learning_rate" in t.params] for s in states
+    }
+    trials = {state: _thin_by_rank(with_rate[state], most) for state in states}
     both = [trial for state in states for trial in trials[state]]
     figure = go.Figure()
-    metric = escaped(metric_name(study))
+    metric = escape_markup(metric_name(study))
     layout = {"xaxis_title": "learning rate", "yaxis_title": f"{metric} (validation)"}
     if not both:
         fixed = study.user_attrs.get("fixed", {}).get("learning_rate")
-        why = "no trial has completed yet" if fixed is None else f"fixed at {escaped(fixed)}"
-        return styled(figure, f"Learning rate: {metric}", why, **layout, xaxis_type="log")
+        why = "no trial has completed yet" if fixed is None else f"fixed at {escape_markup(fixed)}"
+        return apply_style(figure, f"Learning rate: {metric}", why, **layout, xaxis_type="log")
     maximized = is_maximized(study)
     values = [value for t in both if (value := best_value(t, maximized)) is not None]
     bounds = robust_range(values, maximized)
-    optimizers = sorted({_optimizer(study, trial) for trial in both})
+    optimizers = sorted({_optimizer_name(study, trial) for trial in both})
     for optimizer, color in zip(optimizers, COLORS * len(optimizers), strict=False):
-        groups = [[t for t in trials[s] if _optimizer(study, t) == optimizer] for s in states]
+        groups = [[t for t in trials[s] if _optimizer_name(study, t) == optimizer] for s in states]
         for place, group in enumerate(filter(None, groups)):
             trace = _rate_trace(group, optimizer, color, maximized, bounds, details)
             figure.add_trace(trace.update(showlegend=place == 0))
@@ -253,7 +259,7 @@ def learning_rate(study: optuna.Study, *, most: int = 1000, details: bool = True
     rates = [trial.params["learning_rate"] for trial in both]
     decades = {"dtick": 1} if max(rates) > 100 * min(rates) else {}
     figure.update_xaxes(type="log", exponentformat="power", **decades)
-    return styled(figure, f"Learning rate: {metric}", "; ".join(notes), **layout)
+    return apply_style(figure, f"Learning rate: {metric}", "; ".join(notes), **layout)
 
 
 def _rate_trace(
@@ -271,13 +277,13 @@ def _rate_trace(
     beyond = "triangle-down" if maximized else "triangle-up"
     symbols = [("circle" if ok else beyond) + ("-open" if pruned else "") for ok in inside]
     texts = [
-        (_hover(t, ", pruned" if pruned else "") if details else f"trial {t.number}")
-        + f"<br>value: <b>{shown(value)}</b>"
+        (_hover_text(t, ", pruned" if pruned else "") if details else f"trial {t.number}")
+        + f"<br>value: <b>{format_value(value)}</b>"
         for t, value in zip(trials, values, strict=True)
     ]
     return go.Scatter(
-        x=[rounded(t.params["learning_rate"]) for t in trials],
-        y=[rounded(float(np.clip(value, *bounds))) for value in values],
+        x=[round_to_five_digits(t.params["learning_rate"]) for t in trials],
+        y=[round_to_five_digits(float(np.clip(value, *bounds))) for value in values],
         mode="markers",
         # One symbol for all where there is no outlier keeps the saved figure small.
         marker={
@@ -286,8 +292,8 @@ def _rate_trace(
             "size": 6 if pruned else 9,
             "opacity": 0.6 if pruned else 0.9,
         },
-        name=escaped(optimizer),
-        legendgroup=escaped(optimizer),
+        name=escape_markup(optimizer),
+        legendgroup=escape_markup(optimizer),
         cliponaxis=False,
         text=texts,
         hovertemplate="%{text}<br>learning rate: <b>%{x}</b><extra></extra>",
@@ -297,7 +303,7 @@ def _rate_trace(
 def _add_diverged(figure: go.Figure, study: optuna.Study, edge: float, most: int) -> None:
     maximized = is_maximized(study)
     rates = [
-        rounded(trial.params["learning_rate"])
+        round_to_five_digits(trial.params["learning_rate"])
         for trial in study.get_trials(deepcopy=False)
         if trial.user_attrs.get("cause") == "diverged"
         and "learning_rate" in trial.params
@@ -306,7 +312,7 @@ def _add_diverged(figure: go.Figure, study: optuna.Study, edge: float, most: int
     if rates:
         figure.add_scatter(
             x=rates,
-            y=[rounded(edge)] * len(rates),
+            y=[round_to_five_digits(edge)] * len(rates),
             mode="markers",
             marker={"symbol": "x-thin", "size": 8, "line": {"width": 1.5, "color": "#8a9099"}},
             name="diverged",
@@ -328,8 +334,8 @@ def figures(study: optuna.Study) -> dict[str, go.Figure]:
         >>> sorted(figures(optuna.create_study()))
         ['learning_curves', 'learning_rate']
     """
-    own = {"learning_curves": learning_curves(study), "learning_rate": learning_rate(study)}
-    if (moved := courses(study)).data:
+    own = {"learning_curves": plot_learning_curves(study), "learning_rate": learning_rate(study)}
+    if (moved := plot_schedules(study)).data:
         own["courses"] = moved
     return own | optuna_figures(study)
 

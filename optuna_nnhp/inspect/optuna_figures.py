@@ -12,18 +12,18 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial
 import plotly.graph_objects as go
 
-from optuna_nnhp.inspect.style import escaped
-from optuna_nnhp.inspect.style import robust_range
-from optuna_nnhp.inspect.style import styled
+from optuna_nnhp.inspect.plot_style import apply_style
+from optuna_nnhp.inspect.plot_style import escape_markup
+from optuna_nnhp.inspect.plot_style import robust_range
 from optuna_nnhp.inspect.summary import is_maximized
 from optuna_nnhp.inspect.summary import main_parameters
 from optuna_nnhp.inspect.summary import metric_name
-from optuna_nnhp.inspect.summary import ranked
+from optuna_nnhp.inspect.summary import ranked_trials
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 # PED-ANOVA compares the best tenth with all; a tenth of fewer trials is a single one.
-FEWEST_FOR_IMPORTANCES = 20
+MIN_TRIALS_FOR_IMPORTANCES = 20
 
 
 def _with_escaped_names(study: optuna.Study) -> optuna.Study:
@@ -97,35 +97,35 @@ def optuna_figures(study: optuna.Study) -> dict[str, go.Figure]:
         ['optimization_history']
     """
     found: dict[str, go.Figure] = {}
-    complete = ranked(study)
+    complete = ranked_trials(study)
     if not complete:
         return found
-    plots, metric = optuna.visualization, escaped(metric_name(study))
+    plots, metric = optuna.visualization, escape_markup(metric_name(study))
     study = _with_escaped_names(study)
     maximized = is_maximized(study)
     values = [value for trial in complete if (value := trial.value) is not None]
     bounds = list(robust_range(values, maximized))
-    found["optimization_history"] = styled(
+    found["optimization_history"] = apply_style(
         plots.plot_optimization_history(study, target_name=metric),
         f"Optimization history: {metric}",
         yaxis_range=bounds,
     )
-    params = sorted({name for trial in ranked(study) for name in trial.params})
-    importances = _importances(study) if len(complete) >= FEWEST_FOR_IMPORTANCES else {}
+    params = sorted({name for trial in ranked_trials(study) for name in trial.params})
+    importances = _importances(study) if len(complete) >= MIN_TRIALS_FOR_IMPORTANCES else {}
     if importances:
-        found["param_importances"] = styled(
+        found["param_importances"] = apply_style(
             plots.plot_param_importances(study, target_name=metric),
             f"Importance of the parameters for {metric}",
             "PED-ANOVA: what sets the best trials apart from the rest",
         )
     names = list(importances or main_parameters(dict.fromkeys(params), len(params)))
     if len(complete) > 1 and names:
-        found["slice"] = styled(
+        found["slice"] = apply_style(
             plots.plot_slice(study, params=names[:6], target_name=metric),
             f"{metric} by parameter",
         )
         found["slice"].update_layout(width=None).update_yaxes(range=bounds)
-        found["parallel_coordinate"] = styled(
+        found["parallel_coordinate"] = apply_style(
             plots.plot_parallel_coordinate(study, params=names[:8], target_name=metric),
             f"Parameters of the trials and {metric}",
         )

@@ -22,40 +22,43 @@ from optuna.storages import JournalStorage
 import torch
 from torch import nn
 
-from optuna_nnhp.inspect.retraining import judged_round
+from optuna_nnhp.errors import unknown_name
+from optuna_nnhp.inspect.retraining import get_trained_trial
 from optuna_nnhp.inspect.retraining import last_round
 from optuna_nnhp.inspect.retraining import recorded_value
-from optuna_nnhp.inspect.retraining import seeded
+from optuna_nnhp.inspect.retraining import retrain_trial
+from optuna_nnhp.inspect.retraining import scored_round
 from optuna_nnhp.inspect.retraining import stored_value
-from optuna_nnhp.inspect.retraining import trained_again
-from optuna_nnhp.inspect.retraining import trained_trial
-from optuna_nnhp.messages import unknown
-from optuna_nnhp.storages.deferred import DeferredStorage
-from optuna_nnhp.storages.opening import open_storage
-from optuna_nnhp.storages.places import check_exists
-from optuna_nnhp.storages.places import inside
-from optuna_nnhp.storages.places import models_folder
+from optuna_nnhp.inspect.retraining import with_trial_seed
+from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.storages.open_storage import open_storage
+from optuna_nnhp.storages.paths import check_storage_exists
+from optuna_nnhp.storages.paths import models_folder
+from optuna_nnhp.storages.paths import safe_join
 from optuna_nnhp.study.environment import BY_COMPILER
 from optuna_nnhp.study.environment import Environment
+from optuna_nnhp.study.environment import describe_environment
 from optuna_nnhp.study.environment import differences
-from optuna_nnhp.study.environment import environment_of
-from optuna_nnhp.study.environment import environments_of
-from optuna_nnhp.study.opening import MODELS
-from optuna_nnhp.templates.common import Supervised
-from optuna_nnhp.templates.common import Template
-from optuna_nnhp.templates.recipe import Recipe
-from optuna_nnhp.training.checkpoint import BestWeights
-from optuna_nnhp.training.compiling import check_compile
-from optuna_nnhp.training.machine import single_blas
-from optuna_nnhp.training.machine import to_device
+from optuna_nnhp.study.environment import trial_environments
+from optuna_nnhp.study.open_study import MODELS
+from optuna_nnhp.templates.problem_spec import ProblemSpec
+from optuna_nnhp.templates.supervised import SupervisedTemplate
+from optuna_nnhp.templates.supervised import Template
+from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.device import resolve_device
+from optuna_nnhp.training.device import single_threaded_blas
+from optuna_nnhp.training.torch_compile import check_compile
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 # How far a value may be from the recorded one where sums are rounded otherwise, on other machines
 # or by other versions: a share of the value; and where examples are counted, so many of them.
-TOLERANCE, EXAMPLES = 1e-3, 2
-LEAST = 1e-6  # of values near 0
-CLASSES, UNCOUNTED = ("binary", "multiclass"), ("log_loss",)  # tasks that count; and what does not
+RELATIVE_TOLERANCE, EXAMPLE_TOLERANCE = 1e-3, 2
+ABSOLUTE_TOLERANCE = 1e-6  # of values near 0
+CLASS_TASKS, METRICS_WITHOUT_COUNTS = (
+    ("binary", "multiclass"),
+    ("log_loss",),
+)  # tasks that count; and what does not
 
 
 class Deviation(NamedTuple):
@@ -205,14 +208,14 @@ def replay(
         >>> again.is_reproduced, again.differences
         (True, [])
     """
-    study = study if isinstance(study, Study) else _opened(*study)
-    trial = trained_trial(study, trial_number)
-    X, y = _parts(data, study.user_attrs.get("template"))
-    place = _place(environments_of(study, trial), device)
-    problem = Recipe.of(
+    study = study if isinstance(study, Study) else _load_study(*study)
+    trial = get_trained_trial(study, trial_number)
+    X, y = _split_data(data, study.user_attrs.get("template"))
+    place = _device_and_compile(trial_environments(study, trial), device)
+    problem = ProblemSpec.from_study(
         study, X, y, network=network, validation=validation, metric=metric, **place
     ).problem()
-    folder = _folder(study) if weights is None else Path(weights)
+    folder = _weights_folder(study) if weights is None else Path(weights)
     if weights is not None and not Path(weights).is_dir():
         raise FileNotFoundError(f"`weights` must be a folder, but there is none: {weights}")
     return replay_trial(study, problem, BestWeights(folder), trial_number)
@@ -234,15 +237,15 @@ def replay_trial(study: Study, problem: Template, weights: BestWeights, number: 
     Raises:
         ValueError: If there is no such trial, it was not trained, or its weights are damaged.
     """
-    started, trial = time.monotonic(), trained_trial(study, number)
-    problem, values = seeded(study, problem, trial), trial.intermediate_values
-    known, recorded = environments_of(study, trial), recorded_value(trial)
-    with _threads(known), single_blas:
+    started, trial = time.monotonic(), get_trained_trial(study, number)
+    problem, values = with_trial_seed(study, problem, trial), trial.intermediate_values
+    known, recorded = trial_environments(study, trial), recorded_value(trial)
+    with _threads_of_trial(known), single_threaded_blas:
         stored = stored_value(problem, trial, weights) if number in weights else None
-        again = trained_again(problem, trial, last_round(problem, trial), values)
-        here = environment_of(problem)
+        again = retrain_trial(problem, trial, last_round(problem, trial), values)
+        here = describe_environment(problem)
     # The best trials' values were judged alone, those of others among their mates.
-    among = again.values.get(judged_round(problem, trial), math.nan)
+    among = again.values.get(scored_round(problem, trial), math.nan)
     retrained = again.value if again.value == recorded or math.isnan(among) else among
     tolerance = _tolerance(problem, recorded)
     if recorded is None:
@@ -259,7 +262,7 @@ def replay_trial(study: Study, problem: Template, weights: BestWeights, number: 
         is_exact=is_exact,
         is_reproduced=is_reproduced,
         first_difference=_first_difference(values, again.values),
-        differences=_all_differences(known, here),
+        differences=_environment_differences(known, here),
         steps=len(values),
         seconds=time.monotonic() - started,
     )
@@ -273,7 +276,7 @@ def _first_difference(then: Mapping[int, float], now: Mapping[int, float]) -> De
     return None
 
 
-def _all_differences(known: Sequence[Environment], here: Environment) -> list[str]:
+def _environment_differences(known: Sequence[Environment], here: Environment) -> list[str]:
     """What differs between here and where a trial was, which may be several places."""
     if not known:
         return ["where it was trained is not known"]
@@ -284,16 +287,16 @@ def _tolerance(problem: Template, value: float | None) -> float:
     """How far a value may be away from the recorded one."""
     if value is None:
         return 0.0
-    tolerance = max(TOLERANCE * abs(value), LEAST)
+    tolerance = max(RELATIVE_TOLERANCE * abs(value), ABSOLUTE_TOLERANCE)
     description = problem.description
-    if description["task"] in CLASSES and description["metric"] not in UNCOUNTED:
-        assert isinstance(problem, Supervised)
-        tolerance = max(tolerance, EXAMPLES / len(problem.data.valid_y))
+    if description["task"] in CLASS_TASKS and description["metric"] not in METRICS_WITHOUT_COUNTS:
+        assert isinstance(problem, SupervisedTemplate)
+        tolerance = max(tolerance, EXAMPLE_TOLERANCE / len(problem.data.valid_y))
     return tolerance
 
 
 @contextmanager
-def _threads(known: Sequence[Environment]) -> Iterator[None]:
+def _threads_of_trial(known: Sequence[Environment]) -> Iterator[None]:
     """Within, torch has as many threads as it had when a trial was trained, if there are so many
     cores: they decide in which order it sums."""
     before, then = torch.get_num_threads(), int(known[0].get("threads", 0)) if known else 0
@@ -305,21 +308,21 @@ def _threads(known: Sequence[Environment]) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _opened(storage: str | Path | BaseStorage, name: str) -> Study:
+def _load_study(storage: str | Path | BaseStorage, name: str) -> Study:
     """A study by its storage and name."""
     if not isinstance(storage, BaseStorage):
-        check_exists(storage)
+        check_storage_exists(storage)
     opened = open_storage(storage)
     names = optuna.get_all_study_names(opened)
     if name not in names:
-        raise unknown("a study of this storage", name, names)
+        raise unknown_name("a study of this storage", name, names)
     return optuna.load_study(study_name=name, storage=opened)
 
 
-def _folder(study: Study) -> Path | None:
+def _weights_folder(study: Study) -> Path | None:
     """Where a study's best weights are, as far as its storage tells."""
     storage, name = study._storage, study.user_attrs.get(MODELS)
-    if isinstance(storage, DeferredStorage):
+    if isinstance(storage, BufferedStorage):
         storage = storage.backend
     if name is None:
         return None
@@ -327,11 +330,11 @@ def _folder(study: Study) -> Path | None:
     if isinstance(storage, JournalStorage):  # which a path was, or the user's own object
         path = getattr(storage._backend, "_file_path", None)
         folders.insert(0, models_folder(storage, path))
-    found = [inside(folder, name) for folder in folders if folder is not None]
+    found = [safe_join(folder, name) for folder in folders if folder is not None]
     return next((folder for folder in found if folder.is_dir()), None)
 
 
-def _parts(data: Any, template: str | None) -> tuple[Any, Any]:
+def _split_data(data: Any, template: str | None) -> tuple[Any, Any]:
     """The data as examples and what is to be predicted."""
     if template == "gpt" or data is None or isinstance(data, str | Path):
         return data, None
@@ -341,7 +344,9 @@ def _parts(data: Any, template: str | None) -> tuple[Any, Any]:
     return data
 
 
-def _place(known: Sequence[Environment], device: str | torch.device | None) -> dict[str, Any]:
+def _device_and_compile(
+    known: Sequence[Environment], device: str | torch.device | None
+) -> dict[str, Any]:
     """Device and compiler: those that a trial had, where they are not said and can be had."""
     then = known[0] if known else {}
     if device is None:
@@ -350,7 +355,7 @@ def _place(known: Sequence[Environment], device: str | torch.device | None) -> d
     compiles = then.get("engine") == BY_COMPILER
     if compiles:
         try:
-            check_compile(compiles, to_device(device))
+            check_compile(compiles, resolve_device(device))
         except ValueError as error:
             _logger.warning(f"The trial is trained without torch.compile: {error}")
             compiles = False

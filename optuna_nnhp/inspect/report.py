@@ -7,15 +7,15 @@ from pathlib import Path
 import shlex
 import sys
 
+from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.inspect.figures import save_html
 from optuna_nnhp.inspect.result import Result
+from optuna_nnhp.inspect.summary import format_value
 from optuna_nnhp.inspect.summary import main_parameters
-from optuna_nnhp.inspect.summary import shown
 from optuna_nnhp.inspect.summary import summary
-from optuna_nnhp.messages import without_password
-from optuna_nnhp.storages.places import beside
+from optuna_nnhp.storages.paths import sibling_path
 
-ROWS = (
+REPORT_ROWS = (
     *("data", "budget", "trials", "ended by", "best", "other seeds"),
     *("perplexity", "loss", "trained on", "speed"),
 )
@@ -35,17 +35,17 @@ def closing_report(result: Result, storage: str, extra: Mapping[str, object] | N
     Returns:
         Lines for a person, the last one opens the dashboard.
     """
-    rows = {name: text for name, text in summary(result.study).items() if name in ROWS}
+    rows = {name: text for name, text in summary(result.study).items() if name in REPORT_ROWS}
     trial = result.best_trial
     rows["parameters"] = ", ".join(
-        f"{name}={shown(value)}" for name, value in main_parameters(trial.params).items()
+        f"{name}={format_value(value)}" for name, value in main_parameters(trial.params).items()
     )
-    rows |= {name: shown(value) for name, value in (extra or {}).items()}
+    rows |= {name: format_value(value) for name, value in (extra or {}).items()}
     folder = figures_folder(storage)
     save_html(result.study, folder)
     rows["figures"] = str(folder / "index.html")
-    where = shlex.quote(without_password(storage, storage))
-    rows["dashboard"] = f"{_this_python()} dashboards/serve.py {where}"
+    where = shlex.quote(hide_passwords(storage, storage))
+    rows["dashboard"] = f"{_python_command()} dashboards/serve.py {where}"
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name + ':':{width}s}{text}" for name, text in rows.items())
 
@@ -57,10 +57,10 @@ def figures_folder(storage: str) -> Path:
         >>> figures_folder("digits.journal").name, figures_folder("sqlite:///a/b.db").name
         ('digits.figures', 'b.figures')
     """
-    return beside(storage, ".figures")
+    return sibling_path(storage, ".figures")
 
 
-def _this_python() -> str:
+def _python_command() -> str:
     """How to call this Python from here: the virtual environment's, if it lies here."""
     try:
         return str(Path(sys.prefix, "bin", "python").relative_to(Path.cwd()))

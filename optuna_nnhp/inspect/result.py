@@ -14,21 +14,21 @@ from optuna.trial import TrialState
 import pandas as pd
 from torch import nn
 
-from optuna_nnhp.inspect.courses import schedule_frame
-from optuna_nnhp.inspect.replay import LEAST
-from optuna_nnhp.inspect.replay import TOLERANCE
+from optuna_nnhp.inspect.replay import ABSOLUTE_TOLERANCE
+from optuna_nnhp.inspect.replay import RELATIVE_TOLERANCE
 from optuna_nnhp.inspect.replay import Replay
 from optuna_nnhp.inspect.replay import replay_trial
-from optuna_nnhp.inspect.replicated import replicates_frame
-from optuna_nnhp.inspect.replicated import winner
+from optuna_nnhp.inspect.replicates import best_replicated_trial
+from optuna_nnhp.inspect.replicates import replicates_dataframe
 from optuna_nnhp.inspect.retraining import best_round
-from optuna_nnhp.inspect.retraining import seeded
-from optuna_nnhp.inspect.retraining import trained_again
-from optuna_nnhp.study.lockstep import member_at_best
-from optuna_nnhp.templates.common import Template
+from optuna_nnhp.inspect.retraining import retrain_trial
+from optuna_nnhp.inspect.retraining import with_trial_seed
+from optuna_nnhp.inspect.schedules import schedule_dataframe
+from optuna_nnhp.study.lockstep import member_at_best_round
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.predictor import Predictor
-from optuna_nnhp.training.checkpoint import BestWeights
+from optuna_nnhp.templates.supervised import Template
+from optuna_nnhp.training.best_weights import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -69,7 +69,7 @@ class Result:
         With replicates that with the best mean over the other seeds, as far as there are as many
         of it as of any other, or one less. Its value is then not always the study's best one.
         """
-        if (chosen := winner(self.study)) is not None:
+        if (chosen := best_replicated_trial(self.study)) is not None:
             return self.study.get_trials(deepcopy=False)[chosen.number]
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if not complete:
@@ -110,7 +110,7 @@ class Result:
             >>> result.schedule["epoch"].tolist()
             [0, 1, 2, 3]
         """
-        return schedule_frame(self.study, self.best_trial)
+        return schedule_dataframe(self.study, self.best_trial)
 
     @property
     def best_value(self) -> float:
@@ -180,7 +180,7 @@ class Result:
             >>> len(result.replicates)
             0
         """
-        return replicates_frame(self.study)
+        return replicates_dataframe(self.study)
 
     def trials_dataframe(self) -> pd.DataFrame:
         """One row per trial: value, parameters, curves and all attributes."""
@@ -200,9 +200,9 @@ class Result:
 
     def _predictor(self, number: int) -> Predictor | LanguageModel:
         trial = self.study.get_trials(deepcopy=False)[number]
-        member = member_at_best(self._problem, trial)
+        member = member_at_best_round(self._problem, trial)
         if number in self._weights:
-            network = self._weights.fill(number, self._problem.network(member))
+            network = self._weights.load_into(number, self._problem.network(member))
         else:
             network = self._retrain(trial)
         return self._problem.predictor(network, member, dict(trial.params), trial.value or 0.0)
@@ -236,12 +236,14 @@ class Result:
     def _retrain(self, trial: FrozenTrial) -> nn.Module:
         """Train a trial again, whose weights are not here: same seed, same data, same course."""
         _logger.warning(f"The weights of trial {trial.number} are not here: training it again.")
-        problem = seeded(self.study, self._problem, trial)
-        again = trained_again(problem, trial, best_round(problem, trial))
+        problem = with_trial_seed(self.study, self._problem, trial)
+        again = retrain_trial(problem, trial, best_round(problem, trial))
         assert again.network is not None
-        if not math.isclose(again.value, trial.value or 0.0, rel_tol=TOLERANCE, abs_tol=LEAST):
+        if not math.isclose(
+            again.value, trial.value or 0.0, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE
+        ):
             _logger.warning(  # another machine
                 f"Trial {trial.number} reached {trial.value:.6g}, but {again.value:.6g} this time."
             )
-        self._weights.put(trial.number, again.network)
+        self._weights.save(trial.number, again.network)
         return again.network

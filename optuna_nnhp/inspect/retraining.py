@@ -9,18 +9,18 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.study.environment import SEED
-from optuna_nnhp.study.lockstep import stages_of
-from optuna_nnhp.study.trials import params_as_trained
-from optuna_nnhp.templates.common import Template
-from optuna_nnhp.training.again import Again
-from optuna_nnhp.training.again import judge_network
-from optuna_nnhp.training.again import train_again
-from optuna_nnhp.training.checkpoint import BestWeights
-from optuna_nnhp.training.company import COMPANY
-from optuna_nnhp.training.course import Stage
+from optuna_nnhp.study.lockstep import schedule_of
+from optuna_nnhp.study.running_trial import params_for_retraining
+from optuna_nnhp.templates.supervised import Template
+from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.numerics_context import NUMERICS_CONTEXT_KEY
+from optuna_nnhp.training.retrain import RetrainResult
+from optuna_nnhp.training.retrain import evaluate_network
+from optuna_nnhp.training.retrain import retrain
+from optuna_nnhp.training.segments import Segment
 
 
-def trained_trial(study: Study, number: int) -> FrozenTrial:
+def get_trained_trial(study: Study, number: int) -> FrozenTrial:
     """A trial that can be trained again.
 
     Args:
@@ -34,7 +34,7 @@ def trained_trial(study: Study, number: int) -> FrozenTrial:
 
     Example:
         >>> import optuna
-        >>> trained_trial(optuna.create_study(), 0)
+        >>> get_trained_trial(optuna.create_study(), 0)
         Traceback (most recent call last):
         ValueError: A trial must be one of the study's 0, numbered from 0 on, but got 0.
     """
@@ -59,10 +59,10 @@ def trained_trial(study: Study, number: int) -> FrozenTrial:
     return trial
 
 
-def seeded(study: Study, problem: Template, trial: FrozenTrial) -> Template:
+def with_trial_seed(study: Study, problem: Template, trial: FrozenTrial) -> Template:
     """The problem with the seed that a trial had: a study may be continued with another one."""
     seed = trial.user_attrs.get(SEED, study.user_attrs.get(SEED, problem.seed))
-    return problem if seed == problem.seed else problem.reseeded(seed)
+    return problem if seed == problem.seed else problem.with_seed(seed)
 
 
 def recorded_value(trial: FrozenTrial) -> float | None:
@@ -81,7 +81,7 @@ def best_round(problem: Template, trial: FrozenTrial) -> int:
     return _rounds(problem, trial.user_attrs.get("best_epoch", 0))
 
 
-def judged_round(problem: Template, trial: FrozenTrial) -> int:
+def scored_round(problem: Template, trial: FrozenTrial) -> int:
     """The round of `recorded_value`, 0 if there is none."""
     return best_round(problem, trial) or max(trial.intermediate_values, default=0)
 
@@ -96,9 +96,9 @@ def _rounds(problem: Template, epochs: float) -> int:
     return round(epochs * problem.rounds_per_epoch)
 
 
-def trained_again(
+def retrain_trial(
     problem: Template, trial: FrozenTrial, until: int, ends: Iterable[int] = ()
-) -> Again:
+) -> RetrainResult:
     """A trial trained again, alone: same parameters, same seeds, same course.
 
     Args:
@@ -111,13 +111,13 @@ def trained_again(
         ends:
             After which rounds it is evaluated, if its values changed while it trained.
     """
-    return train_again(
+    return retrain(
         problem.cohort,
         _course(problem, trial),
         until,
         best_round(problem, trial),
-        trial.user_attrs.get(COMPANY, ()),
-        ends if stages_of(problem, trial) else None,
+        trial.user_attrs.get(NUMERICS_CONTEXT_KEY, ()),
+        ends if schedule_of(problem, trial) else None,
     )
 
 
@@ -137,11 +137,11 @@ def stored_value(problem: Template, trial: FrozenTrial, weights: BestWeights) ->
     """
     best = best_round(problem, trial)
     stage = [stage for stage in _course(problem, trial) if stage.begin < max(best, 1)][-1]
-    network = weights.fill(trial.number, problem.network(stage.member))
-    return judge_network(problem.cohort, stage.member, network)
+    network = weights.load_into(trial.number, problem.network(stage.member))
+    return evaluate_network(problem.cohort, stage.member, network)
 
 
-def _course(problem: Template, trial: FrozenTrial) -> list[Stage]:
+def _course(problem: Template, trial: FrozenTrial) -> list[Segment]:
     """The stages of a trial; one, if its values did not change."""
-    stages = stages_of(problem, trial)
-    return stages or [Stage(0, problem.member(trial.number, params_as_trained(trial)))]
+    stages = schedule_of(problem, trial)
+    return stages or [Segment(0, problem.member(trial.number, params_for_retraining(trial)))]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.inspect.summary import SAMPLE
+from optuna_nnhp.inspect.summary import find_best_trial
 from optuna_nnhp.inspect.summary import is_language
-from optuna_nnhp.inspect.summary import leading
 
 TOKENS = 300
 
 
-def keep_sample(result: Result) -> None:
+def store_generated_text(result: Result) -> None:
     """Note on the study what its best model writes, if it is new and a language model.
 
     Args:
@@ -18,7 +18,7 @@ def keep_sample(result: Result) -> None:
             What the study found.
     """
     study = result.study
-    best = leading(study) if is_language(study) else None
+    best = find_best_trial(study) if is_language(study) else None
     if best is None or study.user_attrs.get(SAMPLE, {}).get("trial") == best.number:
         return
     text = result.generate(tokens=TOKENS)

@@ -21,8 +21,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.inspect.replicated import winner
-from optuna_nnhp.study.lockstep import COURSE
+from optuna_nnhp.inspect.replicates import best_replicated_trial
+from optuna_nnhp.study.lockstep import SCHEDULE
 
 # What a short label of a trial shows first; what else the study tunes fills the rest.
 MAIN_PARAMETERS = (
@@ -45,11 +45,17 @@ MAIN_PARAMETERS = (
 SAMPLE = "sample"  # attribute of a study of language models: what its best one writes
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as a reader wants it: floats with four digits, everything else as ``str``.
 
     Example:
-        >>> shown(0.0123456), shown(1e-05), shown(64), shown("adam"), shown(None)
+        >>> (
+        ...     format_value(0.0123456),
+        ...     format_value(1e-05),
+        ...     format_value(64),
+        ...     format_value("adam"),
+        ...     format_value(None),
+        ... )
         ('0.01235', '1e-05', '64', 'adam', 'None')
     """
     return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
@@ -78,13 +84,13 @@ def is_language(study: optuna.Study) -> bool:
     return study.user_attrs.get("task") == "language"
 
 
-def language_rows(trial: FrozenTrial) -> dict[str, str]:
+def language_model_rows(trial: FrozenTrial) -> dict[str, str]:
     """What one wants to know of a language model besides bits per byte; nothing of others.
 
     Example:
         >>> attrs = {"tokens_per_step": 768, "iterations": 100, "validation_loss": [2.0, 1.0]}
         >>> trial = optuna.trial.create_trial(value=1.4, user_attrs=attrs | {"seconds": 2.0})
-        >>> language_rows(trial)["perplexity"], language_rows(trial)["speed"]
+        >>> language_model_rows(trial)["perplexity"], language_model_rows(trial)["speed"]
         ('2.718 a token', '38,400 tokens a second')
     """
     attrs = trial.user_attrs
@@ -93,8 +99,8 @@ def language_rows(trial: FrozenTrial) -> dict[str, str]:
     tokens = attrs["tokens_per_step"] * attrs["iterations"]
     nats = attrs["validation_loss"][-1]
     return {
-        "perplexity": f"{shown(math.exp(min(nats, 700.0)))} a token",
-        "loss": f"{shown(nats)} nats a token",
+        "perplexity": f"{format_value(math.exp(min(nats, 700.0)))} a token",
+        "loss": f"{format_value(nats)} nats a token",
         "trained on": f"{tokens:,} tokens in {attrs['iterations']:,} steps",
         "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens a second",
     }
@@ -113,7 +119,7 @@ def metric_name(study: optuna.Study) -> str:
     return str(study.user_attrs.get("metric") or (names[0] if names else "value"))
 
 
-def reported(trial: FrozenTrial) -> dict[int, float]:
+def finite_reports(trial: FrozenTrial) -> dict[int, float]:
     """The finite values that a trial reported, by epoch, in order of the epochs.
 
     A diverged trial reports NaN or infinity; those are left out.
@@ -122,7 +128,7 @@ def reported(trial: FrozenTrial) -> dict[int, float]:
         >>> trial = optuna.trial.create_trial(
         ...     value=0.5, intermediate_values={2: 0.5, 1: 0.25, 3: float("nan")}
         ... )
-        >>> reported(trial)
+        >>> finite_reports(trial)
         {1: 0.25, 2: 0.5}
     """
     values = trial.intermediate_values
@@ -146,13 +152,15 @@ def best_value(trial: FrozenTrial, maximized: bool) -> float | None:
     if trial.state == TrialState.COMPLETE:
         value = trial.value
     else:
-        values = reported(trial).values()
+        values = finite_reports(trial).values()
         found = (max if maximized else min)(values) if values else None
         value = trial.user_attrs.get("best_value", found)
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def ranked(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list[FrozenTrial]:
+def ranked_trials(
+    study: optuna.Study, state: TrialState = TrialState.COMPLETE
+) -> list[FrozenTrial]:
     """The trials of one state that reached a value, best first.
 
     Trials that break a constraint are left out, as in ``study.best_trial``.
@@ -160,7 +168,7 @@ def ranked(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list
     Example:
         >>> study = optuna.create_study(direction="maximize")
         >>> study.add_trials([optuna.trial.create_trial(value=v) for v in (0.5, 0.9, 0.7)])
-        >>> [trial.value for trial in ranked(study)]
+        >>> [trial.value for trial in ranked_trials(study)]
         [0.9, 0.7, 0.5]
     """
     maximized = is_maximized(study)
@@ -174,21 +182,21 @@ def ranked(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list
     return [trial for _, trial in sorted(found, key=lambda it: (sign * it[0], it[1].number))]
 
 
-def leading(study: optuna.Study) -> FrozenTrial | None:
+def find_best_trial(study: optuna.Study) -> FrozenTrial | None:
     """What the study's result is: its best trial, with replicates that with the best mean.
 
     Example:
         >>> study = optuna.create_study()
         >>> study.add_trials([optuna.trial.create_trial(value=v) for v in (0.5, 0.4)])
-        >>> leading(study).number
+        >>> find_best_trial(study).number
         1
     """
-    if (chosen := winner(study)) is not None:
+    if (chosen := best_replicated_trial(study)) is not None:
         return study.get_trials(deepcopy=False)[chosen.number]
-    return next(iter(ranked(study)), None)
+    return next(iter(ranked_trials(study)), None)
 
 
-def over_seeds(study: optuna.Study) -> str:
+def replicates_text(study: optuna.Study) -> str:
     """What the best trial came to with other seeds, in words; empty without replicates.
 
     Example:
@@ -196,22 +204,24 @@ def over_seeds(study: optuna.Study) -> str:
         >>> study.add_trial(optuna.trial.create_trial(value=0.25))
         >>> record = {"0": {"seeds": [1, 2, 3], "values": [0.25, 0.27, 0.29]}}
         >>> study.set_user_attr("replicates", record)
-        >>> over_seeds(study)
+        >>> replicates_text(study)
         '0.27 ± 0.02 over 3 seeds'
     """
-    chosen = winner(study)
+    chosen = best_replicated_trial(study)
     return "" if chosen is None else chosen.words
 
 
-def changes(trial: FrozenTrial) -> str | None:
+def schedule_changes_text(trial: FrozenTrial) -> str | None:
     """How often a trial's values changed while it trained, in words; None if they did not.
 
     Example:
         >>> course = [[0, {"dropout": 0.1}, False], [2, {"dropout": 0.2}, False]]
-        >>> changes(optuna.trial.create_trial(value=1.0, user_attrs={"course": course}))
+        >>> schedule_changes_text(
+        ...     optuna.trial.create_trial(value=1.0, user_attrs={"schedule": course})
+        ... )
         'changed once while it trained, as the figure of courses shows'
     """
-    count = len(trial.user_attrs.get(COURSE, ())) - 1
+    count = len(trial.user_attrs.get(SCHEDULE, ())) - 1
     if count < 1:
         return None
     often = "once" if count == 1 else f"{count} times"
@@ -240,13 +250,13 @@ def range_text(distribution: BaseDistribution) -> str:
         'adam, sgd'
     """
     if isinstance(distribution, CategoricalDistribution):
-        return ", ".join(map(shown, distribution.choices))
+        return ", ".join(map(format_value, distribution.choices))
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     step = distribution.step
     return (
-        f"{shown(distribution.low)} to {shown(distribution.high)}"
+        f"{format_value(distribution.low)} to {format_value(distribution.high)}"
         + (", logarithmic" if distribution.log else "")
-        + (f", in steps of {shown(step)}" if step is not None and step != 1 else "")
+        + (f", in steps of {format_value(step)}" if step is not None and step != 1 else "")
     )
 
 
@@ -278,11 +288,12 @@ def _timing(timing: Mapping[str, float] | None) -> str | None:
     if timing is None:
         return None
     shares = [
-        f"{shown(100 * timing[name])} % {name}" for name in ("training", "asking", "bookkeeping")
+        f"{format_value(100 * timing[name])} % {name}"
+        for name in ("training", "asking", "bookkeeping")
     ]
     return (
-        f"{shown(timing['seconds'])} s, of it {', '.join(shares)}; cohorts "
-        f"{shown(100 * timing['occupancy'])} % full"
+        f"{format_value(timing['seconds'])} s, of it {', '.join(shares)}; cohorts "
+        f"{format_value(100 * timing['occupancy'])} % full"
     )
 
 
@@ -303,8 +314,8 @@ def summary(study: optuna.Study) -> dict[str, str]:
     trials = study.get_trials(deepcopy=False)
     states = Counter(trial.state.name.lower().replace("fail", "failed") for trial in trials)
     causes = Counter(str(t.user_attrs["cause"]) for t in trials if "cause" in t.user_attrs)
-    leader, metric = leading(study), metric_name(study)
-    best = f"{metric} {shown(leader.value)} in trial {leader.number}" if leader else ""
+    leader, metric = find_best_trial(study), metric_name(study)
+    best = f"{metric} {format_value(leader.value)} in trial {leader.number}" if leader else ""
     rows = {
         "study": study.study_name,
         "template": attrs.get("template"),
@@ -315,11 +326,11 @@ def summary(study: optuna.Study) -> dict[str, str]:
         "seed": attrs.get("seed"),
         "optuna_nnhp": attrs.get("version"),
         "best": best or "no trial has completed yet",
-        "other seeds": over_seeds(study) or None,
-        "best trial's values": changes(leader) if leader else None,
-        **(language_rows(leader) if leader else {}),
+        "other seeds": replicates_text(study) or None,
+        "best trial's values": schedule_changes_text(leader) if leader else None,
+        **(language_model_rows(leader) if leader else {}),
         "trials": f"{len(trials)} in all" + (f": {_counts(states)}" if trials else ""),
         "ended by": _counts(causes) or None,
         "last call": _timing(attrs.get("timing")),
     }
-    return {label: shown(text) for label, text in rows.items() if text is not None}
+    return {label: format_value(text) for label, text in rows.items() if text is not None}

@@ -13,19 +13,19 @@ from torch import nn
 from torch.nn import functional
 
 from optuna_nnhp.hyperparameters.regularization import dropout_factor
-from optuna_nnhp.networks.layers import Noise
+from optuna_nnhp.networks.layers import NoiseSource
 from optuna_nnhp.networks.layers import StackedLinear
 from optuna_nnhp.networks.layers import StackedModule
-from optuna_nnhp.networks.layers import join_members
-from optuna_nnhp.networks.layers import keep_members
+from optuna_nnhp.networks.layers import append_members
+from optuna_nnhp.networks.layers import select_members
 from optuna_nnhp.networks.transformer import EPSILON
 from optuna_nnhp.networks.transformer import Architecture
 from optuna_nnhp.networks.transformer import activate
-from optuna_nnhp.networks.transformer import attend
-from optuna_nnhp.networks.transformer import cap
-from optuna_nnhp.networks.transformer import first_weights
+from optuna_nnhp.networks.transformer import cap_logits
+from optuna_nnhp.networks.transformer import causal_attention
+from optuna_nnhp.networks.transformer import initial_weights
 from optuna_nnhp.networks.transformer import rms_norm
-from optuna_nnhp.networks.transformer import shift
+from optuna_nnhp.networks.transformer import token_shift
 
 MATRICES = ("qkv", "out", "up", "down")  # of a block
 
@@ -59,21 +59,21 @@ class StackedBlock(nn.Module):
         for name in ("gain1", "gain2"):
             self.register_parameter(name, nn.Parameter(weights[name]) if name in weights else None)
 
-    def forward(self, x: Tensor, length: int, drop: _Drop) -> Tensor:
+    def forward(self, x: Tensor, length: int, drop: _SharedDropout) -> Tensor:
         """The stream after both."""
         a = self.architecture
-        qkv = self.qkv(_read(x, a, self.gain1, length))
+        qkv = self.qkv(_block_input(x, a, self.gain1, length))
         k, rows, _ = qkv.shape
-        mixed = attend(qkv.view(-1, length, qkv.shape[-1]), a).reshape(k, rows, -1)
+        mixed = causal_attention(qkv.view(-1, length, qkv.shape[-1]), a).reshape(k, rows, -1)
         x = x + drop(self.out(mixed))
-        units = activate(self.up(_read(x, a, self.gain2, length)), a.feed_forward)
+        units = activate(self.up(_block_input(x, a, self.gain2, length)), a.feed_forward)
         return x + drop(self.down(units))
 
 
-class _Drop:
+class _SharedDropout:
     """Dropout of what is added to the stream; the members share the noise."""
 
-    def __init__(self, probability: Tensor, noise: Noise | None) -> None:
+    def __init__(self, probability: Tensor, noise: NoiseSource | None) -> None:
         self.probability, self.noise = probability, noise
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -82,11 +82,11 @@ class _Drop:
         return x * dropout_factor(self.noise(x.shape[-2], x.shape[-1]), self.probability)
 
 
-def _read(x: Tensor, a: Architecture, gain: Tensor | None, length: int) -> Tensor:
+def _block_input(x: Tensor, a: Architecture, gain: Tensor | None, length: int) -> Tensor:
     """What a block reads of the stream: normalized, and shifted."""
     out = normalize(x, a.normalization, None if gain is None else gain[:, None])
     if a.token_shift:
-        out = shift(out.view(-1, length, out.shape[-1])).view(x.shape)
+        out = token_shift(out.view(-1, length, out.shape[-1])).view(x.shape)
     return out
 
 
@@ -139,12 +139,12 @@ class StackedGPT(StackedModule):
         super().__init__()
         self.architecture = architecture
         drawn = [
-            first_weights(architecture, p["weight_init"], p["projection_init"], generator)
+            initial_weights(architecture, p["weight_init"], p["projection_init"], generator)
             for p, generator in zip(params, generators, strict=True)
         ]
         weights = {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
         self.blocks = nn.ModuleList(
-            StackedBlock(architecture, _of_block(weights, layer))
+            StackedBlock(architecture, _block_weights(weights, layer))
             for layer in range(architecture.layers)
         )
         self.embedding = nn.Parameter(weights["embedding"])
@@ -153,10 +153,12 @@ class StackedGPT(StackedModule):
         self.gain = nn.Parameter(weights["gain"]) if "gain" in weights else None
         rates = torch.tensor([float(p["dropout"] or 0) for p in params])
         self.register_buffer("dropout", rates[:, None, None])
-        self.drops = bool((rates > 0).any())
-        self.numbers = max(architecture.vocabulary, 4 * architecture.width) * architecture.context
+        self.has_dropout = bool((rates > 0).any())
+        self.activations_per_example = (
+            max(architecture.vocabulary, 4 * architecture.width) * architecture.context
+        )
 
-    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
         """Logits for the token after each."""
         a, k, length = self.architecture, len(self.embedding), x.shape[-1]
         ids = x.expand(k, *x.shape[-2:])
@@ -166,7 +168,7 @@ class StackedGPT(StackedModule):
         if self.position is not None:
             h = h + self.position[:, None, :length]
         h = h.view(k, -1, a.width)
-        drop = _Drop(self.dropout, noise if self.drops and self.training else None)
+        drop = _SharedDropout(self.dropout, noise if self.has_dropout and self.training else None)
         if self.position is not None:  # GPT-2 drops the sum of both embeddings
             h = drop(h)
         for block in self.blocks:
@@ -176,25 +178,25 @@ class StackedGPT(StackedModule):
             logits = torch.bmm(h, self.embedding.transpose(1, 2))
         else:
             logits = self.head(h)
-        return cap(logits * a.head_scale if a.width_ratio else logits, a.logit_cap)
+        return cap_logits(logits * a.head_scale if a.width_ratio else logits, a.logit_cap)
 
-    def keep(self, members: Tensor) -> None:
+    def select(self, members: Tensor) -> None:
         """Go on with some members only."""
-        keep_members(self, members)
-        self.drops = bool((self.dropout > 0).any())
+        select_members(self, members)
+        self.has_dropout = bool((self.dropout > 0).any())
 
-    def join(self, other: StackedGPT) -> None:
+    def append(self, other: StackedGPT) -> None:
         """Take in another stack's members."""
-        join_members(self, other)
-        self.drops = bool((self.dropout > 0).any())
+        append_members(self, other)
+        self.has_dropout = bool((self.dropout > 0).any())
 
-    def retune(
-        self, params: Sequence[Mapping[str, Any]], twin: Callable[[], StackedModule]
+    def set_hyperparameters(
+        self, params: Sequence[Mapping[str, Any]], make_stack: Callable[[], StackedModule]
     ) -> None:
         """Give every member other hyperparameters, of the same architecture; weights stay."""
         rates = torch.tensor([float(p["dropout"] or 0) for p in params])
         self.dropout.copy_(rates[:, None, None])
-        self.drops = bool((rates > 0).any())
+        self.has_dropout = bool((rates > 0).any())
 
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> GPT:
         """One member as a plain network."""
@@ -205,7 +207,7 @@ class StackedGPT(StackedModule):
         return gpt.to(self.embedding.device).eval()
 
 
-def _of_block(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+def _block_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
     start = f"blocks.{layer}."
     return {n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
 
@@ -231,14 +233,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The residual stream ``(batch, length, width)`` after attention and feed-forward."""
         a = self.architecture
-        mixed = attend(self._read(x, self.gain1) @ self.qkv, a)
+        mixed = causal_attention(self._block_input(x, self.gain1) @ self.qkv, a)
         x = x + self._drop(mixed @ self.out)
-        units = activate(self._read(x, self.gain2) @ self.up, a.feed_forward)
+        units = activate(self._block_input(x, self.gain2) @ self.up, a.feed_forward)
         return x + self._drop(units @ self.down)
 
-    def _read(self, x: Tensor, gain: Tensor | None) -> Tensor:
+    def _block_input(self, x: Tensor, gain: Tensor | None) -> Tensor:
         out = normalize(x, self.architecture.normalization, gain)
-        return shift(out) if self.architecture.token_shift else out
+        return token_shift(out) if self.architecture.token_shift else out
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout, self.training)
@@ -287,7 +289,7 @@ class GPT(nn.Module):
             h = block(h)
         h = normalize(h, a.normalization, self.gain)
         logits = h @ (self.embedding.T if self.head is None else self.head)
-        return cap(logits * a.head_scale, a.logit_cap)
+        return cap_logits(logits * a.head_scale, a.logit_cap)
 
     @torch.no_grad()
     def generate(

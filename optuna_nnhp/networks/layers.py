@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
-Noise = Callable[[int, int], Tensor]  # (batch, width) -> uniform numbers of that shape
+NoiseSource = Callable[[int, int], Tensor]  # (batch, width) -> uniform numbers of that shape
 
 EPSILON = 1e-5  # of torch.nn.BatchNorm1d and torch.nn.LayerNorm
 RUNNING_MOMENTUM = 0.1  # of torch.nn.BatchNorm1d
@@ -31,18 +31,18 @@ class StackedModule(nn.Module):
     """
 
     flops: float = 0.0
-    numbers: int = 0
+    activations_per_example: int = 0
 
     @abstractmethod
-    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
         """Outputs of all members; ``noise`` feeds dropout, without it nothing is dropped."""
 
     @abstractmethod
-    def keep(self, members: Tensor) -> None:
+    def select(self, members: Tensor) -> None:
         """Go on with some members ``(m,)`` only."""
 
     @abstractmethod
-    def join(self, other: Any) -> None:
+    def append(self, other: Any) -> None:
         """Take in the members of another stack of this class and signature, after one's own."""
 
     @abstractmethod
@@ -50,15 +50,15 @@ class StackedModule(nn.Module):
         """One member as a plain network, from its present weights or a `state_dict`."""
 
     @abstractmethod
-    def retune(
-        self, params: Sequence[Mapping[str, Any]], twin: Callable[[], StackedModule]
+    def set_hyperparameters(
+        self, params: Sequence[Mapping[str, Any]], make_stack: Callable[[], StackedModule]
     ) -> None:
         """Give every member other hyperparameters, of the same structure; weights stay.
 
         Args:
             params:
                 All hyperparameters of each member.
-            twin:
+            make_stack:
                 Makes a new stack with these hyperparameters, for those who do not know them.
         """
 
@@ -91,9 +91,9 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(weight)
         zeros = weight.new_zeros(weight.shape[0], weight.shape[2])
         self.bias = nn.Parameter(zeros) if bias else None
-        self.sink: tuple[Tensor, Tensor | None] | None = None
+        self.grad_buffers: tuple[Tensor, Tensor | None] | None = None
 
-    def make_sink(self) -> tuple[Tensor, Tensor | None]:
+    def make_grad_buffers(self) -> tuple[Tensor, Tensor | None]:
         """Tensors without gaps for the gradients of weight and bias."""
         weight = torch.empty(self.weight.shape).to(self.weight)
         return weight, None if self.bias is None else torch.empty(self.bias.shape).to(weight)
@@ -101,15 +101,17 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply each member's layer."""
         x = x.expand(self.weight.shape[0], *x.shape[-2:])
-        if self.sink is not None and torch.is_grad_enabled():
-            out: Tensor = _Linear.apply(x, self.weight, self.bias, *self.sink)  # type: ignore[no-untyped-call]
+        if self.grad_buffers is not None and torch.is_grad_enabled():
+            out: Tensor = _LinearIntoGradBuffers.apply(
+                x, self.weight, self.bias, *self.grad_buffers
+            )  # type: ignore[no-untyped-call]
             return out
         if self.bias is None:
             return torch.bmm(x, self.weight)
         return torch.baddbmm(self.bias[:, None], x, self.weight)
 
 
-class _Linear(torch.autograd.Function):
+class _LinearIntoGradBuffers(torch.autograd.Function):
     """A stacked linear layer whose gradients are written where they are wanted.
 
     Autograd would allocate them anew at every step and then copy them.
@@ -121,11 +123,11 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        weight_sink: Tensor,
-        bias_sink: Tensor | None,
+        weight_grad_buffer: Tensor,
+        bias_grad_buffer: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink = weight_sink, bias_sink
+        ctx.grad_buffers = weight_grad_buffer, bias_grad_buffer
         if bias is None:
             return torch.bmm(x, weight)
         return torch.baddbmm(bias[:, None], x, weight)
@@ -133,10 +135,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
-        weight_sink, bias_sink = ctx.sink
-        torch.bmm(x.transpose(1, 2), grad, out=weight_sink)
-        if bias_sink is not None:
-            torch.sum(grad, 1, out=bias_sink)
+        weight_grad_buffer, bias_grad_buffer = ctx.grad_buffers
+        torch.bmm(x.transpose(1, 2), grad, out=weight_grad_buffer)
+        if bias_grad_buffer is not None:
+            torch.sum(grad, 1, out=bias_grad_buffer)
         back = torch.bmm(grad, weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None
         return back, None, None, None, None
 
@@ -182,10 +184,10 @@ class StackedBatchNorm(nn.Module):
             centred = x - self.running_mean[:, None]
             return torch.addcmul(self.bias[:, None], centred, scale[:, None])
         variance, mean = torch.var_mean(x.detach(), dim=1, correction=0, keepdim=True)
-        self._follow(mean[:, 0], variance[:, 0], x.shape[1])
-        return _normalized(x, mean, variance, self.weight, self.bias, 1)
+        self._update_running_stats(mean[:, 0], variance[:, 0], x.shape[1])
+        return _normalize(x, mean, variance, self.weight, self.bias, 1)
 
-    def _follow(self, mean: Tensor, variance: Tensor, batch: int) -> None:
+    def _update_running_stats(self, mean: Tensor, variance: Tensor, batch: int) -> None:
         # A batch of one has no spread to learn from; torch.nn refuses it, we keep the estimate.
         if batch == 1:
             return
@@ -227,10 +229,10 @@ class StackedLayerNorm(nn.Module):
         mean = x.detach().sum(-1, keepdim=True) / width  # padded units are zero
         centred = (x.detach() - mean) * self.mask
         variance = centred.square_().sum(-1, keepdim=True) / width
-        return _normalized(x, mean, variance, self.weight, self.bias, 2, self.mask)
+        return _normalize(x, mean, variance, self.weight, self.bias, 2, self.mask)
 
 
-def _normalized(
+def _normalize(
     x: Tensor,
     mean: Tensor,
     variance: Tensor,
@@ -241,11 +243,11 @@ def _normalized(
 ) -> Tensor:
     rstd = torch.rsqrt(variance + EPSILON)
     affine = weight[:, None], bias[:, None]
-    out: Tensor = _Normalize.apply(x, mean, rstd, *affine, dim, mask)  # type: ignore[no-untyped-call]
+    out: Tensor = _NormalizeFunction.apply(x, mean, rstd, *affine, dim, mask)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Normalize(torch.autograd.Function):
+class _NormalizeFunction(torch.autograd.Function):
     """``weight (x - mean) rstd + bias``, where mean and rstd are those of x along one axis.
 
     By hand it is six passes over memory backward, where autograd's graph took fourteen.
@@ -283,7 +285,7 @@ class _Normalize(torch.autograd.Function):
         return back, None, None, weight_grad, bias_grad, None, None
 
 
-def keep_members(module: nn.Module, members: Tensor) -> None:
+def select_members(module: nn.Module, members: Tensor) -> None:
     """Keep some members of a stack, in place.
 
     Args:
@@ -297,7 +299,7 @@ def keep_members(module: nn.Module, members: Tensor) -> None:
 
     Example:
         >>> layer = StackedLinear(torch.arange(3.0).view(3, 1, 1))
-        >>> keep_members(layer, torch.tensor([2]))
+        >>> select_members(layer, torch.tensor([2]))
         >>> layer.weight
         Parameter containing:
         tensor([[[2.]]], requires_grad=True)
@@ -309,7 +311,7 @@ def keep_members(module: nn.Module, members: Tensor) -> None:
             setattr(part, name, buffer[members])
 
 
-def join_members(module: nn.Module, other: nn.Module) -> None:
+def append_members(module: nn.Module, other: nn.Module) -> None:
     """Append another stack's members, in place.
 
     Args:
@@ -320,7 +322,7 @@ def join_members(module: nn.Module, other: nn.Module) -> None:
 
     Example:
         >>> layer = StackedLinear(torch.zeros(1, 1, 1))
-        >>> join_members(layer, StackedLinear(torch.ones(2, 1, 1)))
+        >>> append_members(layer, StackedLinear(torch.ones(2, 1, 1)))
         >>> layer.weight.flatten().tolist()
         [0.0, 1.0, 1.0]
     """
@@ -336,8 +338,8 @@ def subset(stack: StackedModule, members: Tensor) -> StackedModule:
     """Some members ``(m,)`` as a stack of their own; the other one is left as it is."""
     shared = [*stack.parameters(), *stack.buffers()]
     for layer in stack.modules():
-        if isinstance(layer, StackedLinear) and layer.sink is not None:
-            shared += [tensor for tensor in layer.sink if tensor is not None]
+        if isinstance(layer, StackedLinear) and layer.grad_buffers is not None:
+            shared += [tensor for tensor in layer.grad_buffers if tensor is not None]
     twin = copy.deepcopy(stack, {id(tensor): tensor for tensor in shared})
-    twin.keep(members)
+    twin.select(members)
     return twin

@@ -16,23 +16,23 @@ from torch import nn
 from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
 from optuna_nnhp.hyperparameters.activation import activate
 from optuna_nnhp.hyperparameters.activation import activation_groups
-from optuna_nnhp.hyperparameters.record import Value
 from optuna_nnhp.hyperparameters.regularization import dropout_factor
+from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.hyperparameters.weight_init import initial_weight
 from optuna_nnhp.hyperparameters.width import layer_widths
 from optuna_nnhp.hyperparameters.width import padded_width
-from optuna_nnhp.networks.layers import Noise
+from optuna_nnhp.networks.layers import NoiseSource
 from optuna_nnhp.networks.layers import StackedBatchNorm
 from optuna_nnhp.networks.layers import StackedLayerNorm
 from optuna_nnhp.networks.layers import StackedLinear
 from optuna_nnhp.networks.layers import StackedModule
-from optuna_nnhp.networks.layers import join_members
-from optuna_nnhp.networks.layers import keep_members
+from optuna_nnhp.networks.layers import append_members
+from optuna_nnhp.networks.layers import select_members
 
 Params = Mapping[str, Value]
 
 
-def widths(params: Params) -> list[int]:
+def hidden_widths(params: Params) -> list[int]:
     """Neurons of each hidden layer of one trial."""
     return layer_widths(
         int(params["width"] or 1), str(params["width_shape"]), int(params["hidden_layers"] or 1)
@@ -58,7 +58,7 @@ def count_weights(params: Params, inputs: int, outputs: int) -> int:
         >>> count_weights({**params, "normalization": "none"}, inputs=4, outputs=2)
         58
     """
-    sizes = [inputs, *widths(params), outputs]
+    sizes = [inputs, *hidden_widths(params), outputs]
     weights, units = sum(a * b for a, b in pairwise(sizes)), sum(sizes[1:-1])
     # Per hidden unit a bias, a scale and a shift, or the last two; see `_has_bias`.
     per_unit = {"none": 1, "batch": 2, "layer": 3}[str(params["normalization"])]
@@ -88,7 +88,7 @@ def build_mlp(params: Params, inputs: int, outputs: int) -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     size = inputs
-    for width in widths(params):
+    for width in hidden_widths(params):
         layers.append(nn.Linear(size, width, bias=_has_bias(params)))
         if params["normalization"] == "batch":
             layers.append(nn.BatchNorm1d(width))
@@ -145,11 +145,11 @@ class StackedMLP(StackedModule):
             raise ValueError(f"Stacked networks must share a signature, but got {signatures}.")
         self.params = list(params)
         self.inputs, self.outputs = inputs, outputs
-        depth, padded = len(widths(params[0])), padded_width(int(params[0]["width"] or 1))
+        depth, padded = len(hidden_widths(params[0])), padded_width(int(params[0]["width"] or 1))
         k, kind = len(params), params[0]["normalization"]
         self.linears, self.norms = nn.ModuleList(), nn.ModuleList()
         for layer, weight in enumerate(
-            _first_weights(params, inputs, outputs, padded, generators)
+            _initial_weights(params, inputs, outputs, padded, generators)
         ):
             self.linears.append(StackedLinear(weight, layer == depth or _has_bias(params[0])))
             if layer < depth:
@@ -159,9 +159,9 @@ class StackedMLP(StackedModule):
                 elif kind == "layer":
                     self.norms.append(StackedLayerNorm(self.get_buffer(f"mask{layer}")))
         self.register_buffer("dropout", torch.tensor([float(p["dropout"] or 0) for p in params]))
-        self._group()
+        self._update_groups()
 
-    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
         """Compute every member's output.
 
         Args:
@@ -176,36 +176,38 @@ class StackedMLP(StackedModule):
             h = linear(h)
             if self.norms:
                 h = self.norms[layer](h)
-            h = activate(h, self.groups, self._keep(layer, h, noise))
+            h = activate(h, self.groups, self._output_factor(layer, h, noise))
         return self.linears[-1](h)  # type: ignore[no-any-return]
 
-    def _keep(self, layer: int, h: Tensor, noise: Noise | None) -> Tensor | None:
+    def _output_factor(self, layer: int, h: Tensor, noise: NoiseSource | None) -> Tensor | None:
         """What a layer's activations are multiplied with, if anything."""
-        mask = self.get_buffer(f"mask{layer}") if self.masked else None
-        if noise is None or not self.drops:
+        mask = self.get_buffer(f"mask{layer}") if self.needs_mask else None
+        if noise is None or not self.has_dropout:
             return mask
         u = noise(h.shape[-2], h.shape[-1])
         factor = dropout_factor(u, self.get_buffer("dropout")[:, None, None])
         return factor if mask is None else factor.mul_(mask)
 
-    def keep(self, members: Tensor) -> None:
+    def select(self, members: Tensor) -> None:
         """Go on with some members ``(m,)`` only."""
-        keep_members(self, members)
+        select_members(self, members)
         self.params = [self.params[i] for i in members.tolist()]
-        self._group()
+        self._update_groups()
 
-    def join(self, other: StackedMLP) -> None:
+    def append(self, other: StackedMLP) -> None:
         """Take in the members of another stack with the same signature."""
-        join_members(self, other)
+        append_members(self, other)
         self.params = [*self.params, *other.params]
-        self._group()
+        self._update_groups()
 
-    def retune(self, params: Sequence[Params], twin: Callable[[], StackedModule]) -> None:
+    def set_hyperparameters(
+        self, params: Sequence[Params], make_stack: Callable[[], StackedModule]
+    ) -> None:
         """Give every member other hyperparameters, of the same structure; weights stay."""
         self.params = list(params)
         rates = torch.tensor([float(p["dropout"] or 0) for p in params])
         self.get_buffer("dropout").copy_(rates)
-        self._group()
+        self._update_groups()
 
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Sequential:
         """One member as a plain network, without its padding.
@@ -218,7 +220,7 @@ class StackedMLP(StackedModule):
         """
         source = weights if weights is not None else self.state_dict()
         network = build_mlp(self.params[i], self.inputs, self.outputs)
-        sizes = [self.inputs, *widths(self.params[i]), self.outputs]
+        sizes = [self.inputs, *hidden_widths(self.params[i]), self.outputs]
         linears = [m for m in network if isinstance(m, nn.Linear)]
         norms = [m for m in network if isinstance(m, nn.BatchNorm1d | nn.LayerNorm)]
         with torch.no_grad():
@@ -233,15 +235,15 @@ class StackedMLP(StackedModule):
                         getattr(norm, name).copy_(source[f"norms.{n}.{name}"][i, : sizes[n + 1]])
         return network.eval()
 
-    def _group(self) -> None:
+    def _update_groups(self) -> None:
         names = [str(p["activation"]) for p in self.params]
         self.groups = activation_groups(names)
-        self.drops = bool((self.get_buffer("dropout") > 0).any())
+        self.has_dropout = bool((self.get_buffer("dropout") > 0).any())
         padded = any(
             not bool(self.get_buffer(f"mask{layer}").all())
             for layer in range(len(self.linears) - 1)
         )
-        self.masked = padded and "sigmoid" in names
+        self.needs_mask = padded and "sigmoid" in names
 
 
 def _has_bias(params: Params) -> bool:
@@ -250,11 +252,11 @@ def _has_bias(params: Params) -> bool:
 
 def _mask(params: Sequence[Params], layer: int, padded: int) -> Tensor:
     """1 for each member's true units of a layer: ``(k, 1, padded)``."""
-    true = torch.tensor([widths(p)[layer] for p in params])
+    true = torch.tensor([hidden_widths(p)[layer] for p in params])
     return (torch.arange(padded) < true[:, None]).to(torch.get_default_dtype())[:, None]
 
 
-def _first_weights(
+def _initial_weights(
     params: Sequence[Params],
     inputs: int,
     outputs: int,
@@ -266,11 +268,11 @@ def _first_weights(
     They are drawn at their true size, layer after layer, so that neither the padding nor the
     other members have a say in them.
     """
-    depth = len(widths(params[0]))
+    depth = len(hidden_widths(params[0]))
     sizes = [inputs, *[padded] * depth, outputs]
     weights = [torch.zeros(len(params), a, b) for a, b in pairwise(sizes)]
     for i, (p, generator) in enumerate(zip(params, generators, strict=True)):
-        true = [inputs, *widths(p), outputs]
+        true = [inputs, *hidden_widths(p), outputs]
         for layer in range(depth + 1):
             hidden = layer < depth
             gain = ACTIVATIONS[str(p["activation"])].gain if hidden else 1.0

@@ -23,17 +23,29 @@ from torch import Tensor
 from torch import nn
 
 # Their rates are stacked, so they are no part of a structure.
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, range, slice, type(...))
-TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
-OF_MODULES = ("_parameters", "_buffers", "_modules", "training")  # described on their own
+DROPOUT_TYPES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+PRIMITIVE_TYPES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    Enum,
+    range,
+    slice,
+    type(...),
+)
+TORCH_TYPES = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+MODULE_INTERNALS = ("_parameters", "_buffers", "_modules", "training")  # described on their own
 
 
 class CannotStack(ValueError):
     """Why a network cannot share a stack with any other; the text is for a log line."""
 
 
-def structure(network: nn.Module) -> str:
+def structure_key(network: nn.Module) -> str:
     """What two networks must have in common to be stacked, as a short text.
 
     That is the names and types of all submodules, whatever numbers, texts, tuples and functions
@@ -49,7 +61,10 @@ def structure(network: nn.Module) -> str:
 
     Example:
         >>> one, other = nn.Linear(4, 2), nn.Linear(4, 2)
-        >>> structure(one) == structure(other), structure(one) == structure(nn.Linear(4, 3))
+        >>> (
+        ...     structure_key(one) == structure_key(other),
+        ...     structure_key(one) == structure_key(nn.Linear(4, 3)),
+        ... )
         (True, False)
     """
     if isinstance(network, torch.jit.ScriptModule):
@@ -82,16 +97,16 @@ def _modules(network: nn.Module) -> Iterable[Any]:
         describe = _Describer(network)
         yield name, describe.type(type(module))
         for attribute, value in sorted(vars(module).items()):
-            rate = type(module) in DROPOUTS and attribute == "p"
-            if attribute not in OF_MODULES and not rate:
+            rate = type(module) in DROPOUT_TYPES and attribute == "p"
+            if attribute not in MODULE_INTERNALS and not rate:
                 try:
-                    yield attribute, describe(_hooks(attribute, value))
+                    yield attribute, describe(_without_hook_ids(attribute, value))
                 except CannotStack as error:
                     where = f"`{attribute}` of {type(module).__name__}"
                     raise CannotStack(f"{where} {error}") from error
 
 
-def _hooks(attribute: str, value: Any) -> Any:
+def _without_hook_ids(attribute: str, value: Any) -> Any:
     """A module's hooks without the running numbers that torch gives them."""
     named = attribute.startswith("_") and "_hooks" in attribute
     return list(value.values()) if named and isinstance(value, Mapping) else value
@@ -108,21 +123,21 @@ class _Describer:
 
     def __init__(self, network: nn.Module) -> None:
         self._names = {id(m): name for name, m in network.named_modules()}
-        self._above: list[int] = []  # what is being described, against circles
+        self._ancestors: list[int] = []  # what is being described, against circles
 
     def __call__(self, value: Any) -> Any:
         """A value as nested tuples of texts."""
-        if isinstance(value, PLAIN) and not isinstance(value, torch.Size):
+        if isinstance(value, PRIMITIVE_TYPES) and not isinstance(value, torch.Size):
             return type(value).__name__, repr(value)
-        if isinstance(value, TORCH):
+        if isinstance(value, TORCH_TYPES):
             return repr(value)
-        if id(value) in self._above:
-            return "above", len(self._above) - self._above.index(id(value))
-        self._above.append(id(value))
+        if id(value) in self._ancestors:
+            return "above", len(self._ancestors) - self._ancestors.index(id(value))
+        self._ancestors.append(id(value))
         try:
             return self._nested(value)
         finally:
-            self._above.pop()
+            self._ancestors.pop()
 
     def _nested(self, value: Any) -> Any:
         match value:

@@ -74,7 +74,7 @@ class Architecture:
     width_ratio: float = 0.0
 
     @classmethod
-    def of(cls, params: Mapping[str, Any], vocabulary: int) -> Architecture:
+    def from_params(cls, params: Mapping[str, Any], vocabulary: int) -> Architecture:
         """That of a trial's hyperparameters."""
         mup, width = params["parametrization"] == "mup", params["heads"] * params["head_size"]
         return cls(
@@ -158,7 +158,7 @@ def count_parameters(architecture: Architecture) -> int:
     return sum(math.prod(shape) for shape in architecture.shapes().values())
 
 
-def first_weights(
+def initial_weights(
     architecture: Architecture,
     weight_init: str,
     projection_init: str,
@@ -209,7 +209,7 @@ def first_weights(
 
 
 @functools.lru_cache(maxsize=64)
-def rotations(length: int, head_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def rotary_angles(length: int, head_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Complex numbers that queries and keys are turned by, ``(length, 1, head_size / 2)``."""
     steps = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
     angles = torch.outer(torch.arange(length, dtype=torch.float64), ROTARY_BASE**-steps)
@@ -217,7 +217,7 @@ def rotations(length: int, head_size: int, dtype: torch.dtype, device: torch.dev
     return turned.to(torch.complex128 if dtype == torch.float64 else torch.complex64).to(device)
 
 
-def rotate(x: Tensor) -> Tensor:
+def apply_rotary(x: Tensor) -> Tensor:
     """Turn each pair of channels by an angle that grows with the position.
 
     Shape:
@@ -225,19 +225,19 @@ def rotate(x: Tensor) -> Tensor:
 
     Example:
         >>> x = torch.randn(1, 3, 2, 4)
-        >>> bool((rotate(x)[:, 0] == x[:, 0]).all())  # nothing at the first position
+        >>> bool((apply_rotary(x)[:, 0] == x[:, 0]).all())  # nothing at the first position
         True
 
     Source:
         Su et al. 2021 (arXiv:2104.09864), with neighbouring channels as pairs.
     """
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    make = rotations.__wrapped__ if torch.compiler.is_compiling() else rotations
+    make = rotary_angles.__wrapped__ if torch.compiler.is_compiling() else rotary_angles
     turned = pairs * make(x.shape[1], x.shape[-1], x.dtype, x.device)
     return torch.view_as_real(turned).flatten(-2)
 
 
-def attend(qkv: Tensor, architecture: Architecture) -> Tensor:
+def causal_attention(qkv: Tensor, architecture: Architecture) -> Tensor:
     """Causal self-attention.
 
     Shape:
@@ -247,7 +247,7 @@ def attend(qkv: Tensor, architecture: Architecture) -> Tensor:
     heads, size = architecture.heads, architecture.head_size
     qk, v = qkv.unflatten(-1, (3 * heads, size)).split((2 * heads, heads), dim=2)
     if architecture.positions == "rotary":
-        qk = rotate(qk)
+        qk = apply_rotary(qk)
     if architecture.qk_norm:
         qk = rms_norm(qk)
     q, k = qk.split(heads, dim=2)
@@ -290,25 +290,25 @@ def rms_norm(x: Tensor) -> Tensor:
     return out
 
 
-def shift(x: Tensor) -> Tensor:
+def token_shift(x: Tensor) -> Tensor:
     """Half the channels of each token are those of the token before; zero before the first.
 
     Shape:
         - x, Output: ``(n, length, width)``.
 
     Example:
-        >>> shift(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        >>> token_shift(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
         tensor([[[0., 2.],
                  [1., 4.]]])
 
     Source:
         RWKV (arXiv:2305.13048), with a fixed half instead of learned shares.
     """
-    out: Tensor = _Shift.apply(x)  # type: ignore[no-untyped-call]
+    out: Tensor = _TokenShift.apply(x)  # type: ignore[no-untyped-call]
     return out
 
 
-def cap(logits: Tensor, largest: float) -> Tensor:
+def cap_logits(logits: Tensor, largest: float) -> Tensor:
     """Logits bent so that none is larger; 0 leaves them."""
     return largest * torch.tanh(logits / largest) if largest else logits
 
@@ -345,7 +345,7 @@ class _RMSNorm(torch.autograd.Function):
         return back
 
 
-class _Shift(torch.autograd.Function):
+class _TokenShift(torch.autograd.Function):
     """One pass over memory each way; slices and a concatenation took three."""
 
     @staticmethod

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 # What the state of an optimizer is made of: numbers and arrays.
-KNOWN = {
+ALLOWED_GLOBALS = {
     ("cmaes._cma", "CMA"),
     *((module, "_reconstruct") for module in ("numpy._core.multiarray", "numpy.core.multiarray")),
     *((module, "scalar") for module in ("numpy._core.multiarray", "numpy.core.multiarray")),
@@ -23,7 +23,7 @@ KNOWN = {
 }
 
 
-class SafeCmaEs(CmaEsSampler):
+class SafeCmaEsSampler(CmaEsSampler):
     """`optuna.samplers.CmaEsSampler`, which reads no other pickle than one of its own.
 
     Optuna keeps the optimizer as a pickle among a trial's attributes, and whoever can write to
@@ -41,7 +41,7 @@ class SafeCmaEs(CmaEsSampler):
                 continue
             try:
                 text = self._concat_optimizer_attrs({n: trial.system_attrs[n] for n in names})
-                found = _Unpickler(io.BytesIO(bytes.fromhex(text))).load()
+                found = _RestrictedUnpickler(io.BytesIO(bytes.fromhex(text))).load()
                 if isinstance(found, cmaes.CMA):
                     return found
                 raise TypeError(f"it is of the type {type(found).__name__}")
@@ -54,11 +54,11 @@ class SafeCmaEs(CmaEsSampler):
         return None
 
 
-class _Unpickler(pickle.Unpickler):
+class _RestrictedUnpickler(pickle.Unpickler):
     """Makes optimizers of numbers and arrays, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The class of this name, if it is one of those."""
-        if (module, name) not in KNOWN:
+        if (module, name) not in ALLOWED_GLOBALS:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of an optimizer")
         return super().find_class(module, name)

@@ -24,15 +24,15 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.search.cma import SafeCmaEs
-from optuna_nnhp.search.ranks import rank
+from optuna_nnhp.search.cma import SafeCmaEsSampler
+from optuna_nnhp.search.ordering import sort_key
 
 # Parents, and random trials before there are any; a generation of CMA-ES. Optuna's 50 are for
 # fronts of several objectives. Made studies of 512 trials over 18 parameters, 64 at once and
 # pruned, came with 12, 16, 20 and 24 parents to a mean cost of 3.5, 3.6, 4.0 and 4.6 over eight
 # seeds, random search to 8.4. Not the smallest, since that cost was smooth and networks' is not.
-POPULATION = 16
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+POPULATION_SIZE = 16
+FINISHED_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class EvolutionSampler(BaseSampler):
@@ -65,31 +65,33 @@ class EvolutionSampler(BaseSampler):
         NSGA-II, here of a single objective.
     """
 
-    def __init__(self, *, seed: int | None = None, population_size: int = POPULATION) -> None:
+    def __init__(self, *, seed: int | None = None, population_size: int = POPULATION_SIZE) -> None:
         if population_size < 2:
             raise ValueError(f"`population_size` must be at least 2, but got {population_size}.")
-        self._space = IntersectionSearchSpace(include_pruned=True)
-        self._random = RandomSampler(seed=seed)
+        self._search_space = IntersectionSearchSpace(include_pruned=True)
+        self._random_sampler = RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", ExperimentalWarning
             )  # users cannot do a thing about it
-            crossover = _Blend()
-        self._genetic = _Genetic(population_size=population_size, seed=seed, crossover=crossover)
-        self._numeric = SafeCmaEs(
+            crossover = _ClippedBLXAlphaCrossover()
+        self._nsga2_sampler = _BestTrialsNSGAIISampler(
+            population_size=population_size, seed=seed, crossover=crossover
+        )
+        self._cma_es_sampler = SafeCmaEsSampler(
             seed=seed, popsize=max(population_size, 5), warn_independent_sampling=False
         )
 
     def reseed_rng(self) -> None:
         """Draw new random numbers from now on."""
-        for sampler in (self._random, self._genetic, self._numeric):
+        for sampler in (self._random_sampler, self._nsga2_sampler, self._cma_es_sampler):
             sampler.reseed_rng()
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """What all ended trials have in common and what can vary."""
-        space = self._space.calculate(study, use_cache=True)
+        space = self._search_space.calculate(study, use_cache=True)
         return {name: d for name, d in space.items() if not d.single()}
 
     def sample_relative(
@@ -101,12 +103,16 @@ class EvolutionSampler(BaseSampler):
             ValueError: If the study has several objectives.
         """
         self._raise_error_if_multi_objective(study)
-        first = next(iter(study._get_trials(deepcopy=False, states=ENDED, use_cache=True)), None)
+        first = next(
+            iter(study._get_trials(deepcopy=False, states=FINISHED_STATES, use_cache=True)), None
+        )
         if first is None or not search_space:
             return {}
         if _has_categories(first.distributions):
-            return self._genetic.sample_relative(study, trial, search_space)
-        return self._numeric.sample_relative(cast(Study, _Ranks(study)), trial, search_space)
+            return self._nsga2_sampler.sample_relative(study, trial, search_space)
+        return self._cma_es_sampler.sample_relative(
+            cast(Study, _RankedStudyView(study)), trial, search_space
+        )
 
     def sample_independent(
         self,
@@ -121,10 +127,12 @@ class EvolutionSampler(BaseSampler):
             ValueError: If the study has several objectives.
         """
         self._raise_error_if_multi_objective(study)
-        return self._random.sample_independent(study, trial, param_name, param_distribution)
+        return self._random_sampler.sample_independent(
+            study, trial, param_name, param_distribution
+        )
 
 
-class _Blend(BLXAlphaCrossover):
+class _ClippedBLXAlphaCrossover(BLXAlphaCrossover):
     """Numbers between those of the parents or a little outside, but never out of the space.
 
     Optuna draws again until all of them lie inside, which with many parameters, "off" at the end
@@ -149,7 +157,7 @@ class _Blend(BLXAlphaCrossover):
         return inside
 
 
-class _Genetic(NSGAIISampler):
+class _BestTrialsNSGAIISampler(NSGAIISampler):
     """Optuna's genetic algorithm, with the best of all ended trials as parents.
 
     Optuna's generations would fit neither pruning nor cohorts: they count COMPLETE trials, and
@@ -160,19 +168,19 @@ class _Genetic(NSGAIISampler):
 
     def get_trial_generation(self, study: Study, trial: FrozenTrial) -> int:
         """Whether a trial has parents yet: 0 or 1."""
-        ended = study._get_trials(deepcopy=False, states=ENDED, use_cache=True)
+        ended = study._get_trials(deepcopy=False, states=FINISHED_STATES, use_cache=True)
         return int(len(ended) >= (self.population_size or 0))
 
     def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:
         """The best trials."""
         if generation == 0:
             return []
-        ended = study._get_trials(deepcopy=False, states=ENDED, use_cache=True)
-        sign = _sign(study)
-        return nsmallest(self.population_size or 0, ended, key=lambda t: rank(t, sign))
+        ended = study._get_trials(deepcopy=False, states=FINISHED_STATES, use_cache=True)
+        sign = _direction_sign(study)
+        return nsmallest(self.population_size or 0, ended, key=lambda t: sort_key(t, sign))
 
 
-class _Ranks:
+class _RankedStudyView:
     """A study as CMA-ES is to see it: pruned trials are COMPLETE, and values are ranks.
 
     CMA-ES reads nothing of values but their order, so that nothing is lost by it.
@@ -193,10 +201,12 @@ class _Ranks:
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
         """The ended trials, in order of their numbers."""
-        ended = self._study._get_trials(deepcopy=False, states=ENDED, use_cache=use_cache)
-        sign = _sign(self._study)
+        ended = self._study._get_trials(
+            deepcopy=False, states=FINISHED_STATES, use_cache=use_cache
+        )
+        sign = _direction_sign(self._study)
         seen: dict[int, FrozenTrial] = {}
-        for place, trial in enumerate(sorted(ended, key=lambda t: rank(t, sign))):
+        for place, trial in enumerate(sorted(ended, key=lambda t: sort_key(t, sign))):
             seen[trial.number] = changed = copy.copy(trial)
             changed.state, changed.values = TrialState.COMPLETE, [float(place)]
         return [seen[trial.number] for trial in ended]
@@ -206,5 +216,5 @@ def _has_categories(space: dict[str, BaseDistribution]) -> bool:
     return any(isinstance(d, CategoricalDistribution) and not d.single() for d in space.values())
 
 
-def _sign(study: Study) -> float:
+def _direction_sign(study: Study) -> float:
     return -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0

@@ -20,21 +20,22 @@ class CohortHalvingPruner(BasePruner):
     pruners look at finished trials only, or depend on the order inside a batch, and so cannot
     judge trials that are trained together. Survivors carry on; nothing is trained twice.
 
-    The scheduler asks `keep` once for a whole cohort; `prune` is the same rule for one trial,
+    The scheduler asks `select_survivors` once for a whole cohort; `prune` is the same rule
+    for one trial,
     so the pruner works in plain Optuna too.
 
     Args:
-        eta:
+        reduction_factor:
             One of how many goes on.
-        first_rung:
+        min_resource:
             Steps before the first decision.
 
     Raises:
-        ValueError: If ``eta`` is under 2 or ``first_rung`` under 1.
+        ValueError: If ``reduction_factor`` is under 2 or ``min_resource`` under 1.
 
     Example:
-        >>> pruner = CohortHalvingPruner(eta=3)
-        >>> pruner.keep({7: 0.5, 8: 0.9, 9: 0.7}, maximize=True)
+        >>> pruner = CohortHalvingPruner(reduction_factor=3)
+        >>> pruner.select_survivors({7: 0.5, 8: 0.9, 9: 0.7}, maximize=True)
         {8}
         >>> [step for step in range(1, 30) if pruner.is_rung(step)]
         [1, 3, 9, 27]
@@ -46,12 +47,12 @@ class CohortHalvingPruner(BasePruner):
     # Half, not a third: on the digits, 40 s, two seeds, both came to about the same trials per
     # second, and with a half to 0.9944 on the validation part after 11 and 33 s, with a third
     # after 34 s and not at all: first epochs tell little.
-    def __init__(self, *, eta: int = 2, first_rung: int = 1) -> None:
-        if eta < 2:
-            raise ValueError(f"`eta` must be at least 2, but got {eta}.")
-        if first_rung < 1:
-            raise ValueError(f"`first_rung` must be at least 1, but got {first_rung}.")
-        self.eta, self.first_rung = eta, first_rung
+    def __init__(self, *, reduction_factor: int = 2, min_resource: int = 1) -> None:
+        if reduction_factor < 2:
+            raise ValueError(f"`reduction_factor` must be at least 2, but got {reduction_factor}.")
+        if min_resource < 1:
+            raise ValueError(f"`min_resource` must be at least 1, but got {min_resource}.")
+        self.reduction_factor, self.min_resource = reduction_factor, min_resource
 
     def is_rung(self, step: int, previous: int | None = None) -> bool:
         """Whether trials are judged now.
@@ -63,12 +64,12 @@ class CohortHalvingPruner(BasePruner):
                 The step that they reported before; the one before ``step`` if None. A rung in
                 between is judged late rather than never.
         """
-        rung, previous = self.first_rung, step - 1 if previous is None else previous
+        rung, previous = self.min_resource, step - 1 if previous is None else previous
         while rung <= previous:
-            rung *= self.eta
+            rung *= self.reduction_factor
         return rung <= step
 
-    def keep(self, values: Mapping[int, float], *, maximize: bool) -> set[int]:
+    def select_survivors(self, values: Mapping[int, float], *, maximize: bool) -> set[int]:
         """The trials that go on.
 
         Args:
@@ -79,12 +80,12 @@ class CohortHalvingPruner(BasePruner):
 
         Returns:
             The numbers of the best 1/eta, rounded up, ties included; all of them while fewer
-            than ``eta`` have reached the rung.
+            than ``reduction_factor`` have reached the rung.
         """
         finite = {n: v if maximize else -v for n, v in values.items() if not math.isnan(v)}
-        if len(values) < self.eta or not finite:
+        if len(values) < self.reduction_factor or not finite:
             return set(finite)
-        place = min(math.ceil(len(values) / self.eta), len(finite))
+        place = min(math.ceil(len(values) / self.reduction_factor), len(finite))
         threshold = sorted(finite.values(), reverse=True)[place - 1]
         return {n for n, v in finite.items() if v >= threshold}
 
@@ -97,18 +98,20 @@ class CohortHalvingPruner(BasePruner):
         if not self.is_rung(step, previous):
             return False
         maximize = study.direction == StudyDirection.MAXIMIZE
-        values = rung_values(study.get_trials(deepcopy=False), step, maximize=maximize)
-        values |= rung_values([trial], step, maximize=maximize)
-        return trial.number not in self.keep(values, maximize=maximize)
+        values = best_values_at_rung(study.get_trials(deepcopy=False), step, maximize=maximize)
+        values |= best_values_at_rung([trial], step, maximize=maximize)
+        return trial.number not in self.select_survivors(values, maximize=maximize)
 
 
-def rung_values(trials: list[FrozenTrial], step: int, *, maximize: bool) -> dict[int, float]:
+def best_values_at_rung(
+    trials: list[FrozenTrial], step: int, *, maximize: bool
+) -> dict[int, float]:
     """Best value up to a step of each trial that has reported there, by trial number.
 
     Example:
         >>> import optuna
         >>> trial = optuna.trial.create_trial(value=1.0, intermediate_values={1: 0.4, 2: 0.3})
-        >>> rung_values([trial], 2, maximize=True)
+        >>> best_values_at_rung([trial], 2, maximize=True)
         {-1: 0.4}
     """
     best = max if maximize else min

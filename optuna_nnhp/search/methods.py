@@ -14,14 +14,14 @@ from optuna.samplers import GPSampler
 from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 
-from optuna_nnhp.messages import unknown
+from optuna_nnhp.errors import unknown_name
+from optuna_nnhp.search.bounded_tpe import BoundedTPESampler
 from optuna_nnhp.search.evolution import EvolutionSampler
-from optuna_nnhp.search.history import HistorySampler
 from optuna_nnhp.search.zoom import ZoomSampler
 
 # Trials before Bayesian search learns: Optuna's own number, and one where trials are so long that
 # there are few. Those after the first then lie around it, and it is a good one.
-STARTUP, STARTUP_OF_FEW = 10, 1
+N_STARTUP, N_STARTUP_IF_FEW = 10, 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Method:
     loop_options: tuple[str, ...] = ()
 
 
-def _sobol(seed: int | None) -> BaseSampler:
+def _make_sobol_sampler(seed: int | None) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # a user cannot do anything about it
         return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
@@ -55,12 +55,12 @@ METHODS: dict[str, Method] = {
     # The catalogue's levels, or a user's, each combination once.
     "grid": Method(RandomSampler, loop_options=("partial",)),
     "random": Method(RandomSampler),
-    "quasi-random": Method(_sobol),
+    "quasi-random": Method(_make_sobol_sampler),
     "zoom": Method(ZoomSampler, ("round_size", "patience")),
-    "bayes": Method(HistorySampler, ("n_startup_trials",)),
+    "bayes": Method(BoundedTPESampler, ("n_startup_trials",)),
     "bayes-gp": Method(lambda seed: GPSampler(seed=seed, warn_independent_sampling=False)),
     # Rates and regularization follow the gradient of the validation loss; TPE proposes the rest.
-    "gradient": Method(HistorySampler, loop_options=("starts", "rate")),
+    "gradient": Method(BoundedTPESampler, loop_options=("starts", "rate")),
     "evolution": Method(EvolutionSampler, ("population_size",)),
     # Networks that do badly go on as copies of good ones; the first generation is random.
     "population": Method(RandomSampler, loop_options=("size", "generations")),
@@ -91,10 +91,10 @@ def make_sampler(
         'HistorySampler'
     """
     if not isinstance(method, str) or method not in METHODS:
-        raise unknown("a method", method, METHODS)
+        raise unknown_name("a method", method, METHODS)
     given = dict(options or {})
-    if METHODS[method].sampler is HistorySampler:
-        given.setdefault("n_startup_trials", STARTUP_OF_FEW if few else STARTUP)
+    if METHODS[method].sampler is BoundedTPESampler:
+        given.setdefault("n_startup_trials", N_STARTUP_IF_FEW if few else N_STARTUP)
     return METHODS[method].sampler(seed=seed, **given)
 
 
@@ -111,12 +111,12 @@ def split_options(
         ({}, {'size': 8})
     """
     if not isinstance(method, str) or method not in METHODS:
-        raise unknown("a method", method, METHODS)
+        raise unknown_name("a method", method, METHODS)
     known = METHODS[method]
     given = dict(options or {})
     for name in given:
         if name not in (*known.options, *known.loop_options):
-            raise unknown(
+            raise unknown_name(
                 f"an option of the method {method!r}", name, (*known.options, *known.loop_options)
             )
     mine = {n: v for n, v in given.items() if n in known.options}

@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileOpenLock
 from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.storages.journal._file import BaseJournalFileLock
 
-from optuna_nnhp.storages.lease import machine
+from optuna_nnhp.storages.lease import machine_id
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -144,11 +144,11 @@ def _look(link: str) -> tuple[int, int]:
 
 def _owner() -> tuple[int, int]:
     """This machine and this process."""
-    digest = hashlib.blake2b(machine().encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(machine_id().encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> (64 - MACHINE_BITS), os.getpid()
 
 
-def _stamp(machine_number: int, process: int) -> int:
+def _stamp(machine_number: int, process_id: int) -> int:
     """An owner as a time in nanoseconds.
 
     Example:
@@ -156,15 +156,15 @@ def _stamp(machine_number: int, process: int) -> int:
         ((5, 17), True)
     """
     # A file system that rounds time changes the machine, so that nobody judges.
-    return (process % (1 << PROCESS_BITS)) << MACHINE_BITS | machine_number
+    return (process_id % (1 << PROCESS_BITS)) << MACHINE_BITS | machine_number
 
 
 def _owner_of(stamp: int) -> tuple[int, int] | None:
     """Who made a link; None if that is not known."""
     if not 0 < stamp < 1 << (MACHINE_BITS + PROCESS_BITS):
         return None
-    process, machine_number = divmod(stamp, 1 << MACHINE_BITS)
-    return machine_number, process
+    process_id, machine_number = divmod(stamp, 1 << MACHINE_BITS)
+    return machine_number, process_id
 
 
 def _is_dead(owner: tuple[int, int] | None) -> bool:

@@ -19,10 +19,10 @@ from optuna.storages import BaseStorage
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-LEASE = "optuna_nnhp:lease:"  # system attributes of a study: this and a worker's name
+LEASE_PREFIX = "optuna_nnhp:lease:"  # system attributes of a study: this and a worker's name
 Leases = dict[str, dict[str, Any]]  # by worker
-BEAT = 15.0  # seconds from one renewal to the next
-LASTS = 60.0  # seconds without a renewal, after which others may take a worker's trials
+RENEWAL_INTERVAL = 15.0  # seconds from one renewal to the next
+LEASE_DURATION = 60.0  # seconds without a renewal, after which others may take a worker's trials
 LONG = 3600.0  # seconds that no two machines' clocks differ by
 AGAIN = 1.0  # seconds from one attempt at the first writing to the next
 
@@ -43,8 +43,8 @@ class Lease:
     """A worker's sign of life in a study's storage, and its view of the others'.
 
     A worker whose process is gone on this machine is dead at once. Any other one is dead when its
-    lease has not changed for `LASTS` seconds by this process's clock, whatever the others' clocks
-    say; for two beats, if it is more than an hour old.
+    lease has not changed for `LEASE_DURATION` seconds by this process's clock, whatever the
+    others' clocks say; for two beats, if it is more than an hour old.
 
     Only time in which the storage answers counts: nobody can renew a lease in a storage that is
     away. Once it answers again, all have the whole time anew.
@@ -56,9 +56,9 @@ class Lease:
             The study.
         worker:
             This worker's name, see `new_worker_name`.
-        beat:
+        renewal_interval:
             Seconds from one renewal to the next.
-        lasts:
+        duration:
             Seconds after which an unchanged lease is over.
 
     Example:
@@ -67,15 +67,15 @@ class Lease:
         >>> with lease:
         ...     lease.is_dead(lease.worker)
         False
-        >>> lease.is_dead(lease.worker), lease.is_dead("a plain Optuna process")
+        >>> lease.is_dead(lease.worker), lease.is_dead("a plain Optuna process_id")
         (True, False)
     """
 
     storage: BaseStorage
     study_id: int
     worker: str
-    beat: float = BEAT
-    lasts: float = LASTS
+    renewal_interval: float = RENEWAL_INTERVAL
+    duration: float = LEASE_DURATION
     _beats: int = 0
     _seen: dict[str, tuple[Any, float]] = field(default_factory=dict)  # of others, and since when
     _known: Leases = field(default_factory=dict)
@@ -116,17 +116,17 @@ class Lease:
         So is one of another machine that was not seen to renew its lease when it should have.
         """
         lease = (self.read() if leases is None else leases).get(worker)
-        if lease is None or self._is_dead(worker, lease) or lease["machine"] == machine():
+        if lease is None or self._is_dead(worker, lease) or lease["machine_id"] == machine_id():
             return False
         since = self._seen[worker][1]
-        is_late = since < self._counts_from or self._read_at - since > 2 * self.beat
+        is_late = since < self._counts_from or self._read_at - since > 2 * self.renewal_interval
         return is_late or worker not in self._renewing
 
     def _is_dead(self, worker: str, lease: dict[str, Any]) -> bool:
         if lease.get("ended"):
             return True
-        if lease["machine"] == machine():
-            return worker not in _here if lease["process"] == process() else _is_gone(lease)
+        if lease["machine_id"] == machine_id():
+            return worker not in _here if lease["process_id"] == process_id() else _is_gone(lease)
         known, since = self._seen.get(worker, (None, self._read_at))
         if known != lease:
             if known is not None:
@@ -135,7 +135,9 @@ class Lease:
             self._seen[worker] = lease, since
         is_old = time.time() - float(lease["at"]) > LONG  # or the storage was away for so long
         silent = self._read_at - max(since, self._counts_from)
-        return silent > (min(2 * self.beat, self.lasts) if is_old else self.lasts)
+        return silent > (
+            min(2 * self.renewal_interval, self.duration) if is_old else self.duration
+        )
 
     def read(self) -> Leases:
         """All leases; those of before while the storage does not answer."""
@@ -146,8 +148,8 @@ class Lease:
             self._note_answer(False)
         else:
             self._read_at = self._note_answer(True)
-            names = [name for name in attributes if name.startswith(LEASE)]
-            self._known = {name.removeprefix(LEASE): attributes[name] for name in names}
+            names = [name for name in attributes if name.startswith(LEASE_PREFIX)]
+            self._known = {name.removeprefix(LEASE_PREFIX): attributes[name] for name in names}
         return self._known
 
     def _note_answer(self, is_there: bool) -> float:
@@ -161,25 +163,29 @@ class Lease:
             if not is_there:
                 self._is_away = True
                 return now
-            if self._is_away or now - self._answered > 2 * self.beat:  # nobody may have asked
+            if (
+                self._is_away or now - self._answered > 2 * self.renewal_interval
+            ):  # nobody may have asked
                 self._counts_from = now
             self._is_away, self._answered = False, now
             return now
 
     def _keep(self) -> None:
         # Without any lease a worker of another machine that is killed now would never be missed.
-        while not self._over.wait(self.beat if self._is_written else min(AGAIN, self.beat)):
+        while not self._over.wait(
+            self.renewal_interval if self._is_written else min(AGAIN, self.renewal_interval)
+        ):
             self._renew()
 
     def _renew(self) -> None:
         self._beats += 1
-        identity = {"machine": machine(), "process": process()}
+        identity = {"machine_id": machine_id(), "process_id": process_id()}
         self._write({"beat": self._beats, "at": round(time.time(), 3), **identity})
 
     def _write(self, lease: dict[str, Any]) -> None:
         """Write the lease. A storage that is away may come back."""
         try:
-            self.storage.set_study_system_attr(self.study_id, LEASE + self.worker, lease)
+            self.storage.set_study_system_attr(self.study_id, LEASE_PREFIX + self.worker, lease)
         except Exception as error:  # drivers raise types of their own
             _logger.debug(f"The lease could not be renewed: {type(error).__name__}")
             self._note_answer(False)
@@ -202,16 +208,16 @@ def _identity(number: int) -> tuple[str, str]:
     return "/".join([socket.gethostname(), *parts]), f"{number}@{_started(number)}"
 
 
-def machine() -> str:
+def machine_id() -> str:
     """What two processes have in common if each can see whether the other one lives."""
     return _identity(os.getpid())[0]
 
 
-def process() -> str:
+def process_id() -> str:
     """This process, also if its number is used again: number and start, in clock ticks.
 
     Example:
-        >>> process().startswith(f"{os.getpid()}@")
+        >>> process_id().startswith(f"{os.getpid()}@")
         True
     """
     return _identity(os.getpid())[1]
@@ -239,7 +245,7 @@ def _started(number: int) -> str:
 
 def _is_gone(lease: dict[str, Any]) -> bool:
     """Whether the process of a lease of this machine is no more."""
-    number, _, started = str(lease["process"]).partition("@")
+    number, _, started = str(lease["process_id"]).partition("@")
     try:
         return _started(int(number)) != started or _does_not_exist(int(number))
     except ProcessLookupError:

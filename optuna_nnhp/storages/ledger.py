@@ -21,18 +21,18 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.storages.batches import RELEASED
-from optuna_nnhp.storages.batches import Batch
-from optuna_nnhp.storages.batches import Change
-from optuna_nnhp.storages.batches import TakenOver
-from optuna_nnhp.storages.batches import Writer
-from optuna_nnhp.storages.batches import Written
-from optuna_nnhp.storages.batches import copied
-from optuna_nnhp.storages.journal_writer import JournalFileWriter
-from optuna_nnhp.storages.journal_writer import JournalWriter
-from optuna_nnhp.storages.reach import Reach
-from optuna_nnhp.storages.reach import Unreachable
-from optuna_nnhp.storages.writers import CallWriter
+from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
+from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
+from optuna_nnhp.storages.generic_adapter import GenericAdapter
+from optuna_nnhp.storages.journal_adapter import JournalAdapter
+from optuna_nnhp.storages.journal_adapter import JournalFileAdapter
+from optuna_nnhp.storages.operations import REQUEUED_BY
+from optuna_nnhp.storages.operations import Batch
+from optuna_nnhp.storages.operations import Change
+from optuna_nnhp.storages.operations import StorageAdapter
+from optuna_nnhp.storages.operations import TrialTakenOver
+from optuna_nnhp.storages.operations import Written
+from optuna_nnhp.storages.operations import copied
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -97,7 +97,7 @@ class View:
         """
         if states == (TrialState.WAITING,):  # what `Study.ask` looks for
             trials = [self.trials[number] for number in sorted(self.waiting)]
-            return [t for t in trials if RELEASED not in t._user_attrs]
+            return [t for t in trials if REQUEUED_BY not in t._user_attrs]
         end = len(self.trials)
         for trial in reversed(self.held):
             if trial._number != end - 1:
@@ -136,7 +136,7 @@ class Ledger:
         self,
         backend: BaseStorage,
         sync_every: float,
-        reach: Reach,
+        reach: CircuitBreaker,
         worker: Callable[[], str | None],
     ) -> None:
         self.backend, self.sync_every, self.reach = backend, sync_every, reach
@@ -168,7 +168,7 @@ class Ledger:
         """Write all changes.
 
         Raises:
-            Unreachable: If they must wait.
+            StorageUnavailable: If they must wait.
         """
         return self.reach.ask(lambda: self.write_once(Batch()), writes=True)
 
@@ -194,7 +194,7 @@ class Ledger:
         view, number = self.homes[trial_id]
         view.unfinished.add(trial_id)  # so that it is read again, and at once
         view.synced = -math.inf
-        if isinstance(error, TakenOver):
+        if isinstance(error, TrialTakenOver):
             self.lost[trial_id] = error.owner
             _logger.warning(f"Trial {number} goes on elsewhere: {error}")
         else:
@@ -212,7 +212,7 @@ class Ledger:
         """A study: while trials run here not older than `sync_every`, and else as it is.
 
         Raises:
-            Unreachable: If the backend does not answer, and never did for this study.
+            StorageUnavailable: If the backend does not answer, and never did for this study.
         """
         view = self.views.get(study_id)
         if view is None:
@@ -220,7 +220,7 @@ class Ledger:
             self.sync(view)
             self.views[study_id] = view
         elif not self.own or time.monotonic() - view.synced > self.sync_every:
-            with suppress(Unreachable):  # then it is as it was
+            with suppress(StorageUnavailable):  # then it is as it was
                 self.sync(view)
         return view
 
@@ -228,7 +228,7 @@ class Ledger:
         """Read what other processes have written.
 
         Raises:
-            Unreachable: If the backend does not answer.
+            StorageUnavailable: If the backend does not answer.
         """
         self.reach.ask(lambda: self.sync_once(view))
 
@@ -275,7 +275,7 @@ class Ledger:
         """Where a trial is, None if no known study has it.
 
         Raises:
-            Unreachable: If it is not known, and the backend does not answer.
+            StorageUnavailable: If it is not known, and the backend does not answer.
         """
         if trial_id not in self.homes:
             for view in list(self.views.values()):
@@ -316,22 +316,22 @@ def _silence(since: tuple[float, float]) -> float:
     return max(now - then for now, then in zip(_clocks(), since, strict=True))
 
 
-def writer_of(storage: BaseStorage) -> Writer:
+def writer_of(storage: BaseStorage) -> StorageAdapter:
     """The fastest writer for a storage.
 
     Example:
         >>> type(writer_of(optuna.storages.RDBStorage("sqlite://"))).__name__
-        'TableWriter'
+        'RdbAdapter'
     """
     if isinstance(storage, JournalStorage):
         backend = storage._backend
         if isinstance(backend, JournalFileBackend):
-            return JournalFileWriter(storage, backend)
-        return JournalWriter(storage)
+            return JournalFileAdapter(storage, backend)
+        return JournalAdapter(storage)
     if isinstance(storage, RDBStorage):
         # Not above: SQLAlchemy takes 0.3 s, and a journal does without.
-        from optuna_nnhp.storages import tables
+        from optuna_nnhp.storages import rdb_adapter
 
-        if storage.engine.name in tables.DIALECTS:
-            return tables.TableWriter(storage)
-    return CallWriter(storage)
+        if storage.engine.name in rdb_adapter.DIALECTS:
+            return rdb_adapter.RdbAdapter(storage)
+    return GenericAdapter(storage)

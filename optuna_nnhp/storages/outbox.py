@@ -19,13 +19,13 @@ from optuna.distributions import distribution_to_json
 from optuna.distributions import json_to_distribution
 from optuna.trial import TrialState
 
-from optuna_nnhp.storages.batches import WORKER
-from optuna_nnhp.storages.batches import Batch
-from optuna_nnhp.storages.batches import Change
-from optuna_nnhp.training.files import write_whole
+from optuna_nnhp.storages.operations import WORKER
+from optuna_nnhp.storages.operations import Batch
+from optuna_nnhp.storages.operations import Change
+from optuna_nnhp.training.atomic_files import write_atomically
 
 if TYPE_CHECKING:
-    from optuna_nnhp.storages.deferred import DeferredStorage
+    from optuna_nnhp.storages.buffered import BufferedStorage
     from optuna_nnhp.storages.ledger import View
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -54,10 +54,10 @@ def path_of(folder: Path, worker: str) -> Path:
 
     Example:
         >>> path_of(Path("a.models"), "host:17/../x").name
-        'unsent-host_17_.._x.json'
+        'outbox-host_17_.._x.json'
     """
     plain = re.sub(r"[^\w.-]+", "_", worker)[:LONGEST_NAME]
-    return folder / f"unsent-{plain}.json"
+    return folder / f"outbox-{plain}.json"
 
 
 def keep(folder: Path, worker: str, studies: Mapping[str, Unsent]) -> Path:
@@ -83,7 +83,9 @@ def keep(folder: Path, worker: str, studies: Mapping[str, Unsent]) -> Path:
         "studies": {name: _as_json(unsent) for name, unsent in studies.items()},
     }
     path = path_of(folder, worker)
-    write_whole(path, json.dumps({"content": content, "checksum": _checksum(content)}, indent=1))
+    write_atomically(
+        path, json.dumps({"content": content, "checksum": _checksum(content)}, indent=1)
+    )
     return path
 
 
@@ -111,7 +113,7 @@ def load(path: Path) -> tuple[str, dict[str, Unsent]]:
         raise ValueError(reason) from error
 
 
-def replay_unsent(storage: DeferredStorage, folder: Path) -> int:
+def replay_outbox(storage: BufferedStorage, folder: Path) -> int:
     """Write what earlier runs could not, and delete their files.
 
     What belongs to studies of other storages stays. A trial that has ended meanwhile, or that
@@ -121,17 +123,17 @@ def replay_unsent(storage: DeferredStorage, folder: Path) -> int:
         storage:
             The storage.
         folder:
-            Where `DeferredStorage.keep_unsent` put the files.
+            Where `BufferedStorage.save_outbox` put the files.
 
     Returns:
         How many trials have been changed.
 
     Raises:
         ValueError: If a file is damaged; it stays, and all others have been replayed.
-        Unreachable: If the storage does not answer; the files stay.
+        StorageUnavailable: If the storage does not answer; the files stay.
     """
     count, damage = 0, None
-    for path in sorted(folder.glob("unsent-*.json")):
+    for path in sorted(folder.glob("outbox-*.json")):
         try:
             worker, studies = load(path)
         except FileNotFoundError:  # another process has replayed it
@@ -154,7 +156,7 @@ def replay_unsent(storage: DeferredStorage, folder: Path) -> int:
     return count
 
 
-def _replay(storage: DeferredStorage, study_id: int, worker: str, unsent: Unsent) -> int:
+def _replay(storage: BufferedStorage, study_id: int, worker: str, unsent: Unsent) -> int:
     """Write what one study has not got; how many of its trials have changed."""
     ledger = storage._ledger
     with storage._lock:

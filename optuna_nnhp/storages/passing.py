@@ -16,9 +16,9 @@ from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
 
-from optuna_nnhp.storages.batches import json_copy
-from optuna_nnhp.storages.reach import Reach
-from optuna_nnhp.storages.reach import Unreachable
+from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
+from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
+from optuna_nnhp.storages.operations import json_copy
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -47,7 +47,7 @@ class PassingStorage(BaseStorage, BaseHeartbeat):
         self.backend = backend
         self.notes: dict[tuple[int, str, str], Any] = {}
         self._lock = threading.RLock()
-        self._reach = Reach(str(getattr(backend, "url", "")))
+        self._reach = CircuitBreaker(str(getattr(backend, "url", "")))
         self._answers: dict[tuple[str, Any], Any] = {}
 
     def _know(self, name: str, of: Any) -> Any:
@@ -55,7 +55,7 @@ class PassingStorage(BaseStorage, BaseHeartbeat):
         with self._lock:
             try:
                 answer = self._reach.ask(lambda: getattr(self.backend, name)(of))
-            except Unreachable:
+            except StorageUnavailable:
                 if (name, of) not in self._answers:
                     raise
                 return self._answers[name, of]
@@ -66,7 +66,7 @@ class PassingStorage(BaseStorage, BaseHeartbeat):
         """A study's name, without asking if it is known.
 
         Raises:
-            Unreachable: If it is not known, and the storage does not answer.
+            StorageUnavailable: If it is not known, and the storage does not answer.
         """
         if ("get_study_name_from_id", study_id) in self._answers:
             return str(self._answers["get_study_name_from_id", study_id])
@@ -84,7 +84,7 @@ class PassingStorage(BaseStorage, BaseHeartbeat):
             write = getattr(self.backend, f"set_study_{kind}_attr")
             try:
                 self._reach.ask(lambda: write(study_id, key, value), writes=True)
-            except Unreachable:
+            except StorageUnavailable:
                 self.notes[study_id, kind, key] = json_copy(value)
             else:
                 self.notes.pop((study_id, kind, key), None)
@@ -93,7 +93,7 @@ class PassingStorage(BaseStorage, BaseHeartbeat):
         """Write the attributes of studies that wait.
 
         Raises:
-            Unreachable: If they must wait on.
+            StorageUnavailable: If they must wait on.
         """
         with self._lock:
             for (study_id, kind, key), value in list(self.notes.items()):
@@ -164,7 +164,7 @@ class PassingStorage(BaseStorage, BaseHeartbeat):
         """As the backend, if it answers."""
         backend = self.backend
         if isinstance(backend, BaseHeartbeat):
-            with suppress(Unreachable):
+            with suppress(StorageUnavailable):
                 self._reach.ask(lambda: backend.record_heartbeat(trial_id), writes=True)
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:

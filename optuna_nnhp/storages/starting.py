@@ -16,20 +16,20 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.storages.batches import RELEASED
-from optuna_nnhp.storages.batches import WORKER
-from optuna_nnhp.storages.batches import Batch
-from optuna_nnhp.storages.batches import copied
+from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.ledger import NEW
 from optuna_nnhp.storages.ledger import Ledger
 from optuna_nnhp.storages.ledger import View
+from optuna_nnhp.storages.operations import REQUEUED_BY
+from optuna_nnhp.storages.operations import WORKER
+from optuna_nnhp.storages.operations import Batch
+from optuna_nnhp.storages.operations import copied
 from optuna_nnhp.storages.passing import ABOUT_STUDIES
 from optuna_nnhp.storages.passing import PassingStorage
-from optuna_nnhp.storages.reach import Unreachable
 
 
-class NoneLeft(Exception):
-    """As many trials of a study have begun as may: see `DeferredStorage.limit`."""
+class TrialLimitReached(Exception):
+    """As many trials of a study have begun as may: see `BufferedStorage.set_trial_limit`."""
 
 
 class StartingStorage(PassingStorage):
@@ -69,13 +69,13 @@ class StartingStorage(PassingStorage):
                 self._know(question, study_id)
         return self._ledger.views[study_id]
 
-    def limit(self, study_id: int, most: int | None) -> None:
+    def set_trial_limit(self, study_id: int, most: int | None) -> None:
         """Let no more than so many trials of a study begin, in all processes that say the same.
 
         A trial has begun if its state is another one than WAITING. When there are as many,
-        `create_new_trial` raises `NoneLeft`, and WAITING trials stay so. It holds exactly for
-        databases and journal files. In other storages processes may in rare cases start one too
-        many or one too few, and what was too many waits again.
+        `create_new_trial` raises `TrialLimitReached`, and WAITING trials stay so. It holds exactly
+        for databases and journal files. In other storages processes may in rare cases start one
+        too many or one too few, and what was too many waits again.
 
         Trials that are added as they are do not ask for room.
 
@@ -111,7 +111,7 @@ class StartingStorage(PassingStorage):
 
         Raises:
             ValueError: If the mark does not say which worker this is.
-            Unreachable: If the storage does not answer.
+            StorageUnavailable: If the storage does not answer.
         """
         with self._lock:
             mark = dict(self._mark())
@@ -134,7 +134,7 @@ class StartingStorage(PassingStorage):
         return [i for i in takes if i in ledger.own]
 
     @contextmanager
-    def reserved(self, trials: int) -> Iterator[None]:
+    def prefetch_trials(self, trials: int) -> Iterator[None]:
         """Within, that many trials are started at once when the first is asked for.
 
         WAITING trials come first, as always. What is not asked for waits (WAITING) for
@@ -178,7 +178,7 @@ class StartingStorage(PassingStorage):
     def _flush(self) -> None:
         """Write everything that waits, if the storage answers."""
         ledger = self._ledger
-        with self._lock, suppress(Unreachable):
+        with self._lock, suppress(StorageUnavailable):
             if ledger.changes:
                 ledger.write()
             if self.notes:
@@ -195,7 +195,7 @@ class StartingStorage(PassingStorage):
         if not view.held:
             self._reach.ask(lambda: self._try_start(view), writes=True)
         if not view.held:
-            raise NoneLeft(f"All {self._most.get(view.study_id)} trials have begun.")
+            raise TrialLimitReached(f"All {self._most.get(view.study_id)} trials have begun.")
         self._wanted = max(0, self._wanted - 1)
         return view.held.pop(0)._trial_id
 
@@ -262,7 +262,7 @@ class StartingStorage(PassingStorage):
         with self._lock:
             view = self._ledger.view(study_id)
             waiting = [view.trials[number] for number in sorted(view.waiting)]
-            return [trial for trial in waiting if RELEASED in trial._user_attrs]
+            return [trial for trial in waiting if REQUEUED_BY in trial._user_attrs]
 
     def _try_claim(self, view: View, number: int) -> None:
         ledger, mark = self._ledger, dict(self._mark())
@@ -272,7 +272,7 @@ class StartingStorage(PassingStorage):
             if trial_id in ledger.claimed:
                 return
         waiting = (view.trials[n] for n in sorted(view.waiting) if n != number)
-        others = (trial._trial_id for trial in waiting if RELEASED not in trial._user_attrs)
+        others = (trial._trial_id for trial in waiting if REQUEUED_BY not in trial._user_attrs)
         free = [i for i in others if i not in ledger.claimed][: max(0, self._wanted - 1)]
         batch = Batch(claims=[trial_id, *free], study_id=view.study_id, mark=mark)
         batch.most = self._most.get(view.study_id)

@@ -13,39 +13,41 @@ import time
 
 import optuna
 
-from optuna_nnhp.study.asking import Asker
-from optuna_nnhp.study.breakage import Breakage
-from optuna_nnhp.study.pool import Live
-from optuna_nnhp.study.pool import Pool
-from optuna_nnhp.study.sizes import Pace
-from optuna_nnhp.study.sizes import measured_pace
-from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.study.autotune import Throughput
+from optuna_nnhp.study.autotune import measure_throughput
+from optuna_nnhp.study.cohort_runs import CohortRun
+from optuna_nnhp.study.cohort_runs import FairQueue
+from optuna_nnhp.study.failure_bisector import FailureBisector
+from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Member
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 GENERATIONS = 5  # a study of n trials learns from its results at least this often
-TURN = 3  # times its slots that a leader's cohort is filled before another leader is asked
+QUOTA_PER_SLOT = (
+    3  # times its slots that a leader's cohort is filled before another leader is asked
+)
 # Of the timeout: a leader's turn; its cohort's first round, or, if that is more, the whole budgets
 # of its trials if nothing else were trained. A cohort of slow networks is smaller, so that one
 # signature cannot eat the budget, a first rung is cheap for everybody, and good trials come to
 # their end while it matters.
-TURN_SHARE, ROUND_SHARE, COHORT_SHARE = 0.04, 0.002, 0.1
+TIME_SLICE_SHARE, ROUND_SHARE, COHORT_SHARE = 0.04, 0.002, 0.1
 # Early turns are shorter, so that several leaders are known before one of them has eaten much:
 # shares of the timeout, and of the time that the study has taken so far.
-FIRST_TURN, TURN_OF_PAST = 0.005, 0.1
+FIRST_TIME_SLICE_SHARE, TIME_SLICE_OF_ELAPSED = 0.005, 0.1
 # The default configuration comes early and is what all others must beat: it and the template's
 # portfolio have the machine for themselves, for this share of the timeout at most.
 BASELINE_SHARE = 0.1
 # What costs a hundred times as much as others must wait: a leader begins once a round of a member
 # takes at most this share of the time so far, or if so many wait and it is the quickest of them.
-AFFORDED, PARKED = 0.02, 4
+AFFORDABLE_SHARE, MAX_DEFERRED = 0.02, 4
 # Of a cohort's slots: one of so many is asked for while cohorts train, and up to one of so many is
 # asked for before it trains on.
-PREPARED, STARTED = 4, 2
-MANY = 16  # slots: cohorts up to this size begin full
-REFILL = 16  # a cohort is refilled when a part of its slots is free: one of so many
-PLANNED = 32  # trials that are asked at once of a sampler that fixes everything
+PREPARED_PART, STARTED_PART = 4, 2
+MAX_STARTED_FULL = 16  # slots: cohorts up to this size begin full
+REFILL_PART = 16  # a cohort is refilled when a part of its slots is free: one of so many
+MAX_PLANNED = 32  # trials that are asked at once of a sampler that fixes everything
 
 
 @dataclass
@@ -53,11 +55,11 @@ class Admission:
     """Starts trials.
 
     Args:
-        asker:
+        source:
             Asks for them.
-        pool:
+        queue:
             Where their cohorts are trained.
-        breakage:
+        bisector:
             What becomes of cohorts that cannot be built.
         cohort_size:
             Trials in a cohort; None to choose it by memory and measurement.
@@ -67,53 +69,53 @@ class Admission:
         turns: How many there were.
         asking: Seconds that a new cohort's proposals took.
         openers: The default configuration and the portfolio, while they have the machine.
-        waiting: Followers of `turn` that were asked for while a cohort trained.
+        waiting: Followers of `active_run` that were asked for while a cohort trained.
         parked: Leaders that cannot be afforded yet.
         first_round: Seconds that a new cohort took to its first scores.
     """
 
-    asker: Asker
-    pool: Pool
-    breakage: Breakage
+    source: TrialSource
+    queue: FairQueue
+    bisector: FailureBisector
     cohort_size: int | None = None
-    turn: Live | None = None
-    turns: int = 0
+    active_run: CohortRun | None = None
+    time_slices: int = 0
     asking: float = 0.0
     first_round: float = 0.0
-    openers: list[tuple[RunningTrial, Live]] = field(default_factory=list)
+    portfolio_runs: list[tuple[RunningTrial, CohortRun]] = field(default_factory=list)
     waiting: list[RunningTrial] = field(default_factory=list)
-    parked: list[RunningTrial] = field(default_factory=list)
+    deferred: list[RunningTrial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.study, self.problem = self.asker.study, self.asker.problem
-        self.budget = self.asker.budget
+        self.study, self.problem = self.source.study, self.source.problem
+        self.budget = self.source.budget
 
     def admit(self) -> None:
         """Fill the cohorts: with followers while a leader's turn lasts, else with a new leader."""
-        if self._must_end() or any(live.is_suspect for live in self.pool.training):
+        if self._must_end() or any(run.is_quarantined for run in self.queue.training):
             return
-        if self.asker.plans:
+        if self.source.is_planned:
             self._admit_planned()
             return
-        live = self.turn
-        if live is not None and self.openers:
-            if self._openers_run(live):
+        run = self.active_run
+        if run is not None and self.portfolio_runs:
+            if self._openers_run(run):
                 return
-            self.turn = live = self._follow_openers()
-        is_over = live is None or time.monotonic() > live.until
-        if live is not None and not is_over and live.free < max(1, live.slots // REFILL):
+            self.active_run = run = self._follow_openers()
+        is_over = run is None or time.monotonic() > run.deadline
+        if run is not None and not is_over and run.free < max(1, run.slots // REFILL_PART):
             return
-        if live is None or is_over or not (live.invited or self.waiting):
-            if self.problem.one_by_one and self.pool.alive:
+        if run is None or is_over or not (run.quota or self.waiting):
+            if self.problem.sequential and self.queue.alive:
                 return
-            if live is not None:
-                self._take_in(live, self.waiting)
+            if run is not None:
+                self._take_in(run, self.waiting)
                 self.waiting = []
-            self.turn = live = self._lead()
-        for other in self.pool.lives:
-            other.is_filled = other is live
-        if live is not None:
-            self._follow(live)
+            self.active_run = run = self._lead()
+        for other in self.queue.runs:
+            other.refills = other is run
+        if run is not None:
+            self._follow(run)
 
     def prepare(self, is_over: Callable[[], bool]) -> None:
         """Ask for followers while a cohort trains; they wait until slots are free.
@@ -121,19 +123,19 @@ class Admission:
         What the sampler knows is the state before this round. With a timeout, which makes a study
         depend on the clock anyway, no more are asked for once the round is over.
         """
-        live = self.turn
-        if live is None or not self._prepares(live) or self.asker.plans or self._must_end():
+        run = self.active_run
+        if run is None or not self._prepares(run) or self.source.is_planned or self._must_end():
             return
-        count = self._may_ask(live, max(1, live.slots // PREPARED) - len(self.waiting))
-        if count and not self.openers:
+        count = self._may_ask(run, max(1, run.slots // PREPARED_PART) - len(self.waiting))
+        if count and not self.portfolio_runs:
             stop = is_over if self.budget.timeout is not None else None
-            self.waiting += self._ask(live, count, stop)
+            self.waiting += self._ask(run, count, stop)
 
-    def _prepares(self, live: Live) -> bool:
+    def _prepares(self, run: CohortRun) -> bool:
         """Whether followers are asked for while cohorts train: not where both need Python."""
         if self.cohort_size is not None:  # somebody wants to know who trains with whom
             return False
-        return live.cohort.native is not None and live.cohort.joinable
+        return run.cohort.compiled_mlp is not None and run.cohort.can_append
 
     def _must_end(self) -> bool:
         """Whether no more trials start: there would be no time to learn anything from one."""
@@ -143,181 +145,183 @@ class Admission:
 
     def has_more(self) -> bool:
         """Whether trials can start although none runs: those just asked have all failed."""
-        asked = self.waiting or self.parked
-        return not self._must_end() and (bool(asked) or self.asker.left() != 0)
+        asked = self.waiting or self.deferred
+        return not self._must_end() and (bool(asked) or self.source.left() != 0)
 
-    def _lead(self) -> Live | None:
+    def _lead(self) -> CohortRun | None:
         """Who is filled next: a new leader's cohort, or every other time the best of those there.
 
         None if there are no more trials.
         """
-        if self.turn is not None:
-            self.turn.invited = 0
-        self.turns += 1
-        live = self._proven() if self.turns % 2 == 0 else None
-        live = live or self._new_leader()
-        if live is not None and not self.openers:
-            self._invite(live)
-        return live
+        if self.active_run is not None:
+            self.active_run.quota = 0
+        self.time_slices += 1
+        run = self._proven() if self.time_slices % 2 == 0 else None
+        run = run or self._new_leader()
+        if run is not None and not self.portfolio_runs:
+            self._invite(run)
+        return run
 
-    def _open_with(self, baseline: RunningTrial) -> Live | None:
+    def _open_with(self, baseline: RunningTrial) -> CohortRun | None:
         """The default configuration and the portfolio begin, and nothing else beside them."""
-        trials = [baseline, *self.asker.ask_portfolio()]
+        trials = [baseline, *self.source.ask_portfolio()]
         self._group(trials)
         for trial in trials:
-            trial.is_opener = trial is not baseline
-            lives = (one for one in self.pool.lives if trial.member.number in one.running)
-            self.openers += [(trial, live) for live in lives]
-        if not self.openers:  # none could be built
+            trial.is_portfolio = trial is not baseline
+            runs = (one for one in self.queue.runs if trial.member.number in one.running)
+            self.portfolio_runs += [(trial, run) for run in runs]
+        if not self.portfolio_runs:  # none could be built
             return None
-        live = self.openers[0][1]
+        run = self.portfolio_runs[0][1]
         if self.budget.timeout is not None:
-            live.until = time.monotonic() + BASELINE_SHARE * self.budget.timeout
-        return live
+            run.deadline = time.monotonic() + BASELINE_SHARE * self.budget.timeout
+        return run
 
-    def _openers_run(self, live: Live) -> bool:
+    def _openers_run(self, run: CohortRun) -> bool:
         """Whether they still have the machine; after their share they go on beside others."""
-        if time.monotonic() > live.until:
+        if time.monotonic() > run.deadline:
             return False
-        return any(opener.member.number in self.asker.running for opener, _ in self.openers)
+        return any(
+            opener.member.number in self.source.running for opener, _ in self.portfolio_runs
+        )
 
-    def _follow_openers(self) -> Live:
+    def _follow_openers(self) -> CohortRun:
         """The best opener's shape is a good one to begin with, for a whole turn."""
-        best, live = self.openers[0]
-        for opener, other in self.openers[1:]:
+        best, run = self.portfolio_runs[0]
+        for opener, other in self.portfolio_runs[1:]:
             if opener.best is not None and opener.is_better(opener.best, best.best):
-                best, live = opener, other
-        self.openers, live.slots = [], self._size(live.leader, live.signature)
-        live.invited = -1  # its leader is the first of them
-        self._invite(live, TURN_SHARE)
-        return live
+                best, run = opener, other
+        self.portfolio_runs, run.slots = [], self._size(run.leader, run.signature)
+        run.quota = -1  # its leader is the first of them
+        self._invite(run, TIME_SLICE_SHARE)
+        return run
 
-    def _invite(self, live: Live, least: float = FIRST_TURN) -> None:
+    def _invite(self, run: CohortRun, least: float = FIRST_TIME_SLICE_SHARE) -> None:
         """Begin a cohort's turn, of at least this share of the timeout."""
-        if self.problem.one_by_one and live.slots == 1:
-            live.invited = 0
+        if self.problem.sequential and run.slots == 1:
+            run.quota = 0
             return  # whom nobody joins, nobody must follow
-        live.invited += max(live.slots, self._generation(TURN * live.slots))
+        run.quota += max(run.slots, self._generation(QUOTA_PER_SLOT * run.slots))
         if self.budget.timeout is not None:
-            turn = max(least * self.budget.timeout, TURN_OF_PAST * self.budget.seconds)
-            live.until = time.monotonic() + min(turn, TURN_SHARE * self.budget.timeout)
+            turn = max(least * self.budget.timeout, TIME_SLICE_OF_ELAPSED * self.budget.seconds)
+            run.deadline = time.monotonic() + min(turn, TIME_SLICE_SHARE * self.budget.timeout)
 
-    def _proven(self) -> Live | None:
+    def _proven(self) -> CohortRun | None:
         """The cohort with the best member, of those that are not half full any more."""
-        lives = [
-            live
-            for live in self.pool.lives
-            if live.running and live.cohort.joinable and 2 * live.free > live.slots
+        runs = [
+            run
+            for run in self.queue.runs
+            if run.running and run.cohort.can_append and 2 * run.free > run.slots
         ]
         better = max if self.problem.maximize else min
-        return better(lives, key=lambda live: live.cohort.best, default=None)
+        return better(runs, key=lambda run: run.cohort.best, default=None)
 
     def _next_leader(self) -> RunningTrial | None:
         """A trial that is free in everything: one that waited until it can be afforded, or new."""
-        while len(self.parked) < PARKED:
-            affordable = [leader for leader in self.parked if self._affords(leader)]
+        while len(self.deferred) < MAX_DEFERRED:
+            affordable = [leader for leader in self.deferred if self._affords(leader)]
             if affordable:
-                self.parked.remove(affordable[0])
+                self.deferred.remove(affordable[0])
                 return affordable[0]
-            if self.asker.left() == 0 or self.budget.is_over() or self.study._stop_flag:
+            if self.source.left() == 0 or self.budget.is_over() or self.study._stop_flag:
                 break
-            asked = self.asker.ask(1)
-            self.parked += asked
-            if not asked and self.asker.is_refused:
+            asked = self.source.ask(1)
+            self.deferred += asked
+            if not asked and self.source.ask_failed:
                 break
-        if not self.parked:
+        if not self.deferred:
             return None
-        leader = min(self.parked, key=lambda parked: self._pace(parked.member).round)
-        self.parked.remove(leader)
+        leader = min(self.deferred, key=lambda parked: self._pace(parked.member).round)
+        self.deferred.remove(leader)
         return leader
 
     def _affords(self, leader: RunningTrial) -> bool:
         """Whether a leader's round is short beside what the study has taken so far."""
         if self.budget.timeout is None or self.cohort_size is not None or leader.is_enqueued:
             return True
-        if self.problem.one_by_one:
+        if self.problem.sequential:
             return True
-        return self._pace(leader.member).round <= AFFORDED * self.budget.seconds
+        return self._pace(leader.member).round <= AFFORDABLE_SHARE * self.budget.seconds
 
-    def _new_leader(self) -> Live | None:
+    def _new_leader(self) -> CohortRun | None:
         """Have a new leader begin a cohort, or join one of its kind."""
         leader = self._next_leader()
         if leader is None:
             return None
-        signature, most = leader.signature, self.breakage.most(leader.signature)
-        live = self.pool.with_signature(signature, most)
+        signature, most = leader.signature, self.bisector.most(leader.signature)
+        run = self.queue.with_signature(signature, most)
         if leader.is_baseline and self.cohort_size is None:
             return self._open_with(leader)
         size = self._size(leader.member, signature)
-        if live is None:
-            live = self._open(signature, [leader], size)
+        if run is None:
+            run = self._open(signature, [leader], size)
         else:
-            self._join(live, [leader])
-            live.slots = max(live.slots, size)
-        if live is not None:
-            live.invited = -1
-        return live
+            self._join(run, [leader])
+            run.slots = max(run.slots, size)
+        if run is not None:
+            run.quota = -1
+        return run
 
-    def _follow(self, live: Live) -> None:
+    def _follow(self, run: CohortRun) -> None:
         """Fill a cohort with followers: those that wait, and new ones."""
-        if live.rounds and live.running and not live.cohort.joinable:
-            live.invited = 0
-        free, started = live.free, time.monotonic()
+        if run.rounds and run.running and not run.cohort.can_append:
+            run.quota = 0
+        free, started = run.free, time.monotonic()
         trials, self.waiting = self.waiting[:free], self.waiting[free:]
         wanted = free - len(trials)
-        if self._prepares(live):  # and asks for the rest while the others train
-            wanted -= live.slots - min(live.slots, max(MANY, live.slots // STARTED))
-        if count := self._may_ask(live, wanted):
-            trials += self._ask(live, count)
-        self._take_in(live, trials)
-        if not live.rounds:
+        if self._prepares(run):  # and asks for the rest while the others train
+            wanted -= run.slots - min(run.slots, max(MAX_STARTED_FULL, run.slots // STARTED_PART))
+        if count := self._may_ask(run, wanted):
+            trials += self._ask(run, count)
+        self._take_in(run, trials)
+        if not run.rounds:
             self.asking = time.monotonic() - started
 
-    def _may_ask(self, live: Live, wanted: int) -> int:
+    def _may_ask(self, run: CohortRun, wanted: int) -> int:
         """How many followers can be asked for, of so many."""
-        left = self.asker.left() if wanted > 0 else 0
-        return int(max(0, min(wanted, live.invited, math.inf if left is None else left)))
+        left = self.source.left() if wanted > 0 else 0
+        return int(max(0, min(wanted, run.quota, math.inf if left is None else left)))
 
     def _ask(
-        self, live: Live, count: int, stop: Callable[[], bool] | None = None
+        self, run: CohortRun, count: int, stop: Callable[[], bool] | None = None
     ) -> list[RunningTrial]:
-        trials = self.asker.ask(count, live.leader, stop)
-        live.invited -= len(trials)
+        trials = self.source.ask(count, run.leader, stop)
+        run.quota -= len(trials)
         return trials
 
-    def _take_in(self, live: Live, trials: Sequence[RunningTrial]) -> None:
+    def _take_in(self, run: CohortRun, trials: Sequence[RunningTrial]) -> None:
         """Have followers join their leader's cohort, or others of their own kind.
 
         Enqueued trials have values of their own, and a user's network may be built otherwise.
         """
-        self._join(live, [trial for trial in trials if trial.signature == live.signature])
-        self._group([trial for trial in trials if trial.signature != live.signature])
+        self._join(run, [trial for trial in trials if trial.signature == run.signature])
+        self._group([trial for trial in trials if trial.signature != run.signature])
 
     def _admit_planned(self) -> None:
         """Ask for the next points of a plan, and group them as they come."""
-        if self._baseline_first() or (self.problem.one_by_one and self.pool.alive):
+        if self._baseline_first() or (self.problem.sequential and self.queue.alive):
             return
-        planned = 1 if self.problem.one_by_one else self._generation(PLANNED)
-        most, left = self.cohort_size or planned, self.asker.left()
-        count = most - self.pool.alive if left is None else min(most - self.pool.alive, left)
-        if (count < max(1, most // REFILL) and count != left) or count < 1:
+        planned = 1 if self.problem.sequential else self._generation(MAX_PLANNED)
+        most, left = self.cohort_size or planned, self.source.left()
+        count = most - self.queue.alive if left is None else min(most - self.queue.alive, left)
+        if (count < max(1, most // REFILL_PART) and count != left) or count < 1:
             return
-        self._group(self.asker.ask(count))
-        for live in self.pool.lives:  # all of them, by those who fit
-            live.is_filled = True
+        self._group(self.source.ask(count))
+        for run in self.queue.runs:  # all of them, by those who fit
+            run.refills = True
 
     def _baseline_first(self) -> bool:
         """Whether the default configuration has the machine for itself, also before a plan."""
-        if self.turns == 0 and self.cohort_size is None:
-            self.turns = 1
-            trials = self.asker.ask(1)
+        if self.time_slices == 0 and self.cohort_size is None:
+            self.time_slices = 1
+            trials = self.source.ask(1)
             if not (trials and trials[0].is_baseline):
                 self._group(trials)
                 return False
             self._open_with(trials[0])
-        if self.openers and not self._openers_run(self.openers[0][1]):
-            self.openers = []
-        return bool(self.openers)
+        if self.portfolio_runs and not self._openers_run(self.portfolio_runs[0][1]):
+            self.portfolio_runs = []
+        return bool(self.portfolio_runs)
 
     def _group(self, trials: Sequence[RunningTrial]) -> None:
         """Let trials join cohorts of their signature, or begin new ones."""
@@ -326,67 +330,69 @@ class Admission:
             groups[running.signature].append(running)
         for signature, group in groups.items():
             most = self.cohort_size or self.problem.cohort_size(group[0].member)
-            most = min(most, self.breakage.most(signature))
-            live = self.pool.with_signature(signature)
-            if live is not None and len(live.running) + len(group) <= most:
-                self._join(live, group)
-                live.slots = max(live.slots, len(live.running))
+            most = min(most, self.bisector.most(signature))
+            run = self.queue.with_signature(signature)
+            if run is not None and len(run.running) + len(group) <= most:
+                self._join(run, group)
+                run.slots = max(run.slots, len(run.running))
                 continue
             for start in range(0, len(group), most):
                 part = group[start : start + most]
                 self._open(signature, part, len(part))
 
-    def _open(self, signature: Hashable, group: list[RunningTrial], slots: int) -> Live | None:
+    def _open(
+        self, signature: Hashable, group: list[RunningTrial], slots: int
+    ) -> CohortRun | None:
         """Start a new cohort; more than one if memory has no room for it, none if none can."""
         try:
             cohort = self.problem.cohort([running.member for running in group])
         except Exception as error:  # whatever it is, it becomes an outcome
-            lives = self.breakage.halve(group, error)
+            runs = self.bisector.bisect(group, error)
         else:
             running = {trial.member.number: trial for trial in group}
-            lives = [Live(cohort, signature, group[0].member, running, slots)]
-        for live in lives:
-            self.pool.add(live)
-            _logger.debug(f"A cohort of {live.slots}: {signature}.")
-        return lives[0] if lives else None
+            runs = [CohortRun(cohort, signature, group[0].member, running, slots)]
+        for run in runs:
+            self.queue.add(run)
+            _logger.debug(f"A cohort of {run.slots}: {signature}.")
+        return runs[0] if runs else None
 
-    def _join(self, live: Live, trials: Sequence[RunningTrial]) -> None:
+    def _join(self, run: CohortRun, trials: Sequence[RunningTrial]) -> None:
         if not trials:
             return
-        members, is_empty = [trial.member for trial in trials], not live.running
-        live.running |= {trial.member.number: trial for trial in trials}
+        members, is_empty = [trial.member for trial in trials], not run.running
+        run.running |= {trial.member.number: trial for trial in trials}
         try:
             if not is_empty:
-                live.cohort.join(members)
+                run.cohort.append(members)
                 return
-            live.cohort, live.rounds = self.problem.cohort(members), 0
+            run.cohort, run.rounds = self.problem.cohort(members), 0
         except Exception as error:  # the stack may be half of each by now
-            group, live.running = list(live.running.values()), {}
-            vars(live.cohort).clear()  # what had no room must go before its halves come
-            self.replace(live, self.breakage.halve(group, error))
+            group, run.running = list(run.running.values()), {}
+            vars(run.cohort).clear()  # what had no room must go before its halves come
+            self.replace(run, self.bisector.bisect(group, error))
             return
-        if live not in self.pool.lives:
-            self.pool.add(live)
+        if run not in self.queue.runs:
+            self.queue.add(run)
 
-    def take_in_again(self, live: Live) -> None:
+    def take_in_again(self, run: CohortRun) -> None:
         """Let a cohort of trials that others have left train here; a new one may join its kind."""
-        if any(live.cohort.iterations) or live.is_suspect:
-            self.pool.add(live)
+        if any(run.cohort.iterations) or run.is_quarantined:
+            self.queue.add(run)
         else:
-            self._group(list(live.running.values()))
+            self._group(list(run.running.values()))
 
-    def replace(self, old: Live, new: Sequence[Live]) -> None:
+    def replace(self, old: CohortRun, new: Sequence[CohortRun]) -> None:
         """Put cohorts in the place of one that has raised; those who fit no more have ended."""
-        for live in new:
-            self.pool.add(live)
-        self.openers = [
-            (trial, live)
-            for trial, _ in self.openers
-            for live in self.pool.training
-            if trial.member.number in live.running
+        for run in new:
+            self.queue.add(run)
+        self.portfolio_runs = [
+            (trial, run)
+            for trial, _ in self.portfolio_runs
+            for run in self.queue.training
+            if trial.member.number in run.running
         ]
-        if self.turn is old:
-            self.turn = None
+        if self.active_run is old:
+            self.active_run = None
             self._leave(self.waiting)
 
     def _leave(self, trials: list[RunningTrial]) -> None:
@@ -396,7 +402,7 @@ class Admission:
 
     def _size(self, leader: Member, signature: Hashable) -> int:
         """Slots of a leader's cohort."""
-        return min(self._wanted(leader), self.breakage.most(signature))
+        return min(self._wanted(leader), self.bisector.most(signature))
 
     def _wanted(self, leader: Member) -> int:
         """The same if there is room for it."""
@@ -410,8 +416,8 @@ class Admission:
         share = max(ROUND_SHARE, COHORT_SHARE / rounds)
         return max(1, min(most, int(share * self.budget.timeout / pace.round)))
 
-    def _pace(self, leader: Member) -> Pace:
-        return measured_pace(self.problem, leader, self.problem.cohort_size(leader))
+    def _pace(self, leader: Member) -> Throughput:
+        return measure_throughput(self.problem, leader, self.problem.cohort_size(leader))
 
     def _generation(self, most: int) -> int:
         """So many trials, or fewer so that the study learns from its results now and then."""

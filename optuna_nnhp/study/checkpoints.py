@@ -17,23 +17,23 @@ from typing import NamedTuple
 import optuna
 from torch import Tensor
 
-from optuna_nnhp.study.pool import Live
-from optuna_nnhp.training.files import FACTS
-from optuna_nnhp.training.files import TENSORS
-from optuna_nnhp.training.files import load_checked
-from optuna_nnhp.training.files import save_checked
-from optuna_nnhp.training.snapshots import Snapshot
-from optuna_nnhp.training.snapshots import snapshot_of
+from optuna_nnhp.study.cohort_runs import CohortRun
+from optuna_nnhp.training.atomic_files import JSON_SUFFIX
+from optuna_nnhp.training.atomic_files import TENSORS_SUFFIX
+from optuna_nnhp.training.atomic_files import load_with_checksum
+from optuna_nnhp.training.atomic_files import save_with_checksum
+from optuna_nnhp.training.cohort_state import CohortState
+from optuna_nnhp.training.cohort_state import get_cohort_state
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-EVERY = 30.0  # seconds
+CHECKPOINT_INTERVAL = 30.0  # seconds
 SHARE = 0.02  # of the time since the last one, that a checkpoint may take
 KEPT = 2  # the newest
 VERSION = 1  # of what is in the files
 
 
-class Kept(NamedTuple):
+class CohortCheckpoint(NamedTuple):
     """A cohort as a checkpoint has it.
 
     Args:
@@ -44,7 +44,7 @@ class Kept(NamedTuple):
             ``"rounds"``).
     """
 
-    snapshot: Snapshot
+    snapshot: CohortState
     facts: dict[str, Any]
 
     @property
@@ -70,7 +70,7 @@ class Checkpoint(NamedTuple):
             What the study's loop has to know besides.
     """
 
-    cohorts: list[Kept]
+    cohorts: list[CohortCheckpoint]
     loop: dict[str, Any]
 
 
@@ -78,8 +78,8 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
     """Writes the checkpoints of one worker.
 
-    One is due when the last one is ``every`` seconds old, or when a trial has ended since; but it
-    never takes more than a fiftieth of the time since the last one, however large the cohorts are.
+    One is due when the last one is ``interval`` seconds old, or when a trial has ended since; but
+    it never takes more than a fiftieth of the time since the last one, however large the cohorts.
 
     Args:
         folder:
@@ -87,7 +87,7 @@ class Checkpoints:
             with.
         worker:
             The worker's name.
-        every:
+        interval:
             Seconds; None for none at all.
 
     Attributes:
@@ -101,7 +101,7 @@ class Checkpoints:
 
     folder: Path | None
     worker: str
-    every: float | None = EVERY
+    interval: float | None = CHECKPOINT_INTERVAL
     written: int = 0
     seconds: float = 0.0
     _last: float = field(default_factory=time.monotonic)
@@ -111,9 +111,9 @@ class Checkpoints:
     @property
     def is_on(self) -> bool:
         """Whether any are written."""
-        return self.folder is not None and self.every is not None
+        return self.folder is not None and self.interval is not None
 
-    def note_end(self) -> None:
+    def mark_trial_ended(self) -> None:
         """A trial has ended: what is written next is written sooner."""
         self._has_ends = True
 
@@ -122,27 +122,27 @@ class Checkpoints:
         if not self.is_on:
             return False
         since = time.monotonic() - self._last
-        wanted = self._has_ends or since >= (self.every or math.inf)
+        wanted = self._has_ends or since >= (self.interval or math.inf)
         return wanted and self._cost <= SHARE * since
 
-    def write(self, lives: Sequence[Live], loop: Mapping[str, Any] | None = None) -> bool:
+    def write(self, runs: Sequence[CohortRun], loop: Mapping[str, Any] | None = None) -> bool:
         """Write what is in training; whether it is written.
 
         A disk that is full is no reason to stop training.
 
         Args:
-            lives:
+            runs:
                 The cohorts, each between two steps.
             loop:
                 What the study's loop has to know besides, as JSON.
         """
-        if self.folder is None or self.every is None:
+        if self.folder is None or self.interval is None:
             return False
-        started, folder = time.monotonic(), folder_of(self.folder, self.worker)
-        tensors, facts = _collected(lives)
+        started, folder = time.monotonic(), checkpoint_folder(self.folder, self.worker)
+        tensors, facts = _collected(runs)
         stem = folder / f"{_next_number(folder):06d}"
         try:
-            save_checked(stem, tensors, {**facts, "loop": dict(loop or {})})
+            save_with_checksum(stem, tensors, {**facts, "loop": dict(loop or {})})
             for old in _stems(folder)[KEPT:]:
                 _remove(old)
         except OSError as error:
@@ -172,9 +172,9 @@ def newest(folder: Path | None, worker: str) -> Checkpoint | None:
     """
     if folder is None:
         return None
-    for stem in _stems(folder_of(folder, worker)):
+    for stem in _stems(checkpoint_folder(folder, worker)):
         try:
-            tensors, facts = load_checked(stem)
+            tensors, facts = load_with_checksum(stem)
             return Checkpoint(_cohorts(tensors, facts), facts["loop"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             _logger.warning(f"A checkpoint cannot be used, the one before it may: {error}")
@@ -183,45 +183,45 @@ def newest(folder: Path | None, worker: str) -> Checkpoint | None:
 
 def forget(folder: Path, worker: str) -> None:
     """Remove a worker's checkpoints."""
-    shutil.rmtree(folder_of(folder, worker), ignore_errors=True)
+    shutil.rmtree(checkpoint_folder(folder, worker), ignore_errors=True)
 
 
-def folder_of(folder: Path, worker: str) -> Path:
+def checkpoint_folder(folder: Path, worker: str) -> Path:
     """Where a worker's checkpoints are.
 
     Example:
-        >>> folder_of(Path("checkpoints"), "../host:12:ab").name
+        >>> checkpoint_folder(Path("checkpoints"), "../host:12:ab").name
         '.._host_12_ab'
     """
     return folder / re.sub(r"[^\w.-]+", "_", f"{worker}")
 
 
-def _collected(lives: Sequence[Live]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _collected(runs: Sequence[CohortRun]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All cohorts' tensors, each with its place in the name, and all that is no tensor."""
     tensors, cohorts = dict[str, Tensor](), list[dict[str, Any]]()
-    for place, live in enumerate(lives):
-        snapshot, leader = snapshot_of(live.cohort), live.leader
+    for place, run in enumerate(runs):
+        snapshot, leader = get_cohort_state(run.cohort), run.leader
         tensors |= {f"{place}.{name}": tensor for name, tensor in snapshot.tensors.items()}
         cohorts.append(
             {
                 "cohort": snapshot.facts,
-                "running": [trial.facts for trial in live.running.values()],
+                "running": [trial.facts for trial in run.running.values()],
                 "leader": [leader.number, leader.seed, leader.params],
-                "slots": live.slots,
-                "rounds": live.rounds,
+                "slots": run.slots,
+                "rounds": run.rounds,
             }
         )
     return tensors, {"version": VERSION, "cohorts": cohorts}
 
 
-def _cohorts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> list[Kept]:
+def _cohorts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> list[CohortCheckpoint]:
     if facts["version"] != VERSION:
         raise ValueError(f"A checkpoint's version must be {VERSION}, but is {facts['version']}.")
     kept = []
     for place, others in enumerate(facts["cohorts"]):
         mark = f"{place}."
         own = {n.removeprefix(mark): t for n, t in tensors.items() if n.startswith(mark)}
-        kept.append(Kept(Snapshot(own, others["cohort"]), others))
+        kept.append(CohortCheckpoint(CohortState(own, others["cohort"]), others))
     return kept
 
 
@@ -236,8 +236,8 @@ def _next_number(folder: Path) -> int:
 
 
 def _remove(stem: Path) -> None:
-    for suffix in (FACTS, TENSORS):  # without the facts the tensors are nothing
+    for suffix in (JSON_SUFFIX, TENSORS_SUFFIX):  # without the facts the tensors are nothing
         stem.with_suffix(suffix).unlink(missing_ok=True)
 
 
-SUFFIXES = (FACTS, TENSORS)
+SUFFIXES = (JSON_SUFFIX, TENSORS_SUFFIX)

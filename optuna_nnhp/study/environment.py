@@ -19,16 +19,16 @@ from optuna import Trial
 from optuna.trial import FrozenTrial
 import torch
 
-from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.engine import gpt
+from optuna_nnhp.engine import mlp
+from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.study.problem import Problem
-from optuna_nnhp.training import gpt_native
-from optuna_nnhp.training import native
-from optuna_nnhp.training.machine import full_threads
+from optuna_nnhp.training.device import available_threads
 from optuna_nnhp.version import __version__
 
 # Of a trial: the key of where it was trained, and the keys of where it had been before another
 # worker went on with it. Of a study, with the key after a colon: what it was like there.
-ENVIRONMENT, EARLIER = "environment", "earlier_environments"
+ENVIRONMENT, EARLIER_ENVIRONMENTS = "environment", "earlier_environments"
 SEED = "seed"  # of a study; and of a trial that has another one, where the study was continued
 COMPILED, BY_TORCH, BY_COMPILER = "compiled", "torch", "torch.compile"  # engines
 
@@ -36,7 +36,7 @@ Environment = dict[str, str | int]
 
 
 @dataclass
-class Marks:
+class TrialMetadata:
     """What every trial of this process carries from its start.
 
     Args:
@@ -44,7 +44,7 @@ class Marks:
             User attributes, numbers and texts.
 
     Example:
-        >>> Marks({"worker": "me"})()
+        >>> TrialMetadata({"worker": "me"})()
         {'worker': 'me'}
     """
 
@@ -55,7 +55,7 @@ class Marks:
         return dict(self.attributes)
 
 
-def environment_of(problem: Problem) -> Environment:
+def describe_environment(problem: Problem) -> Environment:
     """What a problem's numbers depend on here, besides data, parameters and seeds.
 
     No names of machines or users, and no paths.
@@ -72,23 +72,23 @@ def environment_of(problem: Problem) -> Environment:
     return {
         **_constant(),
         "device": f"cuda: {torch.cuda.get_device_name(device)}" if is_gpu else str(device),
-        "threads": full_threads(),
+        "threads": available_threads(),
         "engine": _engine(problem, device),
     }
 
 
-def key_of(environment: Environment) -> str:
+def environment_key(environment: Environment) -> str:
     """A short name of an environment: eight hexadecimal digits.
 
     Example:
-        >>> key_of({"torch": "2.13.0"}) == key_of({"torch": "2.12.0"})
+        >>> environment_key({"torch": "2.13.0"}) == environment_key({"torch": "2.12.0"})
         False
     """
     text = json.dumps(environment, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def note_environment(study: Study, problem: Problem) -> str:
+def record_environment(study: Study, problem: Problem) -> str:
     """Have a study know this environment, and the trials that start here name it.
 
     Workers of a study write an attribute each, if they are in different ones.
@@ -105,16 +105,16 @@ def note_environment(study: Study, problem: Problem) -> str:
     Example:
         >>> from optuna_nnhp.templates import DNN
         >>> study = optuna.create_study()
-        >>> key = note_environment(study, DNN([[1.0], [2.0]] * 5, ["no", "yes"] * 5))
+        >>> key = record_environment(study, DNN([[1.0], [2.0]] * 5, ["no", "yes"] * 5))
         >>> study.user_attrs[f"environment:{key}"]["optuna"] == optuna.__version__
         True
     """
-    environment = environment_of(problem)
-    key, known = key_of(environment), study.user_attrs
+    environment = describe_environment(problem)
+    key, known = environment_key(environment), study.user_attrs
     if f"{ENVIRONMENT}:{key}" not in known:
         study.set_user_attr(f"{ENVIRONMENT}:{key}", environment)
     storage = study._storage
-    if isinstance(storage, DeferredStorage) and isinstance(storage._mark, Marks):
+    if isinstance(storage, BufferedStorage) and isinstance(storage._mark, TrialMetadata):
         marks = storage._mark.attributes
         marks[ENVIRONMENT] = key
         marks.pop(SEED, None)
@@ -123,7 +123,7 @@ def note_environment(study: Study, problem: Problem) -> str:
     return key
 
 
-def note_move(trial: Trial, before: FrozenTrial) -> None:
+def record_earlier_environment(trial: Trial, before: FrozenTrial) -> None:
     """Have a trial name where it was before this worker went on with it.
 
     Args:
@@ -135,17 +135,19 @@ def note_move(trial: Trial, before: FrozenTrial) -> None:
     Example:
         >>> study = optuna.create_study()
         >>> trial, attributes = study.ask(), {"environment": "1a2b3c4d"}
-        >>> note_move(trial, optuna.trial.create_trial(value=1.0, user_attrs=attributes))
+        >>> record_earlier_environment(
+        ...     trial, optuna.trial.create_trial(value=1.0, user_attrs=attributes)
+        ... )
         >>> trial.user_attrs
         {'earlier_environments': ['1a2b3c4d']}
     """
-    known = [before.user_attrs.get(ENVIRONMENT), *before.user_attrs.get(EARLIER, [])]
+    known = [before.user_attrs.get(ENVIRONMENT), *before.user_attrs.get(EARLIER_ENVIRONMENTS, [])]
     here = trial.user_attrs.get(ENVIRONMENT)
     if earlier := [key for key in dict.fromkeys(known) if key and key != here]:
-        trial.set_user_attr(EARLIER, earlier)
+        trial.set_user_attr(EARLIER_ENVIRONMENTS, earlier)
 
 
-def environments_of(study: Study, trial: FrozenTrial) -> list[Environment]:
+def trial_environments(study: Study, trial: FrozenTrial) -> list[Environment]:
     """Where a trial was trained, the last place first; empty where nobody noted it.
 
     Args:
@@ -159,11 +161,11 @@ def environments_of(study: Study, trial: FrozenTrial) -> list[Environment]:
         >>> study.set_user_attr("environment:1a2b3c4d", {"torch": "2.12.0"})
         >>> attributes = {"environment": "1a2b3c4d"}
         >>> study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=attributes))
-        >>> environments_of(study, study.best_trial)
+        >>> trial_environments(study, study.best_trial)
         [{'torch': '2.12.0'}]
     """
     known, attributes = study.user_attrs, trial.user_attrs
-    keys = dict.fromkeys([attributes.get(ENVIRONMENT), *attributes.get(EARLIER, [])])
+    keys = dict.fromkeys([attributes.get(ENVIRONMENT), *attributes.get(EARLIER_ENVIRONMENTS, [])])
     found = [known.get(f"{ENVIRONMENT}:{key}") for key in keys]
     return [environment for environment in found if environment]
 
@@ -214,8 +216,8 @@ def _cpu() -> str:
 
 def _engine(problem: Problem, device: torch.device) -> str:
     """What computes gradients and outputs."""
-    engines = {"dnn": native.library, "gpt": gpt_native.library}
-    library = engines.get(problem.description["template"])
-    if library is not None and device.type == "cpu" and library() is not None:
+    engines = {"dnn": mlp.load_library, "gpt": gpt.load_library}
+    load_library = engines.get(problem.description["template"])
+    if load_library is not None and device.type == "cpu" and load_library() is not None:
         return COMPILED
     return BY_COMPILER if getattr(problem, "compile", False) else BY_TORCH

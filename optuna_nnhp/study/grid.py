@@ -18,34 +18,34 @@ from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.hyperparameters.catalogue import records
-from optuna_nnhp.hyperparameters.record import Hyperparameter
-from optuna_nnhp.hyperparameters.record import Value
-from optuna_nnhp.search.levels import MOST_POINTS
-from optuna_nnhp.search.levels import Grid
-from optuna_nnhp.search.levels import LevelsSampler
-from optuna_nnhp.search.levels import Point
-from optuna_nnhp.search.levels import as_held
-from optuna_nnhp.search.levels import check_levels
-from optuna_nnhp.search.levels import key
-from optuna_nnhp.search.levels import levels_of
-from optuna_nnhp.storages.deferred import DeferredStorage
-from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.hyperparameters.catalogue import specs
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
+from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp.search.grid import MAX_GRID_POINTS
+from optuna_nnhp.search.grid import Grid
+from optuna_nnhp.search.grid import GridPointsSampler
+from optuna_nnhp.search.grid import Point
+from optuna_nnhp.search.grid import check_grid_values
+from optuna_nnhp.search.grid import default_grid_values
+from optuna_nnhp.search.grid import key
+from optuna_nnhp.search.grid import to_stored_value
+from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.study.autotune import measure_throughput
+from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
-from optuna_nnhp.study.sizes import measured_pace
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.machine import single_blas
+from optuna_nnhp.training.device import single_threaded_blas
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-FIXED = "fixed_params"  # system attribute of trials that were enqueued
+FIXED_PARAMS = "fixed_params"  # system attribute of trials that were enqueued
 CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
 DUPLICATE = "duplicate"  # cause of a trial whose point another worker had enqueued before
-FIRST_POINTS = 10_000  # of a huge grid, where no number of trials says how many are wanted
+MAX_LISTED_POINTS = 10_000  # of a huge grid, where no number of trials says how many are wanted
 # A grid's time is that of a few points, which the order spreads over it: so many, or as many as
 # are measured in these seconds.
-PROBED, PROBE_SECONDS = 16, 3.0
+MAX_PROBED_POINTS, PROBE_SECONDS = 16, 3.0
 # What a user's own network makes of the catalogue's structure is up to it.
 STRUCTURE = ("width_shape",)
 ADVICE = (
@@ -54,18 +54,18 @@ ADVICE = (
 )
 
 
-def plan_grid(
+def make_grid(
     problem: Problem,
     budget: Budget,
     levels: Mapping[str, Sequence[Value]] | None = None,
     partial: bool = False,
     seed: int = 0,
-) -> LevelsSampler:
+) -> GridPointsSampler:
     """The points of a grid, in an order whose beginning is spread over it.
 
     The default configuration comes first if it is on the grid. Points that differ only in what
     has no effect (`huber_delta` beside another loss) are one point. Whether all of it fits into
-    a timeout, or a study that is continued, is checked when it begins (`Points.enqueue`).
+    a timeout, or a study that is continued, is checked when it begins (`GridQueue.enqueue`).
 
     Args:
         problem:
@@ -74,7 +74,7 @@ def plan_grid(
             How long.
         levels:
             Values by name, and all else that is tuned keeps its default; if None the catalogue's
-            levels of all that is tuned (see `search.levels.levels_of`).
+            levels of all that is tuned (see `search.levels.default_grid_values`).
         partial:
             Whether a part of the grid is enough where the budget is too small.
         seed:
@@ -88,13 +88,15 @@ def plan_grid(
         _check_count(grid, budget)
     most = budget.n_trials if partial else None
     if most is None:
-        most = FIRST_POINTS if grid.count > MOST_POINTS else grid.count
-    points, defaults = grid.spread(seed, most), problem.defaults()
-    if grid.levels.keys() <= defaults.keys() and grid.has(held := _held(defaults, problem.space)):
-        first = {**grid.rest, **grid.settled({name: held[name] for name in grid.levels})}
+        most = MAX_LISTED_POINTS if grid.count > MAX_GRID_POINTS else grid.count
+    points, defaults = grid.sobol_order(seed, most), problem.defaults()
+    if grid.levels.keys() <= defaults.keys() and grid.contains(
+        held := _held(defaults, problem.space)
+    ):
+        first = {**grid.other_values, **grid.canonical({name: held[name] for name in grid.levels})}
         points = [first, *(point for point in points if key(point) != key(first))][:most]
     part = f"; {len(points):,} are tried, spread over it" if len(points) < grid.count else ""
-    return LevelsSampler(points, f"{grid}{part}", is_part=partial)
+    return GridPointsSampler(points, f"{grid}{part}", is_part=partial)
 
 
 def _grid(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Grid:
@@ -103,30 +105,30 @@ def _grid(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Gri
     if not space:
         raise ValueError("A grid must have something to tune, but everything is in `fixed`.")
     if levels is None:
-        chosen = {name: levels_of(d, known.get(name)) for name, d in space.items()}
+        chosen = {name: default_grid_values(d, known.get(name)) for name, d in space.items()}
     else:
-        chosen = check_levels(levels, space, known)
+        chosen = check_grid_values(levels, space, known)
     defaults = _held(problem.defaults(), space)
     rest = {
-        name: defaults[name] if name in defaults else levels_of(d, known.get(name))[0]
+        name: defaults[name] if name in defaults else default_grid_values(d, known.get(name))[0]
         for name, d in space.items()
         if name not in chosen
     }
-    resting = {name: defaults.get(name, values[0]) for name, values in chosen.items()}
-    return Grid(chosen, rest, problem.fixed, resting, known)
+    inactive_values = {name: defaults.get(name, values[0]) for name, values in chosen.items()}
+    return Grid(chosen, rest, problem.fixed, inactive_values, known)
 
 
 def _records(problem: Problem) -> dict[str, Hyperparameter]:
     """What the catalogue knows of a problem's hyperparameters."""
-    known = records(problem.description["task"])
+    known = specs(problem.description["task"])
     if problem.description["template"] == "own":
         for name in STRUCTURE:
-            known[name] = dataclasses.replace(known[name], only_with={}, not_with={})
+            known[name] = dataclasses.replace(known[name], active_if={}, inactive_if={})
     return known
 
 
 def _held(point: Mapping[str, Value], space: Mapping[str, BaseDistribution]) -> Point:
-    return {name: as_held(value, space[name]) for name, value in point.items()}
+    return {name: to_stored_value(value, space[name]) for name, value in point.items()}
 
 
 def _check_count(grid: Grid, budget: Budget) -> None:
@@ -136,9 +138,9 @@ def _check_count(grid: Grid, budget: Budget) -> None:
         raise ValueError(
             f"A grid must have at most `n_trials` points, {trials:,}, but has {grid}: {ADVICE}"
         )
-    if grid.count > MOST_POINTS:
+    if grid.count > MAX_GRID_POINTS:
         raise ValueError(
-            f"A grid must have at most {MOST_POINTS:,} points, but has {grid}: {ADVICE}"
+            f"A grid must have at most {MAX_GRID_POINTS:,} points, but has {grid}: {ADVICE}"
         )
 
 
@@ -159,28 +161,30 @@ def check_grid(sampler: GridSampler, space: Mapping[str, BaseDistribution]) -> N
             "The grid must hold what is tuned and nothing else (`space`, `fixed`), but it lacks "
             f"[{', '.join(lacks)}] and has [{', '.join(more)}] besides."
         )
-    count = Grid(check_levels(grid, space, {}), {}, {}, {}, {}).count
-    if count > MOST_POINTS:
-        raise ValueError(f"A grid must have at most {MOST_POINTS:,} points, but has {count:,}.")
+    count = Grid(check_grid_values(grid, space, {}), {}, {}, {}, {}).count
+    if count > MAX_GRID_POINTS:
+        raise ValueError(
+            f"A grid must have at most {MAX_GRID_POINTS:,} points, but has {count:,}."
+        )
 
 
-def as_levels(sampler: GridSampler | LevelsSampler, problem: Problem) -> LevelsSampler:
+def as_levels(sampler: GridSampler | GridPointsSampler, problem: Problem) -> GridPointsSampler:
     """A grid's points; of Optuna's own all that the user wrote, after the default configuration.
 
     Optuna's sampler itself expects to be asked within `Study.optimize`, gives two workers the
     same point, and never comes back to one whose trial was killed.
     """
-    if isinstance(sampler, LevelsSampler):
+    if isinstance(sampler, GridPointsSampler):
         return sampler
-    grid = Grid(check_levels(sampler._search_space, problem.space, {}), {}, {}, {}, {})
-    points = grid.spread(seed=0)
+    grid = Grid(check_grid_values(sampler._search_space, problem.space, {}), {}, {}, {}, {})
+    points = grid.sobol_order(seed=0)
     first = points[0] | _held(problem.defaults(), problem.space)
-    return LevelsSampler(
+    return GridPointsSampler(
         [first, *(p for p in points if key(p) != key(first))], str(grid), is_part=True
     )
 
 
-class Points:
+class GridQueue:
     """The points of a grid in a study: each is enqueued once, and handed out once.
 
     Two workers that begin together may both enqueue them. Then the trial with the lowest number
@@ -193,16 +197,16 @@ class Points:
             Its storage.
 
     Example:
-        >>> storage = DeferredStorage(optuna.storages.InMemoryStorage())
-        >>> points = Points(optuna.create_study(storage=storage), storage)
+        >>> storage = BufferedStorage(optuna.storages.InMemoryStorage())
+        >>> points = GridQueue(optuna.create_study(storage=storage), storage)
         >>> points.add([{"depth": 2}, {"depth": 1}])
         >>> points.add([{"depth": 2}])
-        >>> points.withdraw_duplicates()
+        >>> points.end_duplicates()
         >>> [points.left, points.take().number, points.take().number, points.take()]
         [2, 0, 1, None]
     """
 
-    def __init__(self, study: Study, storage: DeferredStorage) -> None:
+    def __init__(self, study: Study, storage: BufferedStorage) -> None:
         self._study, self._storage = study, storage
         self._numbers: dict[str, list[int]] = defaultdict(list)  # of trials, by their point's key
         self._known = 0  # trials that are in there
@@ -212,7 +216,7 @@ class Points:
         """How many wait to be started."""
         return len(self._waiting())
 
-    def enqueue(self, plan: LevelsSampler, problem: Problem, budget: Budget) -> None:
+    def enqueue(self, plan: GridPointsSampler, problem: Problem, budget: Budget) -> None:
         """Enqueue what no trial has, as far as the number of trials goes.
 
         Points whose trial ended before its time are tried again, and those whose trial failed
@@ -238,24 +242,24 @@ class Points:
         if not plan.is_part:
             _check_left(problem, budget, left, [*fresh, *waiting])
         self.add(missing if left is None else missing[: max(0, left - len(waiting))])
-        self.withdraw_duplicates()
+        self.end_duplicates()
 
     def add(self, points: Sequence[Point]) -> None:
         """Enqueue points, all at once."""
         templates = [
-            optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={FIXED: point})
+            optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={FIXED_PARAMS: point})
             for point in points
         ]
         if templates:
             self._storage.create_new_trials(self._study._study_id, templates)
 
-    def withdraw_duplicates(self) -> None:
+    def end_duplicates(self) -> None:
         """End the trials that wait for a point that has one already."""
         self._storage.refresh()
         trials = self._listed()
         with self._storage.batch():
             for trial in trials:
-                waits = trial.state == TrialState.WAITING and FIXED in trial.system_attrs
+                waits = trial.state == TrialState.WAITING and FIXED_PARAMS in trial.system_attrs
                 if waits and self._is_duplicate(trial, trials) and self._claim(trial):
                     self._withdraw(trial)
 
@@ -271,7 +275,7 @@ class Points:
 
     def _waiting(self) -> list[FrozenTrial]:
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        return [trial for trial in waiting if FIXED in trial.system_attrs]
+        return [trial for trial in waiting if FIXED_PARAMS in trial.system_attrs]
 
     def _claim(self, trial: FrozenTrial) -> bool:
         """Start a trial, unless another worker is the first to do so."""
@@ -300,7 +304,7 @@ class Points:
 
 def point_of(trial: FrozenTrial) -> dict[str, Any]:
     """What a trial has or will have; one that begins does not have all of it yet."""
-    return {**trial.system_attrs.get(FIXED, {}), **trial.params}
+    return {**trial.system_attrs.get(FIXED_PARAMS, {}), **trial.params}
 
 
 def is_cut_short(trial: FrozenTrial) -> bool:
@@ -325,7 +329,7 @@ def _check_left(
         )
     if budget.timeout is None or left == 0 or not points:
         return
-    seconds = len(points) * _seconds_each(problem, points[:PROBED])
+    seconds = len(points) * _seconds_each(problem, points[:MAX_PROBED_POINTS])
     if seconds > budget.seconds_left:
         raise ValueError(
             f"A grid must fit into the timeout of {budget.timeout:,g} s, but {len(points):,} "
@@ -336,10 +340,10 @@ def _check_left(
 def _seconds_each(problem: Problem, points: Sequence[Mapping[str, Value]]) -> float:
     """Mean seconds of a trial's whole budget, of some points; those that cannot be take none."""
     seconds, started = list[float](), time.monotonic()
-    with single_blas:
+    with single_threaded_blas:
         for point in points:
             try:
-                seconds.append(seconds_of(problem, problem.member(0, point)))
+                seconds.append(estimate_seconds(problem, problem.member(0, point)))
             except TrialError:
                 seconds.append(0.0)
             if time.monotonic() - started > PROBE_SECONDS:
@@ -347,7 +351,7 @@ def _seconds_each(problem: Problem, points: Sequence[Mapping[str, Value]]) -> fl
     return sum(seconds) / len(seconds)
 
 
-def seconds_of(problem: Problem, member: Member) -> float:
+def estimate_seconds(problem: Problem, member: Member) -> float:
     """Seconds of a trial's whole budget: given, or by a measurement."""
     params = member.params
     if params.get("seconds") and not (params["iterations"] or params["train_tokens"]):
@@ -356,6 +360,6 @@ def seconds_of(problem: Problem, member: Member) -> float:
     if step is not None:  # the template measures its steps itself
         return float(step(member) * problem.attributes(member)["budget_iterations"])
     problem.signature(member)  # raises what keeps it from being trained
-    pace = measured_pace(problem, member, problem.cohort_size(member))
+    pace = measure_throughput(problem, member, problem.cohort_size(member))
     cohort = problem.cohort([member])
-    return pace.round * cohort.total[0] / cohort.batches.per_round
+    return pace.round * cohort.total_steps[0] / cohort.batches.per_round

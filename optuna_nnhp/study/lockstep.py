@@ -18,30 +18,33 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from optuna_nnhp.search.follower import FollowerSampler
-from optuna_nnhp.study.breakage import LARGEST
 from optuna_nnhp.study.checkpoints import Checkpoint
-from optuna_nnhp.study.grid import seconds_of
-from optuna_nnhp.study.outcomes import CohortError
-from optuna_nnhp.study.outcomes import forget_frames
-from optuna_nnhp.study.pool import Live
+from optuna_nnhp.study.cohort_runs import CohortRun
+from optuna_nnhp.study.failure_bisector import UNLIMITED
+from optuna_nnhp.study.failures import CohortError
+from optuna_nnhp.study.failures import free_frames
+from optuna_nnhp.study.grid import estimate_seconds
 from optuna_nnhp.study.problem import Problem
-from optuna_nnhp.study.scheduler import GIVE_UP
-from optuna_nnhp.study.scheduler import Scheduler
-from optuna_nnhp.study.trials import RunningTrial
-from optuna_nnhp.study.trials import params_as_trained
+from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running_trial import params_for_retraining
+from optuna_nnhp.study.tuner import MAX_STORAGE_WAIT
+from optuna_nnhp.study.tuner import Tuner
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
-from optuna_nnhp.training.course import Stage
-from optuna_nnhp.training.machine import is_out_of_memory
+from optuna_nnhp.training.device import is_out_of_memory
+from optuna_nnhp.training.segments import Segment
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-COURSE, ROOT = "course", "root"  # attributes: see `noted`; whose first weights a trial began with
-FITTING = 0.8  # of the seconds that are left: what a group may be expected to take
+SCHEDULE, ROOT = (
+    "schedule",
+    "root",
+)  # attributes: see `noted`; whose first weights a trial began with
+TIME_SHARE = 0.8  # of the seconds that are left: what a group may be expected to take
 
 
 @dataclass
-class LockstepScheduler(Scheduler):
+class SynchronousTuner(Tuner):
     """Runs a study group after group, each of them one cohort from beginning to end.
 
     Nothing is pruned: who is no good is replaced, or moved, by the method itself.
@@ -54,12 +57,12 @@ class LockstepScheduler(Scheduler):
         method: Its name.
     """
 
-    is_said: bool = False
-    parked: list[RunningTrial] = field(default_factory=list)
-    largest: int = LARGEST
-    gave_up: bool = False
-    has_portfolio: ClassVar[bool] = False
-    separates: ClassVar[bool] = False
+    is_logged: bool = False
+    deferred: list[RunningTrial] = field(default_factory=list)
+    max_members: int = UNLIMITED
+    storage_lost: bool = False
+    uses_portfolio: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
     method: ClassVar[str]
 
     def _train_all(self) -> None:
@@ -73,7 +76,7 @@ class LockstepScheduler(Scheduler):
                 self._train_one(lambda: self._train_group(sampler), sampler)
         finally:
             cause = "interrupted" if self.budget.interrupted else "timeout"
-            for trial in [] if self.budget.released else self.parked:
+            for trial in [] if self.budget.released else self.deferred:
                 self._refuse(trial, cause)
 
     def _train_one(self, train: Callable[[], None], base: BaseSampler) -> None:
@@ -86,18 +89,18 @@ class LockstepScheduler(Scheduler):
         finally:
             self.study.sampler = base
             if not self.budget.released:
-                self.pool.lives.clear()  # a group's stack is needed no more
+                self.queue.runs.clear()  # a group's stack is needed no more
 
-    def _enter(self, live: Live) -> None:
+    def _enter(self, run: CohortRun) -> None:
         """Let a group train: alone, for a checkpoint has the loop's facts of one group."""
-        self.pool.lives.clear()
-        self.pool.add(live)
+        self.queue.runs.clear()
+        self.queue.add(run)
 
     def _break_group(self, error: Exception) -> None:
-        forget_frames(error)
+        free_frames(error)
         if is_out_of_memory(error):
-            self.largest = max(1, self.tried // 2)
-        group = [running for live in self.pool.lives for running in live.running.values()]
+            self.max_members = max(1, self.tried // 2)
+        group = [running for run in self.queue.runs for running in run.running.values()]
         self._fail_group(group, error)
 
     def _fail_group(self, group: Sequence[RunningTrial], error: Exception) -> None:
@@ -112,8 +115,8 @@ class LockstepScheduler(Scheduler):
                 break  # the others' trials are found by their attribute CHECKPOINT again
             checkpoint = self.recovery.checkpoint(worker)
             if checkpoint and checkpoint.cohorts and checkpoint.loop.get("method") == self.method:
-                go_on = functools.partial(self._go_on_with, checkpoint, trials, base)
-                self._train_one(go_on, base)
+                resume_from = functools.partial(self._go_on_with, checkpoint, trials, base)
+                self._train_one(resume_from, base)
                 continue
             for trial in trials:  # of a group that had hardly begun
                 for running in self.recovery.begun(trial, 0):
@@ -145,22 +148,24 @@ class LockstepScheduler(Scheduler):
         members = {member.number: member for member in cohort.members}
         own = {r.member.number: r for r in begun if r.member.number in known}
         for number, running in own.items():
-            running.go_on_from(known[number])
+            running.load_state_dict(known[number])
             running.member = members[number]
-        live = Live(cohort, begun[0].signature, cohort.members[0], own, len(members))
-        self._enter(live)
-        self._resume(live, [r for r in begun if r.member.number not in own], loop)
+        run = CohortRun(cohort, begun[0].signature, cohort.members[0], own, len(members))
+        self._enter(run)
+        self._resume(run, [r for r in begun if r.member.number not in own], loop)
 
     @abstractmethod
     def _take_up(self, loop: Mapping[str, Any], base: BaseSampler) -> None:
         """Be the loop whose facts a checkpoint has."""
 
     @abstractmethod
-    def _resume(self, live: Live, others: Sequence[RunningTrial], loop: Mapping[str, Any]) -> None:
+    def _resume(
+        self, run: CohortRun, others: Sequence[RunningTrial], loop: Mapping[str, Any]
+    ) -> None:
         """Train a group to its end.
 
         Args:
-            live:
+            run:
                 As its checkpoint has it; its trials that have not ended run here.
             others:
                 Trials that had begun since.
@@ -174,12 +179,12 @@ class LockstepScheduler(Scheduler):
 
     def _is_over(self) -> bool:
         stopped = self.budget.is_over() or self.study._stop_flag
-        return stopped or (self.asker.left() == 0 and not self.parked)
+        return stopped or (self.source.left() == 0 and not self.deferred)
 
     def _lead(self) -> RunningTrial | None:
         """Ask for a trial that is free in everything."""
-        if self.parked:
-            return self.parked.pop(0)
+        if self.deferred:
+            return self.deferred.pop(0)
         asked = self._ask(1)
         return asked[0] if asked else None
 
@@ -191,21 +196,23 @@ class LockstepScheduler(Scheduler):
         trials = list[RunningTrial]()
         while True:
             with self.timing("asking"):
-                trials += self.asker.ask(max(0, count - len(trials)), leader)
-            if not self.asker.is_refused or self.storage.is_reachable or not self._answers():
+                trials += self.source.ask(max(0, count - len(trials)), leader)
+            if not self.source.ask_failed or self.storage.is_available or not self._answers():
                 return trials
 
     def _answers(self) -> bool:
         """Wait until the storage answers; whether it does. In vain it is waited for once only."""
-        if self.storage.is_reachable:
-            self.gave_up = False
-        elif not self.gave_up:
-            self.gave_up = not self.storage.wait_until_reachable(GIVE_UP, self.budget.is_over)
-        return not self.gave_up
+        if self.storage.is_available:
+            self.storage_lost = False
+        elif not self.storage_lost:
+            self.storage_lost = not self.storage.wait_until_available(
+                MAX_STORAGE_WAIT, self.budget.is_over
+            )
+        return not self.storage_lost
 
     def _follow(self, leader: RunningTrial, count: int) -> list[RunningTrial]:
         """Ask for trials with a leader's static values and budget."""
-        left = self.asker.left()
+        left = self.source.left()
         count = count if left is None else min(count, left)
         sampler, epochs = self.study.sampler, leader.trial.params.get("epochs")
         self.study.sampler = FollowerSampler(
@@ -216,13 +223,13 @@ class LockstepScheduler(Scheduler):
         finally:
             self.study.sampler = sampler
         fitting = [trial for trial in asked if trial.signature == leader.signature]
-        self.parked += [trial for trial in asked if trial.signature != leader.signature]
+        self.deferred += [trial for trial in asked if trial.signature != leader.signature]
         return fitting
 
     def _refuse(self, trial: RunningTrial, cause: str) -> None:
         """End a trial that has not trained."""
         trial.fail(self.study, self.problem, cause)
-        self.asker.running.pop(trial.member.number, None)
+        self.source.running.pop(trial.member.number, None)
 
     def _stacks(self, leader: RunningTrial) -> bool:
         """Whether a leader's network can be trained in a group; else its trial fails.
@@ -230,19 +237,19 @@ class LockstepScheduler(Scheduler):
         Raises:
             ValueError: If no network could so far.
         """
-        if self.problem.stacks(leader.member):
+        if self.problem.is_stackable(leader.member):
             return True
         text = (
             "The methods 'gradient' and 'population' must have networks that can be trained as "
             "one stack, but this one can only train alone; the log says why."
         )
-        if not self.is_said:
+        if not self.is_logged:
             raise ValueError(text)
         _logger.warning(f"Trial {leader.member.number} failed: {text}")
         self._refuse(leader, "error")
         return False
 
-    def _open(self, trials: Sequence[RunningTrial], members: Sequence[Member]) -> Live:
+    def _open(self, trials: Sequence[RunningTrial], members: Sequence[Member]) -> CohortRun:
         """Begin a cohort of these members, some of which may be no trials."""
         running = {trial.member.number: trial for trial in trials}
         self.tried = len(members)
@@ -251,46 +258,46 @@ class LockstepScheduler(Scheduler):
         except Exception as error:  # whatever it is, it becomes an outcome
             self._fail_group(trials, error)
             raise CohortError from error
-        live = Live(cohort, trials[0].signature, trials[0].member, running, len(members))
-        self._enter(live)
-        return live
+        run = CohortRun(cohort, trials[0].signature, trials[0].member, running, len(members))
+        self._enter(run)
+        return run
 
     @staticmethod
-    def _rounds(live: Live) -> int:
+    def _rounds(run: CohortRun) -> int:
         """Rounds of the whole budget."""
-        return math.ceil(max(live.cohort.total) / live.cohort.batches.per_round)
+        return math.ceil(max(run.cohort.total_steps) / run.cohort.batches.per_round)
 
     def _that_fit(self, leader: RunningTrial, most: int) -> int:
         """How many members a group may have by memory and time."""
-        fitting = min(most, self.largest, self.problem.cohort_size(leader.member))
+        fitting = min(most, self.max_members, self.problem.cohort_size(leader.member))
         if self.budget.timeout is None:
             return fitting
-        each = seconds_of(self.problem, leader.member)
-        return min(fitting, int(FITTING * self.budget.seconds_left / each))
+        each = estimate_seconds(self.problem, leader.member)
+        return min(fitting, int(TIME_SHARE * self.budget.seconds_left / each))
 
-    def _train_to(self, live: Live, end: int) -> Scores | None:
+    def _train_to(self, run: CohortRun, end: int) -> Scores | None:
         """Train everybody to a round and evaluate; None if time ran out."""
-        cohort, members = live.cohort, len(live.cohort.members)
+        cohort, members = run.cohort, len(run.cohort.members)
         while True:
-            cohort.evaluate_at(end)
-            before, work = cohort.iterations[0], cohort.work_of_step
-            scores, seconds = self._train_round(live)
-            for running in live.running.values():
+            cohort.set_next_evaluation(end)
+            before, work = cohort.iterations[0], cohort.step_flops
+            scores, seconds = self._train_round(run)
+            for running in run.running.values():
                 running.trained += seconds
-            self.pool.note(live, members, seconds, work * (cohort.iterations[0] - before))
-            self.progress.show(self.asker.finished, len(live.running), self.podium.best)
+            self.queue.note(run, members, seconds, work * (cohort.iterations[0] - before))
+            self.progress.show(self.source.finished, len(run.running), self.best_trials.best)
             if scores is not None or self.budget.is_over():
                 return scores
             self._save_if_due()
 
-    def _cut_short(self, live: Live) -> None:
+    def _cut_short(self, run: CohortRun) -> None:
         """End all trials of a group as they stand."""
         cause = "interrupted" if self.budget.interrupted else "timeout"
-        self._end_trials(live, dict.fromkeys(live.running, cause))
+        self._end_trials(run, dict.fromkeys(run.running, cause))
 
-    def _end_trials(self, live: Live, causes: Mapping[int, str]) -> None:
+    def _end_trials(self, run: CohortRun, causes: Mapping[int, str]) -> None:
         with self.timing("bookkeeping"):
-            super()._end_trials(live, causes)
+            super()._end_trials(run, causes)
             self.storage.flush_if_due()
 
 
@@ -298,17 +305,17 @@ def noted(course: Sequence[tuple[int, Mapping[str, Any], bool]]) -> list[list[An
     """A course as an attribute of a trial.
 
     Args:
-        course:
+        schedule:
             From which round on which values held, and whether the network began anew then.
 
     Example:
         >>> noted([(0, {"dropout": 0.1}, False)])
         [[0, {'dropout': 0.1}, False]]
     """
-    return [[begin, dict(params), is_fresh] for begin, params, is_fresh in course]
+    return [[begin, dict(params), from_scratch] for begin, params, from_scratch in course]
 
 
-def stages_of(problem: Problem, trial: FrozenTrial) -> list[Stage]:
+def schedule_of(problem: Problem, trial: FrozenTrial) -> list[Segment]:
     """The course of a trial whose values changed while it trained; empty for all others.
 
     Args:
@@ -318,14 +325,14 @@ def stages_of(problem: Problem, trial: FrozenTrial) -> list[Stage]:
             A trial of its study.
     """
     attributes = trial.user_attrs
-    params, root = params_as_trained(trial), attributes.get(ROOT, trial.number)
+    params, root = params_for_retraining(trial), attributes.get(ROOT, trial.number)
     return [
-        Stage(begin, problem.member(root, {**params, **changed}), is_fresh)
-        for begin, changed, is_fresh in attributes.get(COURSE, [])
+        Segment(begin, problem.member(root, {**params, **changed}), from_scratch)
+        for begin, changed, from_scratch in attributes.get(SCHEDULE, [])
     ]
 
 
-def member_at_best(problem: Problem, trial: FrozenTrial) -> Member:
+def member_at_best_round(problem: Problem, trial: FrozenTrial) -> Member:
     """A trial with the values that it had at its best round; those decide what its network has.
 
     Args:
@@ -335,5 +342,5 @@ def member_at_best(problem: Problem, trial: FrozenTrial) -> Member:
             A trial of its study that has a value.
     """
     best = round(trial.user_attrs.get("best_epoch", 0) * problem.rounds_per_epoch)
-    stages = [stage for stage in stages_of(problem, trial) if stage.begin < best]
+    stages = [stage for stage in schedule_of(problem, trial) if stage.begin < best]
     return stages[-1].member if stages else problem.member(trial.number, trial.params)

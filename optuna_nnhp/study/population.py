@@ -19,23 +19,23 @@ from optuna_nnhp.search.population import PARENT
 from optuna_nnhp.search.population import POPULATION
 from optuna_nnhp.search.population import SLOT
 from optuna_nnhp.search.population import PopulationSampler
-from optuna_nnhp.study.lockstep import COURSE
+from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.lockstep import ROOT
-from optuna_nnhp.study.lockstep import LockstepScheduler
+from optuna_nnhp.study.lockstep import SCHEDULE
+from optuna_nnhp.study.lockstep import SynchronousTuner
 from optuna_nnhp.study.lockstep import noted
-from optuna_nnhp.study.pool import Live
-from optuna_nnhp.study.trials import RunningTrial
-from optuna_nnhp.training.course import go_on
+from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.training.segments import resume_from
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-SIZE, SMALLEST, GENERATIONS = 16, 4, 10
+SIZE, MIN_SIZE, GENERATIONS = 16, 4, 10
 
-Course = list[tuple[int, dict[str, Any], bool]]
+Schedule = list[tuple[int, dict[str, Any], bool]]
 
 
 @dataclass
-class PopulationScheduler(LockstepScheduler):
+class PopulationPolicy(SynchronousTuner):
     """Trains one population after the other.
 
     A population is one cohort. Every generation of every member is a trial; at its end the worst
@@ -53,13 +53,13 @@ class PopulationScheduler(LockstepScheduler):
 
     size: int | None = None
     generations: int = GENERATIONS
-    courses: dict[int, tuple[int, Course]] = field(default_factory=dict)  # root and course
+    schedules: dict[int, tuple[int, Schedule]] = field(default_factory=dict)  # root and course
     method: ClassVar[str] = "population"
 
     def _train_group(self, base: BaseSampler) -> None:
         """Train a population through all its generations."""
         count = len(self.study.get_trials(deepcopy=False))
-        self.courses.clear()
+        self.schedules.clear()
         self._take_up({"name": f"{count}@{self.lease.worker}", "count": count}, base)
         sampler = self.study.sampler
         assert isinstance(sampler, PopulationSampler)
@@ -73,17 +73,17 @@ class PopulationScheduler(LockstepScheduler):
             trial.trial.set_user_attr(POPULATION, self.name)  # an enqueued one has it not
             trial.trial.set_user_attr(SLOT, slot)
             self._begin(trial, trial.member.number, [(0, self._values(trial), False)])
-        live = self._open(trials, [trial.member for trial in trials])
-        self.last = min(self.last, self._rounds(live))
-        names, moving = self.problem.space.keys(), self.problem.changeable()
+        run = self._open(trials, [trial.member for trial in trials])
+        self.last = min(self.last, self._rounds(run))
+        names, moving = self.problem.space.keys(), self.problem.mutable_names()
         said = ", ".join(sorted(names - moving)) or "nothing"
         _logger.log(
-            logging.DEBUG if self.is_said else logging.INFO,
+            logging.DEBUG if self.is_logged else logging.INFO,
             f"A population of {len(trials)} trains {self.last} generations; moved are "
             f"{', '.join(sorted(moving)) or 'none'}; inherited: {said}.",
         )
-        self.is_said = True
-        self._train_generations(live, 1)
+        self.is_logged = True
+        self._train_generations(run, 1)
 
     def _take_up(self, loop: Mapping[str, Any], base: BaseSampler) -> None:
         self.name, self.count = str(loop["name"]), int(loop["count"])
@@ -91,7 +91,7 @@ class PopulationScheduler(LockstepScheduler):
         self.study.sampler = PopulationSampler(
             size=self.full,
             base=base,
-            inherited=self.problem.space.keys() - self.problem.changeable(),
+            inherited=self.problem.space.keys() - self.problem.mutable_names(),
             population=self.name,
             seed=(self.problem.seed + self.count + int(loop.get("generation", 0))) % 2**32,
         )
@@ -104,18 +104,20 @@ class PopulationScheduler(LockstepScheduler):
             "size": self.full,
             "generation": self.generation,
             "last": self.last,
-            "courses": [[n, root, noted(course)] for n, (root, course) in self.courses.items()],
+            "courses": [[n, root, noted(course)] for n, (root, course) in self.schedules.items()],
         }
 
-    def _resume(self, live: Live, others: Sequence[RunningTrial], loop: Mapping[str, Any]) -> None:
+    def _resume(
+        self, run: CohortRun, others: Sequence[RunningTrial], loop: Mapping[str, Any]
+    ) -> None:
         generation, self.last = int(loop["generation"]), int(loop["last"])
-        self.courses = {
+        self.schedules = {
             number: (root, [(begin, values, fresh) for begin, values, fresh in course])
             for number, root, course in loop["courses"]
         }
-        if live.running:
-            numbers = [member.number for member in live.cohort.members]
-            live.cohort.keep([p for p, number in enumerate(numbers) if number in live.running])
+        if run.running:
+            numbers = [member.number for member in run.cohort.members]
+            run.cohort.select([p for p, number in enumerate(numbers) if number in run.running])
             for trial in others:
                 self._refuse(trial, "killed")
         elif generation >= self.last:  # who has begun since is of the next population
@@ -124,30 +126,30 @@ class PopulationScheduler(LockstepScheduler):
             return
         else:  # all have ended, and their children have begun
             self.generation = generation
-            if not self._next_generation(live, self.full, others):
+            if not self._next_generation(run, self.full, others):
                 return
             generation += 1
-        self._train_generations(live, generation)
+        self._train_generations(run, generation)
 
-    def _train_generations(self, live: Live, first: int) -> None:
+    def _train_generations(self, run: CohortRun, first: int) -> None:
         """Train a population from the beginning, or the middle, of a generation on."""
-        rounds = self._rounds(live)
+        rounds = self._rounds(run)
         for generation in range(first, self.last + 1):
             self.generation = generation
             self._save()
-            if not self._train_generation(live, math.ceil(rounds * generation / self.last)):
+            if not self._train_generation(run, math.ceil(rounds * generation / self.last)):
                 return
             if generation == self.last or self._is_over():
                 return
-            if not self._next_generation(live, self.full):
+            if not self._next_generation(run, self.full):
                 return
 
     def _shape(self, leader: RunningTrial) -> tuple[int, int]:
         """Members and generations, by what is left of the budget."""
-        left = self.asker.left()
+        left = self.source.left()
         wanted = self.size or SIZE
         if self.size is None and left is not None:
-            wanted = min(SIZE, max(SMALLEST, (left + 1) // self.generations))
+            wanted = min(SIZE, max(MIN_SIZE, (left + 1) // self.generations))
         fitting = self._that_fit(leader, wanted) if self.size is None else wanted
         size = max(2, fitting)
         if left is None:
@@ -156,68 +158,70 @@ class PopulationScheduler(LockstepScheduler):
 
     def _values(self, trial: RunningTrial) -> dict[str, Any]:
         """What can change, as the trial has it."""
-        moving = self.problem.changeable()
+        moving = self.problem.mutable_names()
         return {name: v for name, v in trial.trial.params.items() if name in moving}
 
-    def _begin(self, trial: RunningTrial, root: int, course: Course) -> None:
+    def _begin(self, trial: RunningTrial, root: int, course: Schedule) -> None:
         """Note where a trial comes from."""
         number = trial.member.number
         trial.member = replace(trial.member, seed=root)
-        self.courses[number] = root, course
+        self.schedules[number] = root, course
         trial.trial.set_user_attr(ROOT, root)
-        trial.trial.set_user_attr(COURSE, noted(course))
+        trial.trial.set_user_attr(SCHEDULE, noted(course))
 
-    def _train_generation(self, live: Live, end: int) -> bool:
+    def _train_generation(self, run: CohortRun, end: int) -> bool:
         """Train all members to the end of a generation and tell; whether they can go on."""
-        cohort = live.cohort
+        cohort = run.cohort
         # A language model has no epochs, and its evaluation is long.
-        stride = self.problem.rounds_per_epoch if cohort.task.joinable else end
-        while cohort.done[0] < end:
-            scores = self._train_to(live, min(end, cohort.done[0] + stride))
+        stride = self.problem.rounds_per_epoch if cohort.task.can_append else end
+        while cohort.rounds_done[0] < end:
+            scores = self._train_to(run, min(end, cohort.rounds_done[0] + stride))
             if scores is None:
                 if not self.budget.released:
-                    self._cut_short(live)
+                    self._cut_short(run)
                 return False
-            evaluated = [live.running[cohort.members[place].number] for place in scores.places]
+            evaluated = [run.running[cohort.members[place].number] for place in scores.indices]
             for i, trial in enumerate(evaluated):
-                trial.take(scores, i)
-            self.judge.report(live, evaluated)
+                trial.add_scores(scores, i)
+            self.judge.report(run, evaluated)
             if self.budget.released:
                 return False
             self._save_if_due()
         self._save()  # their children go on from here
-        causes = {n: "diverged" if t.has_diverged else "finished" for n, t in live.running.items()}
-        self._end_trials(live, causes)
+        causes = {n: "diverged" if t.has_diverged else "finished" for n, t in run.running.items()}
+        self._end_trials(run, causes)
         return "finished" in causes.values()
 
-    def _next_generation(self, live: Live, size: int, begun: Sequence[RunningTrial] = ()) -> bool:
+    def _next_generation(
+        self, run: CohortRun, size: int, begun: Sequence[RunningTrial] = ()
+    ) -> bool:
         """Ask for the members' next trials and let them go on; whether there are any.
 
         Some may have begun already, before their worker died.
         """
-        cohort, left = live.cohort, self.asker.left()
+        cohort, left = run.cohort, self.source.left()
         missing = size - len(begun)
         asked = [*begun, *self._ask(missing if left is None else min(missing, left))]
         places = {member.number: place for place, member in enumerate(cohort.members)}
         trials = list[RunningTrial]()
         for trial in asked:
             if trial.is_enqueued:  # by somebody who wants these values from the beginning
-                self.parked.append(trial)
+                self.deferred.append(trial)
             elif trial.trial.user_attrs.get(PARENT) in places:
                 trials.append(trial)
             else:  # another process has ended the member's last trial
                 self._refuse(trial, "interrupted")
         parents = [trial.trial.user_attrs[PARENT] for trial in trials]
         for trial, parent in zip(trials, parents, strict=True):
-            root, course = self.courses[parent]
+            root, course = self.schedules[parent]
             values = self._values(trial)
             if values != course[-1][1]:
-                course = [*course, (cohort.done[0], values, False)]
+                course = [*course, (cohort.rounds_done[0], values, False)]
             self._begin(trial, root, course)
         if not trials:
             return False
         with self.timing("bookkeeping"):
-            go_on(cohort, [places[p] for p in parents], [trial.member for trial in trials])
-            cohort.forget_best()
-        live.running = {trial.member.number: trial for trial in trials}
+            resume_from(cohort, [places[p] for p in parents], [trial.member for trial in trials])
+            cohort.reset_best()
+        run.running = {trial.member.number: trial for trial in trials}
         return True

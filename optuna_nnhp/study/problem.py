@@ -13,7 +13,7 @@ from typing import Self
 from optuna.distributions import BaseDistribution
 from torch import nn
 
-from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 
@@ -26,7 +26,7 @@ class TrialError(RuntimeError):
     """
 
 
-class TooLarge(TrialError):
+class TrialTooLarge(TrialError):
     """A trial needs more memory than there is."""
 
 
@@ -54,8 +54,8 @@ class Problem(Protocol):
     maximize: bool
     seed: int
     rounds_per_epoch: int
-    one_by_one: bool
-    first_rung: int
+    sequential: bool
+    min_resource: int
     description: dict[str, Any]
 
     def defaults(self) -> dict[str, Value]:
@@ -73,10 +73,10 @@ class Problem(Protocol):
     def pin(self, leader: Member) -> Callable[[str, Any], Any]:
         """How a proposed value is moved so that the trial can join a leader's cohort."""
 
-    def changeable(self) -> frozenset[str]:
+    def mutable_names(self) -> frozenset[str]:
         """What of the space may change while a network trains."""
 
-    def stacks(self, leader: Member) -> bool:
+    def is_stackable(self, leader: Member) -> bool:
         """Whether trials like one can be trained as one stack at all."""
 
     def cohort_size(self, leader: Member) -> int:
@@ -88,7 +88,7 @@ class Problem(Protocol):
     def cohort(self, members: Sequence[Member]) -> Cohort:
         """A cohort of members with one signature."""
 
-    def reseeded(self, seed: int) -> Self:
+    def with_seed(self, seed: int) -> Self:
         """The same on the same data, with other first weights, batches and noise."""
 
     def count_weights(self, member: Member) -> int:

@@ -19,32 +19,32 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.storages.batches import RELEASED
-from optuna_nnhp.storages.batches import WORKER
+from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.lease import Lease
-from optuna_nnhp.storages.outbox import replay_unsent
-from optuna_nnhp.storages.reach import Unreachable
-from optuna_nnhp.study.asking import Asker
+from optuna_nnhp.storages.operations import REQUEUED_BY
+from optuna_nnhp.storages.operations import WORKER
+from optuna_nnhp.storages.outbox import replay_outbox
 from optuna_nnhp.study.checkpoints import Checkpoint
-from optuna_nnhp.study.checkpoints import Kept
-from optuna_nnhp.study.checkpoints import folder_of
+from optuna_nnhp.study.checkpoints import CohortCheckpoint
+from optuna_nnhp.study.checkpoints import checkpoint_folder
 from optuna_nnhp.study.checkpoints import forget
 from optuna_nnhp.study.checkpoints import newest
-from optuna_nnhp.study.environment import note_move
-from optuna_nnhp.study.pool import Live
-from optuna_nnhp.study.trials import RunningTrial
+from optuna_nnhp.study.cohort_runs import CohortRun
+from optuna_nnhp.study.environment import record_earlier_environment
+from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.snapshots import members_of
-from optuna_nnhp.training.snapshots import part_of
-from optuna_nnhp.training.snapshots import restored
+from optuna_nnhp.training.cohort_state import members_from_state
+from optuna_nnhp.training.cohort_state import restore_cohort
+from optuna_nnhp.training.cohort_state import select_state
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 CHECKPOINT = "checkpoint"  # attribute of a trial: the worker whose checkpoint had it last
 TAKEN_OVER = "taken_over"  # attribute: how often, since when without progress, and the round
-Broken = Callable[[list[RunningTrial], Exception, Checkpoint | None], list[Live]]
-SUSPECT, POISONOUS = 3, 10  # times without progress: trained alone; ended
+Broken = Callable[[list[RunningTrial], Exception, Checkpoint | None], list[CohortRun]]
+QUARANTINE_DEATHS, MAX_WORKER_DEATHS = 3, 10  # times without progress: trained alone; ended
 
 
 @dataclass
@@ -52,27 +52,27 @@ class Recovery:
     """Finds trials whose worker is dead, or has released them, and goes on with them here.
 
     Args:
-        asker:
+        source:
             Asks for this worker's trials.
         lease:
             Who lives.
         folder:
             The study's checkpoints; None if there are none.
-        separates:
+        separable:
             Whether trials may be trained without those that they were trained with.
     """
 
-    asker: Asker
+    source: TrialSource
     lease: Lease
     folder: Path | None
-    separates: bool = True
+    separable: bool = True
 
     def __post_init__(self) -> None:
-        self.study: Study = self.asker.study
-        self.problem, self.storage = self.asker.problem, self.asker.storage
+        self.study: Study = self.source.study
+        self.problem, self.storage = self.source.problem, self.source.storage
         self._found: dict[str, Checkpoint | None] = {}
         self._unsure: dict[str, list[FrozenTrial]] = {}  # the answer to taking them was lost
-        self.is_postponed = False  # there are trials to claim, when a suspect has been trained
+        self.has_postponed = False  # there are trials to claim, when a suspect has been trained
 
     def claim(self) -> dict[str, list[FrozenTrial]]:
         """Make abandoned trials this worker's own: by the worker whose checkpoint has them.
@@ -83,7 +83,7 @@ class Recovery:
         claimed: dict[str, list[FrozenTrial]] = {}
         try:
             if abandoned := self._abandoned():
-                self.replay_unsent()  # some of them may have ended
+                self.replay_outbox()  # some of them may have ended
                 abandoned = self._abandoned()
             for worker, trials in self._one_suspect(abandoned).items():
                 sources = {trial._trial_id: self._source(trial, worker) for trial in trials}
@@ -94,24 +94,24 @@ class Recovery:
                     if trial._trial_id in taken:
                         claimed.setdefault(sources[trial._trial_id], []).append(trial)
             if released := self.released():
-                self.asker.make_room_for_released()
+                self.source.make_room_for_released()
             for trial in released:
-                source = self._source(trial, str(trial.user_attrs[RELEASED]))
+                source = self._source(trial, str(trial.user_attrs[REQUEUED_BY]))
                 if self._start(trial):
                     claimed.setdefault(source, []).append(trial)
-        except Unreachable as error:  # the others another time
+        except StorageUnavailable as error:  # the others another time
             _logger.debug(f"Not all abandoned trials could be taken over: {error}")
         for worker, trials in claimed.items():
             numbers = ", ".join(str(trial.number) for trial in trials)
             _logger.warning(f"Going on with trials that {worker} has left: {numbers}.")
         return claimed
 
-    def replay_unsent(self) -> None:
+    def replay_outbox(self) -> None:
         """Write what earlier runs, and workers that died in an outage, could not write."""
         if self.folder is None:
             return
         try:
-            replay_unsent(self.storage, self.folder.parent)
+            replay_outbox(self.storage, self.folder.parent)
         except ValueError as error:  # damaged: it stays where it is
             _logger.error(f"What an earlier run could not write is lost: {error}")
 
@@ -137,13 +137,15 @@ class Recovery:
 
     def is_doubtful(self) -> bool:
         """Whether a trial's worker may be dead, which only waiting would tell."""
-        if self._unsure or self.is_postponed:
+        if self._unsure or self.has_postponed:
             return True
         workers = {self._owner(trial) for trial in self._listed(TrialState.RUNNING)}
         leases = self.lease.read() if workers else {}
         return any(self.lease.is_doubtful(worker, leases) for worker in workers if worker)
 
-    def revive(self, claimed: Mapping[str, Sequence[FrozenTrial]], broken: Broken) -> list[Live]:
+    def revive(
+        self, claimed: Mapping[str, Sequence[FrozenTrial]], broken: Broken
+    ) -> list[CohortRun]:
         """Cohorts of claimed trials that have a checkpoint, as they were.
 
         All others are there too, each in a cohort of its own, at their beginning.
@@ -155,20 +157,20 @@ class Recovery:
                 Makes cohorts of trials whose own cannot be made, given the error and the
                 checkpoint.
         """
-        lives = list[Live]()
+        runs = list[CohortRun]()
         for worker, trials in claimed.items():
             waiting = {trial.number: trial for trial in trials}
             checkpoint = self.checkpoint(worker)
             for kept in checkpoint.cohorts if checkpoint else ():
-                lives += self._revived(kept, waiting, broken)
+                runs += self._revived(kept, waiting, broken)
             for trial in waiting.values():
                 for running in self.begun(trial, 0):
-                    lives += self._anew([running], broken)
+                    runs += self._anew([running], broken)
         self._found.clear()
         self.storage.flush()  # how often they were taken over must be known if this ends badly
-        return lives
+        return runs
 
-    def again(self, group: Sequence[RunningTrial], checkpoint: Checkpoint | None) -> Live:
+    def again(self, group: Sequence[RunningTrial], checkpoint: Checkpoint | None) -> CohortRun:
         """A cohort of some of this worker's trials as they were at their last checkpoint.
 
         Where there is none it is a new one.
@@ -179,10 +181,10 @@ class Recovery:
                 cohort = self.cohort(kept, wanted.keys())
                 for facts in kept.facts["running"]:
                     if facts["number"] in wanted:
-                        wanted[facts["number"]].go_on_from(facts)
+                        wanted[facts["number"]].load_state_dict(facts)
                 return _live(cohort, group)
         for trial in group:
-            trial.go_on_from(None)
+            trial.load_state_dict(None)
         return _live(self.problem.cohort([trial.member for trial in group]), group)
 
     def forget(self) -> None:
@@ -191,10 +193,14 @@ class Recovery:
             return
         trials = [*self._listed(TrialState.RUNNING), *self.released()]
         attributes = [trial.user_attrs for trial in trials]
-        owners = {str(a.get(name)) for a in attributes for name in (WORKER, RELEASED, CHECKPOINT)}
+        owners = {
+            str(a.get(name)) for a in attributes for name in (WORKER, REQUEUED_BY, CHECKPOINT)
+        }
         leases = self.lease.read()
         for worker in leases.keys() - owners:
-            if folder_of(self.folder, worker).exists() and self.lease.is_dead(worker, leases):
+            if checkpoint_folder(self.folder, worker).exists() and self.lease.is_dead(
+                worker, leases
+            ):
                 forget(self.folder, worker)
 
     def _abandoned(self) -> dict[str, list[FrozenTrial]]:
@@ -202,7 +208,7 @@ class Recovery:
         found: dict[str, list[FrozenTrial]] = {}
         for trial in self._listed(TrialState.RUNNING):
             worker = self._owner(trial)
-            if worker and trial.number not in self.asker.running:
+            if worker and trial.number not in self.source.running:
                 found.setdefault(worker, []).append(trial)
         leases = self.lease.read() if found else {}
         dead = {worker: t for worker, t in found.items() if self.lease.is_dead(worker, leases)}
@@ -223,9 +229,10 @@ class Recovery:
             (trial.number, worker, trial)
             for worker, trials in abandoned.items()
             for trial in trials
-            if self.separates and trial.user_attrs.get(TAKEN_OVER, (0, 0))[0] + 1 >= SUSPECT
+            if self.separable
+            and trial.user_attrs.get(TAKEN_OVER, (0, 0))[0] + 1 >= QUARANTINE_DEATHS
         ]
-        self.is_postponed = bool(suspects) and sum(map(len, abandoned.values())) > 1
+        self.has_postponed = bool(suspects) and sum(map(len, abandoned.values())) > 1
         if not suspects:
             return abandoned
         _, worker, trial = min(suspects)
@@ -245,7 +252,9 @@ class Recovery:
         except UpdateFinishedTrialError:
             return False
 
-    def _revived(self, kept: Kept, waiting: dict[int, FrozenTrial], broken: Broken) -> list[Live]:
+    def _revived(
+        self, kept: CohortCheckpoint, waiting: dict[int, FrozenTrial], broken: Broken
+    ) -> list[CohortRun]:
         """One cohort of a checkpoint, with those of its trials that wait for it."""
         group = [
             running
@@ -253,23 +262,23 @@ class Recovery:
             if number in waiting
             for running in self.begun(waiting.pop(number), kept.steps[number])
         ]
-        lives, checkpoint = list[Live](), Checkpoint([kept], {})
+        runs, checkpoint = list[CohortRun](), Checkpoint([kept], {})
         for part in self._parts(group):
             try:
-                live = self.again(part, checkpoint)
+                run = self.again(part, checkpoint)
             except ValueError as error:  # of another version of the template
                 _logger.warning(f"Trials begin anew, their checkpoint is of no use: {error}")
-                lives += self._anew(part, broken)
+                runs += self._anew(part, broken)
             except Exception as error:  # whatever it is, it becomes an outcome
-                lives += broken(part, error, checkpoint)
+                runs += broken(part, error, checkpoint)
             else:
                 if len(part) == len(kept.numbers):
-                    live.slots = int(kept.facts["slots"])
-                live.rounds, live.leader = kept.facts["rounds"], Member(*kept.facts["leader"])
-                lives.append(_alone_if_suspect(live))
-        return lives
+                    run.slots = int(kept.facts["slots"])
+                run.rounds, run.leader = kept.facts["rounds"], Member(*kept.facts["leader"])
+                runs.append(_alone_if_suspect(run))
+        return runs
 
-    def _anew(self, group: list[RunningTrial], broken: Broken) -> list[Live]:
+    def _anew(self, group: list[RunningTrial], broken: Broken) -> list[CohortRun]:
         """A cohort of some of this worker's trials at their beginning."""
         try:
             return [_alone_if_suspect(self.again(group, None))]
@@ -278,8 +287,8 @@ class Recovery:
 
     def _parts(self, group: Sequence[RunningTrial]) -> list[list[RunningTrial]]:
         """Who is trained together: those under whom workers died again and again are alone."""
-        alone = [[trial] for trial in group if _times(trial) >= SUSPECT]
-        rest = [trial for trial in group if _times(trial) < SUSPECT]
+        alone = [[trial] for trial in group if _times(trial) >= QUARANTINE_DEATHS]
+        rest = [trial for trial in group if _times(trial) < QUARANTINE_DEATHS]
         return [*([rest] if rest else []), *alone]
 
     def begun(self, trial: FrozenTrial, done: int) -> list[RunningTrial]:
@@ -296,30 +305,30 @@ class Recovery:
             self.study.sampler = RandomSampler()  # all is decided: nobody is to be asked
         try:
             own = Trial(self.study, trial._trial_id)
-            note_move(own, trial)
+            record_earlier_environment(own, trial)
             times, last = trial.user_attrs.get(TAKEN_OVER, (0, 0))
             if trial.state == TrialState.RUNNING:  # a worker has died
                 times = times + 1 if done <= last else 1
             own.set_user_attr(TAKEN_OVER, [times, done])
-            if times > POISONOUS:
+            if times > MAX_WORKER_DEATHS:
                 _logger.warning(f"Trial {trial.number} failed: {times} workers died training it.")
                 own.set_user_attr("cause", "killed")
                 self.study.tell(own, state=TrialState.FAIL)
                 return []
-            begun = self.asker.begin_trial(own)
+            begun = self.source.begin_trial(own)
         finally:
             self.study.sampler = sampler
-        self.asker.running |= {running.member.number: running for running in begun}
+        self.source.running |= {running.member.number: running for running in begun}
         return begun
 
-    def cohort(self, kept: Kept, numbers: Collection[int] | None = None) -> Cohort:
+    def cohort(self, kept: CohortCheckpoint, numbers: Collection[int] | None = None) -> Cohort:
         """A kept cohort, or some of its members.
 
         Raises:
             ValueError: If it is of another version of the template.
         """
         facts = kept.snapshot.facts
-        numbers_there = [member.number for member in members_of(facts)]
+        numbers_there = [member.number for member in members_from_state(facts)]
         total = dict(zip(numbers_there, facts["total"], strict=True))
 
         def make(members: Sequence[Member]) -> Cohort:
@@ -333,8 +342,8 @@ class Recovery:
         wanted = total.keys() if numbers is None else set(numbers)
         places = [place for place, number in enumerate(numbers_there) if number in wanted]
         if len(places) == len(numbers_there):
-            return restored(make, kept.snapshot)
-        return restored(make, part_of(kept.snapshot, places))  # all may have no room
+            return restore_cohort(make, kept.snapshot)
+        return restore_cohort(make, select_state(kept.snapshot, places))  # all may have no room
 
 
 def _times(running: RunningTrial) -> int:
@@ -342,13 +351,13 @@ def _times(running: RunningTrial) -> int:
     return int(running.trial.user_attrs.get(TAKEN_OVER, (0, 0))[0])
 
 
-def _alone_if_suspect(live: Live) -> Live:
+def _alone_if_suspect(run: CohortRun) -> CohortRun:
     """The same, which is trained before all others and joined by none where workers died of it."""
-    if any(_times(trial) >= SUSPECT for trial in live.running.values()):
-        live.suspect_until = max(live.cohort.done) + 2
-    return live
+    if any(_times(trial) >= QUARANTINE_DEATHS for trial in run.running.values()):
+        run.quarantined_until = max(run.cohort.rounds_done) + 2
+    return run
 
 
-def _live(cohort: Cohort, group: Sequence[RunningTrial]) -> Live:
+def _live(cohort: Cohort, group: Sequence[RunningTrial]) -> CohortRun:
     running = {trial.member.number: trial for trial in group}
-    return Live(cohort, group[0].signature, group[0].member, running, len(group))
+    return CohortRun(cohort, group[0].signature, group[0].member, running, len(group))

@@ -18,27 +18,27 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp import seeds
-from optuna_nnhp.messages import brief
-from optuna_nnhp.study.lockstep import COURSE
-from optuna_nnhp.study.lockstep import stages_of
-from optuna_nnhp.study.loop import Budget
-from optuna_nnhp.study.loop import tidy_interrupts
-from optuna_nnhp.study.outcomes import last_line
+from optuna_nnhp import rng
+from optuna_nnhp.errors import short_repr
+from optuna_nnhp.study.autotune import seconds_per_step
+from optuna_nnhp.study.budget import Budget
+from optuna_nnhp.study.budget import graceful_shutdown
+from optuna_nnhp.study.failures import error_line
+from optuna_nnhp.study.lockstep import SCHEDULE
+from optuna_nnhp.study.lockstep import schedule_of
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
-from optuna_nnhp.study.sizes import seconds_per_step
-from optuna_nnhp.study.trials import params_as_trained
-from optuna_nnhp.training.again import train_again
+from optuna_nnhp.study.running_trial import params_for_retraining
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.machine import single_blas
+from optuna_nnhp.training.device import single_threaded_blas
+from optuna_nnhp.training.retrain import retrain
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 REPLICATES = "replicates"  # attribute of the study: what each trial came to with other seeds
-CONFIGURATIONS = 5  # so many of the best are trained again
-FEWEST = 2  # where time is short: one alone would have nothing to be compared with
+MAX_CONFIGURATIONS = 5  # so many of the best are trained again
+MIN_CONFIGURATIONS = 2  # where time is short: one alone would have nothing to be compared with
 MOST_SHARE = 0.25  # of the timeout, that replicates may take
 PREDICT_AFTER = 0.5  # of the timeout: then the best networks' kind is known
 MARGIN = 1.5  # times what is predicted: the best trials may still become longer ones
@@ -56,13 +56,13 @@ def check_replicates(count: object) -> int | None:
     is_whole = isinstance(count, Integral) and not isinstance(count, bool)
     if count is not None and (not is_whole or count < 1):  # type: ignore[operator]
         raise ValueError(
-            f"`replicates` must be a whole number of at least 1, but got {brief(count)}."
+            f"`replicates` must be a whole number of at least 1, but got {short_repr(count)}."
         )
     return None if count is None else int(count)  # type: ignore[call-overload]
 
 
 @dataclass
-class Replication:
+class ReplicateTrainer:
     """Trains a study's best configurations again, each ``count`` times, with other seeds.
 
     Other first weights, another order of the data and other noise, but the same data. These are
@@ -106,7 +106,7 @@ class Replication:
         try:
             self.predicted, needed = True, MARGIN * self._seconds(trials)
         except Exception as error:  # as when they are trained
-            _logger.warning(f"The replicates' time could not be measured: {last_line(error)}")
+            _logger.warning(f"The replicates' time could not be measured: {error_line(error)}")
             return
         self.budget.timeout = self.timeout - min(needed, self.timeout * MOST_SHARE)
         _logger.debug(f"Up to {needed:.2f} s are kept for replicates.")
@@ -127,12 +127,12 @@ class Replication:
         if is_late and self.timeout is not None:
             until = self.budget.seconds + MOST_SHARE * self.timeout
             self.budget.timeout = max(self.timeout, until)
-        with single_blas, tidy_interrupts(self.budget):
+        with single_threaded_blas, graceful_shutdown(self.budget):
             trials = self._affordable(study)
             for seed in (_seed(self.problem.seed, place) for place in range(self.count)):
                 record = study.user_attrs.get(REPLICATES, {})
                 missing = [t for t in trials if self._lacks(record, t.number, seed)]
-                problem = self.problem.reseeded(seed)
+                problem = self.problem.with_seed(seed)
                 if not self._train_all(study, problem, seed, missing):
                     _logger.info("There was no time for all replicates.")
                     return
@@ -142,16 +142,16 @@ class Replication:
     ) -> bool:
         """Train some trials with another seed, and keep their values; whether there was time."""
         out_of_time = self.budget.is_over
-        plain = [trial for trial in trials if COURSE not in trial.user_attrs]
+        plain = [trial for trial in trials if SCHEDULE not in trial.user_attrs]
         try:
             for group in _groups(problem, plain):
                 if not out_of_time():
                     _keep(study, seed, dict(_train(problem.cohort(group), out_of_time)))
             for trial in trials:
-                if COURSE in trial.user_attrs and not out_of_time():
+                if SCHEDULE in trial.user_attrs and not out_of_time():
                     _keep(study, seed, _train_course(problem, trial, out_of_time))
         except Exception as error:  # no room, or a user's network: the study is complete
-            _logger.warning(f"Not all replicates could be trained: {last_line(error)}")
+            _logger.warning(f"Not all replicates could be trained: {error_line(error)}")
         return not out_of_time()
 
     def _affordable(self, study: Study) -> list[FrozenTrial]:
@@ -160,11 +160,14 @@ class Replication:
         if self.timeout is None or self.budget.is_over():
             return trials
         try:
-            while len(trials) > FEWEST and self._seconds(trials) > self.budget.seconds_left:
+            while (
+                len(trials) > MIN_CONFIGURATIONS
+                and self._seconds(trials) > self.budget.seconds_left
+            ):
                 trials.pop()
         except Exception as error:  # no room, or a user's network: the study is complete
-            _logger.warning(f"The replicates' time could not be measured: {last_line(error)}")
-            return trials[:FEWEST]
+            _logger.warning(f"The replicates' time could not be measured: {error_line(error)}")
+            return trials[:MIN_CONFIGURATIONS]
         return trials
 
     def _lacks(self, record: Record, number: int, seed: int) -> bool:
@@ -188,7 +191,7 @@ def _seed(seed: int, place: int) -> int:
         >>> len({_seed(study, place) for study in range(3) for place in range(3)})
         9
     """
-    return seeds.mixed(seed, seeds.REPLICATES, place) % 2**32
+    return rng.mix_keys(seed, rng.REPLICATES, place) % 2**32
 
 
 def _best(study: Study, problem: Problem) -> list[FrozenTrial]:
@@ -197,7 +200,7 @@ def _best(study: Study, problem: Problem) -> list[FrozenTrial]:
     sign = -1.0 if problem.maximize else 1.0
     distinct: dict[tuple[Any, ...], FrozenTrial] = {}
     for trial in sorted(complete, key=lambda t: (sign * (t.value or 0.0), t.number)):
-        if len(distinct) < CONFIGURATIONS:
+        if len(distinct) < MAX_CONFIGURATIONS:
             distinct.setdefault(tuple(sorted(trial.params.items())), trial)
     return list(distinct.values())
 
@@ -207,7 +210,7 @@ def _groups(problem: Problem, trials: Sequence[FrozenTrial]) -> list[list[Member
     groups: dict[Hashable, list[Member]] = defaultdict(list)
     for trial in trials:
         try:
-            member = problem.member(trial.number, params_as_trained(trial))
+            member = problem.member(trial.number, params_for_retraining(trial))
             groups[problem.signature(member)].append(member)
         except TrialError as error:
             _logger.warning(f"Trial {trial.number} cannot be trained again: {error}")
@@ -227,7 +230,7 @@ def _train(cohort: Cohort, out_of_time: Callable[[], bool]) -> Iterator[tuple[in
         scores = cohort.train_round(out_of_time)
         if scores is None:
             return
-        ends = {p: end for p, end in zip(scores.places, scores.ended, strict=True) if end}
+        ends = {p: end for p, end in zip(scores.indices, scores.ended, strict=True) if end}
         for place, end in ends.items():
             value = cohort.best_value(place)
             is_value = end != "diverged" and math.isfinite(value)
@@ -236,16 +239,18 @@ def _train(cohort: Cohort, out_of_time: Callable[[], bool]) -> Iterator[tuple[in
         if not stay:
             return
         if ends:
-            cohort.keep(stay)
+            cohort.select(stay)
 
 
 def _train_course(
     problem: Problem, trial: FrozenTrial, out_of_time: Callable[[], bool]
 ) -> dict[int, float | None]:
     """Train a network along a trial's course, up to the round where the trial was at its best."""
-    course = stages_of(problem, trial)
+    course = schedule_of(problem, trial)
     until = round(trial.user_attrs["best_epoch"] * problem.rounds_per_epoch)
-    again = train_again(problem.cohort, course, until, 0, ends=(), out_of_time=out_of_time)
+    again = retrain(
+        problem.cohort, course, until, 0, evaluation_rounds=(), out_of_time=out_of_time
+    )
     value = again.values.get(until)
     if value is None:
         return {}

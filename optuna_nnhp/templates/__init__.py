@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from optuna_nnhp.messages import unknown
-from optuna_nnhp.templates.common import Template as Template
-from optuna_nnhp.templates.dnn import DNN as DNN
-from optuna_nnhp.templates.gpt import GPT as GPT
+from optuna_nnhp.errors import unknown_name
+from optuna_nnhp.templates.custom_network import CustomNetworkTemplate as CustomNetworkTemplate
+from optuna_nnhp.templates.dnn import DNNTemplate as DNNTemplate
+from optuna_nnhp.templates.gpt import GPTTemplate as GPTTemplate
 from optuna_nnhp.templates.language_model import LanguageModel as LanguageModel
-from optuna_nnhp.templates.own import OwnNetwork as OwnNetwork
 from optuna_nnhp.templates.predictor import Predictor as Predictor
 from optuna_nnhp.templates.presets import preset as preset
+from optuna_nnhp.templates.supervised import Template as Template
 
 TEMPLATES = ("dnn", "gpt")
 # What only some templates take, and what each takes without it being given.
@@ -35,7 +35,7 @@ def make_problem(
         template:
             One of `TEMPLATES`.
         network:
-            The user's function instead; see `OwnNetwork`.
+            The user's function instead; see `CustomNetworkTemplate`.
         X:
             The examples, or the text.
         timeout:
@@ -51,20 +51,20 @@ def make_problem(
         'accuracy'
     """
     if network is None and (not isinstance(template, str) or template not in TEMPLATES):
-        raise unknown("a template", template, TEMPLATES)
+        raise unknown_name("a template", template, TEMPLATES)
     validation = options.pop("validation", None)
     default = VALIDATION[template] if network is None else VALIDATION["dnn"]
     options["validation"] = default if validation is None else validation
     if network is None and template == "gpt":
-        return GPT(X, timeout=timeout, **_without(options, TABLES, "tables"))
+        return GPTTemplate(X, timeout=timeout, **_without(options, TABLES, "tables"))
     options = _without(options, TEXTS, "texts")
     if network is None:
-        return DNN(X, **options)
+        return DNNTemplate(X, **options)
     if not isinstance(template, str) or template != "dnn":
         raise ValueError(
             "`template` must not be given with `network`: optimize(network=network, X=X, y=y)."
         )
-    return OwnNetwork(network, X, **options)
+    return CustomNetworkTemplate(network, X, **options)
 
 
 def _without(options: Mapping[str, Any], others: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -13,36 +13,36 @@ from optuna.distributions import BaseDistribution
 import torch
 from torch import nn
 
-from optuna_nnhp import seeds
-from optuna_nnhp.data.tabular import prepare
-from optuna_nnhp.hyperparameters.catalogue import choose
+from optuna_nnhp import rng
+from optuna_nnhp.data.supervised import prepare_table
 from optuna_nnhp.hyperparameters.catalogue import default_params
-from optuna_nnhp.hyperparameters.catalogue import effective
-from optuna_nnhp.hyperparameters.record import Value
-from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.hyperparameters.catalogue import effective_params
+from optuna_nnhp.hyperparameters.catalogue import resolve_space
+from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp.hyperparameters.spec import is_in_distribution
 from optuna_nnhp.hyperparameters.width import fold_width
 from optuna_nnhp.hyperparameters.width import padded_width
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.networks.mlp import build_mlp
 from optuna_nnhp.networks.mlp import count_weights
 from optuna_nnhp.networks.mlp import mlp_signature
-from optuna_nnhp.templates.common import Supervised
-from optuna_nnhp.templates.common import check_memory
-from optuna_nnhp.templates.common import cohort_size
-from optuna_nnhp.templates.common import judged_by
-from optuna_nnhp.templates.common import read
+from optuna_nnhp.templates.supervised import SupervisedTemplate
+from optuna_nnhp.templates.supervised import bounded_cohort_size
+from optuna_nnhp.templates.supervised import check_fits_in_memory
+from optuna_nnhp.templates.supervised import load_examples
+from optuna_nnhp.templates.supervised import resolve_target_metric
 from optuna_nnhp.training.cohort import Member
 
 # Cheap configurations that are often better than the default: one wide hidden layer at high rates,
 # by width and dropout. On 13 data sets with two seeds each the best of the four beat the default
 # in 22 of 26 (tests/benchmarks/LOG.md, 2026-11-25). A wide table makes them dear: then they are
 # left out.
-CHEAP = 0.5  # of the default's weights, that one of them has at most
-SHALLOW: dict[str, Value] = {"hidden_layers": 1, "batch_size": 64, "label_smoothing": 0.1}
-WIDTHS, RATES = {256: 0.1, 512: 0.05}, (6e-3, 1.2e-2)
+MAX_PORTFOLIO_WEIGHTS_RATIO = 0.5  # of the default's weights, that one of them has at most
+SHALLOW_PARAMS: dict[str, Value] = {"hidden_layers": 1, "batch_size": 64, "label_smoothing": 0.1}
+SHALLOW_WIDTHS, SHALLOW_LEARNING_RATES = {256: 0.1, 512: 0.05}, (6e-3, 1.2e-2)
 
 
-class DNN(Supervised):
+class DNNTemplate(SupervisedTemplate):
     """Multilayer perceptrons on a table: the data, the space, the network and the metric.
 
     Args:
@@ -84,7 +84,7 @@ class DNN(Supervised):
     Example:
         >>> import numpy as np
         >>> X = np.random.default_rng(0).normal(size=(100, 3))
-        >>> problem = DNN(X, X[:, 0] > 0, fixed={"epochs": 2})
+        >>> problem = DNNTemplate(X, X[:, 0] > 0, fixed={"epochs": 2})
         >>> problem.description["task"], problem.maximize
         ('binary', True)
     """
@@ -105,11 +105,11 @@ class DNN(Supervised):
         device: str | torch.device | None = None,
         compile: bool = False,
     ) -> None:
-        seeds.check_seed(seed)
-        X, y = read(X, y, target)
-        data = prepare(X, y, task=task, validation=validation, seed=seed)
-        judge = judged_by(metric, direction, data.target)
-        chosen = choose(data.target.task, space, fixed)
+        rng.check_seed(seed)
+        X, y = load_examples(X, y, target)
+        data = prepare_table(X, y, task=task, validation=validation, seed=seed)
+        judge = resolve_target_metric(metric, direction, data.target)
+        chosen = resolve_space(data.target.task, space, fixed)
         self.inputs: int = data.train_X.shape[1]
         self.outputs = max(1, len(data.target.classes))
         super().__init__("dnn", data, judge, *chosen, seed=seed, device=device, compile=compile)
@@ -117,7 +117,9 @@ class DNN(Supervised):
     def defaults(self) -> dict[str, Value]:
         """The catalogue's defaults, as far as they lie in the space."""
         defaults = default_params(self.target.task, self.space)
-        return {n: value for n, value in defaults.items() if holds(self.space[n], value)}
+        return {
+            n: value for n, value in defaults.items() if is_in_distribution(self.space[n], value)
+        }
 
     def portfolio(self) -> list[dict[str, Value]]:
         """Shallow networks at high rates, as far as the space has them and they are cheap."""
@@ -125,27 +127,29 @@ class DNN(Supervised):
         defaults = self.defaults()
         if not (self.space.keys() <= defaults.keys()):
             return []  # there is no default for them to be cheaper than
-        most = CHEAP * self.count_weights(self.member(0, defaults))
-        for (width, dropout), rate in product(WIDTHS.items(), RATES):
-            wishes = {**SHALLOW, "width": width, "dropout": dropout, "learning_rate": rate}
-            tuned = {name: value for name, value in wishes.items() if name in self.space}
+        max_weights = MAX_PORTFOLIO_WEIGHTS_RATIO * self.count_weights(self.member(0, defaults))
+        for (width, dropout), rate in product(SHALLOW_WIDTHS.items(), SHALLOW_LEARNING_RATES):
+            wanted = {**SHALLOW_PARAMS, "width": width, "dropout": dropout, "learning_rate": rate}
+            tuned = {name: value for name, value in wanted.items() if name in self.space}
             has_shape = {"hidden_layers", "width"} <= tuned.keys()
-            if not has_shape or not all(holds(self.space[n], v) for n, v in tuned.items()):
+            if not has_shape or not all(
+                is_in_distribution(self.space[n], v) for n, v in tuned.items()
+            ):
                 continue
             params = {**defaults, **tuned}
-            is_cheap = self.count_weights(self.member(0, params)) <= most
+            is_cheap = self.count_weights(self.member(0, params)) <= max_weights
             if is_cheap and params not in portfolio:
                 portfolio.append(params)
         return portfolio
 
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
         """A trial; its first weights follow from the study's seed and its number."""
-        values = effective(self.target.task, {**self.fixed, **params})
+        values = effective_params(self.target.task, {**self.fixed, **params})
         return Member(number, number, values)
 
     def signature(self, member: Member) -> Hashable:
         """Depth, padded width, normalization, batch size, and the budget if in iterations."""
-        check_memory(self.memory(member), self.device)
+        check_fits_in_memory(self.memory(member), self.device)
         params = member.params
         return (mlp_signature(params), params["batch_size"], params["iterations"])
 
@@ -159,7 +163,7 @@ class DNN(Supervised):
             if name != "width":
                 return value
             folded = fold_width(value, padded)
-            known = holds(self.space["width"], folded)
+            known = is_in_distribution(self.space["width"], folded)
             return folded if known else leader.params["width"]
 
         return pin
@@ -167,7 +171,7 @@ class DNN(Supervised):
     def cohort_size(self, leader: Member) -> int:
         """As many as memory allows, and as keep a round of the whole cohort short."""
         flops = 6.0 * self._padded_weights(leader) * len(self.data.train_X)
-        return cohort_size(self.memory(leader), flops / self.rounds_per_epoch, self.device)
+        return bounded_cohort_size(self.memory(leader), flops / self.rounds_per_epoch, self.device)
 
     def memory(self, member: Member) -> int:
         """Weights, gradients, two optimizer states, the best weights; five tensors a layer; and
@@ -192,6 +196,6 @@ class DNN(Supervised):
         return build_mlp(member.params, self.inputs, self.outputs)
 
     def _build(self, members: Sequence[Member]) -> StackedMLP:
-        generators = [seeds.generator(self.seed, seeds.INITIALIZATION, m.seed) for m in members]
+        generators = [rng.generator(self.seed, rng.INITIALIZATION, m.seed) for m in members]
         stack = StackedMLP([m.params for m in members], self.inputs, self.outputs, generators)
         return stack.to(self.device)

@@ -19,54 +19,54 @@ from optuna.distributions import CategoricalDistribution
 import torch
 from torch import nn
 
-from optuna_nnhp import seeds
-from optuna_nnhp.data.text import Source
-from optuna_nnhp.data.text import Tokens
+from optuna_nnhp import rng
+from optuna_nnhp.data.text import TextSource
+from optuna_nnhp.data.text import TokenizedText
 from optuna_nnhp.data.text import bundled_text
-from optuna_nnhp.data.text import check_length
+from optuna_nnhp.data.text import check_context_fits
 from optuna_nnhp.data.text import prepare_text
-from optuna_nnhp.hyperparameters.catalogue import changing
-from optuna_nnhp.hyperparameters.catalogue import choose
+from optuna_nnhp.hyperparameters.catalogue import as_plain_dict
 from optuna_nnhp.hyperparameters.catalogue import default_params
-from optuna_nnhp.hyperparameters.catalogue import effective
-from optuna_nnhp.hyperparameters.catalogue import given as asked
-from optuna_nnhp.hyperparameters.catalogue import nearest
-from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp.hyperparameters.catalogue import effective_params
+from optuna_nnhp.hyperparameters.catalogue import mutable_names
+from optuna_nnhp.hyperparameters.catalogue import nearest_value
+from optuna_nnhp.hyperparameters.catalogue import resolve_space
+from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
-from optuna_nnhp.hyperparameters.record import Value
-from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp.hyperparameters.spec import is_in_distribution
 from optuna_nnhp.networks.gpt import GPT as Network
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.transformer import Architecture
 from optuna_nnhp.networks.transformer import count_parameters
+from optuna_nnhp.study.autotune import measure_seconds_per_step
 from optuna_nnhp.study.problem import TrialError
-from optuna_nnhp.study.sizes import measured_step
-from optuna_nnhp.templates.common import budget as epochs_budget
-from optuna_nnhp.templates.common import check_memory
-from optuna_nnhp.templates.common import cohort_size
-from optuna_nnhp.templates.common import digest
-from optuna_nnhp.templates.gpt_defaults import BUDGETS
+from optuna_nnhp.templates.gpt_defaults import BUDGET_NAMES
 from optuna_nnhp.templates.gpt_defaults import defaults_for
-from optuna_nnhp.templates.gpt_defaults import trial_seconds
-from optuna_nnhp.templates.gpt_defaults import values_of_preset
+from optuna_nnhp.templates.gpt_defaults import expected_trial_seconds
+from optuna_nnhp.templates.gpt_defaults import preset_params
 from optuna_nnhp.templates.language_model import LanguageModel
-from optuna_nnhp.templates.language_model import bytes_after_first
+from optuna_nnhp.templates.language_model import count_predicted_bytes
+from optuna_nnhp.templates.supervised import bounded_cohort_size
+from optuna_nnhp.templates.supervised import check_fits_in_memory
+from optuna_nnhp.templates.supervised import describe_budget as describe_epochs
+from optuna_nnhp.templates.supervised import search_digest
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.compiling import check_compile
-from optuna_nnhp.training.language import ROUNDS
+from optuna_nnhp.training.device import resolve_device
+from optuna_nnhp.training.language import ROUNDS_PER_BUDGET
 from optuna_nnhp.training.language import Corpus
 from optuna_nnhp.training.language import LanguageTask
 from optuna_nnhp.training.language import TokenLoss
 from optuna_nnhp.training.language import bits_per_token
-from optuna_nnhp.training.machine import to_device
 from optuna_nnhp.training.metrics import Metric
+from optuna_nnhp.training.torch_compile import check_compile
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 
-class GPT:
+class GPTTemplate:
     """Small GPTs on a text: the data, the space, the network, and bits per byte.
 
     Args:
@@ -99,21 +99,23 @@ class GPT:
         FileNotFoundError: If there is no such file.
 
     Example:
-        >>> problem = GPT("to be or not to be\\n" * 99, fixed={"context": 32, "iterations": 50})
+        >>> problem = GPTTemplate(
+        ...     "to be or not to be\\n" * 99, fixed={"context": 32, "iterations": 50}
+        ... )
         >>> problem.metric.name, problem.maximize, problem.defaults()["layers"]
         ('bits_per_byte', False, 2)
     """
 
     maximize = False
-    one_by_one = True
-    first_rung = 3  # a third of the budget: rankings of optimizers change before
-    rounds_per_epoch = ROUNDS
+    sequential = True
+    min_resource = 3  # a third of the budget: rankings of optimizers change before
+    rounds_per_epoch = ROUNDS_PER_BUDGET
 
     def __init__(
         self,
-        X: Source | None = None,
+        X: TextSource | None = None,
         *,
-        validation: float | Source = 0.1,
+        validation: float | TextSource = 0.1,
         errors: str = "strict",
         space: Mapping[str, BaseDistribution] | None = None,
         fixed: Mapping[str, Value] | None = None,
@@ -123,7 +125,7 @@ class GPT:
         device: str | torch.device | None = None,
         compile: bool = False,
     ) -> None:
-        self.seed, self.device = seeds.check_seed(seed), to_device(device)
+        self.seed, self.device = rng.check_seed(seed), resolve_device(device)
         self.compile = check_compile(compile, self.device)
         source = bundled_text() if X is None else X
         if X is None:
@@ -131,29 +133,29 @@ class GPT:
         self.text = prepare_text(source, validation=validation, errors=errors)
         self.timeout = timeout
         self._corpora: dict[tuple[str, int | None], Corpus] = {}
-        begins = {} if preset is None else values_of_preset(preset)
-        space, fixed = asked("space", space), asked("fixed", fixed)
-        given = _with_heads(fixed, space, begins)
-        choose("language", space, given)  # before anything is computed with it
-        seconds = trial_seconds(given, space, timeout)
+        preset_values = {} if preset is None else preset_params(preset)
+        space, fixed = as_plain_dict("space", space), as_plain_dict("fixed", fixed)
+        given = _width_to_heads(fixed, space, preset_values)
+        resolve_space("language", space, given)  # before anything is computed with it
+        seconds = expected_trial_seconds(given, space, timeout)
         if timeout is not None and given.get("seconds") and seconds > timeout:
             raise ValueError(
                 f"`seconds` must be at most the timeout, {timeout:g}, but got {seconds:g}."
             )
-        self._start = {
+        self._base_values = {
             **defaults_for(seconds, len(self.text.train)),
-            "tokens": self.text.default_kind,
-            **begins,
+            "tokens": self.text.default_tokenizer,
+            **preset_values,
         }
-        if not any(given.get(name) or name in space for name in BUDGETS):
+        if not any(given.get(name) or name in space for name in BUDGET_NAMES):
             given["seconds"] = seconds
-        self.space, rest = choose("language", space, given)
-        self.fixed = {n: v if n in given else self._start.get(n, v) for n, v in rest.items()}
+        self.space, rest = resolve_space("language", space, given)
+        self.fixed = {n: v if n in given else self._base_values.get(n, v) for n, v in rest.items()}
         self._check_space()
         if "vocabulary" in (given | self.space):
             self._check_vocabulary()
         self.metric = Metric("bits_per_byte", "minimize", ("language",), bits_per_token)
-        mark = digest(self.space, self.fixed, preset or "")
+        mark = search_digest(self.space, self.fixed, preset or "")
         self.name = f"gpt-bits_per_byte-{self.text.fingerprint}-{mark}"
         described = self.text.describe()
         self.description: dict[str, Any] = {
@@ -164,39 +166,39 @@ class GPT:
             "data": f"{described['characters']:,} characters, {described['alphabet']} different; "
             f"the last {described['valid_characters']:,} judge the trials"
             + (" (Python's documentation)" if X is None else ""),
-            "budget": self._budget_in_words(),
-            "rounds_per_epoch": ROUNDS,
+            "budget": self._describe_budget(),
+            "rounds_per_epoch": ROUNDS_PER_BUDGET,
         }
 
     # --- What is tuned ---
 
     def _check_space(self) -> None:
         """Raise now what would raise in every trial."""
-        smallest = self._smallest("context")
-        for kind in self._values("tokens"):
-            sizes = self._values("vocabulary") if kind == "bpe" else [None]
+        smallest = self._smallest_value("context")
+        for kind in self._possible_values("tokens"):
+            sizes = self._possible_values("vocabulary") if kind == "bpe" else [None]
             for size in sizes:
-                check_length(
-                    self.text.tokens(str(kind), None if size is None else int(size)), smallest
+                check_context_fits(
+                    self.text.tokenize(str(kind), None if size is None else int(size)), smallest
                 )
         step = getattr(self.space.get("head_size"), "step", 2)
-        for value in [*self._values("head_size"), step]:
-            if int(value or 0) % 2 and "rotary" in self._values("positions"):
+        for value in [*self._possible_values("head_size"), step]:
+            if int(value or 0) % 2 and "rotary" in self._possible_values("positions"):
                 raise ValueError(
                     f"`head_size` must be even with rotary positions, but can be odd: {value}."
                 )
 
     def _check_vocabulary(self) -> None:
         """Raise where no trial would use the size that was asked for."""
-        kinds = self._values("tokens")
+        kinds = self._possible_values("tokens")
         if "bpe" not in kinds:
-            wish = self.space.get("vocabulary", self.fixed.get("vocabulary"))
+            wanted = self.space.get("vocabulary", self.fixed.get("vocabulary"))
             raise ValueError(
                 "`vocabulary` must be given only where `tokens` can be 'bpe', but got "
-                f"{wish} with {' or '.join(map(repr, kinds))}."
+                f"{wanted} with {' or '.join(map(repr, kinds))}."
             )
 
-    def _values(self, name: str) -> Sequence[Any]:
+    def _possible_values(self, name: str) -> Sequence[Any]:
         """What a hyperparameter can be: its choices, or the ends of its range."""
         if name not in self.space:
             return [self.fixed[name]]
@@ -205,35 +207,39 @@ class GPT:
             return list(distribution.choices)
         return [distribution.low, distribution.high]
 
-    def _smallest(self, name: str) -> int:
-        return min(int(value) for value in self._values(name))
+    def _smallest_value(self, name: str) -> int:
+        return min(int(value) for value in self._possible_values(name))
 
-    def _budget_in_words(self) -> str:
-        for name, unit in zip(BUDGETS, ("seconds of training", "tokens", "steps"), strict=True):
+    def _describe_budget(self) -> str:
+        for name, unit in zip(
+            BUDGET_NAMES, ("seconds of training", "tokens", "steps"), strict=True
+        ):
             if name in self.space:
                 return f"a tuned number of {unit} a trial"
             if self.fixed[name]:
                 return f"{self.fixed[name]:g} {unit} a trial"
-        return epochs_budget(self.space, self.fixed)
+        return describe_epochs(self.space, self.fixed)
 
     def defaults(self) -> dict[str, Value]:
         """The configuration of the first trial: by the size of the text and the budget."""
         defaults = default_params("language", self.space) | {
-            name: nearest(value, self.space[name])
-            for name, value in self._start.items()
+            name: nearest_value(value, self.space[name])
+            for name, value in self._base_values.items()
             if name in self.space
         }
-        defaults = {n: value for n, value in defaults.items() if holds(self.space[n], value)}
-        return defaults | self._context_that_fits(defaults)
+        defaults = {
+            n: value for n, value in defaults.items() if is_in_distribution(self.space[n], value)
+        }
+        return defaults | self._longest_fitting_context(defaults)
 
-    def _context_that_fits(self, defaults: Mapping[str, Value]) -> dict[str, Value]:
+    def _longest_fitting_context(self, defaults: Mapping[str, Value]) -> dict[str, Value]:
         """The longest context of the space that the text has room for, up to the wanted one."""
         if "context" not in self.space:
             return {}
         tokens = self._tokens(self.member(0, defaults))
         room = min(len(tokens.train), len(tokens.valid)) - 1
         wanted = int(defaults.get("context") or 0)
-        fitting = [int(v) for v in self._values("context") if int(v) <= min(room, wanted)]
+        fitting = [int(v) for v in self._possible_values("context") if int(v) <= min(room, wanted)]
         return {"context": max(fitting)} if wanted > room and fitting else {}
 
     # --- Trials ---
@@ -244,7 +250,7 @@ class GPT:
 
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
         """A trial; its first weights follow from the study's seed and its number."""
-        return Member(number, number, effective("language", {**self.fixed, **params}))
+        return Member(number, number, effective_params("language", {**self.fixed, **params}))
 
     def signature(self, member: Member) -> Hashable:
         """Architecture, text, windows, steps and optimizer.
@@ -252,33 +258,33 @@ class GPT:
         Raises:
             TrialError: If the trial would need more memory or time than there is.
         """
-        shape = self._shape(member)
-        check_memory(self.memory(member), self.device)
+        shape = self._static_signature(member)
+        check_fits_in_memory(self.memory(member), self.device)
         return (*shape, self._iterations(member))
 
-    def _shape(self, member: Member) -> tuple[Hashable, ...]:
+    def _static_signature(self, member: Member) -> tuple[Hashable, ...]:
         """All of a signature but the number of steps."""
         params = member.params
         tokens = self._tokens(member)
         try:
-            check_length(tokens, int(params["context"] or 1))
+            check_context_fits(tokens, int(params["context"] or 1))
         except ValueError as error:
             raise TrialError(str(error)) from error
         kind = str(params["tokens"])
         bpe = int(params["vocabulary"] or 0) if kind == "bpe" else 0
-        architecture = Architecture.of(params, tokens.tokenizer.size)
-        return (architecture, kind, bpe, self._sequences(member), params["optimizer"])
+        architecture = Architecture.from_params(params, tokens.tokenizer.size)
+        return (architecture, kind, bpe, self._sequences_per_step(member), params["optimizer"])
 
-    def _tokens(self, member: Member) -> Tokens:
+    def _tokens(self, member: Member) -> TokenizedText:
         kind = str(member.params["tokens"])
         size = int(member.params["vocabulary"] or 0) if kind == "bpe" else None
         try:
-            return self.text.tokens(kind, size)
+            return self.text.tokenize(kind, size)
         except ValueError as error:
             raise TrialError(str(error)) from error
 
     @staticmethod
-    def _sequences(member: Member) -> int:
+    def _sequences_per_step(member: Member) -> int:
         params = member.params
         return max(1, round(int(params["batch_tokens"] or 1) / int(params["context"] or 1)))
 
@@ -288,13 +294,19 @@ class GPT:
         Raises:
             TrialError: If they would take longer than the study may.
         """
-        params, each = member.params, self._sequences(member) * int(member.params["context"] or 1)
+        params, each = (
+            member.params,
+            self._sequences_per_step(member) * int(member.params["context"] or 1),
+        )
         if params["iterations"]:
             steps = int(params["iterations"])
         elif params["train_tokens"]:
             steps = math.ceil(float(params["train_tokens"]) / each)
         else:
-            return max(ROUNDS, int(float(params["seconds"] or 0) / self.seconds_per_step(member)))
+            return max(
+                ROUNDS_PER_BUDGET,
+                int(float(params["seconds"] or 0) / self.seconds_per_step(member)),
+            )
         if self.timeout is not None:
             seconds = steps * self.seconds_per_step(member)
             if seconds > self.timeout:
@@ -306,14 +318,14 @@ class GPT:
 
     def seconds_per_step(self, member: Member) -> float:
         """How long a step takes, alone; measured once for each shape and remembered."""
-        key = repr((self._shape(member), str(self.device), self.compile))
-        return measured_step(key, lambda: self._cohort([member], iterations=10**6))
+        key = repr((self._static_signature(member), str(self.device), self.compile))
+        return measure_seconds_per_step(key, lambda: self._cohort([member], iterations=10**6))
 
     def memory(self, member: Member) -> int:
         """Bytes that training it takes, about: weights, gradients (of two halves too), states,
         best weights; and what each layer keeps for a step's tokens."""
-        architecture = Architecture.of(member.params, self._tokens(member).tokenizer.size)
-        tokens = self._sequences(member) * architecture.context
+        architecture = Architecture.from_params(member.params, self._tokens(member).tokenizer.size)
+        tokens = self._sequences_per_step(member) * architecture.context
         kept = architecture.layers * (10 * architecture.width + 3 * architecture.inner)
         kept += 4 * architecture.vocabulary
         return 4 * (8 * count_parameters(architecture) + tokens * kept)
@@ -323,26 +335,32 @@ class GPT:
         static = _static_names()
         return lambda name, value: leader.params[name] if name in static else value
 
-    def changeable(self) -> frozenset[str]:
+    def mutable_names(self) -> frozenset[str]:
         """What of the space may change while a network trains."""
-        return changing() & self.space.keys()
+        return mutable_names() & self.space.keys()
 
-    def stacks(self, leader: Member) -> bool:
+    def is_stackable(self, leader: Member) -> bool:
         """Whether trials like one can be trained as one stack: always."""
         return True
 
     def cohort_size(self, leader: Member) -> int:
         """As many as memory allows."""
-        architecture = Architecture.of(leader.params, self._tokens(leader).tokenizer.size)
-        tokens = self._sequences(leader) * architecture.context
-        flops = 6.0 * count_parameters(architecture) * tokens * self._iterations(leader) / ROUNDS
-        return cohort_size(self.memory(leader), flops, self.device)
+        architecture = Architecture.from_params(leader.params, self._tokens(leader).tokenizer.size)
+        tokens = self._sequences_per_step(leader) * architecture.context
+        flops = (
+            6.0
+            * count_parameters(architecture)
+            * tokens
+            * self._iterations(leader)
+            / ROUNDS_PER_BUDGET
+        )
+        return bounded_cohort_size(self.memory(leader), flops, self.device)
 
     def cohort(self, members: Sequence[Member]) -> Cohort:
         """A cohort ready to train."""
         return self._cohort(members, self._iterations(members[0]))
 
-    def reseeded(self, seed: int) -> Self:
+    def with_seed(self, seed: int) -> Self:
         """The same text with other first weights, windows and noise."""
         other = copy(self)
         other.seed = seed
@@ -353,10 +371,10 @@ class GPT:
         tokens = self._tokens(first)
         corpus = self._corpus(str(first.params["tokens"]), int(first.params["vocabulary"] or 0))
         train, valid = corpus.train, corpus.valid
-        architecture = Architecture.of(first.params, tokens.tokenizer.size)
+        architecture = Architecture.from_params(first.params, tokens.tokenizer.size)
 
         def build(some: Sequence[Member]) -> StackedGPT:
-            sources = [seeds.generator(self.seed, seeds.INITIALIZATION, m.seed) for m in some]
+            sources = [rng.generator(self.seed, rng.INITIALIZATION, m.seed) for m in some]
             stack = StackedGPT(architecture, [m.params for m in some], sources)
             return stack.to(self.device)
 
@@ -369,7 +387,7 @@ class GPT:
             seed=self.seed,
             corpus=corpus,
             context=architecture.context,
-            sequences=self._sequences(first),
+            sequences=self._sequences_per_step(first),
             iterations=iterations,
             compile=self.compile,
         )
@@ -383,12 +401,12 @@ class GPT:
         """The text as tokens on the device, held once."""
         key = kind, vocabulary if kind == "bpe" else None
         if key not in self._corpora:
-            tokens = self.text.tokens(*key)
+            tokens = self.text.tokenize(*key)
             train, valid = (
                 torch.tensor(part, dtype=torch.long, device=self.device)
                 for part in (tokens.train, tokens.valid)
             )
-            judged = bytes_after_first(tokens.tokenizer, valid[:1].cpu(), self.text.valid)
+            judged = count_predicted_bytes(tokens.tokenizer, valid[:1].cpu(), self.text.valid)
             self._corpora[key] = Corpus(train, valid, judged)
         return self._corpora[key]
 
@@ -397,17 +415,17 @@ class GPT:
     def count_weights(self, member: Member) -> int:
         """Number of trained weights."""
         return count_parameters(
-            Architecture.of(member.params, self._tokens(member).tokenizer.size)
+            Architecture.from_params(member.params, self._tokens(member).tokenizer.size)
         )
 
     def network(self, member: Member) -> nn.Module:
         """A trial's network as a plain module, weights not yet loaded."""
-        architecture = Architecture.of(member.params, self._tokens(member).tokenizer.size)
+        architecture = Architecture.from_params(member.params, self._tokens(member).tokenizer.size)
         return Network(architecture, float(member.params["dropout"] or 0))
 
     def attributes(self, member: Member) -> dict[str, Any]:
         """What a reader should know of a trial, besides what all templates tell."""
-        each = self._sequences(member) * int(member.params["context"] or 1)
+        each = self._sequences_per_step(member) * int(member.params["context"] or 1)
         return {"tokens_per_step": each, "budget_iterations": self._iterations(member)}
 
     def predictor(
@@ -421,11 +439,13 @@ class GPT:
 
 @functools.cache
 def _static_names() -> frozenset[str]:
-    return frozenset(name for name, h in records("language").items() if h.static)
+    return frozenset(name for name, h in specs("language").items() if h.static)
 
 
-def _with_heads(
-    fixed: dict[str, Value], space: Mapping[str, BaseDistribution], begins: Mapping[str, Value]
+def _width_to_heads(
+    fixed: dict[str, Value],
+    space: Mapping[str, BaseDistribution],
+    preset_values: Mapping[str, Value],
 ) -> dict[str, Value]:
     """A user's ``width`` as a number of heads, whose size is fixed or a preset's."""
     if "width" not in fixed:
@@ -433,7 +453,7 @@ def _with_heads(
     if "heads" in fixed or "heads" in space or "head_size" in space:
         raise ValueError("`width` must not be given with `heads`, or with a tuned `head_size`.")
     width: Any = fixed.pop("width")
-    size: Any = fixed.get("head_size", begins.get("head_size", 16))
+    size: Any = fixed.get("head_size", preset_values.get("head_size", 16))
     if not isinstance(width, Integral) or not isinstance(size, Integral) or size < 1:
         raise ValueError(f"`width` must be a whole number, but got {width!r}.")
     if width < 1 or width % size:

@@ -6,27 +6,32 @@ from collections.abc import Mapping
 
 from optuna.distributions import BaseDistribution
 
-from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.templates.presets import preset
 
 # What the measurements in tests/benchmarks/LOG.md came to, on two cores of a CPU.
-SHORT, MIDDLE = 9.0, 20.0  # seconds of training: two and three layers see more text, up to here
-OFTEN = 10.0  # passes over the text from which dropout pays
+SHORT_TRIAL_SECONDS, MEDIUM_TRIAL_SECONDS = (
+    9.0,
+    20.0,
+)  # seconds of training: two and three layers see more text, up to here
+DROPOUT_EPOCHS = 10.0  # passes over the text from which dropout pays
 TOKENS_PER_SECOND = 80_000  # of four layers of width 64
 TOKENS_PER_STEP = 768  # about, where the budget is a number of steps
 
-TRIAL_SHARE = 0.1  # of the timeout: a trial's seconds of training, if nothing else is said
-TRIAL_SECONDS = 30.0  # without a timeout
-BUDGETS = ("seconds", "train_tokens", "iterations")
+TRIAL_TIMEOUT_FRACTION = (
+    0.1  # of the timeout: a trial's seconds of training, if nothing else is said
+)
+DEFAULT_TRIAL_SECONDS = 30.0  # without a timeout
+BUDGET_NAMES = ("seconds", "train_tokens", "iterations")
 
 NORMALIZATIONS = {"layer": "layer-gain"}  # of presets, which have gains
 
-COMMON: dict[str, Value] = {
+COMMON_DEFAULTS: dict[str, Value] = {
     "learning_rate_decay": "linear",
     "warmup": 0.0,
-    "final_fraction": 1e-2,
+    "min_lr_ratio": 1e-2,
     "momentum": 0.95,
-    "squared_decay": 0.99,
+    "beta2": 0.99,
     "weight_decay": 1e-7,
     "clip_norm": 100.0,
     "dropout": 0.005,
@@ -46,21 +51,21 @@ def defaults_for(seconds: float, characters: int) -> dict[str, Value]:
         >>> defaults_for(3.0, 10**6)["layers"], defaults_for(100.0, 10**6)["context"]
         (2, 128)
     """
-    values = dict(COMMON)
-    if seconds <= MIDDLE:
-        values |= {"layers": 2 if seconds <= SHORT else 3}
+    values = dict(COMMON_DEFAULTS)
+    if seconds <= MEDIUM_TRIAL_SECONDS:
+        values |= {"layers": 2 if seconds <= SHORT_TRIAL_SECONDS else 3}
     else:
         values |= {"context": 128, "batch_tokens": 1536}
-    if seconds * TOKENS_PER_SECOND > OFTEN * characters:
+    if seconds * TOKENS_PER_SECOND > DROPOUT_EPOCHS * characters:
         values |= {"dropout": 0.1}
     return values
 
 
-def values_of_preset(name: str) -> dict[str, Value]:
+def preset_params(name: str) -> dict[str, Value]:
     """A published configuration's values, at the size of a CPU.
 
     Example:
-        >>> values_of_preset("gpt2")["weight_init"]
+        >>> preset_params("gpt2")["weight_init"]
         'gpt2'
     """
     params = preset(name, scale="cpu").params
@@ -70,14 +75,14 @@ def values_of_preset(name: str) -> dict[str, Value]:
     return values | {"weight_init": "gpt2"}
 
 
-def trial_seconds(
+def expected_trial_seconds(
     fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution], timeout: float | None
 ) -> float:
     """A trial's seconds, or about so many if its budget is said otherwise.
 
     Args:
         fixed:
-            Values that a user gives; one of `BUDGETS` may be among them.
+            Values that a user gives; one of `BUDGET_NAMES` may be among them.
         space:
             Distributions that a user gives.
         timeout:
@@ -87,10 +92,13 @@ def trial_seconds(
         ValueError: If more than one budget is given.
 
     Example:
-        >>> trial_seconds({}, {}, timeout=80.0), trial_seconds({"train_tokens": 400_000}, {}, None)
+        >>> (
+        ...     expected_trial_seconds({}, {}, timeout=80.0),
+        ...     expected_trial_seconds({"train_tokens": 400_000}, {}, None),
+        ... )
         (8.0, 5.0)
     """
-    given = [name for name in BUDGETS if fixed.get(name) or name in space]
+    given = [name for name in BUDGET_NAMES if fixed.get(name) or name in space]
     if len(given) > 1:
         raise ValueError(f"A trial must have one budget, but got {' and '.join(given)}.")
     if fixed.get("seconds"):
@@ -99,4 +107,4 @@ def trial_seconds(
         return float(fixed["train_tokens"] or 0) / TOKENS_PER_SECOND
     if fixed.get("iterations"):
         return float(fixed["iterations"] or 0) * TOKENS_PER_STEP / TOKENS_PER_SECOND
-    return TRIAL_SECONDS if timeout is None else TRIAL_SHARE * timeout
+    return DEFAULT_TRIAL_SECONDS if timeout is None else TRIAL_TIMEOUT_FRACTION * timeout

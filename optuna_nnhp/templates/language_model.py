@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optuna_nnhp import seeds
-from optuna_nnhp.data.tokens import Tokenizer
-from optuna_nnhp.data.tokens import tokenizer_from_json
-from optuna_nnhp.data.utf8 import utf8
-from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp import rng
+from optuna_nnhp.data.tokenizers import Tokenizer
+from optuna_nnhp.data.tokenizers import tokenizer_from_json
+from optuna_nnhp.data.utf8_text import encode_utf8
+from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.networks.gpt import GPT
 from optuna_nnhp.networks.transformer import Architecture
-from optuna_nnhp.templates.model_files import write_model
+from optuna_nnhp.templates.model_files import write_model_files
 from optuna_nnhp.training.language import total_nats
 
-TEMPLATE = "gpt"
+GPT_NAME = "gpt"
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class LanguageModel:
                 or a number makes no sense.
         """
         if prompt is None:
-            prompt = self._first()
+            prompt = self._default_prompt()
         if not prompt:
             raise ValueError("`prompt` must have at least one character, but is empty.")
         number: Any
         for name, number, least in (("tokens", tokens, 0), ("top_k", top_k, 1)):
             if number is not None and (not isinstance(number, Integral) or number < least):
                 raise ValueError(f"`{name}` must be a number from {least} on, but got {number!r}.")
-        seeds.check_seed(seed)
+        rng.check_seed(seed)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"`temperature` must be at least 0, but got {temperature}.")
         ids = torch.from_numpy(self.tokenizer.encode(prompt).astype("int64"))
@@ -97,11 +97,11 @@ class LanguageModel:
             tokens,
             temperature=temperature,
             top_k=top_k,
-            generator=seeds.generator(seed),
+            generator=rng.generator(seed),
         )
         return self.tokenizer.decode(out.numpy())
 
-    def _first(self) -> str:
+    def _default_prompt(self) -> str:
         """What a text can begin with."""
         try:
             self.tokenizer.encode("\n")
@@ -125,40 +125,40 @@ class LanguageModel:
             return out.flatten(0, 1)[None]
 
         nats = float(total_nats(logits, ids, self.model.architecture.context, 1))
-        return nats / math.log(2) / bytes_after_first(self.tokenizer, ids, text)
+        return nats / math.log(2) / count_predicted_bytes(self.tokenizer, ids, text)
 
     def save(self, folder: str | Path) -> Path:
         """Write weights (safetensors) and everything else (JSON) for `optuna_nnhp.load`."""
-        record = {
-            "template": TEMPLATE,
+        metadata = {
+            "template": GPT_NAME,
             "params": {n: None if v == math.inf else v for n, v in self.params.items()},
             "best_params": self.best_params,
             "best_value": self.best_value,
             "tokenizer": self.tokenizer.to_json(),
         }
-        return write_model(folder, self.model, record)
+        return write_model_files(folder, self.model, metadata)
 
 
-def restored(record: Mapping[str, Any]) -> LanguageModel:
+def restore_language_model(metadata: Mapping[str, Any]) -> LanguageModel:
     """What `LanguageModel.save` wrote, weights not yet loaded; see `optuna_nnhp.load`.
 
     Raises:
         ValueError: If it is damaged.
         KeyError: If an entry is missing.
     """
-    params, known = dict(record["params"]), records("language")
+    params, known = dict(metadata["params"]), specs("language")
     for name, value in params.items():
         if value is None and name in known:
             params[name] = math.inf
     for name in ("layers", "heads", "head_size", "context", "positions", "normalization"):
         known[name].check(params[name])
-    tokenizer = tokenizer_from_json(record["tokenizer"])
-    model = GPT(Architecture.of(params, tokenizer.size), float(params["dropout"]))
-    best = dict(record["best_params"]), float(record["best_value"])
+    tokenizer = tokenizer_from_json(metadata["tokenizer"])
+    model = GPT(Architecture.from_params(params, tokenizer.size), float(params["dropout"]))
+    best = dict(metadata["best_params"]), float(metadata["best_value"])
     return LanguageModel(model, tokenizer, params, *best)
 
 
-def bytes_after_first(tokenizer: Tokenizer, ids: Tensor, text: str) -> int:
+def count_predicted_bytes(tokenizer: Tokenizer, ids: Tensor, text: str) -> int:
     """Bytes of a text but for those of its first token, which no model can predict."""
-    whole = len(utf8(text))
-    return max(1, whole - len(utf8(tokenizer.decode(ids[:1].numpy()))))
+    whole = len(encode_utf8(text))
+    return max(1, whole - len(encode_utf8(tokenizer.decode(ids[:1].numpy()))))

@@ -16,32 +16,32 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from optuna_nnhp import seeds
-from optuna_nnhp.data.arrays import KIND
-from optuna_nnhp.data.arrays import ArrayInputs
+from optuna_nnhp import rng
+from optuna_nnhp.data.arrays import ARRAY_KIND
+from optuna_nnhp.data.arrays import ArrayPreprocessor
 from optuna_nnhp.data.frames import as_target
-from optuna_nnhp.data.frames import check_lengths
+from optuna_nnhp.data.frames import check_consistent_length
 from optuna_nnhp.data.preprocessor import Preprocessor
-from optuna_nnhp.data.tabular import Inputs
+from optuna_nnhp.data.supervised import InputPreprocessor
 from optuna_nnhp.data.target import Target
 from optuna_nnhp.data.target import check_target
-from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.networks.mlp import build_mlp
-from optuna_nnhp.templates.language_model import TEMPLATE as LANGUAGE
+from optuna_nnhp.templates.language_model import GPT_NAME as LANGUAGE
 from optuna_nnhp.templates.language_model import LanguageModel
-from optuna_nnhp.templates.language_model import restored
-from optuna_nnhp.templates.model_files import WEIGHTS
-from optuna_nnhp.templates.model_files import read_record
-from optuna_nnhp.templates.model_files import unreadable
-from optuna_nnhp.templates.model_files import write_model
-from optuna_nnhp.training.checkpoint import load_weights
+from optuna_nnhp.templates.language_model import restore_language_model
+from optuna_nnhp.templates.model_files import WEIGHTS_FILE
+from optuna_nnhp.templates.model_files import read_metadata
+from optuna_nnhp.templates.model_files import unreadable_error
+from optuna_nnhp.templates.model_files import write_model_files
+from optuna_nnhp.training.best_weights import load_weights
 from optuna_nnhp.training.metrics import METRICS
 from optuna_nnhp.training.metrics import Metric
 
-NUMBERS_AT_ONCE = 2**22  # of one batch's inputs, and at most so many rows:
-ROWS_AT_ONCE = 65536
-Build = Callable[[Mapping[str, Any]], nn.Module]
-SHAPE = ("hidden_layers", "width", "width_shape", "activation", "normalization")
+MAX_BATCH_NUMBERS = 2**22  # of one batch's inputs, and at most so many rows:
+MAX_BATCH_ROWS = 65536
+NetworkBuilder = Callable[[Mapping[str, Any]], nn.Module]
+ARCHITECTURE_PARAMS = ("hidden_layers", "width", "width_shape", "activation", "normalization")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Predictor:
     """
 
     model: nn.Module
-    preprocessor: Inputs
+    preprocessor: InputPreprocessor
     target: Target
     metric: Metric | None
     params: dict[str, Any]
@@ -128,11 +128,11 @@ class Predictor:
                 "`score` must have a metric, but a function of the user's is not saved."
             )
         features, labels = self.preprocessor.transform(X), as_target(y)
-        check_lengths(features, labels)
+        check_consistent_length(features, labels)
         check_target(labels)
         truth = torch.as_tensor(self.target.encode(labels))
-        outputs = self._answers(features)[None]
-        return float(self.metric.compute(*to_units(self.target, outputs, truth)))
+        outputs = self._forward(features)[None]
+        return float(self.metric.compute(*to_target_units(self.target, outputs, truth)))
 
     def save(self, folder: str | Path) -> Path:
         """Write the weights (safetensors) and everything else (JSON) to a folder.
@@ -140,35 +140,35 @@ class Predictor:
         Returns:
             The folder; `optuna_nnhp.load` reads it.
         """
-        record = {
+        metadata = {
             "template": "own" if self.builder else "dnn",
             "builder": self.builder,
-            "metric": self.metric.name if self.metric and self._metric_is_ours() else None,
+            "metric": self.metric.name if self.metric and self._is_builtin_metric() else None,
             "params": {n: None if v == math.inf else v for n, v in self.params.items()},
             "best_params": self.best_params,
             "best_value": self.best_value,
             "preprocessor": self.preprocessor.to_json(),
             "target": self.target.to_json(),
         }
-        return write_model(folder, self.model, record)
+        return write_model_files(folder, self.model, metadata)
 
-    def _metric_is_ours(self) -> bool:  # a user's function may bear the same name
+    def _is_builtin_metric(self) -> bool:  # a user's function may bear the same name
         return self.metric in METRICS.values()
 
     def _outputs(self, X: Any) -> Tensor:
         """Outputs of the network, on the CPU: ``(rows, classes)`` or ``(rows, 1)``."""
-        return self._answers(self.preprocessor.transform(X))
+        return self._forward(self.preprocessor.transform(X))
 
-    def _answers(self, features: NDArray[Any]) -> Tensor:
+    def _forward(self, features: NDArray[Any]) -> Tensor:
         each = max(1, features[0].size)
-        rows = min(ROWS_AT_ONCE, max(1, NUMBERS_AT_ONCE // each))
+        rows = min(MAX_BATCH_ROWS, max(1, MAX_BATCH_NUMBERS // each))
         with torch.no_grad():
             parts = [self.model(part) for part in torch.from_numpy(features).split(rows)]
         outputs = torch.cat(parts)
         return outputs[:, None] if outputs.dim() == 1 else outputs
 
 
-def load(folder: str | Path, network: Build | None = None) -> Predictor | LanguageModel:
+def load(folder: str | Path, network: NetworkBuilder | None = None) -> Predictor | LanguageModel:
     """Read what `Predictor.save` wrote; nothing in the files is executed.
 
     Args:
@@ -182,63 +182,67 @@ def load(folder: str | Path, network: Build | None = None) -> Predictor | Langua
         ValueError: If a file is damaged, or from a newer version, or ``network`` is missing.
     """
     folder = Path(folder)
-    record = read_record(folder)
-    read = restored if record.get("template") == LANGUAGE else _restored
+    metadata = read_metadata(folder)
+    read = restore_language_model if metadata.get("template") == LANGUAGE else restore_predictor
     try:
-        found: Predictor | LanguageModel = read(record)
+        found: Predictor | LanguageModel = read(metadata)
     except (KeyError, TypeError, ValueError) as error:
-        raise unreadable(error) from error
+        raise unreadable_error(error) from error
     if isinstance(found, Predictor) and found.builder is not None:
-        found = replace(found, model=_own(network, found.builder, found.params))
-    load_weights(found.model, folder / WEIGHTS)
+        found = replace(found, model=_rebuild_custom_network(network, found.builder, found.params))
+    load_weights(found.model, folder / WEIGHTS_FILE)
     return found
 
 
-def _restored(record: Mapping[str, Any]) -> Predictor:
+def restore_predictor(metadata: Mapping[str, Any]) -> Predictor:
     """What `Predictor.save` wrote, weights not yet loaded; an own network is not yet made."""
-    target, state = Target.from_json(record["target"]), record["preprocessor"]
-    preprocessor: Inputs = _inputs(state)
-    known, builder = records(target.task), record.get("builder")
-    params = dict(record["params"])
+    target, state = Target.from_json(metadata["target"]), metadata["preprocessor"]
+    preprocessor: InputPreprocessor = _restore_preprocessor(state)
+    known, builder = specs(target.task), metadata.get("builder")
+    params = dict(metadata["params"])
     params |= {n: math.inf for n in known if params.get(n, 0) is None}  # JSON has no infinity
-    model = _perceptron(params, preprocessor, target) if builder is None else nn.Identity()
+    model = _rebuild_mlp(params, preprocessor, target) if builder is None else nn.Identity()
     return Predictor(
         model=model,
         preprocessor=preprocessor,
         target=target,
-        metric=METRICS.get(record["metric"]),
+        metric=METRICS.get(metadata["metric"]),
         params=params,
-        best_params=record["best_params"],
-        best_value=record["best_value"],
+        best_params=metadata["best_params"],
+        best_value=metadata["best_value"],
         builder=builder,
     )
 
 
-def _inputs(state: Mapping[str, Any]) -> Inputs:
-    if "kind" in state and state["kind"] == KIND:
-        return ArrayInputs.from_json(state)
+def _restore_preprocessor(state: Mapping[str, Any]) -> InputPreprocessor:
+    if "kind" in state and state["kind"] == ARRAY_KIND:
+        return ArrayPreprocessor.from_json(state)
     return Preprocessor.from_json(state)
 
 
-def _perceptron(params: Mapping[str, Any], preprocessor: Inputs, target: Target) -> nn.Module:
-    for name in SHAPE:
-        records(target.task)[name].check(params[name])
+def _rebuild_mlp(
+    params: Mapping[str, Any], preprocessor: InputPreprocessor, target: Target
+) -> nn.Module:
+    for name in ARCHITECTURE_PARAMS:
+        specs(target.task)[name].check(params[name])
     assert isinstance(preprocessor, Preprocessor)
     inputs = len(preprocessor.feature_names)
     return build_mlp(params, inputs, max(1, len(target.classes)))
 
 
-def _own(network: Build | None, builder: str, params: Mapping[str, Any]) -> nn.Module:
+def _rebuild_custom_network(
+    network: NetworkBuilder | None, builder: str, params: Mapping[str, Any]
+) -> nn.Module:
     if network is None:
         raise ValueError(
             f"This model was made by the function {builder!r}, which is not saved: "
             f"`load(folder, network={builder})`."
         )
-    with seeds.as_global(seeds.generator(0)):
+    with rng.global_rng_from(rng.generator(0)):
         return network(params)
 
 
-def to_units(target: Target, outputs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+def to_target_units(target: Target, outputs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs and truth as metrics want them: numbers in their own units, float64.
 
     Shape:

@@ -9,8 +9,8 @@ import math
 from numbers import Integral
 from typing import Any
 
-from optuna_nnhp.hyperparameters.record import Value
-from optuna_nnhp.messages import unknown
+from optuna_nnhp.errors import unknown_name
+from optuna_nnhp.hyperparameters.spec import Value
 
 SCALES = ("cpu",)
 
@@ -32,8 +32,8 @@ CPU_ITERATIONS = 2_000
 CPU_LEARNING_RATE = 6e-3
 
 GPT3_TOKENS = 300e9
-ZERO_RATE = 1e-9  # the lowest `final_fraction` of the catalogue
-OFF = math.inf  # of `clip_norm`
+ZERO_LR_RATIO = 1e-9  # the lowest `min_lr_ratio` of the catalogue
+NO_CLIPPING = math.inf  # of `clip_norm`
 
 # The hyperparameters of all, with the values of GPT-2's network and of nanoGPT's training.
 _BASE: dict[str, Value] = {
@@ -55,9 +55,9 @@ _BASE: dict[str, Value] = {
     "learning_rate": 6e-4,
     "learning_rate_decay": "cosine",
     "warmup": 2_000 / 600_000,
-    "final_fraction": 0.1,
+    "min_lr_ratio": 0.1,
     "momentum": 0.9,
-    "squared_decay": 0.95,
+    "beta2": 0.95,
     "weight_decay": 0.1,
     "clip_norm": 1.0,
     "dropout": 0.0,
@@ -98,7 +98,7 @@ class Preset:
     @property
     def width(self) -> int:
         """Numbers that stand for a token between the blocks: heads times head size."""
-        return self._number("heads") * self._number("head_size")
+        return self._int_param("heads") * self._int_param("head_size")
 
     @property
     def non_embedding_parameters(self) -> int:
@@ -108,15 +108,15 @@ class Preset:
         (swiglu too, whose hidden layer is narrower in turn) and two normalizations. Biases are
         not counted; where a publication has them, they are some 0.1 %.
         """
-        layers, width = self._number("layers"), self.width
+        layers, width = self._int_param("layers"), self.width
         return layers * (12 * width**2 + 2 * width) + width
 
     @property
     def parameters(self) -> int:
         """All trained numbers: embeddings of tokens and of learned positions, blocks, head."""
-        tables = (1 if self.params["tied_head"] else 2) * self._number("vocabulary")
+        tables = (1 if self.params["tied_head"] else 2) * self._int_param("vocabulary")
         if self.params["positions"] == "learned":
-            tables += self._number("context")
+            tables += self._int_param("context")
         return self.non_embedding_parameters + tables * self.width
 
     @property
@@ -131,8 +131,8 @@ class Preset:
             Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; Chowdhery et al. 2022
             (arXiv:2204.02311), appendix B.
         """
-        attention = 12 * self._number("layers") * self.width * self._number("context")
-        head = 6 * self.width * self._number("vocabulary")
+        attention = 12 * self._int_param("layers") * self.width * self._int_param("context")
+        head = 6 * self.width * self._int_param("vocabulary")
         return 6 * self.non_embedding_parameters + attention + head
 
     @property
@@ -150,9 +150,9 @@ class Preset:
             Korthikanti et al. 2022 (arXiv:2205.05198), section 4, for the activations; the
             formula there, less the masks, the scores and the half precision.
         """
-        per_token = (16 * self._number("layers") + 2) * self.width
-        per_token += 3 * self._number("vocabulary")
-        return 16 * self.parameters + 4 * self._number("batch_tokens") * per_token
+        per_token = (16 * self._int_param("layers") + 2) * self.width
+        per_token += 3 * self._int_param("vocabulary")
+        return 16 * self.parameters + 4 * self._int_param("batch_tokens") * per_token
 
     def describe(self) -> str:
         """The configuration in a few lines, for a person.
@@ -161,7 +161,7 @@ class Preset:
             >>> print(preset("nanogpt-cpu").describe().splitlines()[0])
             nanogpt-cpu: 4 layers of width 128, 4 heads of 32; context 64, vocabulary 65
         """
-        p, number = self.params, self._number
+        p, number = self.params, self._int_param
 
         def percent(name: str) -> str:
             return f"{100 * float(p[name] or 0):.3g} %"
@@ -179,18 +179,18 @@ class Preset:
                 f"{memory} to train with all tokens of a step at once",
                 f"{p['optimizer']}, learning rate {p['learning_rate']:g}, warm-up "
                 f"{percent('warmup')}, {p['learning_rate_decay']} decay to "
-                f"{percent('final_fraction')}; {number('batch_tokens'):,} tokens a step, "
+                f"{percent('min_lr_ratio')}; {number('batch_tokens'):,} tokens a step, "
                 f"{iterations}",
                 f"Source: {self.source}",
                 f"Note: {self.note}",
             )
         )
 
-    def _number(self, name: str) -> int:
+    def _int_param(self, name: str) -> int:
         return int(self.params[name] or 0)
 
 
-def _shape(
+def _size_params(
     layers: int, heads: int, head_size: int, context: int, sequences: int
 ) -> dict[str, Value]:
     """What differs between the sizes of a family; whole sequences, whatever their number."""
@@ -204,10 +204,10 @@ def _shape(
 
 
 def _gpt1() -> Preset:
-    params = _BASE | _shape(12, 12, 64, context=512, sequences=64)
+    params = _BASE | _size_params(12, 12, 64, context=512, sequences=64)
     params |= {"vocabulary": 40_478, "projection_init": "plain", "learning_rate": 2.5e-4}
-    params |= {"warmup": 0.0007, "final_fraction": ZERO_RATE, "squared_decay": 0.999}
-    params |= {"weight_decay": 0.01, "clip_norm": OFF, "dropout": 0.1}
+    params |= {"warmup": 0.0007, "min_lr_ratio": ZERO_LR_RATIO, "beta2": 0.999}
+    params |= {"weight_decay": 0.01, "clip_norm": NO_CLIPPING, "dropout": 0.1}
     return Preset(
         "gpt1",
         params,
@@ -221,7 +221,7 @@ def _gpt1() -> Preset:
 
 
 def _gpt2(name: str, layers: int, heads: int, learning_rate: float, origin: str) -> Preset:
-    shape = _shape(layers, heads, 64, context=1024, sequences=512)
+    shape = _size_params(layers, heads, 64, context=1024, sequences=512)
     return Preset(
         name,
         _BASE | shape | {"learning_rate": learning_rate},
@@ -241,7 +241,7 @@ def _gpt3(
     learning_rate: float,
     correction: str = "",
 ) -> Preset:
-    params = _BASE | _shape(layers, heads, head_size, 2048, sequences)
+    params = _BASE | _size_params(layers, heads, head_size, 2048, sequences)
     iterations = round(GPT3_TOKENS / (sequences * 2048))
     params |= {"learning_rate": learning_rate, "warmup": 375e6 / GPT3_TOKENS}
     return Preset(
@@ -258,7 +258,7 @@ def _gpt3(
 
 def _nanogpt(name: str, shape: Mapping[str, Value], dropout: float, iterations: int) -> Preset:
     params = _BASE | dict(shape) | {"vocabulary": 65, "learning_rate": 1e-3}
-    params |= {"warmup": 100 / iterations, "squared_decay": 0.99}
+    params |= {"warmup": 100 / iterations, "beta2": 0.99}
     return Preset(
         name,
         params | {"dropout": dropout, "iterations": iterations},
@@ -293,8 +293,8 @@ PRESETS: dict[str, Preset] = {
         _gpt3("6.7b", 32, 32, 128, 1024, 1.2e-4),
         _gpt3("13b", 40, 40, 128, 1024, 1e-4, _13B),
         _gpt3("175b", 96, 96, 128, 1562, 0.6e-4),
-        _nanogpt("nanogpt-cpu", _shape(4, 4, 32, context=64, sequences=12), 0.0, 2_000),
-        _nanogpt("nanogpt-gpu", _shape(6, 6, 64, context=256, sequences=64), 0.2, 5_000),
+        _nanogpt("nanogpt-cpu", _size_params(4, 4, 32, context=64, sequences=12), 0.0, 2_000),
+        _nanogpt("nanogpt-gpu", _size_params(6, 6, 64, context=256, sequences=64), 0.2, 5_000),
     )
 }
 
@@ -332,19 +332,19 @@ def preset(name: str, *, scale: str | None = None, vocabulary: int | None = None
         (2, 128, 128, 418560)
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise unknown("a preset", name, PRESETS)
+        raise unknown_name("a preset", name, PRESETS)
     if scale is not None and scale not in SCALES:
-        raise unknown("a scale", scale, SCALES)
+        raise unknown_name("a scale", scale, SCALES)
     found = PRESETS[name]
     if scale is not None:
-        found = _on_cpu(found)
+        found = _shrink_to_cpu(found)
     params = dict(found.params)  # the caller's own
     if vocabulary is not None:
-        params["vocabulary"] = _size(vocabulary)
+        params["vocabulary"] = _check_vocabulary_size(vocabulary)
     return replace(found, params=params)
 
 
-def _size(vocabulary: Any) -> int:
+def _check_vocabulary_size(vocabulary: Any) -> int:
     """A vocabulary's size, checked."""
     number = isinstance(vocabulary, Integral) and not isinstance(vocabulary, bool)
     if not number or vocabulary < 2:
@@ -354,7 +354,7 @@ def _size(vocabulary: Any) -> int:
     return int(vocabulary)
 
 
-def _on_cpu(found: Preset) -> Preset:
+def _shrink_to_cpu(found: Preset) -> Preset:
     """See `preset`."""
     layers, context, tokens, iterations = (
         int(found.params[name] or 0)
@@ -366,7 +366,7 @@ def _on_cpu(found: Preset) -> Preset:
     fewer, width = _nearest_shape(found.width / layers)
     context = min(context, CPU_NARROW_CONTEXT if width == min(CPU_WIDTHS) else CPU_CONTEXT)
     sequences = max(1, min(tokens, CPU_BATCH_TOKENS) // context)
-    shape = _shape(fewer, width // CPU_HEAD_SIZE, CPU_HEAD_SIZE, context, sequences)
+    shape = _size_params(fewer, width // CPU_HEAD_SIZE, CPU_HEAD_SIZE, context, sequences)
     shape |= {"learning_rate": CPU_LEARNING_RATE * min(CPU_WIDTHS) / width}
     shape |= {"iterations": min(iterations or CPU_ITERATIONS, CPU_ITERATIONS)}
     note = f"Shrunk from {layers} layers of width {found.width:,} to be trained on a CPU, with "
@@ -377,9 +377,9 @@ def _on_cpu(found: Preset) -> Preset:
 def _nearest_shape(aspect: float) -> tuple[int, int]:
     """Layers and width of the scale "cpu" for a width per layer."""
 
-    def badness(shape: tuple[int, int]) -> tuple[float, int]:
+    def distance(shape: tuple[int, int]) -> tuple[float, int]:
         layers, width = shape
         # Rounded, so that 64 / 2 and 128 / 4 are equals whatever their logarithms are.
         return round(abs(math.log(width / layers / aspect)), 9), layers * width**2
 
-    return min(((n, width) for n in CPU_LAYERS for width in CPU_WIDTHS), key=badness)
+    return min(((n, width) for n in CPU_LAYERS for width in CPU_WIDTHS), key=distance)

@@ -7,29 +7,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optuna_nnhp import seeds
+from optuna_nnhp import rng
 from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
-from optuna_nnhp.training.noise import Noise
+from optuna_nnhp.training.noise import DropoutNoise
 
 
-class ByAge:
+class RoundKeyedNoise:
     """Noise that depends on the study's seed and a member's own rounds."""
 
     _seed: int
     _device: torch.device
 
-    def noise(self, done: Sequence[int], step: int) -> Noise:
+    def noise(self, done: Sequence[int], step: int) -> DropoutNoise:
         """The noise of a step of the next round."""
-        ages, which = _distinct(done)
-        return Noise([self.noise_key(age) for age in ages], which.to(self._device), step)
+        distinct_rounds, index = _group_by_rounds(done)
+        return DropoutNoise(
+            [self.noise_key(rounds_done) for rounds_done in distinct_rounds],
+            index.to(self._device),
+            step,
+        )
 
-    def noise_key(self, age: int) -> int:
+    def noise_key(self, rounds_done: int) -> int:
         """Where the noise of a member's next round comes from; by the rounds that it has done."""
-        return seeds.mixed(self._seed, seeds.NOISE, age)
+        return rng.mix_keys(self._seed, rng.NOISE, rounds_done)
 
 
-class Batches(ByAge):
+class Batches(RoundKeyedNoise):
     """The rows and the noise of every round of every trial with one batch size.
 
     Each epoch has a new order of the rows and is cut into rounds of equal length, so that members
@@ -67,7 +71,7 @@ class Batches(ByAge):
         self._length = examples // rounds
         self.size = min(size, self._length)
         self.per_round = iterations_per_epoch(self._length, self.size)
-        self._orders: dict[int, Tensor] = {}
+        self._epoch_orders: dict[int, Tensor] = {}
 
     def rows(self, done: Sequence[int]) -> list[Tensor]:
         """Rows of each step of the next round.
@@ -80,34 +84,38 @@ class Batches(ByAge):
             - Output: for each step ``(batch,)`` if all members are of one age, else
               ``(k, batch)``.
         """
-        ages, which = self._ages(done)
-        rounds = [self._round(age).split(self.size) for age in ages]
-        if len(ages) == 1:
+        distinct_rounds, index = self._distinct_rounds(done)
+        rounds = [
+            self._rows_of_round(rounds_done).split(self.size) for rounds_done in distinct_rounds
+        ]
+        if len(distinct_rounds) == 1:
             return list(rounds[0])
-        return [torch.stack(step)[which] for step in zip(*rounds, strict=True)]
+        return [torch.stack(step)[index] for step in zip(*rounds, strict=True)]
 
     def orders(self, done: Sequence[int]) -> list[Tensor]:
         """Rows of the whole next round, for each member ``(examples,)``; shared by equal ages."""
-        ages, which = self._ages(done)
-        orders = [self._round(age) for age in ages]
-        return [orders[i] for i in which.tolist()]
+        distinct_rounds, index = self._distinct_rounds(done)
+        orders = [self._rows_of_round(rounds_done) for rounds_done in distinct_rounds]
+        return [orders[i] for i in index.tolist()]
 
-    def _ages(self, done: Sequence[int]) -> tuple[list[int], Tensor]:
+    def _distinct_rounds(self, done: Sequence[int]) -> tuple[list[int], Tensor]:
         """The ages that there are, and whose each is; orders of other epochs are forgotten."""
-        ages, which = _distinct(done)
-        epochs = {age // self._rounds for age in ages}
-        self._orders = {e: order for e, order in self._orders.items() if e in epochs}
-        return ages, which
+        distinct_rounds, index = _group_by_rounds(done)
+        epochs = {rounds_done // self._rounds for rounds_done in distinct_rounds}
+        self._epoch_orders = {e: order for e, order in self._epoch_orders.items() if e in epochs}
+        return distinct_rounds, index
 
-    def _round(self, done: int) -> Tensor:
+    def _rows_of_round(self, done: int) -> Tensor:
         epoch, part = divmod(done, self._rounds)
-        if epoch not in self._orders:
+        if epoch not in self._epoch_orders:
             order = batch_order(self._examples, self._seed, epoch)
-            self._orders[epoch] = torch.from_numpy(order).to(self._device)
-        return self._orders[epoch][part * self._length : (part + 1) * self._length]
+            self._epoch_orders[epoch] = torch.from_numpy(order).to(self._device)
+        return self._epoch_orders[epoch][part * self._length : (part + 1) * self._length]
 
 
-def _distinct(done: Sequence[int]) -> tuple[list[int], Tensor]:
+def _group_by_rounds(done: Sequence[int]) -> tuple[list[int], Tensor]:
     """The ages there are, and the place of each member's own among them."""
-    ages = sorted(set(done))
-    return ages, torch.tensor([ages.index(age) for age in done])
+    distinct_rounds = sorted(set(done))
+    return distinct_rounds, torch.tensor(
+        [distinct_rounds.index(rounds_done) for rounds_done in done]
+    )

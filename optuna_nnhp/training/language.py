@@ -11,26 +11,26 @@ import math
 import torch
 from torch import Tensor
 
-from optuna_nnhp import seeds
+from optuna_nnhp import rng
+from optuna_nnhp.engine.gpt import CompiledGPT
+from optuna_nnhp.engine.gpt import CompiledGPTSubset
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.layers import StackedModule
-from optuna_nnhp.training.batches import ByAge
+from optuna_nnhp.training.batches import RoundKeyedNoise
 from optuna_nnhp.training.cohort import Apply
 from optuna_nnhp.training.cohort import Task
-from optuna_nnhp.training.gpt_native import NativeApply
-from optuna_nnhp.training.gpt_native import NativeGPT
-from optuna_nnhp.training.groups import GroupedUpdate
-from optuna_nnhp.training.knobs import Knobs
-from optuna_nnhp.training.knobs import Member
+from optuna_nnhp.training.param_groups import ParamGroupUpdate
 from optuna_nnhp.training.parameters import FlatParameters
+from optuna_nnhp.training.step_params import Member
+from optuna_nnhp.training.step_params import StepParams
 
-ROUNDS = 9  # of a trial's budget: evaluated after 1, 3 and all of them
-JUDGED_EARLY = 2**15  # tokens of the validation part in evaluations before the last one
-LOGITS_AT_ONCE = 2**22  # numbers, to bound memory
+ROUNDS_PER_BUDGET = 9  # of a trial's budget: evaluated after 1, 3 and all of them
+EARLY_VALIDATION_TOKENS = 2**15  # tokens of the validation part in evaluations before the last one
+MAX_LOGITS = 2**22  # numbers, to bound memory
 
 
-class Windows(ByAge):
+class TextWindows(RoundKeyedNoise):
     """The windows of text that a trial sees at each step, whoever trains beside it.
 
     Args:
@@ -52,7 +52,7 @@ class Windows(ByAge):
         per_round: Steps of a round.
 
     Example:
-        >>> windows = Windows(100, 8, 2, iterations=18, seed=0, device=torch.device("cpu"))
+        >>> windows = TextWindows(100, 8, 2, iterations=18, seed=0, device=torch.device("cpu"))
         >>> [rows.shape for rows in windows.rows([0])]
         [torch.Size([2, 8]), torch.Size([2, 8])]
     """
@@ -67,10 +67,10 @@ class Windows(ByAge):
         device: torch.device,
     ) -> None:
         self._last, self._sequences, self._seed = tokens - context, sequences, seed
-        self._places = torch.arange(context, device=device)
+        self._unit_positions = torch.arange(context, device=device)
         self._device = device
         self.size = sequences * context
-        self.per_round = math.ceil(iterations / ROUNDS)
+        self.per_round = math.ceil(iterations / ROUNDS_PER_BUDGET)
 
     def rows(self, done: Sequence[int]) -> Iterator[Tensor]:
         """Places in the text of each step of the next round.
@@ -79,17 +79,17 @@ class Windows(ByAge):
             - Output: for each step ``(sequences, context)`` if all members are of one age, else
               ``(k, sequences, context)``.
         """
-        ages = sorted(set(done))
-        starts = {age: self._starts(age) for age in ages}
+        distinct_rounds = sorted(set(done))
+        starts = {rounds_done: self._window_starts(rounds_done) for rounds_done in distinct_rounds}
         for step in range(self.per_round):
-            if len(ages) == 1:
-                first = starts[ages[0]][step]
+            if len(distinct_rounds) == 1:
+                first = starts[distinct_rounds[0]][step]
             else:
-                first = torch.stack([starts[age][step] for age in done])
-            yield first[..., None] + self._places
+                first = torch.stack([starts[rounds_done][step] for rounds_done in done])
+            yield first[..., None] + self._unit_positions
 
-    def _starts(self, age: int) -> Tensor:
-        source = seeds.generator(self._seed, seeds.WINDOWS, age)
+    def _window_starts(self, rounds_done: int) -> Tensor:
+        source = rng.generator(self._seed, rng.WINDOWS, rounds_done)
         shape = self.per_round, self._sequences
         return torch.randint(self._last, shape, generator=source).to(self._device)
 
@@ -136,55 +136,59 @@ class LanguageTask(Task):
     iterations: int
 
     @property
-    def joinable(self) -> bool:
+    def can_append(self) -> bool:
         """No: only the last evaluation reads the whole validation part."""
         return False
 
     @property
     def rounds(self) -> int:
         """Rounds of a budget, which is what this task has for an epoch."""
-        return ROUNDS
+        return ROUNDS_PER_BUDGET
 
-    def batches(self, members: Sequence[Member]) -> Windows:  # type: ignore[override]
+    def make_batches(self, members: Sequence[Member]) -> TextWindows:  # type: ignore[override]
         """The windows of all steps."""
         data = self.corpus.train
-        return Windows(
+        return TextWindows(
             len(data), self.context, self.sequences, self.iterations, self.seed, data.device
         )
 
-    def total(self, member: Member, per_round: int) -> int:
+    def total_steps(self, member: Member, per_round: int) -> int:
         """Steps of a trial's budget."""
         return self.iterations
 
-    def updater(
-        self, flat: FlatParameters, knobs: Knobs, network: StackedModule, members: Sequence[Member]
-    ) -> GroupedUpdate:
+    def make_updater(
+        self,
+        flat: FlatParameters,
+        step_params: StepParams,
+        network: StackedModule,
+        members: Sequence[Member],
+    ) -> ParamGroupUpdate:
         """Muon and AdamW, with a rate for each kind of parameter."""
-        return GroupedUpdate(flat, network, members)
+        return ParamGroupUpdate(flat, network, members)
 
-    def engine(self, network: StackedModule, flat: FlatParameters) -> NativeGPT | None:
+    def engine(self, network: StackedModule, flat: FlatParameters) -> CompiledGPT | None:
         """The compiled engine, where there is one."""
-        if not NativeGPT.can(network, flat.weights):
+        if not CompiledGPT.supports(network, flat.weights):
             return None
         assert isinstance(network, StackedGPT)
         arrays = self.arrays
-        return NativeGPT(network, flat, arrays.train_x, arrays.train_y, self.sequences)
+        return CompiledGPT(network, flat, arrays.train_x, arrays.train_y, self.sequences)
 
-    def judge(
+    def evaluate(
         self, apply: Apply, members: Sequence[Member], is_over: bool
     ) -> tuple[Tensor, Tensor, bool]:
         """Nats for each token and bits for each byte of the validation part.
 
         One pass over non-overlapping windows: every token but the first is predicted once. Before
-        the end only its first `JUDGED_EARLY` tokens are read.
+        the end only its first `EARLY_VALIDATION_TOKENS` tokens are read.
 
         Shape:
             - Output: both ``(k,)``, and whether it was the whole.
         """
         valid = self.corpus.valid
-        tokens = valid if is_over else valid[: JUDGED_EARLY + 1]
-        if isinstance(apply, NativeApply):
-            nats = apply.nats(tokens)
+        tokens = valid if is_over else valid[: EARLY_VALIDATION_TOKENS + 1]
+        if isinstance(apply, CompiledGPTSubset):
+            nats = apply.total_nats(tokens)
         else:
             nats = total_nats(apply, tokens, self.context, len(members))
         count, share = len(tokens) - 1, (len(tokens) - 1) / max(1, len(valid) - 1)
@@ -228,7 +232,7 @@ def total_nats(
             )
             total -= right.sum((1, 2), dtype=torch.float64).cpu()
             start += rows
-            rows = max(1, LOGITS_AT_ONCE // (members * context * vocabulary))
+            rows = max(1, MAX_LOGITS // (members * context * vocabulary))
     return total
 
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optuna_nnhp.messages import brief
-from optuna_nnhp.messages import unknown
+from optuna_nnhp.errors import short_repr
+from optuna_nnhp.errors import unknown_name
 
 TASKS = ("binary", "multiclass", "regression")
 DIRECTIONS = ("maximize", "minimize")
@@ -349,13 +349,15 @@ def resolve_metric(
         tensor([1.], dtype=torch.float64)
     """
     if task not in TASKS:
-        raise unknown("a task", task, TASKS)
+        raise unknown_name("a task", task, TASKS)
     if direction is not None and direction not in DIRECTIONS:
-        raise unknown("a direction", direction, DIRECTIONS)
+        raise unknown_name("a direction", direction, DIRECTIONS)
     if metric is None or isinstance(metric, str):
         return _named_metric(DEFAULTS[task] if metric is None else metric, task, direction)
     if not callable(metric):
-        raise ValueError(f"`metric` must be a name, a function or None, but got {brief(metric)}.")
+        raise ValueError(
+            f"`metric` must be a name, a function or None, but got {short_repr(metric)}."
+        )
     name = getattr(metric, "__name__", type(metric).__name__)
     decode = None if task == "regression" else target_decode
     compute = partial(_call_per_member, metric, name, decode)
@@ -365,15 +367,17 @@ def resolve_metric(
 def _named_metric(name: str, task: str, direction: str | None) -> Metric:
     fitting = [known.name for known in METRICS.values() if task in known.tasks]
     if name not in METRICS:
-        raise unknown("a metric", name, fitting)
+        raise unknown_name("a metric", name, fitting)
     if name not in fitting:
         raise ValueError(
-            f"`metric` must fit the task {task!r} ({', '.join(fitting)}), but got {brief(name)}."
+            f"`metric` must fit the task {task!r} ({', '.join(fitting)}), but got "
+            f"{short_repr(name)}."
         )
     metric = METRICS[name]
     if direction not in (None, metric.direction):
         raise ValueError(
-            f"`direction` must be {metric.direction!r} for {name!r}, but got {brief(direction)}."
+            f"`direction` must be {metric.direction!r} for {name!r}, but got "
+            f"{short_repr(direction)}."
         )
     return metric
 
@@ -405,5 +409,5 @@ def _as_number(value: Any, name: str) -> float:
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, Real):
-        raise ValueError(f"The metric {name!r} must return a number, but got {brief(value)}.")
+        raise ValueError(f"The metric {name!r} must return a number, but got {short_repr(value)}.")
     return float(value)

@@ -14,18 +14,18 @@ from torch import Tensor
 # of a unit where it is used.
 ROW_KEY, UNIT_KEY = 0x9E3779B1, 0x85EBCA77
 STEP_KEY, DRAW_KEY = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
-BITS = 23  # of a number: exact in float32
-TRACED_DRAWS = 256  # layers with dropout that compiled code can have
+UNIFORM_BITS = 23  # of a number: exact in float32
+MAX_COMPILED_DRAWS = 256  # layers with dropout that compiled code can have
 
 
-class Noise:
+class DropoutNoise:
     """Uniform numbers for the layers of one step, shared by members of the same age.
 
     Args:
-        keys:
+        draw_keys:
             One for each age, 64 bits.
         which:
-            Each member's age, as a place in ``keys``.
+            Each member's age, as a place in ``draw_keys``.
         step:
             Step of the round.
 
@@ -33,7 +33,7 @@ class Noise:
         - which: ``(k,)``.
 
     Example:
-        >>> noise = Noise([7], torch.zeros(3, dtype=torch.long), step=0)
+        >>> noise = DropoutNoise([7], torch.zeros(3, dtype=torch.long), step=0)
         >>> noise(4, 2).shape
         torch.Size([4, 2])
 
@@ -44,45 +44,45 @@ class Noise:
 
     def __init__(self, keys: Sequence[int], which: Tensor, step: int) -> None:
         self._keys = [(key + step * STEP_KEY) & (2**64 - 1) for key in keys]
-        self._which, self._draw = which, 0
+        self._key_index, self._draw = which, 0
 
     def __call__(self, batch: int, width: int) -> Tensor:
         """Numbers in (0, 1) for the next layer: ``(batch, width)``, or ``(k, batch, width)``."""
-        places = _places(batch, width, self._which.device)
+        places = _unit_positions(batch, width, self._key_index.device)
         keys = [_draw_key(key, self._draw) for key in self._keys]
-        return self._draw_with(places, keys)
+        return self._draw_uniform(places, keys)
 
-    def _draw_with(self, places: Tensor, keys: Sequence[int | Tensor]) -> Tensor:
+    def _draw_uniform(self, places: Tensor, keys: Sequence[int | Tensor]) -> Tensor:
         drawn = [_uniform(places, key) for key in keys]
         self._draw += 1
-        return drawn[0] if len(drawn) == 1 else torch.stack(drawn)[self._which]
+        return drawn[0] if len(drawn) == 1 else torch.stack(drawn)[self._key_index]
 
-    def keys(self, draws: int) -> tuple[Tensor, list[int]]:
+    def draw_keys(self, draws: int) -> tuple[Tensor, list[int]]:
         """Keys of the first draws, for the compiled engines; and each member's place among them.
 
         Shape:
             - Output: ``(ages, draws)``, 32 bits each.
         """
         keys = [[_draw_key(key, draw) for draw in range(draws)] for key in self._keys]
-        return torch.from_numpy(np.array(keys, dtype=np.uint32)), self._which.tolist()
+        return torch.from_numpy(np.array(keys, dtype=np.uint32)), self._key_index.tolist()
 
-    def traced(self) -> Noise:
+    def for_torch_compile(self) -> DropoutNoise:
         """The same noise for code by `torch.compile`."""
-        return _Traced(self)
+        return _NoiseWithTensorKeys(self)
 
 
-class _Traced(Noise):
+class _NoiseWithTensorKeys(DropoutNoise):
     """The same numbers, with keys as a tensor: as numbers they would be part of the code."""
 
-    def __init__(self, noise: Noise) -> None:
-        self._which, self._draw = noise._which, 0
-        draws = np.arange(TRACED_DRAWS, dtype=np.uint64)
+    def __init__(self, noise: DropoutNoise) -> None:
+        self._key_index, self._draw = noise._key_index, 0
+        draws = np.arange(MAX_COMPILED_DRAWS, dtype=np.uint64)
         keys = [_draw_key(np.uint64(key), draws).astype(np.int64) for key in noise._keys]
-        self._table = torch.from_numpy(np.stack(keys)).to(self._which.device)
+        self._table = torch.from_numpy(np.stack(keys)).to(self._key_index.device)
 
     def __call__(self, batch: int, width: int) -> Tensor:
-        places = _places.__wrapped__(batch, width, self._which.device)
-        return self._draw_with(places, [key[self._draw] for key in self._table])
+        places = _unit_positions.__wrapped__(batch, width, self._key_index.device)
+        return self._draw_uniform(places, [key[self._draw] for key in self._table])
 
 
 def _draw_key(key: Any, draw: Any) -> Any:
@@ -94,7 +94,7 @@ def _draw_key(key: Any, draw: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _places(batch: int, width: int, device: torch.device) -> Tensor:
+def _unit_positions(batch: int, width: int, device: torch.device) -> Tensor:
     rows = torch.arange(batch, device=device)[:, None] * ROW_KEY
     return (rows + torch.arange(width, device=device) * UNIT_KEY) & (2**32 - 1)
 
@@ -103,5 +103,5 @@ def _uniform(places: Tensor, key: int | Tensor) -> Tensor:
     h = places ^ key
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = h.bitwise_xor_(h >> shift).mul_(factor).bitwise_and_(2**32 - 1)
-    h = h.bitwise_xor_(h >> 16) >> (32 - BITS)
-    return h.to(torch.get_default_dtype()).add_(0.5).mul_(2.0**-BITS)
+    h = h.bitwise_xor_(h >> 16) >> (32 - UNIFORM_BITS)
+    return h.to(torch.get_default_dtype()).add_(0.5).mul_(2.0**-UNIFORM_BITS)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from optuna_nnhp.hyperparameters.optimizer import Row
+from optuna_nnhp.hyperparameters.optimizer import OptimizerState
 from optuna_nnhp.networks.layers import StackedLinear
 
 # Numbers of a block. The operations before an update each pass over the gradients or the weights:
 # over the whole stack (64 networks of 2 x 64 units) they took 50 us a model-step more.
-BLOCK = 2**17
+BLOCK_ELEMENTS = 2**17
 
 
 class FlatParameters:
@@ -30,7 +30,7 @@ class FlatParameters:
         grads: Their gradients, after `backward`.
         decayed: How many columns are matrices.
         starts: The first column of each of the network's parameters.
-        first, second: State of the optimizers, see `hyperparameters.optimizer.Row`.
+        first, second: State of the optimizers, see `hyperparameters.optimizer.OptimizerState`.
         steps: Updates of each member so far.
         rows: Of each member, ready to be updated.
         blocks: Members to be updated one after the other, as many as fit in a core's cache.
@@ -40,47 +40,47 @@ class FlatParameters:
 
     Example:
         >>> flat = FlatParameters(StackedLinear(torch.ones(3, 2, 5)))
-        >>> flat.weights.shape, flat.decayed
+        >>> flat.weights.shape, flat.num_decayed
         (torch.Size([3, 15]), 10)
     """
 
     def __init__(self, network: nn.Module) -> None:
-        parameters = _sorted(network)
+        parameters = _matrices_first(network)
         with torch.no_grad():
             self.weights = torch.cat([p.reshape(len(p), -1) for p in parameters], dim=1)
-        self.decayed = sum(p[0].numel() for p in parameters if _is_matrix(p))
-        self.first = torch.zeros_like(self.weights)
-        self.second = torch.zeros_like(self.weights)
+        self.num_decayed = sum(p[0].numel() for p in parameters if _is_matrix(p))
+        self.exp_avg = torch.zeros_like(self.weights)
+        self.exp_avg_sq = torch.zeros_like(self.weights)
         self.steps = self.weights.new_zeros(len(self.weights), dtype=torch.float32)
         self._prepared = False
-        self._bind(network)
+        self._view_parameters(network)
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a number, over those of the step before."""
         loss.backward()
-        for parameter, sink, place in self._places:
-            if sink is not None:
-                place.copy_(sink)
+        for parameter, grad_buffer, view in self._grad_views:
+            if grad_buffer is not None:
+                view.copy_(grad_buffer)
             elif parameter.grad is not None:
-                place.copy_(parameter.grad)
+                view.copy_(parameter.grad)
                 parameter.grad = None
             else:  # no output depends on it
-                place.zero_()
+                view.zero_()
         self.steps += 1
 
-    def keep(self, members: Tensor, network: nn.Module) -> None:
+    def select(self, members: Tensor, network: nn.Module) -> None:
         """Go on with some members ``(m,)``, which the network holds already."""
-        for name in STATE:
+        for name in PER_MEMBER_TENSORS:
             setattr(self, name, getattr(self, name)[members])
-        self._bind(network)
+        self._view_parameters(network)
 
-    def join(self, other: FlatParameters, network: nn.Module) -> None:
+    def append(self, other: FlatParameters, network: nn.Module) -> None:
         """Take in the members of another stack, which the network holds already."""
-        for name in STATE:
+        for name in PER_MEMBER_TENSORS:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
-        self._bind(network)
+        self._view_parameters(network)
 
-    def prepare(self, by_autograd: bool = True) -> None:
+    def allocate_grads(self, by_autograd: bool = True) -> None:
         """Make what steps need, before the first of them.
 
         Args:
@@ -91,47 +91,47 @@ class FlatParameters:
             return
         self._prepared, self.grads = True, torch.zeros_like(self.weights)
         k, size = self.weights.shape
-        self.rows = [self._row(i) for i in range(k)]
-        step = max(1, BLOCK // size)
+        self.optimizer_states = [self._state(i) for i in range(k)]
+        step = max(1, BLOCK_ELEMENTS // size)
         self.blocks = [slice(i, i + step) for i in range(0, k, step)]
         if by_autograd:
-            self._place_gradients()
+            self._view_grads()
 
-    def _place_gradients(self) -> None:
+    def _view_grads(self) -> None:
         # Products are fastest into tensors without gaps: sinks, copied to the rows.
-        sinks: dict[nn.Parameter, Tensor] = {}
+        grad_buffers: dict[nn.Parameter, Tensor] = {}
         for layer in self._network.modules():
             if isinstance(layer, StackedLinear):
-                layer.sink = layer.make_sink()
-                weight, bias = layer.sink
-                sinks[layer.weight] = weight
+                layer.grad_buffers = layer.make_grad_buffers()
+                weight, bias = layer.grad_buffers
+                grad_buffers[layer.weight] = weight
                 if layer.bias is not None and bias is not None:
-                    sinks[layer.bias] = bias
-        for parameter, start in self.starts.items():
-            place = self.grads[:, start : start + parameter[0].numel()].view(parameter.shape)
-            self._places.append((parameter, sinks.get(parameter), place))
+                    grad_buffers[layer.bias] = bias
+        for parameter, start in self.offsets.items():
+            view = self.grads[:, start : start + parameter[0].numel()].view(parameter.shape)
+            self._grad_views.append((parameter, grad_buffers.get(parameter), view))
 
-    def _bind(self, network: nn.Module) -> None:
+    def _view_parameters(self, network: nn.Module) -> None:
         self._prepared = False
-        self._network, self.starts, start = network, dict[nn.Parameter, int](), 0
-        for parameter in _sorted(network):
+        self._network, self.offsets, start = network, dict[nn.Parameter, int](), 0
+        for parameter in _matrices_first(network):
             end, shape = start + parameter[0].numel(), parameter.shape
             parameter.data = self.weights[:, start:end].view(shape)
-            self.starts[parameter] = start
+            self.offsets[parameter] = start
             start = end
-        self._places: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
+        self._grad_views: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
 
-    def _row(self, i: int) -> Row:
-        return Row(
+    def _state(self, i: int) -> OptimizerState:
+        return OptimizerState(
             weight=self.weights[i],
             grad=self.grads[i],
-            first=self.first[i],
-            second=self.second[i],
+            exp_avg=self.exp_avg[i],
+            exp_avg_sq=self.exp_avg_sq[i],
             step=self.steps[i],
         )
 
 
-STATE = ("weights", "first", "second", "steps")
+PER_MEMBER_TENSORS = ("weights", "exp_avg", "exp_avg_sq", "steps")
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -139,5 +139,5 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.dim() > 2
 
 
-def _sorted(network: nn.Module) -> list[nn.Parameter]:
+def _matrices_first(network: nn.Module) -> list[nn.Parameter]:
     return sorted(network.parameters(), key=lambda p: not _is_matrix(p))

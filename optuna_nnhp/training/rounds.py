@@ -8,20 +8,20 @@ epoch. A step means the same share of the data in every trial of a study.
 
 from __future__ import annotations
 
-RUNG_FACTOR = 3
-EXAMPLES_PER_ROUND = 8192  # at most
+REDUCTION_FACTOR = 3
+MAX_EXAMPLES_PER_ROUND = 8192  # at most
 
 
 def rounds_per_epoch(examples: int) -> int:
-    """The smallest power of three that makes a round at most `EXAMPLES_PER_ROUND` examples.
+    """The smallest power of three that makes a round at most `MAX_EXAMPLES_PER_ROUND` examples.
 
     Example:
         >>> [rounds_per_epoch(n) for n in (1_437, 8_192, 20_000, 39_073)]
         [1, 1, 3, 9]
     """
     rounds = 1
-    while examples > rounds * EXAMPLES_PER_ROUND:
-        rounds *= RUNG_FACTOR
+    while examples > rounds * MAX_EXAMPLES_PER_ROUND:
+        rounds *= REDUCTION_FACTOR
     return rounds
 
 
@@ -43,7 +43,7 @@ def next_evaluation(done: int, rounds: int) -> int:
         [1, 3, 9, 18, 27]
     """
     if done < rounds:
-        return max(1, done * RUNG_FACTOR)
+        return max(1, done * REDUCTION_FACTOR)
     return (done // rounds + 1) * rounds
 
 

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from optuna_nnhp.engine.gpt import CompiledGPT
+from optuna_nnhp.engine.gpt import CompiledGPTSubset
 from optuna_nnhp.hyperparameters.epochs import total_iterations
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.training.batches import Batches
-from optuna_nnhp.training.gpt_native import NativeApply
-from optuna_nnhp.training.gpt_native import NativeGPT
-from optuna_nnhp.training.knobs import Knobs
-from optuna_nnhp.training.knobs import Member
 from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.rounds import rounds_per_epoch
+from optuna_nnhp.training.step_params import Member
+from optuna_nnhp.training.step_params import StepParams
 from optuna_nnhp.training.update import Update
 from optuna_nnhp.training.update import Updater
 
-Apply = Callable[[Tensor], Tensor] | NativeApply  # some members' network, in evaluation
+Apply = Callable[[Tensor], Tensor] | CompiledGPTSubset  # some members' network, in evaluation
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Task:
             Makes their loss.
         metric:
             Value of each member, ``(k,)``, from the outputs on the validation part,
-            ``(k, m, outputs)``; None if `judge` needs none.
+            ``(k, m, outputs)``; None if `evaluate` needs none.
         maximize:
             Whether a greater metric is better.
         seed:
@@ -74,7 +74,7 @@ class Task:
     validation_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
-    def joinable(self) -> bool:
+    def can_append(self) -> bool:
         """Whether members of different ages can be evaluated together."""
         return True
 
@@ -83,26 +83,30 @@ class Task:
         """Rounds in an epoch."""
         return rounds_per_epoch(len(self.arrays.train_y))
 
-    def batches(self, members: Sequence[Member]) -> Batches:
+    def make_batches(self, members: Sequence[Member]) -> Batches:
         """What some members see at each step."""
         size, rows = int(members[0].params["batch_size"] or 1), self.arrays.train_y
         return Batches(len(rows), size, self.rounds, self.seed, rows.device)
 
-    def total(self, member: Member, per_round: int) -> int:
+    def total_steps(self, member: Member, per_round: int) -> int:
         """Steps of a trial's whole budget, given those of a round."""
         return total_iterations(member.params, per_round * self.rounds)
 
-    def updater(
-        self, flat: FlatParameters, knobs: Knobs, network: StackedModule, members: Sequence[Member]
+    def make_updater(
+        self,
+        flat: FlatParameters,
+        step_params: StepParams,
+        network: StackedModule,
+        members: Sequence[Member],
     ) -> Updater:
         """What steps the members' parameters."""
-        return Update(flat, knobs)
+        return Update(flat, step_params)
 
-    def engine(self, network: StackedModule, flat: FlatParameters) -> NativeGPT | None:
+    def engine(self, network: StackedModule, flat: FlatParameters) -> CompiledGPT | None:
         """What computes gradients instead of autograd, if there is something."""
         return None
 
-    def judge(
+    def evaluate(
         self, apply: Apply, members: Sequence[Member], is_over: bool
     ) -> tuple[Tensor, Tensor, bool]:
         """Loss and metric of some members on the validation part.
@@ -118,7 +122,7 @@ class Task:
         Returns:
             Both, ``(k,)``, and whether a value of this evaluation may be a trial's.
         """
-        assert self.metric is not None and not isinstance(apply, NativeApply)
+        assert self.metric is not None and not isinstance(apply, CompiledGPTSubset)
         outputs = apply(self.arrays.valid_x)
         loss = self.validation_loss or self.loss(members)
         return loss(outputs, self.arrays.valid_y), self.metric(outputs), True
@@ -129,7 +133,7 @@ class Scores:
     """What training up to an evaluation brought, for each of the members that were evaluated.
 
     Args:
-        places:
+        indices:
             Who was evaluated, as places in ``cohort.members``.
         rounds:
             Rounds that each has done.
@@ -146,7 +150,7 @@ class Scores:
             while it goes on.
     """
 
-    places: list[int]
+    indices: list[int]
     rounds: list[int]
     train_loss: list[float]
     validation_loss: list[float]

@@ -7,12 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optuna_nnhp.hyperparameters.optimizer import update
+from optuna_nnhp.hyperparameters.optimizer import optimizer_step
 from optuna_nnhp.hyperparameters.regularization import add_l1
 from optuna_nnhp.hyperparameters.regularization import clip_gradients
 from optuna_nnhp.hyperparameters.regularization import decay_weights
-from optuna_nnhp.training.knobs import Knobs
 from optuna_nnhp.training.parameters import FlatParameters
+from optuna_nnhp.training.step_params import StepParams
 
 
 class Updater(Protocol):
@@ -28,28 +28,28 @@ class Update:
     Args:
         flat:
             The members' parameters.
-        knobs:
+        step_params:
             Their hyperparameters.
     """
 
-    def __init__(self, flat: FlatParameters, knobs: Knobs) -> None:
-        self.flat, self.knobs = flat, knobs
+    def __init__(self, flat: FlatParameters, step_params: StepParams) -> None:
+        self.flat, self.step_params = flat, step_params
 
     @torch.no_grad()
     def step(self, rates: Tensor) -> None:
         """Regularize and clip the gradients, then step each member by its own optimizer."""
-        flat, knobs = self.flat, self.knobs
+        flat, step_params = self.flat, self.step_params
         for block in flat.blocks:
             weights, grads = flat.weights[block], flat.grads[block]
-            matrices = weights[:, : flat.decayed], grads[:, : flat.decayed]
-            if knobs.has_l1:
-                add_l1(*matrices, knobs.l1[block])
-            clip_gradients(grads, knobs.clip_norm[block])
-            decay = knobs.weight_decay[block], knobs.decoupled[block]
+            matrices = weights[:, : flat.num_decayed], grads[:, : flat.num_decayed]
+            if step_params.has_l1:
+                add_l1(*matrices, step_params.l1[block])
+            clip_gradients(grads, step_params.clip_norm[block])
+            decay = step_params.weight_decay[block], step_params.decoupled[block]
             decay_weights(*matrices, rates[block].to(weights), *decay)
             for row, name, rate, coefficients in zip(
-                *(flat.rows[block], knobs.optimizers[block]),
-                *(rates[block].tolist(), knobs.coefficients[block]),
+                *(flat.optimizer_states[block], step_params.optimizers[block]),
+                *(rates[block].tolist(), step_params.coefficients[block]),
                 strict=True,
             ):
-                update(name, row, rate, coefficients)
+                optimizer_step(name, row, rate, coefficients)

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from optuna_nnhp.search.population import GENERATION
 from optuna_nnhp.search.population import PARENT
-from optuna_nnhp.study.lockstep import COURSE
+from optuna_nnhp.study.lockstep import SCHEDULE
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ def networks(trial: FrozenTrial) -> int:
 
     Example:
         >>> import optuna
-        >>> course = {"course": [[0, {"learning_rate": 0.1, "dropout": 0.2}, False]]}
+        >>> course = {"schedule": [[0, {"learning_rate": 0.1, "dropout": 0.2}, False]]}
         >>> networks(optuna.trial.create_trial(value=0.0, user_attrs=course))
         3
         >>> networks(optuna.trial.create_trial(value=0.0))
         1
     """
     attributes = trial.user_attrs
-    if GENERATION in attributes or not attributes.get(COURSE):  # populations have no twins
+    if GENERATION in attributes or not attributes.get(SCHEDULE):  # populations have no twins
         return 1
-    _, moved, _ = attributes[COURSE][0]
+    _, moved, _ = attributes[SCHEDULE][0]
     return 1 + len(moved)
 
 

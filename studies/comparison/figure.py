@@ -8,10 +8,10 @@ from statistics import median
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from optuna_nnhp.inspect.style import COLORS
-from optuna_nnhp.inspect.style import INK
-from optuna_nnhp.inspect.style import robust_range
-from optuna_nnhp.inspect.style import styled
+from optuna_nnhp.inspect.plot_style import COLORS
+from optuna_nnhp.inspect.plot_style import TEXT_COLOR
+from optuna_nnhp.inspect.plot_style import apply_style
+from optuna_nnhp.inspect.plot_style import robust_range
 from optuna_nnhp.search import METHODS
 from studies.comparison.effort import value_at
 from studies.comparison.methods import BASELINE
@@ -50,7 +50,7 @@ def figure_of(runs: Runs, timeout: float) -> go.Figure:
     sets = grouped(runs, lambda one: one.data)
     figure = make_subplots(len(sets), len(AXES), shared_yaxes=True, horizontal_spacing=0.04)
     methods = sorted({one.method for one in runs}, key=[BASELINE, *METHODS].index)
-    looks = dict(zip(methods, (INK, *COLORS), strict=False))
+    looks = dict(zip(methods, (TEXT_COLOR, *COLORS), strict=False))
     for row, (data, of_data) in enumerate(sets.items(), 1):
         by_method = grouped(of_data, lambda one: one.method)
         for column, (axis, title) in enumerate(AXES.items(), 1):
@@ -70,7 +70,7 @@ def figure_of(runs: Runs, timeout: float) -> go.Figure:
         "A click on a name hides it, two clicks show it alone."
     )
     title = "Best value so far (validation)"
-    return styled(figure, title, subtitle, height=120 + 400 * len(sets))
+    return apply_style(figure, title, subtitle, height=120 + 400 * len(sets))
 
 
 def _traces(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from optuna_nnhp.hyperparameters.catalogue import choose
 from optuna_nnhp.hyperparameters.catalogue import default_params
-from optuna_nnhp.hyperparameters.record import Value
+from optuna_nnhp.hyperparameters.catalogue import resolve_space
+from optuna_nnhp.hyperparameters.spec import Value
 
 
 def defaults(task: str) -> dict[str, Value]:
@@ -16,7 +16,7 @@ def defaults(task: str) -> dict[str, Value]:
         >>> defaults("regression")["batch_size"]
         64
     """
-    return default_params(task, choose(task)[0])
+    return default_params(task, resolve_space(task)[0])
 
 
 def all_but(task: str, tuned: Collection[str], epochs: int) -> dict[str, Value]:

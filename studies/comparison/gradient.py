@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 import pandas as pd
 
 from optuna_nnhp import optimize
-from optuna_nnhp.study.hypergradient import MOVED
+from optuna_nnhp.study.hypergradient import ADJUSTED
 from studies.comparison.data import Data
 from studies.comparison.effort import model_epochs
 from studies.comparison.fixed import all_but
@@ -30,7 +30,7 @@ ONLY, EVERYTHING = "the rate", "all it can"
 
 
 @dataclass(frozen=True)
-class Descent:
+class AdamOnUnitScale:
     """One run along the gradient, beside the sweep.
 
     Args:
@@ -120,7 +120,7 @@ class Tuned:
         return self.train(len(self._study.get_trials(deepcopy=False)), **options)[-1]
 
 
-def descents(data: Data, seed: int, epochs: int) -> list[Descent]:
+def descents(data: Data, seed: int, epochs: int) -> list[AdamOnUnitScale]:
     """A sweep over the learning rate, and the gradient from poor ones."""
     only = Tuned(data, seed, epochs, ["learning_rate"])
     swept = only.train(len(RATES), method="grid", levels={"learning_rate": RATES})
@@ -128,7 +128,7 @@ def descents(data: Data, seed: int, epochs: int) -> list[Descent]:
     best = min(swept, key=_least)
     rate = best.params["learning_rate"]
     sweep = _least(best), rate, _least(only.add(rate, method="random"))
-    everything = Tuned(data, seed, epochs, MOVED)
+    everything = Tuned(data, seed, epochs, ADJUSTED)
     everything.train(1, method="random")
     found = []
     for moved, tuned in ((ONLY, only), (EVERYTHING, everything)):
@@ -137,7 +137,7 @@ def descents(data: Data, seed: int, epochs: int) -> list[Descent]:
             spent = sum(model_epochs([trial]))
             reached = (_least(trial), _last_rate(trial))
             times = (spent, tuned.seconds, seconds)
-            found.append(Descent(data.name, seed, start, moved, *reached, *sweep, *times))
+            found.append(AdamOnUnitScale(data.name, seed, start, moved, *reached, *sweep, *times))
     return found
 
 
@@ -148,11 +148,11 @@ def _least(trial: FrozenTrial) -> float:
 
 
 def _last_rate(trial: FrozenTrial) -> float:
-    _, values, _ = trial.user_attrs["course"][-1]
+    _, values, _ = trial.user_attrs["schedule"][-1]
     return float(values["learning_rate"])
 
 
-def table_of(found: list[Descent]) -> pd.DataFrame:
+def table_of(found: list[AdamOnUnitScale]) -> pd.DataFrame:
     """One row for each run."""
     rows = [
         {
@@ -166,7 +166,7 @@ def table_of(found: list[Descent]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims(found: list[Descent]) -> list[str]:
+def claims(found: list[AdamOnUnitScale]) -> list[str]:
     """Whether the gradient's loss is within 2 % of the sweep's, by the median over the seeds."""
     lines = []
     for moved in (ONLY, EVERYTHING):

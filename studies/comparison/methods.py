@@ -20,7 +20,7 @@ import pandas as pd
 
 from optuna_nnhp import optimize
 from optuna_nnhp.search import METHODS
-from optuna_nnhp.study import sizes
+from optuna_nnhp.study import autotune
 from studies.comparison.data import Data
 from studies.comparison.effort import Point
 from studies.comparison.effort import course_of
@@ -117,7 +117,7 @@ def nothing_measured() -> Iterator[None]:
     They are kept for each data set and split: the later of two studies would have them for free.
     """
     with TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"XDG_CACHE_HOME": folder}):
-        sizes._known.clear()
+        autotune._known.clear()
         yield
 
 

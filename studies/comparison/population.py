@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 import pandas as pd
 
-from optuna_nnhp.hyperparameters.catalogue import changing
+from optuna_nnhp.hyperparameters.catalogue import mutable_names
 from studies.comparison.data import Data
 from studies.comparison.fixed import all_but
 from studies.comparison.methods import Runs
@@ -29,7 +29,7 @@ def both(data: Data, seed: int, epochs: int) -> Runs:
     """
     generations = min(GENERATIONS, epochs)
     usual: dict[str, Any] = {
-        "fixed": all_but(data.task, changing(), epochs),
+        "fixed": all_but(data.task, mutable_names(), epochs),
         "pruner": optuna.pruners.NopPruner(),
     }
     sizes = {"size": SIZE, "generations": generations}

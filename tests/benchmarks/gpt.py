@@ -218,7 +218,7 @@ def cohort_steps(problem: GPT, members: list[Member], count: int = 10) -> Callab
         start = time.perf_counter()
         cohort.train_round(lambda: next(left, None) is None)
         seconds = time.perf_counter() - start
-        assert cohort.done[0] == 0 and cohort.iterations[0] % count == 0
+        assert cohort.rounds_done[0] == 0 and cohort.iterations[0] % count == 0
         return seconds / count
 
     return run
@@ -229,7 +229,7 @@ def plain_steps(problem: GPT, member: Member, count: int = 10) -> Callable[[], f
     cohort = problem._cohort([member], iterations=10**7)
     network, data = cohort.network.member(0).train(), cohort.task.arrays
     p = member.params
-    betas = float(p["momentum"] or 0), float(p["squared_decay"] or 0)
+    betas = float(p["momentum"] or 0), float(p["beta2"] or 0)
     optimizer = torch.optim.AdamW(
         network.parameters(),
         float(p["learning_rate"] or 0),
@@ -254,7 +254,7 @@ def plain_steps(problem: GPT, member: Member, count: int = 10) -> Callable[[], f
 
 def step_flops(problem: GPT, member: Member) -> float:
     """Operations of a step's products: six for each matrix weight and token, and attention's."""
-    a = Architecture.of(member.params, problem._tokens(member).tokenizer.size)
+    a = Architecture.from_params(member.params, problem._tokens(member).tokenizer.size)
     tokens = problem._sequences(member) * a.context
     weights = count_parameters(a) - a.vocabulary * a.width  # the embedding is no product
     return float(tokens * (6 * weights + 12 * a.layers * a.width * a.context / 2))

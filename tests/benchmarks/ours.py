@@ -12,11 +12,11 @@ from unittest import mock
 import optuna
 
 from optuna_nnhp import optimize
-from optuna_nnhp.storages.places import DEFAULT_STORAGE
-from optuna_nnhp.study import wish
-from optuna_nnhp.study.judging import Judge
-from optuna_nnhp.study.pool import Live
-from optuna_nnhp.study.scheduler import Scheduler
+from optuna_nnhp.storages.paths import DEFAULT_STORAGE
+from optuna_nnhp.study import method_config
+from optuna_nnhp.study.cohort_runs import CohortRun
+from optuna_nnhp.study.pruning import PruningPolicy
+from optuna_nnhp.study.tuner import Tuner
 from optuna_nnhp.training.cohort import Scores
 from tests.benchmarks.common import peak_memory
 from tests.benchmarks.sides import Settings
@@ -52,14 +52,14 @@ def ours(settings: Settings) -> Side:
         seconds = watch.seconds
         peak_mib = peak_memory()
         trials, name = result.study.get_trials(deepcopy=False), result.study.user_attrs["metric"]
-    (scheduler,) = kept
-    side = Side(name, scheduler.problem.maximize, seconds)
+    (tuner,) = kept
+    side = Side(name, tuner.problem.maximize, seconds)
     side.start_mib, side.peak_mib = start_mib, peak_mib
     side.epochs = float(sum(t.user_attrs.get("epochs", 0) for t in trials))
     side.count(trials, {t.number for t in trials if t.user_attrs.get("cause") in CUT_SHORT})
     watch.write(side, trials)
     side.best = side.told[-1][1] if side.told else None
-    side.sections, side.occupancy = dict(scheduler.timing.seconds), scheduler.pool.occupancy
+    side.sections, side.occupancy = dict(tuner.timing.seconds), tuner.queue.occupancy
     return side
 
 
@@ -70,21 +70,21 @@ def storage_in(folder: Path, kind: str) -> str | None:
 
 
 @contextmanager
-def watched() -> Iterator[tuple[Watch, list[Scheduler]]]:
+def watched() -> Iterator[tuple[Watch, list[Tuner]]]:
     """Within, the schedulers that `optimize` makes are kept, and their trials' values noted."""
-    watch, kept = Watch(), list[Scheduler]()
+    watch, kept = Watch(), list[Tuner]()
 
-    class Noting(Judge):
-        def judge(self, live: Live, scores: Scores) -> dict[int, str]:
-            for place, value in zip(scores.places, scores.value, strict=True):
-                watch.saw(live.cohort.members[place].number, value)
-            return super().judge(live, scores)
+    class Noting(PruningPolicy):
+        def judge(self, run: CohortRun, scores: Scores) -> dict[int, str]:
+            for place, value in zip(scores.indices, scores.value, strict=True):
+                watch.saw(run.cohort.members[place].number, value)
+            return super().judge(run, scores)
 
-    class Watched(Scheduler):
+    class Watched(Tuner):
         def __post_init__(self) -> None:
             super().__post_init__()
             self.judge = Noting(self.ends)
             kept.append(self)
 
-    with mock.patch.object(wish, "Scheduler", Watched):
+    with mock.patch.object(method_config, "Tuner", Watched):
         yield watch, kept

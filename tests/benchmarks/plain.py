@@ -21,14 +21,14 @@ from torch import nn
 from torch.nn import functional
 
 from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
-from optuna_nnhp.hyperparameters.catalogue import effective
+from optuna_nnhp.hyperparameters.catalogue import effective_params
 from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.hyperparameters.weight_init import initial_weight
 from optuna_nnhp.networks.mlp import build_mlp
-from optuna_nnhp.study.trials import suggest
-from optuna_nnhp.templates.dnn import DNN
-from optuna_nnhp.templates.predictor import to_units
+from optuna_nnhp.study.running_trial import suggest
+from optuna_nnhp.templates.dnn import DNNTemplate
+from optuna_nnhp.templates.predictor import to_target_units
 from tests.benchmarks.common import peak_memory
 from tests.benchmarks.sides import Settings
 from tests.benchmarks.sides import Side
@@ -49,7 +49,7 @@ def plain(settings: Settings) -> Side:
     load_optimizers()
     table, start_mib = settings.table(), peak_memory()
     watch = Watch()
-    problem = DNN(**table, fixed={"epochs": settings.epochs}, seed=settings.seed)
+    problem = DNNTemplate(**table, fixed={"epochs": settings.epochs}, seed=settings.seed)
     training = Training(problem, watch, settings.timeout)
     directions = optuna.study.StudyDirection
     direction = directions.MAXIMIZE if problem.maximize else directions.MINIMIZE
@@ -93,7 +93,7 @@ class Training:
         epochs: Passes over the data, of all trials.
     """
 
-    def __init__(self, problem: DNN, watch: Watch, timeout: float | None) -> None:
+    def __init__(self, problem: DNNTemplate, watch: Watch, timeout: float | None) -> None:
         self.problem, self.watch, self.epochs = problem, watch, 0.0
         self.until = float("inf") if timeout is None else watch.started + timeout
         data = problem.data
@@ -104,7 +104,7 @@ class Training:
         """Train one network; its best value over the epochs."""
         problem, best, waited = self.problem, None, 0
         task, drawn = problem.target.task, suggest(trial, problem.space)
-        params = effective(task, {**problem.fixed, **drawn})
+        params = effective_params(task, {**problem.fixed, **drawn})
         network = build(params, problem.inputs, problem.outputs)
         course = self.course(network, params)
         for epoch, value in enumerate(course, start=1):
@@ -143,7 +143,7 @@ class Training:
             network.eval()
             with torch.inference_mode():
                 outputs = network(valid_x)[None]
-                units = to_units(self.problem.target, outputs, valid_y)
+                units = to_target_units(self.problem.target, outputs, valid_y)
                 value = float(self.problem.metric.compute(*units))
             yield value
 
@@ -210,7 +210,7 @@ def optimizer_of(weights: list[nn.Parameter], params: Params) -> torch.optim.Opt
             {"params": [w for w in weights if w.dim() > 1], "weight_decay": decay},
             {"params": [w for w in weights if w.dim() == 1]},
         ]
-    name, squared = params["optimizer"], float(params["squared_decay"])
+    name, squared = params["optimizer"], float(params["beta2"])
     match name:
         case "sgd" | "nesterov":
             fast = name == "nesterov" and momentum > 0
@@ -235,7 +235,7 @@ def schedule(params: Params, total: int) -> list[float]:
         one("learning_rate"),
         [params["learning_rate_decay"]],
         one("warmup"),
-        one("final_fraction"),
+        one("min_lr_ratio"),
         torch.arange(total)[None],
         torch.tensor([total]),
     )[0].tolist()

@@ -112,7 +112,7 @@ class Side:
         seen: When a trial that became COMPLETE first had each new best value.
         peak_mib: The most memory of the process.
         start_mib: The same before the call: Python, its libraries and the data.
-        sections: Seconds by section of `Scheduler.timing`; only of ours.
+        sections: Seconds by section of `Tuner.timing`; only of ours.
         occupancy: Members over slots; only of ours.
     """
 

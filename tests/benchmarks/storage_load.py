@@ -10,7 +10,7 @@ on one machine workers and server share the cores:
 - crowd: processes that do what workers do to a study, without training: start trials of 17
   parameters, report, end them, read what others did, as fast as they can;
 - reading: what it takes to read a study once, with so many trials of others that run: in full,
-  which happens seldom (`storages/tables.py`), and otherwise.
+  which happens seldom (`storages/rdb_adapter.py`), and otherwise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 
 from optuna_nnhp import optimize
-from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.storages.buffered import BufferedStorage
 from tests.benchmarks.common import write_json
 from tests.benchmarks.sides import Settings
 from tests.postgresql import Server
@@ -160,7 +160,7 @@ def work(url: str, name: str, seconds: float) -> tuple[int, int, int]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = RDBStorage(url)
     count = Count.of(backend)
-    storage = DeferredStorage(backend)
+    storage = BufferedStorage(backend)
     study = optuna.load_study(
         study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler()
     )
@@ -168,7 +168,7 @@ def work(url: str, name: str, seconds: float) -> tuple[int, int, int]:
     while time.monotonic() < end:
         storage.refresh()
         study.get_trials(deepcopy=False)
-        with storage.reserved(COHORT):
+        with storage.prefetch_trials(COHORT):
             asked = [study.ask(SPACE) for _ in range(COHORT)]
         for step in range(1, REPORTS + 1):
             for trial in asked:
@@ -216,17 +216,17 @@ def reading(place: Cluster, running: int) -> dict[str, float]:
     """One reading of a study in which others have so many trials that run."""
     backend = RDBStorage(place.url())
     study = optuna.create_study(storage=backend)
-    others = DeferredStorage(backend)
+    others = BufferedStorage(backend)
     theirs = optuna.load_study(
         study_name=study.study_name, storage=others, sampler=optuna.samplers.RandomSampler()
     )
-    with others.reserved(running):
+    with others.prefetch_trials(running):
         for _ in range(running):
             trial = theirs.ask(SPACE)
             for step in range(1, REPORTS + 1):
                 trial.report(0.5, step)
     others.flush()
-    storage = DeferredStorage(backend)
+    storage = BufferedStorage(backend)
     mine = optuna.load_study(study_name=study.study_name, storage=storage)
     mine.get_trials(deepcopy=False)
     found: dict[str, float] = {"running trials": running}

@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from optuna_nnhp.data.cells import texts
 from optuna_nnhp.data.columns import MAX_CATEGORIES
 from optuna_nnhp.data.columns import Column
+from optuna_nnhp.data.columns import category_codes
 from optuna_nnhp.data.columns import check_values
-from optuna_nnhp.data.columns import detect
-from optuna_nnhp.data.columns import learn_column
-from optuna_nnhp.data.columns import read_codes
-from optuna_nnhp.data.columns import read_numbers
+from optuna_nnhp.data.columns import fit_column
+from optuna_nnhp.data.columns import infer_column_kind
+from optuna_nnhp.data.columns import numeric_features
+from optuna_nnhp.data.parsing import factorize_texts
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ from optuna_nnhp.data.columns import read_numbers
     ],
 )
 def test_kinds(cells: Any, kind: str) -> None:
-    assert detect(pd.Series(cells))[0] == kind
+    assert infer_column_kind(pd.Series(cells))[0] == kind
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_kinds(cells: Any, kind: str) -> None:
 def test_strange_cells(cells: list[Any], held: str) -> None:
     message = f"The columns of X must hold .* but 'c' holds {held}"
     with pytest.raises(ValueError, match=message):
-        learn_column(pd.Series(cells, name="c"))
+        fit_column(pd.Series(cells, name="c"))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_strange_cells(cells: list[Any], held: str) -> None:
     ],
 )
 def test_dates_mean(cells: list[str], written: list[str]) -> None:
-    column = learn_column(pd.Series(cells, name="d"))
-    days, _ = read_numbers(column, pd.Series(cells))
+    column = fit_column(pd.Series(cells, name="d"))
+    days, _ = numeric_features(column, pd.Series(cells))
     expected = pd.to_datetime(written)
     month = days[:, column.parts.index("month")]
     np.testing.assert_array_equal(month, expected.month)
@@ -94,24 +94,24 @@ def test_dates_mean(cells: list[str], written: list[str]) -> None:
 
 def test_date_parts() -> None:
     cells = pd.Series(["2024-02-29 18:00", "2024-03-01 18:00", None], name="d")
-    column = learn_column(cells)
+    column = fit_column(cells)
     # Year and hour are constant here.
     assert column.parts == ("month", "day", "weekday", "days")
     assert column.missing
-    values, absent = read_numbers(column, cells)
+    values, absent = numeric_features(column, cells)
     assert values[0].tolist() == [2, 29, 3, 19782.75]
     assert np.isnan(values[2]).all()
     assert absent.tolist() == [False, False, True]
     # The same dates in another guise.
-    stamps, _ = read_numbers(column, pd.to_datetime(cells))
+    stamps, _ = numeric_features(column, pd.to_datetime(cells))
     np.testing.assert_array_equal(stamps, values)
-    zoned, _ = read_numbers(column, pd.to_datetime(cells).dt.tz_localize("UTC"))
+    zoned, _ = numeric_features(column, pd.to_datetime(cells).dt.tz_localize("UTC"))
     np.testing.assert_array_equal(zoned, values)
 
 
 def test_far_dates_keep_their_distance() -> None:
     cells = pd.Series(["9999-12-31", "0001-01-01"], name="d")
-    values, _ = read_numbers(learn_column(cells), cells)
+    values, _ = numeric_features(fit_column(cells), cells)
     assert values[0, -1] - values[1, -1] == 3652058
 
 
@@ -127,14 +127,14 @@ def test_far_dates_keep_their_distance() -> None:
     ],
 )
 def test_booleans(cells: Any, expected: list[float]) -> None:
-    values, absent = read_numbers(Column("b", "boolean", ("",)), pd.Series(cells))
+    values, absent = numeric_features(Column("b", "boolean", ("",)), pd.Series(cells))
     np.testing.assert_array_equal(values[:, 0], expected)
     assert absent.tolist() == [False, False, True]
 
 
 def test_unreadable_counts_as_missing(log: pytest.LogCaptureFixture) -> None:
-    column = learn_column(pd.Series(["1", "2"], name="n"))
-    values, absent = read_numbers(column, pd.Series(["3", "many", "many", None]), "X_val")
+    column = fit_column(pd.Series(["1", "2"], name="n"))
+    values, absent = numeric_features(column, pd.Series(["3", "many", "many", None]), "X_val")
     np.testing.assert_array_equal(values[:, 0], [3, np.nan, np.nan, np.nan])
     assert absent.tolist() == [False, True, True, True]
     assert [record.getMessage() for record in log.records] == [
@@ -154,35 +154,35 @@ def test_unreadable_counts_as_missing(log: pytest.LogCaptureFixture) -> None:
     ],
 )
 def test_constant(cells: list[Any], expected: Column) -> None:
-    assert learn_column(pd.Series(cells, name="c")) == expected
+    assert fit_column(pd.Series(cells, name="c")) == expected
 
 
 def test_whole_floats_are_the_same_category_as_integers() -> None:
-    column = learn_column(pd.Series(pd.Categorical([1, 2, 3]), name="c"))
+    column = fit_column(pd.Series(pd.Categorical([1, 2, 3]), name="c"))
     assert column.categories == ("1", "2", "3")
-    assert read_codes(column, pd.Series([3.0, None, 1.0])).tolist() == [2, -1, 0]
+    assert category_codes(column, pd.Series([3.0, None, 1.0])).tolist() == [2, -1, 0]
 
 
 def test_codes_of_unseen_and_missing() -> None:
     few = Column("c", "categorical", categories=("a", "b"))
-    assert read_codes(few, pd.Series(["b", "z", None])).tolist() == [1, -1, -1]
+    assert category_codes(few, pd.Series(["b", "z", None])).tolist() == [1, -1, -1]
     many = Column("c", "categorical", categories=("a", "b"), infrequent=True)
-    assert read_codes(many, pd.Series(["b", "z", None])).tolist() == [1, 2, 2]
+    assert category_codes(many, pd.Series(["b", "z", None])).tolist() == [1, 2, 2]
     full = Column("c", "categorical", categories=("a", "b"), infrequent=True, missing=True)
-    assert read_codes(full, pd.Series(["b", "z", None])).tolist() == [1, 2, 3]
+    assert category_codes(full, pd.Series(["b", "z", None])).tolist() == [1, 2, 3]
     # All missing is fine at prediction, whatever type pandas gives it.
-    assert read_codes(full, pd.Series([None, np.nan])).tolist() == [3, 3]
+    assert category_codes(full, pd.Series([None, np.nan])).tolist() == [3, 3]
 
 
 def test_texts() -> None:
-    codes, values = texts(pd.Series(["a ", "NA", "a", None, 2.0, 2, True], dtype=object))
+    codes, values = factorize_texts(pd.Series(["a ", "NA", "a", None, 2.0, 2, True], dtype=object))
     assert codes.tolist() == [0, -1, 0, -1, 1, 1, 2]
     assert values.tolist() == ["a", "2", "True"]
 
 
 @pytest.mark.parametrize("cells", [[1, True, "x"], [True, 1, "x"]])
 def test_true_is_not_one(cells: list[Any]) -> None:
-    codes, values = texts(pd.Series(cells, dtype=object))
+    codes, values = factorize_texts(pd.Series(cells, dtype=object))
     assert values[codes].tolist() == [str(cell) for cell in cells]
 
 
@@ -190,7 +190,7 @@ def test_many_categories_keep_the_frequent(log: pytest.LogCaptureFixture) -> Non
     often = [f"often{i:02}" for i in range(30) for _ in range(5)]
     twice = [f"twice{i:03}" for i in range(300) for _ in range(2)]
     once = [f"once{i}" for i in range(500)]
-    column = learn_column(pd.Series([*once, *twice, *often], name="c"))
+    column = fit_column(pd.Series([*once, *twice, *often], name="c"))
     assert column.infrequent
     assert len(column.categories) == MAX_CATEGORIES - 1
     assert set(often) <= set(column.categories)
@@ -215,4 +215,4 @@ def test_values_errors(frame: dict[str, Any], message: str) -> None:
 
 def test_infinite_text() -> None:
     with pytest.raises(ValueError, match="column 'a' of X has 1 infinite, the first in row 1"):
-        learn_column(pd.Series(["1", "inf"], name="a"))
+        fit_column(pd.Series(["1", "inf"], name="a"))

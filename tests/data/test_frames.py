@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from optuna_nnhp.data.frames import MISSING_MARKERS
+from optuna_nnhp.data.frames import align_columns
 from optuna_nnhp.data.frames import as_frame
 from optuna_nnhp.data.frames import as_target
-from optuna_nnhp.data.frames import check_lengths
-from optuna_nnhp.data.frames import listing
-from optuna_nnhp.data.frames import match_columns
+from optuna_nnhp.data.frames import check_consistent_length
+from optuna_nnhp.data.frames import format_list
 from optuna_nnhp.data.frames import read_csv
 
 
@@ -109,7 +109,7 @@ def test_csv_error_lists_few_columns(tmp_path: Path) -> None:
 
 
 def test_listing_shortens() -> None:
-    assert len(listing(["x" * 1000])) == 60
+    assert len(format_list(["x" * 1000])) == 60
 
 
 @pytest.mark.parametrize(
@@ -198,14 +198,14 @@ def test_target_errors(y: Any, message: str) -> None:
 
 def test_lengths() -> None:
     with pytest.raises(ValueError, match=r"X and y must .* but have 2 and 3"):
-        check_lengths(as_frame([[1], [2]]), as_target([1, 2, 3]))
+        check_consistent_length(as_frame([[1], [2]]), as_target([1, 2, 3]))
 
 
 def test_match_columns() -> None:
     X = pd.DataFrame({"c": [3], "b": [2], "a": [1]})
-    assert match_columns(X, ["a", "b"], ["a"]).columns.tolist() == ["a", "b"]
-    assert match_columns(X, ["a", "z"], ["a"]).columns.tolist() == ["a"]
+    assert align_columns(X, ["a", "b"], ["a"]).columns.tolist() == ["a", "b"]
+    assert align_columns(X, ["a", "z"], ["a"]).columns.tolist() == ["a"]
     with pytest.raises(ValueError, match=r"X_val must have the columns .* but lacks 'y', 'z'"):
-        match_columns(X, ["a", "y", "z"], ["a", "y", "z"], "X_val")
+        align_columns(X, ["a", "y", "z"], ["a", "y", "z"], "X_val")
     with pytest.raises(ValueError, match="X must have 2 columns, but has 3"):
-        match_columns([[1, 2, 3]], ["a", "b"], [])
+        align_columns([[1, 2, 3]], ["a", "b"], [])

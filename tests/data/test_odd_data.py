@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from optuna_nnhp.data.arrays import ArrayInputs
+from optuna_nnhp.data.arrays import ArrayPreprocessor
 from optuna_nnhp.data.frames import as_frame
 from optuna_nnhp.data.frames import as_target
 from optuna_nnhp.data.frames import read_csv
 from optuna_nnhp.data.preprocessor import Preprocessor
-from optuna_nnhp.data.tabular import prepare
+from optuna_nnhp.data.supervised import prepare_table
 from optuna_nnhp.data.target import Target
 from optuna_nnhp.data.target import resolve_task
 
@@ -61,9 +61,9 @@ def test_labels_in_half_precision() -> None:
 
 def test_numbers_of_another_byte_order() -> None:
     X, y = np.arange(20.0).reshape(10, 2), [0, 1] * 5
-    expected = prepare(X, y)
+    expected = prepare_table(X, y)
     for other in (X.astype(">f8"), pd.DataFrame(X.astype(">f8"), columns=["x0", "x1"])):
-        found = prepare(other, np.array(y, dtype=">i4"))
+        found = prepare_table(other, np.array(y, dtype=">i4"))
         assert found.train_X.tolist() == expected.train_X.tolist()
         assert found.train_y.tolist() == expected.train_y.tolist()
 
@@ -71,7 +71,7 @@ def test_numbers_of_another_byte_order() -> None:
 def test_bfloat16_is_taken() -> None:
     tensor = torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16)
     assert as_frame(tensor)["x0"].tolist() == [1.0, 2.0]
-    assert ArrayInputs.of(tensor).dtype == "float32"
+    assert ArrayPreprocessor.fit(tensor).dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_is_refused(X: Any, message: str) -> None:
 
 def test_masked_numbers_are_not_taken_for_numbers() -> None:
     with pytest.raises(ValueError, match="X must have no masked numbers, but has 2"):
-        ArrayInputs.of(np.ma.masked_less(np.array([[1.0], [-1.0], [-2.0]]), 0))
+        ArrayPreprocessor.fit(np.ma.masked_less(np.array([[1.0], [-1.0], [-2.0]]), 0))
 
 
 def test_a_task_of_another_type() -> None:

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from optuna_nnhp.data import columns
 from optuna_nnhp.data import preprocessor as module
 from optuna_nnhp.data.preprocessor import Preprocessor
-from optuna_nnhp.data.scaling import bend
+from optuna_nnhp.data.scaling import soft_clip
 
 
 def mixed(n: int, seed: int) -> pd.DataFrame:
@@ -64,7 +64,9 @@ def test_equals_scikit_learn(monkeypatch: pytest.MonkeyPatch, limit: int) -> Non
             (
                 "n",
                 make_pipeline(
-                    SimpleImputer(strategy="median"), StandardScaler(), FunctionTransformer(bend)
+                    SimpleImputer(strategy="median"),
+                    StandardScaler(),
+                    FunctionTransformer(soft_clip),
                 ),
                 numbers,
             ),

@@ -11,9 +11,9 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.preprocessing import RobustScaler
 from sklearn.preprocessing import StandardScaler
 
-from optuna_nnhp.data.scaling import CLIP
+from optuna_nnhp.data.scaling import SOFT_CLIP_BOUND
 from optuna_nnhp.data.scaling import Scaler
-from optuna_nnhp.data.scaling import bend
+from optuna_nnhp.data.scaling import soft_clip
 
 
 def holes(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
@@ -28,7 +28,7 @@ def test_light_tails_equal_scikit_learn() -> None:
     pipeline = make_pipeline(SimpleImputer(strategy="median"), StandardScaler()).fit(train)
     scaler = Scaler.fit(train)
     assert not scaler.heavy.any()
-    np.testing.assert_array_equal(scaler.transform(other), bend(pipeline.transform(other)))
+    np.testing.assert_array_equal(scaler.transform(other), soft_clip(pipeline.transform(other)))
 
 
 def test_heavy_tails_equal_scikit_learn() -> None:
@@ -41,7 +41,7 @@ def test_heavy_tails_equal_scikit_learn() -> None:
     ).fit(train)
     scaler = Scaler.fit(train)
     assert scaler.heavy.all()
-    np.testing.assert_array_equal(scaler.transform(train), bend(pipeline.transform(train)))
+    np.testing.assert_array_equal(scaler.transform(train), soft_clip(pipeline.transform(train)))
 
 
 def test_one_wild_value_does_not_press_the_others_together() -> None:
@@ -50,13 +50,20 @@ def test_one_wild_value_does_not_press_the_others_together() -> None:
     values[0] = 1e12
     scaled = Scaler.fit(values).transform(values)
     assert np.std(scaled[1:]) > 0.2
-    assert np.abs(scaled).max() <= CLIP
+    assert np.abs(scaled).max() <= SOFT_CLIP_BOUND
 
 
 def test_bending_is_straight_around_zero_and_bounded() -> None:
     values = np.array([0.0, 1e-3, 3.0, -3.0, 1e9, -1e300])
-    expected = [0.0, 1e-3, CLIP / 2**0.5, -CLIP / 2**0.5, CLIP, -CLIP]
-    np.testing.assert_allclose(bend(values), expected, rtol=1e-6)
+    expected = [
+        0.0,
+        1e-3,
+        SOFT_CLIP_BOUND / 2**0.5,
+        -SOFT_CLIP_BOUND / 2**0.5,
+        SOFT_CLIP_BOUND,
+        -SOFT_CLIP_BOUND,
+    ]
+    np.testing.assert_allclose(soft_clip(values), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("wild", [1e100, -1e100, 1e-100, 0.0])
@@ -65,7 +72,7 @@ def test_extremes_stay_within_bounds(wild: float) -> None:
     scaler = Scaler.fit(train)
     scaled = scaler.transform(np.array([[wild, wild], [np.nan, np.nan]]))
     assert np.isfinite(scaled).all()
-    assert np.abs(scaled).max() <= CLIP
+    assert np.abs(scaled).max() <= SOFT_CLIP_BOUND
 
 
 def test_zero_range_with_rare_large_values() -> None:
@@ -73,7 +80,7 @@ def test_zero_range_with_rare_large_values() -> None:
     gain[:80, 0] = np.geomspace(100, 99999, 80)
     scaled = Scaler.fit(gain).transform(gain)
     assert len(np.unique(scaled)) == 81
-    assert scaled.max() < CLIP
+    assert scaled.max() < SOFT_CLIP_BOUND
 
 
 @pytest.mark.parametrize("heavy", [False, True])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from optuna_nnhp.data.splits import batch_order
-from optuna_nnhp.data.splits import split
+from optuna_nnhp.data.splits import train_validation_split
 
 
 def table(n: int) -> pd.DataFrame:
@@ -18,7 +18,9 @@ def table(n: int) -> pd.DataFrame:
 @pytest.mark.parametrize(("fraction", "valid"), [(0.2, 20), (0.201, 21), (0.9, 90)])
 def test_parts(task: str, fraction: float, valid: int) -> None:
     y = pd.Series(np.arange(100) % 2)
-    train_X, train_y, valid_X, valid_y = split(table(100), y, fraction, task, seed=3)
+    train_X, train_y, valid_X, valid_y = train_validation_split(
+        table(100), y, fraction, task, seed=3
+    )
     assert len(valid_X) == valid
     rows = np.concatenate([train_X["row"], valid_X["row"]])
     assert sorted(rows.tolist()) == list(range(100))
@@ -29,13 +31,16 @@ def test_parts(task: str, fraction: float, valid: int) -> None:
 
 def test_seed_decides() -> None:
     y = pd.Series(np.arange(100) % 2)
-    rows = [split(table(100), y, 0.2, "binary", seed)[2]["row"].tolist() for seed in (0, 0, 1)]
+    rows = [
+        train_validation_split(table(100), y, 0.2, "binary", seed)[2]["row"].tolist()
+        for seed in (0, 0, 1)
+    ]
     assert rows[0] == rows[1] != rows[2]
 
 
 def test_stratified() -> None:
     y = pd.Series(["a"] * 90 + ["b"] * 10)
-    _, _, _, valid_y = split(table(100), y, 0.3, "binary", seed=0)
+    _, _, _, valid_y = train_validation_split(table(100), y, 0.3, "binary", seed=0)
     assert valid_y.value_counts().to_dict() == {"a": 27, "b": 3}
 
 
@@ -43,7 +48,9 @@ def test_stratified() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_class_is_in_both_parts(fraction: float, seed: int) -> None:
     y = pd.Series(np.repeat(["a", "b", "c", "d", "e"], [90, 2, 3, 2, 3]))
-    train_X, train_y, valid_X, valid_y = split(table(100), y, fraction, "multiclass", seed)
+    train_X, train_y, valid_X, valid_y = train_validation_split(
+        table(100), y, fraction, "multiclass", seed
+    )
     assert set(train_y) == set(valid_y) == set("abcde")
     assert len(valid_y) == round(100 * fraction)
     assert len({*train_X["row"], *valid_X["row"]}) == 100
@@ -53,13 +60,15 @@ def test_every_class_is_in_both_parts(fraction: float, seed: int) -> None:
 def test_tightest_split() -> None:
     y = pd.Series(np.repeat(np.arange(10), 2))
     for seed in range(10):
-        _, train_y, _, valid_y = split(table(20), y, 0.5, "multiclass", seed)
+        _, train_y, _, valid_y = train_validation_split(table(20), y, 0.5, "multiclass", seed)
         assert sorted(train_y) == sorted(valid_y) == list(range(10))
 
 
 def test_pair() -> None:
     X, y = table(3), pd.Series([0, 1, 1])
-    train_X, train_y, valid_X, valid_y = split(X, y, ([[7]], [1]), "binary", seed=0)
+    train_X, train_y, valid_X, valid_y = train_validation_split(
+        X, y, ([[7]], [1]), "binary", seed=0
+    )
     assert train_X is X
     assert train_y is y
     assert valid_X.to_numpy().tolist() == [[7]]
@@ -86,13 +95,13 @@ def test_pair() -> None:
 )
 def test_errors(y: list[Any], validation: Any, task: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        split(table(len(y)), pd.Series(y), validation, task, seed=0)
+        train_validation_split(table(len(y)), pd.Series(y), validation, task, seed=0)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_seed_error(seed: int) -> None:
     with pytest.raises(ValueError, match="`seed` must be from 0"):
-        split(table(4), pd.Series([0, 1, 0, 1]), 0.5, "binary", seed)
+        train_validation_split(table(4), pd.Series([0, 1, 0, 1]), 0.5, "binary", seed)
 
 
 def test_batch_order() -> None:

@@ -11,13 +11,13 @@ import pytest
 
 from optuna_nnhp.data import text as module
 from optuna_nnhp.data.text import TextData
-from optuna_nnhp.data.text import Tokens
+from optuna_nnhp.data.text import TokenizedText
 from optuna_nnhp.data.text import bundled_text
-from optuna_nnhp.data.text import check_length
+from optuna_nnhp.data.text import check_context_fits
 from optuna_nnhp.data.text import fingerprint
 from optuna_nnhp.data.text import prepare_text
 from optuna_nnhp.data.text import read_text
-from optuna_nnhp.data.tokens import KINDS
+from optuna_nnhp.data.tokenizers import TOKENIZER_KINDS
 
 AWKWARD = "It's\r\na\ttab,  two \n\n\nÄ e\u0301 中文 🙂\r\n"
 VOCABULARY = {"char": None, "byte": None, "bpe": 270}
@@ -232,13 +232,13 @@ def test_one_character() -> None:
         prepare_text("\n" * 10, validation="abc\n")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_tokens(kind: str) -> None:
     if kind == "bpe":
         pytest.importorskip("tokenizers")
     data = prepare_text(AWKWARD * 40, validation=f"unseen: é🙂 {AWKWARD}")
-    tokens = data.tokens(kind, VOCABULARY[kind])
-    assert isinstance(tokens, Tokens)
+    tokens = data.tokenize(kind, VOCABULARY[kind])
+    assert isinstance(tokens, TokenizedText)
     assert tokens.tokenizer.kind == kind
     assert tokens.tokenizer.decode(tokens.train) == data.train
     assert tokens.tokenizer.decode(tokens.valid) == data.valid
@@ -251,8 +251,8 @@ def test_tokens(kind: str) -> None:
 
 def test_what_is_read_only_is_not_the_callers() -> None:
     ids = np.arange(3, dtype=np.int32)
-    tokens = prepare_text("abc\n" * 10).tokens("byte")
-    made = Tokens(tokens.tokenizer, ids, ids, 3)
+    tokens = prepare_text("abc\n" * 10).tokenize("byte")
+    made = TokenizedText(tokens.tokenizer, ids, ids, 3)
     ids[0] = 5
     assert ids.flags.writeable
     assert not made.train.flags.writeable
@@ -261,27 +261,27 @@ def test_what_is_read_only_is_not_the_callers() -> None:
 def test_tokens_are_made_once() -> None:
     pytest.importorskip("tokenizers")
     data, other = prepare_text(AWKWARD * 40), prepare_text(AWKWARD * 40)
-    assert data.tokens("char") is data.tokens("char")
-    assert data.tokens("char") is not data.tokens("byte")
-    assert data.tokens("bpe", 270) is data.tokens("bpe", 270)
-    assert data.tokens("bpe", 270).tokenizer.size == 270
-    assert data.tokens("bpe", 265).tokenizer.size == 265
-    assert data.tokens("char") is not other.tokens("char")
+    assert data.tokenize("char") is data.tokenize("char")
+    assert data.tokenize("char") is not data.tokenize("byte")
+    assert data.tokenize("bpe", 270) is data.tokenize("bpe", 270)
+    assert data.tokenize("bpe", 270).tokenizer.size == 270
+    assert data.tokenize("bpe", 265).tokenizer.size == 265
+    assert data.tokenize("char") is not other.tokenize("char")
     assert data == other
 
 
 def test_default_vocabulary() -> None:
     pytest.importorskip("tokenizers")
     data = prepare_text(bundled_text())
-    assert data.tokens("bpe") is data.tokens("bpe", 1024)
-    assert data.tokens("bpe").tokenizer.size == 1024
+    assert data.tokenize("bpe") is data.tokenize("bpe", 1024)
+    assert data.tokenize("bpe").tokenizer.size == 1024
 
 
 def test_bpe_never_sees_the_validation_part() -> None:
     pytest.importorskip("tokenizers")
     text = "the cat\n" * 50
     tokenizers = [
-        prepare_text(text, validation=valid).tokens("bpe", 260).tokenizer
+        prepare_text(text, validation=valid).tokenize("bpe", 260).tokenizer
         for valid in ("the cat\n", "dog dog\n" * 500)
     ]
     assert tokenizers[0] == tokenizers[1]
@@ -296,7 +296,7 @@ def test_bpe_never_sees_the_validation_part() -> None:
 )
 def test_tokens_errors(kind: str, vocabulary: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        prepare_text("abc\n" * 10).tokens(kind, vocabulary)
+        prepare_text("abc\n" * 10).tokenize(kind, vocabulary)
 
 
 def test_describe() -> None:
@@ -314,9 +314,9 @@ def test_describe() -> None:
 def test_default_kind() -> None:
     for size, kind in ((256, "char"), (257, "byte")):
         text = "".join(chr(0x400 + i) for i in range(size))
-        assert prepare_text(text * 2, validation=0.5).default_kind == kind
+        assert prepare_text(text * 2, validation=0.5).default_tokenizer == kind
     # Those of the validation part count.
-    assert prepare_text(text[:256], validation=text[256:] + "\n").default_kind == "byte"
+    assert prepare_text(text[:256], validation=text[256:] + "\n").default_tokenizer == "byte"
 
 
 def test_a_text_is_not_printed() -> None:
@@ -333,25 +333,25 @@ def test_fingerprint() -> None:
     assert data.fingerprint == fingerprint("ab", "c\n") == marks[-1]
 
 
-def lengths(train: int, valid: int) -> Tokens:
-    tokenizer = prepare_text("abc\n" * 10).tokens("byte").tokenizer
-    return Tokens(tokenizer, np.zeros(train, np.int32), np.zeros(valid, np.int32), valid)
+def lengths(train: int, valid: int) -> TokenizedText:
+    tokenizer = prepare_text("abc\n" * 10).tokenize("byte").tokenizer
+    return TokenizedText(tokenizer, np.zeros(train, np.int32), np.zeros(valid, np.int32), valid)
 
 
 def test_length() -> None:
-    check_length(lengths(9, 9), 8)
+    check_context_fits(lengths(9, 9), 8)
     with pytest.raises(
         ValueError,
         match=r"at least 101 tokens for a `context` of 100, but of 1,100 tokens 1,000 are for "
         r"training and 100 for validation; `context` can be at most 99\.",
     ):
-        check_length(lengths(1000, 100), 100)
+        check_context_fits(lengths(1000, 100), 100)
     with pytest.raises(ValueError, match=r"8 are for training and 9 for .* at most 7"):
-        check_length(lengths(8, 9), 8)
+        check_context_fits(lengths(8, 9), 8)
     with pytest.raises(ValueError, match=r"9 are for training and 1 for .* give a longer text\."):
-        check_length(lengths(9, 1), 8)
+        check_context_fits(lengths(9, 1), 8)
     with pytest.raises(ValueError, match="`context` must be at least 1, but got 0"):
-        check_length(lengths(9, 9), 0)
+        check_context_fits(lengths(9, 9), 0)
 
 
 def test_bundled_text() -> None:
@@ -360,10 +360,10 @@ def test_bundled_text() -> None:
     assert text.index('The "assert" statement') < text.index('The "while" statement')
     data = prepare_text(text)
     assert isinstance(data, TextData)
-    assert data.default_kind == "char"
+    assert data.default_tokenizer == "char"
 
 
 def test_without_bundled_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, module.DEFAULT_TEXT, None)
+    monkeypatch.setitem(sys.modules, module.DEFAULT_TEXT_MODULE, None)
     with pytest.raises(ModuleNotFoundError, match=r"pydoc_data\.topics, .*give a text or file"):
         bundled_text()

@@ -12,11 +12,11 @@ import pytest
 
 from optuna_nnhp.hyperparameters.catalogue import CATALOGUE
 from optuna_nnhp.hyperparameters.catalogue import catalogue
-from optuna_nnhp.hyperparameters.catalogue import choose
 from optuna_nnhp.hyperparameters.catalogue import default_params
-from optuna_nnhp.hyperparameters.catalogue import effective
-from optuna_nnhp.hyperparameters.catalogue import records
-from optuna_nnhp.hyperparameters.record import Hyperparameter
+from optuna_nnhp.hyperparameters.catalogue import effective_params
+from optuna_nnhp.hyperparameters.catalogue import resolve_space
+from optuna_nnhp.hyperparameters.catalogue import specs
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 TASKS = ["binary", "multiclass", "regression"]
 INF = float("inf")
@@ -73,10 +73,10 @@ RANGES: list[tuple[str, str, float, float, bool]] = [
     ("binary", "focal_gamma", 0.5, 5.0, False),
     ("regression", "huber_delta", 0.1, 10.0, True),
     ("binary", "momentum", 0.5, 0.99, False),
-    ("binary", "squared_decay", 0.9, 0.999, False),
+    ("binary", "beta2", 0.9, 0.999, False),
     ("binary", "learning_rate", 0.001, 0.1, True),
     ("binary", "warmup", 0.0, 0.3, False),
-    ("binary", "final_fraction", 0.001, 1.0, True),
+    ("binary", "min_lr_ratio", 0.001, 1.0, True),
     ("binary", "epochs", 1, 100, True),
     ("binary", "iterations", 0, 10000, False),
     ("binary", "dropout", 0.01, 0.5, True),
@@ -102,14 +102,14 @@ RANGES: list[tuple[str, str, float, float, bool]] = [
 
 @pytest.mark.parametrize("task, name, expected", CHOICES)
 def test_choices(task: str, name: str, expected: set[Any]) -> None:
-    distribution = records(task)[name].distribution
+    distribution = specs(task)[name].distribution
     assert isinstance(distribution, CategoricalDistribution)
     assert set(distribution.choices) == expected
 
 
 @pytest.mark.parametrize("task, name, low, high, log", RANGES)
 def test_ranges(task: str, name: str, low: float, high: float, log: bool) -> None:
-    distribution = records(task)[name].distribution
+    distribution = specs(task)[name].distribution
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     assert distribution.low <= low and high <= distribution.high
     assert distribution.log == log
@@ -133,7 +133,7 @@ def test_nothing_is_left_untested() -> None:
     ],
 )
 def test_levels(name: str, levels: set[Any]) -> None:
-    assert levels <= set(records("binary")[name].levels)
+    assert levels <= set(specs("binary")[name].grid_values)
 
 
 @pytest.mark.parametrize("task", [*TASKS, "language"])
@@ -142,7 +142,7 @@ def test_names_are_unique(task: str) -> None:
     kind = kinds.get(task, ("table", "classification"))
     names = [h.name for h in CATALOGUE if h.task in ("any", *kind)]
     assert len(set(names)) == len(names)
-    assert list(records(task)) == names
+    assert list(specs(task)) == names
 
 
 @pytest.mark.parametrize(
@@ -154,26 +154,26 @@ def test_names_are_unique(task: str) -> None:
     ],
 )
 def test_a_task_has_no_hyperparameter_of_another(task: str, absent: set[str]) -> None:
-    assert absent.isdisjoint(records(task))
+    assert absent.isdisjoint(specs(task))
 
 
 @pytest.mark.parametrize("h", CATALOGUE, ids=lambda h: f"{h.name}-{h.task}")
 def test_record(h: Hyperparameter) -> None:
-    for value in (h.default, *h.levels):
+    for value in (h.default, *h.grid_values):
         h.check(value)
     h.check_distribution(h.distribution)
-    assert len(set(h.levels)) == len(h.levels) >= 2
+    assert len(set(h.grid_values)) == len(h.grid_values) >= 2
     assert h.help.endswith(".") and len(h.help) > 30
     assert h.task in ("any", "table", "classification", "regression", "language")
     # The first trial of a study is the default, so a default space must hold it.
     assert h.distribution._contains(h.distribution.to_internal_repr(h.default))
-    if h.off_below is not None:
+    if h.zero_below is not None:
         assert isinstance(h.distribution, FloatDistribution)
-        assert h.distribution.low < h.off_below < h.distribution.high
+        assert h.distribution.low < h.zero_below < h.distribution.high
         h.check(0.0)
-    if h.off_above is not None:
+    if h.infinite_above is not None:
         assert isinstance(h.distribution, FloatDistribution)
-        assert h.distribution.low < h.off_above < h.distribution.high
+        assert h.distribution.low < h.infinite_above < h.distribution.high
         h.check(h.distribution.high)
 
 
@@ -189,14 +189,14 @@ def test_table() -> None:
         "task",
         "range",
         "default",
-        "levels",
+        "grid_values",
         "static",
         "tuned",
         "help",
     ]
     assert list(table["name"]) == [h.name for h in CATALOGUE]
     assert not table.isna().any().any()
-    for column in ("name", "task", "range", "default", "levels", "help"):
+    for column in ("name", "task", "range", "default", "grid_values", "help"):
         assert (table[column].str.len() > 0).all()
 
 
@@ -204,12 +204,12 @@ def test_table() -> None:
     "name, column, expected",
     [
         ("learning_rate", "range", "3e-05 to 0.5, log"),
-        ("learning_rate", "levels", "0.1, 0.01, 0.001"),
+        ("learning_rate", "grid_values", "0.1, 0.01, 0.001"),
         ("dropout", "range", "0.005 to 0.6, log; off below 0.04"),
         ("clip_norm", "range", "0.1 to 100, log; off above 30"),
-        ("clip_norm", "levels", "1, off"),
+        ("clip_norm", "grid_values", "1, off"),
         ("l1", "default", "off"),
-        ("dropout", "levels", "off, 0.2, 0.5"),
+        ("dropout", "grid_values", "off, 0.2, 0.5"),
         ("width_shape", "range", "constant, funnel"),
         ("epochs", "default", "50"),
         ("epochs", "tuned", False),
@@ -224,10 +224,10 @@ def test_cells(name: str, column: str, expected: object) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_by_default_everything_is_named_once(task: str) -> None:
-    space, fixed = choose(task)
-    assert set(space).isdisjoint(fixed) and {*space, *fixed} == set(records(task))
+    space, fixed = resolve_space(task)
+    assert set(space).isdisjoint(fixed) and {*space, *fixed} == set(specs(task))
     assert fixed == {"epochs": 50, "iterations": 0, "patience": 16, "min_improvement": 0.0}
-    assert space == {n: h.distribution for n, h in records(task).items() if h.tuned}
+    assert space == {n: h.distribution for n, h in specs(task).items() if h.tuned}
 
 
 @pytest.mark.parametrize(
@@ -261,18 +261,18 @@ def test_choose(
     tuned: dict[str, BaseDistribution],
     pinned: dict[str, Any],
 ) -> None:
-    found, rest = choose("binary", space, fixed)
+    found, rest = resolve_space("binary", space, fixed)
     assert {name: found[name] for name in tuned} == tuned
     assert {name: rest[name] for name in pinned} == pinned
-    assert set(found).isdisjoint(rest) and {*found, *rest} == set(records("binary"))
+    assert set(found).isdisjoint(rest) and {*found, *rest} == set(specs("binary"))
     untouched = set(found) - set(space)
-    assert all(found[name] == records("binary")[name].distribution for name in untouched)
+    assert all(found[name] == specs("binary")[name].distribution for name in untouched)
 
 
 def test_choose_leaves_its_arguments_alone() -> None:
     space: dict[str, BaseDistribution] = {"width": IntDistribution(8, 16)}
     fixed: dict[str, Any] = {"batch_size": 16}
-    choose("binary", space, fixed)
+    resolve_space("binary", space, fixed)
     assert space == {"width": IntDistribution(8, 16)} and fixed == {"batch_size": 16}
 
 
@@ -329,13 +329,13 @@ def test_choose_leaves_its_arguments_alone() -> None:
 )
 def test_mistakes(space: Any, fixed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        choose("binary", space, fixed)
+        resolve_space("binary", space, fixed)
     assert "\n" not in str(error.value)
 
 
 def test_a_mistaken_range_of_another_kind_is_named_with_its_own_task() -> None:
     with pytest.raises(ValueError, match=r"^'focal_gamma' is not .* of regression networks"):
-        choose("regression", fixed={"focal_gamma": 1.0})
+        resolve_space("regression", fixed={"focal_gamma": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -355,13 +355,13 @@ def test_a_mistaken_range_of_another_kind_is_named_with_its_own_task() -> None:
     ],
 )
 def test_effective(params: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert effective("binary", params) == expected
+    assert effective_params("binary", params) == expected
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_defaults_are_those_of_the_catalogue(task: str) -> None:
-    space, _ = choose(task)
-    assert default_params(task, space) == {name: records(task)[name].default for name in space}
+    space, _ = resolve_space(task)
+    assert default_params(task, space) == {name: specs(task)[name].default for name in space}
 
 
 @pytest.mark.parametrize(

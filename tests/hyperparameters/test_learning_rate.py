@@ -136,7 +136,7 @@ def random_members(k: int, seed: int) -> dict[str, Any]:
         "peak": 10 ** uniform(-6, 1),
         "decay": [DECAYS[i] for i in torch.randint(len(DECAYS), (k,), generator=source).tolist()],
         "warmup": uniform(0, 0.9) * (torch.rand(k, generator=source) > 0.2),
-        "final_fraction": 10 ** uniform(-6, 0),
+        "min_lr_ratio": 10 ** uniform(-6, 0),
         "total": torch.randint(1, 200, (k,), generator=source),
     }
 

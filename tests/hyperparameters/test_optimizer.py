@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from optuna_nnhp.hyperparameters.optimizer import OPTIMIZER
-from optuna_nnhp.hyperparameters.optimizer import UPDATES
-from optuna_nnhp.hyperparameters.optimizer import Coefficients
-from optuna_nnhp.hyperparameters.optimizer import Row
-from optuna_nnhp.hyperparameters.optimizer import update
+from optuna_nnhp.hyperparameters.optimizer import UPDATE_RULES
+from optuna_nnhp.hyperparameters.optimizer import OptimizerState
+from optuna_nnhp.hyperparameters.optimizer import UpdateCoefficients
+from optuna_nnhp.hyperparameters.optimizer import optimizer_step
 from optuna_nnhp.hyperparameters.regularization import decay_weights
 
 # rate, momentum, squared decay, weight decay
@@ -47,21 +47,23 @@ def stacks(k: int, size: int, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def row_of(stack: dict[str, Tensor], i: int, grad: Tensor, step: int) -> Row:
+def row_of(stack: dict[str, Tensor], i: int, grad: Tensor, step: int) -> OptimizerState:
     views = {field: tensor[i] for field, tensor in stack.items()}
-    return Row(grad=grad.clone(), step=torch.tensor(float(step)), **views)
+    return OptimizerState(grad=grad.clone(), step=torch.tensor(float(step)), **views)
 
 
-def step_as_the_loop_does(name: str, row: Row, c: tuple[float, float, float, float]) -> None:
-    rate, momentum, squared_decay, weight_decay = c
+def step_as_the_loop_does(
+    name: str, row: OptimizerState, c: tuple[float, float, float, float]
+) -> None:
+    rate, momentum, beta2, weight_decay = c
     numbers = torch.tensor([[rate], [weight_decay]], dtype=torch.float64).to(row.weight)
     is_adamw = torch.tensor([name == "adamw"])
     decay_weights(row.weight[None], row.grad[None], *numbers, is_adamw)
-    update(name, row, rate, Coefficients(momentum, squared_decay))
+    optimizer_step(name, row, rate, UpdateCoefficients(momentum, beta2))
 
 
 def test_every_choice_has_a_rule_and_an_oracle() -> None:
-    assert set(OPTIMIZER.distribution.choices) == set(UPDATES) == set(ORACLES)  # type: ignore
+    assert set(OPTIMIZER.distribution.choices) == set(UPDATE_RULES) == set(ORACLES)  # type: ignore
 
 
 @pytest.mark.parametrize("name", ORACLES)

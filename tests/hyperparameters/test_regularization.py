@@ -235,7 +235,7 @@ def test_patience_counts_whole_epochs() -> None:
 def test_members_join() -> None:
     stopping, other = EarlyStopping.start([1], [0.0]), EarlyStopping.start([3], [0.2])
     stopping.update([0.5], [1.0], [0], [4])
-    stopping.join(other)
+    stopping.append(other)
     assert stopping.best.tolist() == [0.5, -INF]
     assert stopping.patience.tolist() == [1, 3]
 
@@ -245,7 +245,7 @@ def test_members_stop_one_by_one_and_some_go_on() -> None:
     assert everyone(stopping, torch.tensor([0.5, 0.5, 0.5]), ones, 1).tolist() == [False] * 3
     stops = everyone(stopping, torch.tensor([0.6, 0.4, 0.6]), ones, 2)
     assert stops.tolist() == [False, False, True]
-    stopping.keep(torch.tensor([1, 0]))
+    stopping.select(torch.tensor([1, 0]))
     torch.testing.assert_close(stopping.best, torch.tensor([0.5, 0.6]).double())
     assert stopping.best_round.tolist() == [1, 2]
     assert stopping.update([0.4, 0.5], [1.0, 1.0], [0, 1], [3, 3]).tolist() == [True, True]

@@ -25,7 +25,7 @@ import pytest
 from optuna_nnhp.inspect.dashboard import annotate
 from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
-from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.open_storage import open_storage
 from tests.inspect.synthetic_study import make_study
 
 ROOT = Path(__file__).parents[2]

@@ -17,10 +17,10 @@ import plotly.graph_objects as go
 import pytest
 
 from optuna_nnhp.inspect.figures import figures
-from optuna_nnhp.inspect.figures import learning_curves
 from optuna_nnhp.inspect.figures import learning_rate
+from optuna_nnhp.inspect.figures import plot_learning_curves
 from optuna_nnhp.inspect.figures import save_html
-from optuna_nnhp.inspect.style import robust_range
+from optuna_nnhp.inspect.plot_style import robust_range
 from optuna_nnhp.inspect.summary import best_value
 from tests.inspect.synthetic_study import make_study
 
@@ -44,7 +44,7 @@ def named(figure: go.Figure, name: str) -> list[Any]:
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_curves_show_the_best_trials_and_their_best_epochs(direction: Direction) -> None:
     study = make_study(12, 20, direction=direction)
-    figure = learning_curves(study, best=3, pruned=4)
+    figure = plot_learning_curves(study, best=3, pruned=4)
     complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
     complete.sort(key=lambda t: t.value or 0.0, reverse=direction == "maximize")
     names = [trace.name for trace in figure.data if trace.name.startswith("trial")]
@@ -68,7 +68,7 @@ def test_the_pruned_trials_shown_are_those_that_came_closest(direction: Directio
     sign = 1.0 if direction == "maximize" else -1.0
     pruned = [t for t in study.trials if t.state == TrialState.PRUNED]
     pruned.sort(key=lambda t: -sign * t.user_attrs["best_value"])
-    shown = [trace.text.split("<br>")[0] for trace in named(learning_curves(study), "pruned")]
+    shown = [trace.text.split("<br>")[0] for trace in named(plot_learning_curves(study), "pruned")]
     assert shown == [f"<b>trial {t.number}</b>, pruned" for t in pruned[19::-1]]
 
 
@@ -76,7 +76,7 @@ def test_curves_leave_out_what_is_not_finite() -> None:
     study = optuna.create_study()
     values = {1: 1.0, 2: float("nan"), 3: 0.5, 4: float("inf")}
     study.add_trial(create_trial(value=0.5, intermediate_values=values))
-    trace = learning_curves(study).data[0]
+    trace = plot_learning_curves(study).data[0]
     assert (list(trace.x), list(trace.y)) == ([1, 3], [1.0, 0.5])
 
 
@@ -84,7 +84,7 @@ def test_long_curves_are_thinned_and_keep_their_best_epoch() -> None:
     values = {epoch: abs(epoch - 777) + 1.0 for epoch in range(1, 2001)}
     study = optuna.create_study()
     study.add_trial(create_trial(value=1.0, intermediate_values=values))
-    trace = learning_curves(study, points=50).data[0]
+    trace = plot_learning_curves(study, points=50).data[0]
     assert len(trace.x) <= 51 and {1, 777, 2000} <= set(trace.x)
 
 
@@ -98,7 +98,7 @@ def test_long_curves_are_thinned_and_keep_their_best_epoch() -> None:
 )
 def test_curves_refuse_impossible_numbers(arguments: dict[str, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        learning_curves(make_study(1, 1), **arguments)
+        plot_learning_curves(make_study(1, 1), **arguments)
 
 
 def test_learning_rate_places_every_trial() -> None:

@@ -25,22 +25,22 @@ from optuna_nnhp import Result
 from optuna_nnhp import optimize
 from optuna_nnhp import replay
 from optuna_nnhp.inspect import sample
-from optuna_nnhp.inspect.replay import EXAMPLES
-from optuna_nnhp.inspect.replay import TOLERANCE
+from optuna_nnhp.inspect.replay import EXAMPLE_TOLERANCE
+from optuna_nnhp.inspect.replay import RELATIVE_TOLERANCE
 from optuna_nnhp.inspect.replay import Replay
 from optuna_nnhp.inspect.result import Result as ResultOf
 from optuna_nnhp.study import environment
-from optuna_nnhp.templates import DNN
-from optuna_nnhp.templates.recipe import Recipe
-from optuna_nnhp.training.checkpoint import BestWeights
+from optuna_nnhp.templates import DNNTemplate
+from optuna_nnhp.templates.problem_spec import ProblemSpec
+from optuna_nnhp.training.best_weights import BestWeights
+from tests.templates.test_custom_network import TokenModel
+from tests.templates.test_custom_network import convolutional
+from tests.templates.test_custom_network import images
+from tests.templates.test_custom_network import recurrent
+from tests.templates.test_custom_network import token_model
+from tests.templates.test_custom_network import tokens
 from tests.templates.test_gpt import SMALL
 from tests.templates.test_gpt import TEXT
-from tests.templates.test_own import TokenModel
-from tests.templates.test_own import convolutional
-from tests.templates.test_own import images
-from tests.templates.test_own import recurrent
-from tests.templates.test_own import token_model
-from tests.templates.test_own import tokens
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import DIVERGING
 from tests.tiny import SHAPE
@@ -473,7 +473,7 @@ def test_an_environment_that_nobody_noted() -> None:
 def test_a_value_that_does_not_come_again() -> None:
     X, y = numbers()
     result = tune(X, y)
-    result._problem = DNN(X, y, fixed=TINY | {"batch_size": 16}, device="cpu")
+    result._problem = DNNTemplate(X, y, fixed=TINY | {"batch_size": 16}, device="cpu")
     found = result.replay()
     assert not found.is_reproduced
     assert found.first_difference is not None
@@ -486,10 +486,12 @@ def test_a_value_that_does_not_come_again() -> None:
 def test_how_far_a_value_may_be_away() -> None:
     result = tune(*numbers())
     found = result.replay()
-    assert found.tolerance == TOLERANCE * result.best_value
-    assert tune(n_trials=1).replay().tolerance == EXAMPLES / 16  # rows of the validation part
+    assert found.tolerance == RELATIVE_TOLERANCE * result.best_value
+    assert (
+        tune(n_trials=1).replay().tolerance == EXAMPLE_TOLERANCE / 16
+    )  # rows of the validation part
     losses = tune(n_trials=1, metric="log_loss")
-    assert losses.replay().tolerance == TOLERANCE * losses.best_value
+    assert losses.replay().tolerance == RELATIVE_TOLERANCE * losses.best_value
 
 
 def test_the_report(tmp_path: Path) -> None:
@@ -521,7 +523,7 @@ def test_threads_are_those_of_then_and_stay_as_they_were() -> None:
 def test_a_recipe_is_all_it_takes() -> None:
     X, y = classes()
     result = tune(X, y)
-    problem = Recipe.of(result.study, X, y, device="cpu").problem()
+    problem = ProblemSpec.from_study(result.study, X, y, device="cpu").problem()
     fresh = ResultOf(result.study, problem, BestWeights(None))
     assert fresh.replay().stored_value is None
     assert fresh.score(X, y) == result.score(X, y)  # trained again for it

@@ -13,12 +13,12 @@ from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.gpt import normalize
 from optuna_nnhp.networks.transformer import Architecture
 from optuna_nnhp.networks.transformer import activate
-from optuna_nnhp.networks.transformer import attend
+from optuna_nnhp.networks.transformer import apply_rotary
+from optuna_nnhp.networks.transformer import causal_attention
 from optuna_nnhp.networks.transformer import count_parameters
-from optuna_nnhp.networks.transformer import first_weights
+from optuna_nnhp.networks.transformer import initial_weights
 from optuna_nnhp.networks.transformer import rms_norm
-from optuna_nnhp.networks.transformer import rotate
-from optuna_nnhp.networks.transformer import shift
+from optuna_nnhp.networks.transformer import token_shift
 from tests.tolerance import EXACT
 from tests.tolerance import FLOAT64
 from tests.tolerance import assert_close
@@ -169,7 +169,7 @@ def test_members_leave_and_join() -> None:
     a = architecture()
     together, other, ids = stack(3, a), stack(1, a), torch.randint(11, (2, 8))
     before, new = together(ids), other(ids)
-    together.keep(torch.tensor([2, 0]))
+    together.select(torch.tensor([2, 0]))
     together.join(other)
     assert_close(together(ids), torch.cat([before[[2, 0]], new]), {"rtol": 1e-5, "atol": 1e-6})
 
@@ -182,7 +182,7 @@ def test_zero_projections_make_an_empty_network_at_first() -> None:
 @pytest.mark.parametrize("name", ["qkv", "out", "up", "down"])
 def test_first_weights_of_gpt2(name: str) -> None:
     a = Architecture(11, 8, 8, 32, 8)
-    weights = first_weights(a, "gpt2", "scaled", torch.Generator().manual_seed(0))
+    weights = initial_weights(a, "gpt2", "scaled", torch.Generator().manual_seed(0))
     wanted = 0.02 / 4 if name in ("out", "down") else 0.02
     assert weights[f"blocks.3.{name}"].std().item() == pytest.approx(wanted, rel=0.02)
 
@@ -211,7 +211,7 @@ def test_dropout_silences_and_its_rate_is_each_members_own() -> None:
     assert not torch.allclose(dropped[1], whole[1])
 
 
-@pytest.mark.parametrize("function", [shift, rms_norm, lambda x: activate(x, "relu2")])
+@pytest.mark.parametrize("function", [token_shift, rms_norm, lambda x: activate(x, "relu2")])
 def test_gradients_by_hand(function: Any, float64: None) -> None:
     x = torch.randn(2, 3, 4, requires_grad=True)
     assert torch.autograd.gradcheck(function, (x,))
@@ -219,7 +219,7 @@ def test_gradients_by_hand(function: Any, float64: None) -> None:
 
 def test_rotary_scores_depend_on_distance_alone() -> None:
     q, k = torch.randn(4), torch.randn(4)
-    turned_q, turned_k = (rotate(v.expand(1, 6, 1, 4))[0, :, 0] for v in (q, k))
+    turned_q, turned_k = (apply_rotary(v.expand(1, 6, 1, 4))[0, :, 0] for v in (q, k))
     scores = turned_q @ turned_k.T
     assert_close(scores[3, 1], scores[5, 3], {"rtol": 1e-5, "atol": 1e-6})
 
@@ -227,7 +227,7 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
 def test_attention_to_oneself_alone_is_ones_value() -> None:
     a = architecture()
     qkv = torch.randn(1, 1, 24)
-    assert_close(attend(qkv, a), qkv[..., 16:], {"rtol": 1e-6, "atol": 1e-6})
+    assert_close(causal_attention(qkv, a), qkv[..., 16:], {"rtol": 1e-6, "atol": 1e-6})
 
 
 def test_normalize_keeps_directions() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from optuna_nnhp.networks.layers import StackedBatchNorm
 from optuna_nnhp.networks.layers import StackedLayerNorm
 from optuna_nnhp.networks.layers import StackedLinear
-from optuna_nnhp.networks.layers import keep_members
+from optuna_nnhp.networks.layers import select_members
 
 K, BATCH, INPUTS, WIDTH = 3, 6, 4, 5
 
@@ -34,15 +34,17 @@ def randomize(module: nn.Module) -> None:
 def test_linear_is_torchs(bias: bool, shared: bool, sunk: bool) -> None:
     stack = StackedLinear(normal(K, INPUTS, WIDTH), bias=bias)
     randomize(stack)
-    weight_sink, bias_sink = (torch.full_like(p, 7.0) for p in (stack.weight, stack.weight[:, 0]))
+    weight_grad_buffer, bias_grad_buffer = (
+        torch.full_like(p, 7.0) for p in (stack.weight, stack.weight[:, 0])
+    )
     if sunk:
-        stack.sink = weight_sink, bias_sink if bias else None
+        stack.grad_buffers = weight_grad_buffer, bias_grad_buffer if bias else None
     x = normal(*((BATCH, INPUTS) if shared else (K, BATCH, INPUTS))).requires_grad_()
     slopes = normal(K, BATCH, WIDTH, seed=2)
     outputs = stack(x)
     outputs.backward(slopes)
     grads = (
-        (weight_sink, bias_sink)
+        (weight_grad_buffer, bias_grad_buffer)
         if sunk
         else (stack.weight.grad, getattr(stack.bias, "grad", None))
     )
@@ -67,19 +69,19 @@ def test_linear_is_torchs(bias: bool, shared: bool, sunk: bool) -> None:
 
 def test_a_sink_is_written_over_and_not_added_to() -> None:
     stack = StackedLinear(normal(K, INPUTS, WIDTH))
-    stack.sink = torch.zeros(K, INPUTS, WIDTH).double(), torch.zeros(K, WIDTH).double()
+    stack.grad_buffers = torch.zeros(K, INPUTS, WIDTH).double(), torch.zeros(K, WIDTH).double()
     for _ in range(2):
         stack(normal(BATCH, INPUTS)).sum().backward()
-        assert stack.sink[1] is not None
-        assert torch.equal(stack.sink[1], torch.full((K, WIDTH), float(BATCH)).double())
+        assert stack.grad_buffers[1] is not None
+        assert torch.equal(stack.grad_buffers[1], torch.full((K, WIDTH), float(BATCH)).double())
 
 
 def test_a_sink_is_left_alone_without_gradients() -> None:
     stack = StackedLinear(normal(K, INPUTS, WIDTH))
-    stack.sink = torch.zeros(K, INPUTS, WIDTH).double(), torch.zeros(K, WIDTH).double()
+    stack.grad_buffers = torch.zeros(K, INPUTS, WIDTH).double(), torch.zeros(K, WIDTH).double()
     with torch.no_grad():
         sunk = stack(normal(BATCH, INPUTS))
-    stack.sink = None
+    stack.grad_buffers = None
     torch.testing.assert_close(sunk, stack(normal(BATCH, INPUTS)).detach())
 
 
@@ -186,7 +188,7 @@ def test_keep_members(members: list[int]) -> None:
     x = normal(BATCH, INPUTS, seed=3)
     before = {name: tensor.clone() for name, tensor in stack.state_dict().items()}
     outputs = stack(x)
-    keep_members(stack, torch.tensor(members))
+    select_members(stack, torch.tensor(members))
     after: dict[str, Any] = stack.state_dict()
     assert set(after) == set(before)
     for name, tensor in after.items():

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from optuna_nnhp import seeds
+from optuna_nnhp import rng
 from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
 from optuna_nnhp.networks.layers import StackedLinear
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.networks.mlp import build_mlp
 from optuna_nnhp.networks.mlp import count_weights
+from optuna_nnhp.networks.mlp import hidden_widths
 from optuna_nnhp.networks.mlp import mlp_signature
-from optuna_nnhp.networks.mlp import widths
 
 INPUTS, OUTPUTS = 6, 3
 PLAIN: dict[str, Any] = {
@@ -35,7 +35,7 @@ NORMALIZATIONS = ["none", "batch", "layer"]
 
 
 def stack_of(params: Sequence[dict[str, Any]], **changes: Any) -> StackedMLP:
-    generators = [seeds.generator(0, seeds.INITIALIZATION, i) for i in range(len(params))]
+    generators = [rng.generator(0, rng.INITIALIZATION, i) for i in range(len(params))]
     return StackedMLP([p | changes for p in params], INPUTS, OUTPUTS, generators)
 
 
@@ -99,7 +99,7 @@ def test_count_weights_is_what_build_mlp_makes(
     counted = sum(p.numel() for p in network.parameters())
     assert count_weights(params, inputs, outputs) == counted
     assert [m.out_features for m in network if isinstance(m, nn.Linear)] == [
-        *widths(params),
+        *hidden_widths(params),
         outputs,
     ]
 
@@ -156,7 +156,7 @@ def test_members_may_see_different_examples() -> None:
 def test_first_weights_depend_on_the_members_own_source_alone(normalization: str) -> None:
     stack = stack_of(MIXED, normalization=normalization)
     for i in range(len(MIXED)):
-        source = seeds.generator(0, seeds.INITIALIZATION, i)
+        source = rng.generator(0, rng.INITIALIZATION, i)
         alone = StackedMLP(
             [MIXED[i] | {"normalization": normalization}], INPUTS, OUTPUTS, [source]
         )
@@ -166,7 +166,7 @@ def test_first_weights_depend_on_the_members_own_source_alone(normalization: str
 
 def test_first_weights_have_the_spread_of_their_scheme() -> None:
     wide = PLAIN | {"width": 400, "hidden_layers": 2, "activation": "tanh"}
-    stack = StackedMLP([wide], 300, 200, [seeds.generator(0, 1)])
+    stack = StackedMLP([wide], 300, 200, [rng.generator(0, 1)])
     matrices = [
         tensor
         for name, tensor in stack.state_dict().items()
@@ -226,7 +226,7 @@ def test_keep(normalization: str, members: list[int]) -> None:
     train_a_little(stack)
     x = normal(9, INPUTS, seed=5)
     expected = stack(x).detach()[members]
-    stack.keep(torch.tensor(members))
+    stack.select(torch.tensor(members))
     assert stack.params == [MIXED[i] | {"normalization": normalization} for i in members]
     torch.testing.assert_close(stack(x), expected, rtol=1e-5, atol=1e-6)
     for place in range(len(members)):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import nn
 
 from optuna_nnhp.networks.structure import CannotStack
-from optuna_nnhp.networks.structure import structure
+from optuna_nnhp.networks.structure import structure_key
 
 
 @dataclass
@@ -96,20 +96,20 @@ SAME: list[Callable[[], nn.Module]] = [
 
 @pytest.mark.parametrize("make", SAME)
 def test_two_of_a_kind_are_equal(make: Callable[[], nn.Module]) -> None:
-    assert structure(make()) == structure(make())
+    assert structure_key(make()) == structure_key(make())
 
 
 @pytest.mark.parametrize("rates", [(0.0, 0.5), (0.1, 0.2)])
 @pytest.mark.parametrize("layer", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d])
 def test_rates_of_dropout_may_differ(rates: tuple[float, float], layer: type) -> None:
     one, other = (nn.Sequential(nn.Linear(2, 2), layer(p)) for p in rates)
-    assert structure(one) == structure(other)
+    assert structure_key(one) == structure_key(other)
 
 
 def test_weights_and_mode_may_differ() -> None:
     one, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     one(torch.randn(4, 2))
-    assert structure(one) == structure(other.eval())
+    assert structure_key(one) == structure_key(other.eval())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_weights_and_mode_may_differ() -> None:
     ],
 )
 def test_what_computes_otherwise_is_another(one: nn.Module, other: nn.Module) -> None:
-    assert structure(one) != structure(other)
+    assert structure_key(one) != structure_key(other)
 
 
 def with_parameter() -> nn.Module:
@@ -168,7 +168,7 @@ def with_parameter() -> nn.Module:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_what_cannot_be_compared(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(CannotStack, match=message):
-        structure(make())
+        structure_key(make())
 
 
 def test_a_submodule_may_be_referred_to() -> None:
@@ -178,4 +178,4 @@ def test_a_submodule_may_be_referred_to() -> None:
         holder.value = [holder.more[which]]
         return holder
 
-    assert structure(make(0)) == structure(make(0)) != structure(make(1))
+    assert structure_key(make(0)) == structure_key(make(0)) != structure_key(make(1))

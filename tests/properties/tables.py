@@ -68,7 +68,7 @@ def _unused(values: list[Any]) -> Series[Any]:
 
 
 # A column's cells, and what makes a column of them.
-KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[Any]], Series[Any]]]] = {
+COLUMN_KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[Any]], Series[Any]]]] = {
     "numbers": (st.floats(-9, 9), pd.Series),
     "floats": (floats, pd.Series),
     "texts": (texts, _of(object)),
@@ -91,7 +91,9 @@ KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[Any]], Series[Any]
     "missing": (st.sampled_from([None, np.nan, pd.NaT, pd.NA, "?"]), _objects),
     "constant": (st.just(1.5), pd.Series),
 }
-POOLS = {kind: st.lists(cells, min_size=1, max_size=6) for kind, (cells, _) in KINDS.items()}
+POOLS = {
+    kind: st.lists(cells, min_size=1, max_size=6) for kind, (cells, _) in COLUMN_KINDS.items()
+}
 names = st.one_of(
     st.sampled_from(["a", "b", "", " a", "<script>", "a\nb", "x0", "0", "\x00", "\ud800"]),
     st.one_of(st.integers(0, 2), st.floats(), st.none(), st.booleans(), st.dates()),
@@ -102,10 +104,10 @@ names = st.one_of(
 @st.composite
 def columns(draw: Draw, rows: int, kind: str | None = None) -> Series[Any]:
     """A column of any type that pandas has, whose cells repeat."""
-    kind = kind or draw(st.sampled_from([*KINDS]))
+    kind = kind or draw(st.sampled_from([*COLUMN_KINDS]))
     pool = draw(POOLS[kind])
     places = np.random.default_rng(draw(st.integers(0, 9))).integers(len(pool), size=rows)
-    return KINDS[kind][1]([pool[place] for place in places])
+    return COLUMN_KINDS[kind][1]([pool[place] for place in places])
 
 
 @st.composite

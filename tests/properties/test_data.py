@@ -18,8 +18,8 @@ from torch import nn
 
 from optuna_nnhp.data.frames import MISSING_MARKERS
 from optuna_nnhp.data.frames import read_csv
-from optuna_nnhp.templates import DNN
-from optuna_nnhp.templates import OwnNetwork
+from optuna_nnhp.templates import CustomNetworkTemplate
+from optuna_nnhp.templates import DNNTemplate
 from tests.properties.clear import outcome
 from tests.properties.tables import Draw
 from tests.properties.tables import odd
@@ -57,7 +57,7 @@ data = st.sampled_from(DATA)
 
 @given(data, st.one_of(st.just(LABELS), st.just(LABELS), data, targets(ROWS)))
 def test_any_object_is_refused_or_a_table(X: Any, y: Any) -> None:
-    problem = outcome(lambda: DNN(X, y, device="cpu"))
+    problem = outcome(lambda: DNNTemplate(X, y, device="cpu"))
     if problem is not None:
         assert np.isfinite(problem.data.train_X).all()
         assert len(problem.data.train_X) + len(problem.data.valid_X) == ROWS
@@ -68,7 +68,7 @@ def test_any_object_is_refused_or_an_array(X: Any, y: Any) -> None:
     def network(params: Any) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
 
-    problem = outcome(lambda: OwnNetwork(network, X, y, device="cpu"))
+    problem = outcome(lambda: CustomNetworkTemplate(network, X, y, device="cpu"))
     if problem is not None:
         assert np.isfinite(problem.data.train_X).all()
         assert len(problem.data.train_X) + len(problem.data.valid_X) == ROWS
@@ -85,7 +85,7 @@ def test_any_object_is_refused_or_an_array(X: Any, y: Any) -> None:
     )
 )
 def test_any_validation_part_is_refused_or_used(validation: Any) -> None:
-    problem = outcome(lambda: DNN(NUMBERS, LABELS, validation=validation, device="cpu"))
+    problem = outcome(lambda: DNNTemplate(NUMBERS, LABELS, validation=validation, device="cpu"))
     if problem is not None:
         assert np.isfinite(problem.data.valid_X).all() and len(problem.data.valid_X) > 0
 
@@ -196,6 +196,6 @@ def test_a_file_is_refused_or_read_as_it_stands(content: bytes, tmp_path: Path) 
 def test_a_study_of_a_file_is_refused_or_prepared(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(content)
-    problem = outcome(lambda: DNN(path, target="b", device="cpu"))
+    problem = outcome(lambda: DNNTemplate(path, target="b", device="cpu"))
     if problem is not None:
         assert np.isfinite(problem.data.train_X).all()

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from optuna_nnhp import optimize
-from optuna_nnhp.data.columns import read_numbers
+from optuna_nnhp.data.columns import numeric_features
 from optuna_nnhp.data.frames import as_frame
 from optuna_nnhp.data.preprocessor import Preprocessor
 from optuna_nnhp.data.target import Target
-from optuna_nnhp.templates import DNN
+from optuna_nnhp.templates import DNNTemplate
 from tests.properties.clear import outcome
 from tests.properties.clear import some
 from tests.properties.tables import frames
@@ -24,7 +24,7 @@ from tests.properties.tables import tables
 TINY = {"epochs": 1, "width": 16}
 
 
-def check_prepared(frame: pd.DataFrame, problem: DNN) -> None:
+def check_prepared(frame: pd.DataFrame, problem: DNNTemplate) -> None:
     """What the network is given is the table's, finite, and does not hang on other rows."""
     data = problem.data
     assert len(data.train_X) + len(data.valid_X) == len(frame)
@@ -52,7 +52,7 @@ def check_meaning(frame: pd.DataFrame, preprocessor: Preprocessor) -> None:
     features = preprocessor.transform(frame)
     for column in preprocessor.columns:
         if column.kind == "numeric" and column.parts and column.name in preprocessor.feature_names:
-            values, absent = read_numbers(column, frame[column.name])
+            values, absent = numeric_features(column, frame[column.name])
             feature = features[~absent[:, 0] if absent.ndim > 1 else ~absent]
             place = preprocessor.feature_names.index(column.name)
             order = np.argsort(values[~absent][:, 0], kind="stable")
@@ -69,7 +69,7 @@ def check_meaning(frame: pd.DataFrame, preprocessor: Preprocessor) -> None:
 @given(tables())
 def test_a_table_is_refused_or_right(table: tuple[pd.DataFrame, Any]) -> None:
     frame, y = table
-    problem = outcome(lambda: DNN(frame, y, device="cpu"))
+    problem = outcome(lambda: DNNTemplate(frame, y, device="cpu"))
     if problem is not None:
         check_prepared(frame, problem)
 

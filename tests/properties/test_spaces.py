@@ -23,14 +23,14 @@ import pytest
 from torch import nn
 
 from optuna_nnhp import optimize
-from optuna_nnhp.hyperparameters.catalogue import records
-from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.hyperparameters.catalogue import specs
+from optuna_nnhp.hyperparameters.spec import is_in_distribution
 from optuna_nnhp.search.methods import METHODS
 from optuna_nnhp.study.problem import TrialError
-from optuna_nnhp.study.scheduler import Scheduler
-from optuna_nnhp.templates import DNN
-from optuna_nnhp.templates import GPT
-from optuna_nnhp.templates import OwnNetwork
+from optuna_nnhp.study.tuner import Tuner
+from optuna_nnhp.templates import CustomNetworkTemplate
+from optuna_nnhp.templates import DNNTemplate
+from optuna_nnhp.templates import GPTTemplate
 from tests.properties.clear import outcome
 from tests.properties.tables import Draw
 from tests.properties.tables import odd
@@ -40,7 +40,7 @@ from tests.tiny import numbers
 X, LABELS = classes()
 TEXT = "to be or not to be\n" * 99
 MOST_WEIGHTS = 50_000  # of a network that is trained here
-TABLE, LANGUAGE = [*records("binary")], [*records("language")]
+TABLE, LANGUAGE = [*specs("binary")], [*specs("language")]
 numerals = st.one_of(
     st.sampled_from([0, 1, 2, 3, 16, 64, 1.0, 0.5, 1e-3, 0.1, 16.0, -1, 1e9, 10**400, 2**63]),
     st.sampled_from([math.inf, -math.inf, math.nan, True, np.int64(8), np.float32(0.1), 1e-320]),
@@ -109,7 +109,7 @@ def check_problem(problem: Any, space: Any, fixed: Any) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     proposed = [study.ask(problem.space).params for _ in range(3)]
     defaults = problem.defaults()
-    assert all(holds(problem.space[name], value) for name, value in defaults.items())
+    assert all(is_in_distribution(problem.space[name], value) for name, value in defaults.items())
     if defaults.keys() == problem.space.keys():
         proposed = [defaults, *problem.portfolio(), *proposed]
     for number, params in enumerate(proposed):
@@ -126,7 +126,7 @@ def check_problem(problem: Any, space: Any, fixed: Any) -> None:
 def test_wishes_for_tables(wishes: Any, regression: bool) -> None:
     space, fixed = wishes
     y = numbers()[1] if regression else LABELS
-    problem = outcome(lambda: DNN(X, y, space=space, fixed=fixed, device="cpu"))
+    problem = outcome(lambda: DNNTemplate(X, y, space=space, fixed=fixed, device="cpu"))
     if problem is not None:
         check_problem(problem, space, fixed)
 
@@ -140,7 +140,7 @@ def test_wishes_for_networks_of_ones_own(wishes: Any) -> None:
             params[name]
         return nn.Linear(3, 2)
 
-    problem = outcome(lambda: OwnNetwork(network, X, LABELS, space=space, fixed=fixed))
+    problem = outcome(lambda: CustomNetworkTemplate(network, X, LABELS, space=space, fixed=fixed))
     if problem is not None:
         check_problem(problem, space, fixed)
 
@@ -153,18 +153,18 @@ def test_wishes_for_texts(wishes: Any, budget: Any) -> None:
     space, fixed = wishes
     if isinstance(fixed, dict):
         fixed = {**budget, **fixed}
-    problem = outcome(lambda: GPT(TEXT, space=space, fixed=fixed, device="cpu"))
+    problem = outcome(lambda: GPTTemplate(TEXT, space=space, fixed=fixed, device="cpu"))
     if problem is not None:
         check_problem_of_texts(problem, space, fixed)
 
 
-def check_problem_of_texts(problem: GPT, space: Any, fixed: Any) -> None:
+def check_problem_of_texts(problem: GPTTemplate, space: Any, fixed: Any) -> None:
     for name, value in (fixed or {}).items():
         assert name == "width" or problem.fixed[name] == value
     for name, distribution in (space or {}).items():
         assert problem.space[name] == distribution
     defaults = problem.defaults()
-    assert all(holds(problem.space[name], value) for name, value in defaults.items())
+    assert all(is_in_distribution(problem.space[name], value) for name, value in defaults.items())
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for number in range(3):
         member = problem.member(number, study.ask(problem.space).params)
@@ -221,7 +221,7 @@ def test_arguments_of_the_call(wanted: list[str], data: st.DataObject) -> None:
     given_values = {name: data.draw(ARGUMENTS[name]) for name in wanted}
     arguments: dict[str, Any] = {"n_trials": 3, "storage": None, "device": "cpu", **given_values}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scheduler, "run", lambda self: None)
+        patch.setattr(Tuner, "run", lambda self: None)
         result = outcome(lambda: optimize(X=X, y=LABELS, **arguments))
     if result is not None:
         assert isinstance(result.study, optuna.Study)
@@ -232,7 +232,7 @@ def test_arguments_of_the_call(wanted: list[str], data: st.DataObject) -> None:
 )
 def test_levels_of_a_grid(levels: Any, space: dict[Any, BaseDistribution]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scheduler, "run", lambda self: None)
+        patch.setattr(Tuner, "run", lambda self: None)
         outcome(
             lambda: optimize(
                 X=X,

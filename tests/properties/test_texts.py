@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optuna_nnhp.data.text import prepare_text
-from optuna_nnhp.data.tokens import tokenizer_from_json
-from optuna_nnhp.templates import GPT
+from optuna_nnhp.data.tokenizers import tokenizer_from_json
+from optuna_nnhp.templates import GPTTemplate
 from tests.properties.clear import outcome
 from tests.properties.clear import some
 from tests.properties.tables import odd
@@ -30,7 +30,7 @@ def test_a_text_comes_back_from_its_tokens(text: str, times: int, kind: str) -> 
     data = outcome(lambda: prepare_text(whole))
     if data is None:
         return
-    tokens = data.tokens(kind)
+    tokens = data.tokenize(kind)
     again = tokenizer_from_json(tokens.tokenizer.to_json())
     for part, ids in ((data.train, tokens.train), (data.valid, tokens.valid)):
         assert tokens.tokenizer.decode(ids) == again.decode(ids) == part
@@ -64,7 +64,7 @@ def test_any_object_is_refused_or_a_text(source: Any, validation: Any) -> None:
 @some(0.5)
 @given(text=letters, times=st.sampled_from([1, 9, 99]))
 def test_a_study_of_any_text_is_refused_or_prepared(text: str, times: int) -> None:
-    problem = outcome(lambda: GPT(text * times + "\n", fixed=SHORT, device="cpu"))
+    problem = outcome(lambda: GPTTemplate(text * times + "\n", fixed=SHORT, device="cpu"))
     if problem is not None:
         member = problem.member(0, problem.defaults())
         assert problem.count_weights(member) > 0

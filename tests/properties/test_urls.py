@@ -10,11 +10,11 @@ from hypothesis import example
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optuna_nnhp.messages import without_password
-from optuna_nnhp.storages.opening import open_storage
-from optuna_nnhp.storages.places import beside
-from optuna_nnhp.storages.places import file_name
-from optuna_nnhp.storages.places import inside
+from optuna_nnhp.errors import hide_passwords
+from optuna_nnhp.storages.open_storage import open_storage
+from optuna_nnhp.storages.paths import safe_file_name
+from optuna_nnhp.storages.paths import safe_join
+from optuna_nnhp.storages.paths import sibling_path
 from tests.properties.clear import outcome
 
 # None of these reaches another machine.
@@ -48,7 +48,7 @@ def test_no_password_is_ever_said(
     written = quote(password, safe="") if encoded else password
     url = f"{scheme}://{user}:{written}@{place}{end}"
     assume(scheme not in ("sqlite", "sqlite+pysqlite") or place in ("localhost:1", "localhost:x"))
-    hidden = without_password(url, url)
+    hidden = hide_passwords(url, url)
     assert "Qx7" not in hidden and "Zk9" not in hidden
     try:
         open_storage(url)
@@ -62,9 +62,9 @@ def test_no_password_is_ever_said(
 @given(text=st.text(), password=passwords)
 def test_hiding_is_done_once_and_leaves_the_rest(text: str, password: str) -> None:
     url = f"postgresql://me:{quote(password, safe='')}@host/db"
-    once = without_password(f"{text} {url}", url)
+    once = hide_passwords(f"{text} {url}", url)
     assert "Qx7" not in once and "Zk9" not in once
-    assert without_password(once, url) == once
+    assert hide_passwords(once, url) == once
     assert "@host/db" in once
 
 
@@ -84,14 +84,14 @@ def test_any_text_is_a_storage_or_refused(text: str, folder: Path) -> None:
     storage = outcome(lambda: open_storage(text))
     if storage is not None:
         assert storage.get_all_studies() is not None
-        beside(text, ".models")
+        sibling_path(text, ".models")
 
 
 @given(name=st.text())
 @example(name="..")
 @example(name="x" * 400)
 def test_any_text_makes_a_name_of_a_file(name: str, folder: Path) -> None:
-    found = inside(folder, file_name(name))
+    found = safe_join(folder, safe_file_name(name))
     found.touch()
     assert found.parent == folder and found.resolve().parent == folder.resolve()
     found.unlink()

@@ -9,15 +9,17 @@ from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 import pytest
 
-from optuna_nnhp.search.boxes import Axis
-from optuna_nnhp.search.boxes import Caution
 from optuna_nnhp.search.boxes import Choices
 from optuna_nnhp.search.boxes import Interval
-from optuna_nnhp.search.boxes import Part
-from optuna_nnhp.search.boxes import narrowed
-from optuna_nnhp.search.boxes import restricted
+from optuna_nnhp.search.boxes import NarrowingConfig
+from optuna_nnhp.search.boxes import ParameterAxis
+from optuna_nnhp.search.boxes import Region
+from optuna_nnhp.search.boxes import narrow
+from optuna_nnhp.search.boxes import restrict_distribution
 
-CAUTION = Caution(shrink=0.5, trimmed=0.2, chance=0.4, worse=0.05)
+NARROWING = NarrowingConfig(
+    min_width_ratio=0.5, trim_fraction=0.2, cut_p_value=0.4, drop_p_value=0.05
+)
 NUMBERS = [
     FloatDistribution(-3.0, 5.0),
     FloatDistribution(1e-7, 0.5, log=True),
@@ -30,11 +32,11 @@ NUMBERS = [
 
 @pytest.mark.parametrize("distribution", [*NUMBERS, CategoricalDistribution(("a", None, 3))])
 def test_values_and_places(distribution: BaseDistribution) -> None:
-    axis, rng = Axis("x", distribution), np.random.RandomState(0)
+    axis, rng = ParameterAxis("x", distribution), np.random.RandomState(0)
     for _ in range(50):
-        value = axis.draw(axis.whole(), rng)
+        value = axis.sample(axis.full_range(), rng)
         assert distribution._contains(distribution.to_internal_repr(value))
-        again = axis.value(axis.place(value))
+        again = axis.value(axis.position(value))
         assert again == (pytest.approx(value) if isinstance(value, float) else value)
 
 
@@ -43,14 +45,14 @@ def test_values_and_places(distribution: BaseDistribution) -> None:
 def test_a_narrowed_range_holds_the_best_and_is_of_the_same_kind(
     distribution: Any, seed: int
 ) -> None:
-    axis, rng = Axis("x", distribution), np.random.RandomState(seed)
-    values = [axis.draw(axis.whole(), rng) for _ in range(60)]
-    places = [axis.place(value) for value in values]
-    ranked = sorted(places, key=lambda place: abs(place - places[0]))
-    part = narrowed(axis, Interval(), ranked[:12], ranked, CAUTION)
+    axis, rng = ParameterAxis("x", distribution), np.random.RandomState(seed)
+    values = [axis.sample(axis.full_range(), rng) for _ in range(60)]
+    positions = [axis.position(value) for value in values]
+    ranked = sorted(positions, key=lambda position: abs(position - positions[0]))
+    part = narrow(axis, Interval(), ranked[:12], ranked, NARROWING)
     assert isinstance(part, Interval) and 0 <= part.low < part.high <= 1
     assert part.high - part.low >= 0.5 - 1e-12
-    new: Any = restricted(axis, part)
+    new: Any = restrict_distribution(axis, part)
     assert (type(new), new.log, new.step) == (
         type(distribution),
         distribution.log,
@@ -59,25 +61,25 @@ def test_a_narrowed_range_holds_the_best_and_is_of_the_same_kind(
     assert distribution.low <= new.low <= values[0] <= new.high <= distribution.high
     assert new.high - new.low < distribution.high - distribution.low
     for _ in range(20):
-        assert distribution._contains(new.to_internal_repr(axis.draw(part, rng)))
+        assert distribution._contains(new.to_internal_repr(axis.sample(part, rng)))
 
 
 def test_steps_beside_the_best_stay_however_narrow_the_box() -> None:
-    axis = Axis("depth", IntDistribution(1, 8))
-    part: Part = Interval()
-    places = [axis.place(1 + i % 8) for i in range(80)]
-    ranked = sorted(places, key=lambda place: abs(place - axis.place(3)))
+    axis = ParameterAxis("depth", IntDistribution(1, 8))
+    part: Region = Interval()
+    positions = [axis.position(1 + i % 8) for i in range(80)]
+    ranked = sorted(positions, key=lambda position: abs(position - axis.position(3)))
     for _ in range(20):
-        part = narrowed(axis, part, ranked[:10], ranked, CAUTION)
-    assert restricted(axis, part) == IntDistribution(2, 4)
+        part = narrow(axis, part, ranked[:10], ranked, NARROWING)
+    assert restrict_distribution(axis, part) == IntDistribution(2, 4)
 
 
 def test_a_range_is_never_empty() -> None:
-    axis = Axis("x", FloatDistribution(0.0, 1.0))
-    part: Part = Interval()
+    axis = ParameterAxis("x", FloatDistribution(0.0, 1.0))
+    part: Region = Interval()
     ranked = [0.5] * 12 + [i / 4000 for i in range(4001)]
     for _ in range(20):
-        part = narrowed(axis, part, ranked[:12], ranked, CAUTION)
+        part = narrow(axis, part, ranked[:12], ranked, NARROWING)
         assert isinstance(part, Interval) and part.low < 0.5 < part.high
     assert isinstance(part, Interval) and part.high - part.low == pytest.approx(0.01)
 
@@ -85,9 +87,9 @@ def test_a_range_is_never_empty() -> None:
 @pytest.mark.parametrize("best, low, high", [(0.41, 0.3, 0.6), (0.59, 0.4, 0.7), (0.5, 0.4, 0.6)])
 def test_beyond_a_bound(best: float, low: float, high: float) -> None:
     """The best one on a bound, the others anywhere: half of the width more on its side."""
-    axis = Axis("x", FloatDistribution(0.0, 1.0))
+    axis = ParameterAxis("x", FloatDistribution(0.0, 1.0))
     tried = [best, *np.linspace(0.4, 0.6, 9)]
-    part = narrowed(axis, Interval(0.4, 0.6), tried, tried, CAUTION)
+    part = narrow(axis, Interval(0.4, 0.6), tried, tried, NARROWING)
     assert isinstance(part, Interval)
     assert part.low <= low + 0.011 and part.high >= high - 0.011
     assert part.low > 0.29 and part.high < 0.71
@@ -104,11 +106,11 @@ def test_beyond_a_bound(best: float, low: float, high: float) -> None:
     ],
 )
 def test_choices(ranked: list[int], best: int, kept: tuple[int, ...]) -> None:
-    axis = Axis("x", CategoricalDistribution(("a", "b", "c")))
-    places = [float(index) for index in ranked]
-    assert narrowed(axis, axis.whole(), places[:best], places, CAUTION) == Choices(kept)
+    axis = ParameterAxis("x", CategoricalDistribution(("a", "b", "c")))
+    positions = [float(index) for index in ranked]
+    assert narrow(axis, axis.full_range(), positions[:best], positions, NARROWING) == Choices(kept)
 
 
 def test_without_trials_nothing_changes() -> None:
-    axis = Axis("x", FloatDistribution(0.0, 1.0))
-    assert narrowed(axis, Interval(0.2, 0.4), [], [], CAUTION) == Interval(0.2, 0.4)
+    axis = ParameterAxis("x", FloatDistribution(0.0, 1.0))
+    assert narrow(axis, Interval(0.2, 0.4), [], [], NARROWING) == Interval(0.2, 0.4)

@@ -27,8 +27,8 @@ from optuna.trial import TrialState
 from optuna.trial import create_trial
 import pytest
 
-from optuna_nnhp.hyperparameters.catalogue import choose
-from optuna_nnhp.search.evolution import POPULATION
+from optuna_nnhp.hyperparameters.catalogue import resolve_space
+from optuna_nnhp.search.evolution import POPULATION_SIZE
 from optuna_nnhp.search.evolution import EvolutionSampler
 
 NUMBERS: dict[str, BaseDistribution] = {f"x{i}": FloatDistribution(-5, 5) for i in range(5)}
@@ -44,7 +44,7 @@ SEEDS = range(10)
 class TestBasic(BasicSamplerTestCase, SingleOnlySamplerTestCase):
     """Optuna's own tests of a sampler."""
 
-    @pytest.fixture(params=[2, POPULATION])
+    @pytest.fixture(params=[2, POPULATION_SIZE])
     def sampler(self, request: pytest.FixtureRequest) -> Callable[[], BaseSampler]:
         return lambda: EvolutionSampler(population_size=request.param, seed=0)
 
@@ -170,7 +170,7 @@ def test_parents_are_the_best_and_pruned_trials_come_last(direction: str) -> Non
             numbered(50 + sign * 8, pruned, step=3),
         ]
     )
-    sampler = EvolutionSampler(population_size=5)._genetic
+    sampler = EvolutionSampler(population_size=5)._nsga2_sampler
     parents = sampler.get_parent_population(study, 1)
     assert [trial.number for trial in parents] == [4, 1, 3, 6, 2]
 
@@ -193,7 +193,7 @@ def test_trials_that_end_late_become_parents() -> None:
     for trial in late:
         study.tell(trial, 0.5)
     sampler: Any = study.sampler
-    parents = sampler._genetic.get_parent_population(study, 1)
+    parents = sampler._nsga2_sampler.get_parent_population(study, 1)
     assert [trial.number for trial in parents] == [trial.number for trial in late]
 
 
@@ -231,9 +231,9 @@ def test_proposals_follow_from_the_seed(space: dict[str, BaseDistribution]) -> N
 
 
 def test_the_whole_catalogue_is_a_space_for_it() -> None:
-    space, _ = choose("binary")
+    space, _ = resolve_space("binary")
     study = optuna.create_study(sampler=EvolutionSampler(seed=0))
-    for number in range(2 * POPULATION):
+    for number in range(2 * POPULATION_SIZE):
         trial = study.ask(space)
         assert set(trial.params) == set(space)
         for name, value in trial.params.items():

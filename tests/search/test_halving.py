@@ -11,7 +11,7 @@ from optuna.trial import create_trial
 import pytest
 
 from optuna_nnhp.search.halving import CohortHalvingPruner
-from optuna_nnhp.search.halving import rung_values
+from optuna_nnhp.search.halving import best_values_at_rung
 
 NAN, INF = math.nan, math.inf
 
@@ -19,7 +19,7 @@ Direction = Literal["maximize", "minimize"]
 
 
 @pytest.mark.parametrize(
-    "eta, first_rung, rungs",
+    "reduction_factor, min_resource, rungs",
     [
         (2, 1, {1, 2, 4, 8, 16, 32}),
         (3, 1, {1, 3, 9, 27}),
@@ -28,13 +28,13 @@ Direction = Literal["maximize", "minimize"]
         (4, 40, {40}),
     ],
 )
-def test_is_rung(eta: int, first_rung: int, rungs: set[int]) -> None:
-    pruner = CohortHalvingPruner(eta=eta, first_rung=first_rung)
+def test_is_rung(reduction_factor: int, min_resource: int, rungs: set[int]) -> None:
+    pruner = CohortHalvingPruner(reduction_factor=reduction_factor, min_resource=min_resource)
     assert {step for step in range(50) if pruner.is_rung(step)} == rungs
 
 
 @pytest.mark.parametrize(
-    "eta, values, maximize, kept",
+    "reduction_factor, values, maximize, kept",
     [
         (3, {0: 0.5, 1: 0.9, 2: 0.7}, True, {1}),
         (3, {0: 0.5, 1: 0.9, 2: 0.7}, False, {0}),
@@ -66,22 +66,29 @@ def test_is_rung(eta: int, first_rung: int, rungs: set[int]) -> None:
         (2, {0: -INF, 1: 0.1}, True, {1}),
     ],
 )
-def test_keep(eta: int, values: dict[int, float], maximize: bool, kept: set[int]) -> None:
-    assert CohortHalvingPruner(eta=eta).keep(values, maximize=maximize) == kept
+def test_keep(
+    reduction_factor: int, values: dict[int, float], maximize: bool, kept: set[int]
+) -> None:
+    assert (
+        CohortHalvingPruner(reduction_factor=reduction_factor).select_survivors(
+            values, maximize=maximize
+        )
+        == kept
+    )
 
 
-@pytest.mark.parametrize("eta", [2, 3, 5])
+@pytest.mark.parametrize("reduction_factor", [2, 3, 5])
 @pytest.mark.parametrize("n", [1, 2, 5, 30, 31])
-def test_keep_is_one_in_eta_and_the_two_directions_mirror(eta: int, n: int) -> None:
+def test_keep_is_one_in_eta_and_the_two_directions_mirror(reduction_factor: int, n: int) -> None:
     draw = random.Random(n)
     values = {i: draw.random() for i in range(n)}
-    pruner = CohortHalvingPruner(eta=eta)
-    kept = pruner.keep(values, maximize=True)
-    assert len(kept) == (math.ceil(n / eta) if n >= eta else n)
+    pruner = CohortHalvingPruner(reduction_factor=reduction_factor)
+    kept = pruner.select_survivors(values, maximize=True)
+    assert len(kept) == (math.ceil(n / reduction_factor) if n >= reduction_factor else n)
     assert min(values[i] for i in kept) >= max(
         (v for i, v in values.items() if i not in kept), default=-1
     )
-    assert pruner.keep({i: -v for i, v in values.items()}, maximize=False) == kept
+    assert pruner.select_survivors({i: -v for i, v in values.items()}, maximize=False) == kept
 
 
 @pytest.mark.parametrize(
@@ -101,28 +108,28 @@ def test_the_best_value_up_to_a_rung(
     intermediate: dict[int, float], step: int, maximize: bool, expected: float
 ) -> None:
     trial = create_trial(value=0.0, intermediate_values=intermediate)
-    assert rung_values([trial], step, maximize=maximize) == {trial.number: expected}
+    assert best_values_at_rung([trial], step, maximize=maximize) == {trial.number: expected}
 
 
 @pytest.mark.parametrize("maximize", [True, False])
 def test_nothing_but_nan_is_nan(maximize: bool) -> None:
     trial = create_trial(value=0.0, intermediate_values={1: NAN, 2: NAN})
-    assert math.isnan(rung_values([trial], 2, maximize=maximize)[trial.number])
+    assert math.isnan(best_values_at_rung([trial], 2, maximize=maximize)[trial.number])
 
 
 def test_who_has_not_reached_the_rung_has_no_say() -> None:
     trial = create_trial(value=0.0, intermediate_values={1: 0.4})
-    assert rung_values([trial], 2, maximize=True) == {}
-    assert rung_values([], 1, maximize=True) == {}
+    assert best_values_at_rung([trial], 2, maximize=True) == {}
+    assert best_values_at_rung([], 1, maximize=True) == {}
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"eta": 1}, "^`eta` must be at least 2, but got 1"),
-        ({"eta": 0}, "^`eta` must be at least 2, but got 0"),
-        ({"first_rung": 0}, "^`first_rung` must be at least 1, but got 0"),
-        ({"first_rung": -3}, "^`first_rung` must be at least 1, but got -3"),
+        ({"reduction_factor": 1}, "^`reduction_factor` must be at least 2, but got 1"),
+        ({"reduction_factor": 0}, "^`reduction_factor` must be at least 2, but got 0"),
+        ({"min_resource": 0}, "^`min_resource` must be at least 1, but got 0"),
+        ({"min_resource": -3}, "^`min_resource` must be at least 1, but got -3"),
     ],
 )
 def test_mistakes(settings: dict[str, int], message: str) -> None:
@@ -136,7 +143,7 @@ def test_in_plain_optuna_it_prunes_the_bad_and_never_the_best(direction: Directi
     order = random.Random(0).sample(range(30), 30)
     study = optuna.create_study(
         sampler=optuna.samplers.RandomSampler(seed=0),
-        pruner=CohortHalvingPruner(eta=3),
+        pruner=CohortHalvingPruner(reduction_factor=3),
         direction=direction,
     )
 
@@ -173,12 +180,14 @@ def test_in_plain_optuna_it_prunes_the_bad_and_never_the_best(direction: Directi
 def test_a_rung_between_two_reports_is_judged_late(
     step: int, previous: int, expected: bool
 ) -> None:
-    assert CohortHalvingPruner(eta=2).is_rung(step, previous) is expected
+    assert CohortHalvingPruner(reduction_factor=2).is_rung(step, previous) is expected
 
 
 @pytest.mark.parametrize("direction, kept", [("maximize", 2), ("minimize", 0)])
 def test_trials_side_by_side_are_judged_by_each_other(direction: Direction, kept: int) -> None:
-    study = optuna.create_study(pruner=CohortHalvingPruner(eta=3), direction=direction)
+    study = optuna.create_study(
+        pruner=CohortHalvingPruner(reduction_factor=3), direction=direction
+    )
     trials = [study.ask() for _ in range(3)]
     for value, trial in enumerate(trials):
         trial.report(float(value), 1)
@@ -187,7 +196,9 @@ def test_trials_side_by_side_are_judged_by_each_other(direction: Direction, kept
 
 @pytest.mark.parametrize("steps, pruned", [([], False), ([2], True), ([1], True), ([1, 2], False)])
 def test_only_a_rung_decides(steps: list[int], pruned: bool) -> None:
-    study = optuna.create_study(pruner=CohortHalvingPruner(eta=3), direction="maximize")
+    study = optuna.create_study(
+        pruner=CohortHalvingPruner(reduction_factor=3), direction="maximize"
+    )
     for value in (0.8, 0.9):
         other = study.ask()
         for step in (1, 2):
@@ -199,7 +210,9 @@ def test_only_a_rung_decides(steps: list[int], pruned: bool) -> None:
 
 
 def test_a_trial_is_judged_by_its_best_value_so_far() -> None:
-    study = optuna.create_study(pruner=CohortHalvingPruner(eta=3), direction="maximize")
+    study = optuna.create_study(
+        pruner=CohortHalvingPruner(reduction_factor=3), direction="maximize"
+    )
     for values in ([0.1, 0.2, 0.5], [0.1, 0.2, 0.6]):
         other = study.ask()
         for step, value in enumerate(values, start=1):
@@ -211,7 +224,7 @@ def test_a_trial_is_judged_by_its_best_value_so_far() -> None:
 
 
 def test_nan_is_pruned_at_the_next_rung_even_alone() -> None:
-    study = optuna.create_study(pruner=CohortHalvingPruner(eta=3))
+    study = optuna.create_study(pruner=CohortHalvingPruner(reduction_factor=3))
     trial = study.ask()
     trial.report(NAN, 1)
     assert trial.should_prune()

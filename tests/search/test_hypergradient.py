@@ -12,11 +12,11 @@ from optuna.samplers import BaseSampler
 from optuna.testing.pytest_samplers import BasicSamplerTestCase
 import pytest
 
-from optuna_nnhp.search.hypergradient import Descent
+from optuna_nnhp.search.hypergradient import AdamOnUnitScale
 from optuna_nnhp.search.hypergradient import HypergradientSampler
-from optuna_nnhp.search.hypergradient import per_unit
-from optuna_nnhp.search.units import from_unit
-from optuna_nnhp.search.units import to_unit
+from optuna_nnhp.search.hypergradient import slope_on_unit_scale
+from optuna_nnhp.search.unit_scale import from_unit
+from optuna_nnhp.search.unit_scale import to_unit
 
 SPACE: dict[str, BaseDistribution] = {
     "rate": FloatDistribution(1e-6, 1.0, log=True),
@@ -81,15 +81,17 @@ def test_a_slope_per_unit_is_that_of_the_unit_scale() -> None:
     unit, h = to_unit(distribution, value), 1e-4
     above, below = from_unit(distribution, unit + h), from_unit(distribution, unit - h)
     by_difference = (above**2 - below**2) / (2 * h)
-    assert per_unit(distribution, value, 2 * value) == pytest.approx(by_difference, rel=1e-4)
+    assert slope_on_unit_scale(distribution, value, 2 * value) == pytest.approx(
+        by_difference, rel=1e-4
+    )
 
 
 def test_nan_moves_nothing_and_no_step_is_longer_than_the_rate() -> None:
-    descent = Descent({"x": FloatDistribution(0.0, 1.0)}, rate=0.1)
-    assert descent.step({"x": 0.5}, {"x": math.nan})["x"] == 0.5
+    adam = AdamOnUnitScale({"x": FloatDistribution(0.0, 1.0)}, rate=0.1)
+    assert adam.step({"x": 0.5}, {"x": math.nan})["x"] == 0.5
     values = {"x": 0.9}
     for slope in (1e-9, 1e9, 1.0):
-        moved = descent.step(values, {"x": slope})
+        moved = adam.step(values, {"x": slope})
         assert 0 < values["x"] - moved["x"] <= 0.1 + 1e-12
         values = moved
 

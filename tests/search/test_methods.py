@@ -9,15 +9,15 @@ from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 import pytest
 
-from optuna_nnhp.hyperparameters.catalogue import choose
+from optuna_nnhp.hyperparameters.catalogue import resolve_space
+from optuna_nnhp.search.bounded_tpe import BoundedTPESampler
 from optuna_nnhp.search.evolution import EvolutionSampler
-from optuna_nnhp.search.history import HistorySampler
 from optuna_nnhp.search.methods import METHODS
 from optuna_nnhp.search.methods import make_sampler
 from optuna_nnhp.search.methods import split_options
 from optuna_nnhp.search.zoom import ZoomSampler
 
-SPACE, _ = choose("binary")
+SPACE, _ = resolve_space("binary")
 FEW = 12  # trials; ten of them come before the models
 
 
@@ -32,7 +32,7 @@ def proposals(method: str, seed: int, space: dict[str, BaseDistribution]) -> lis
 @pytest.mark.parametrize(
     "method, kind",
     [
-        ("bayes", HistorySampler),
+        ("bayes", BoundedTPESampler),
         ("bayes-gp", GPSampler),
         ("evolution", EvolutionSampler),
         ("zoom", ZoomSampler),

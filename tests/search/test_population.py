@@ -54,8 +54,8 @@ def test_the_worst_go_on_from_the_best_with_other_values() -> None:
     assert [t.user_attrs["generation"] for t in second] == [1] * 4
     assert [t.user_attrs["parent"] for t in first] == [None] * 4
     assert [t.user_attrs["parent"] for t in second] == [1, 1, 2, 3]
-    for place in (1, 2, 3):  # who is no worse goes on as it was
-        assert second[place].params == first[place].params
+    for lineage in (1, 2, 3):  # who is no worse goes on as it was
+        assert second[lineage].params == first[lineage].params
     copied, best = second[0].params, first[1].params
     assert copied != best
     ratio = copied["rate"] / best["rate"]

@@ -22,9 +22,9 @@ import pytest
 from optuna_nnhp.samplers import ZoomSampler
 from optuna_nnhp.search.boxes import Choices
 from optuna_nnhp.search.boxes import Interval
-from optuna_nnhp.search.boxes import Part
-from optuna_nnhp.search.zoom import Rounds
-from optuna_nnhp.search.zoom import Stage
+from optuna_nnhp.search.boxes import Region
+from optuna_nnhp.search.zoom import RoundHistory
+from optuna_nnhp.search.zoom import RoundState
 
 X = FloatDistribution(0.0, 1.0)
 RATE = FloatDistribution(1e-6, 1.0, log=True)
@@ -56,14 +56,14 @@ def run(study: optuna.Study, count: int, *, at_once: int = 1) -> None:
             study.tell(trial, loss(trial.params))
 
 
-def box(study: optuna.Study, size: int = 16) -> dict[str, Part]:
-    stage = Rounds(size).updated(study)
+def box(study: optuna.Study, size: int = 16) -> dict[str, Region]:
+    stage = RoundHistory(size).refresh(study)
     return {axis.name: part for axis, part in stage.box.items()}
 
 
-def rounds_of(study: optuna.Study) -> Rounds:
+def rounds_of(study: optuna.Study) -> RoundHistory:
     assert isinstance(study.sampler, ZoomSampler)
-    return study.sampler._rounds
+    return study.sampler._round_history
 
 
 def told(values: list[tuple[float, float]]) -> optuna.Study:
@@ -173,7 +173,7 @@ def test_failed_trials_are_nothing() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0))
     for _ in range(40):
         study.tell(study.ask(SPACE), state=TrialState.FAIL)
-    assert Rounds(16).updated(study) == Stage()
+    assert RoundHistory(16).refresh(study) == RoundState()
 
 
 def test_values_of_a_new_sampler_lie_in_the_same_box() -> None:
@@ -189,20 +189,23 @@ def test_values_of_a_new_sampler_lie_in_the_same_box() -> None:
 
 
 def test_going_on_gives_what_starting_again_gives() -> None:
-    study, rounds = optuna.create_study(sampler=ZoomSampler(seed=0)), Rounds(16)
+    study, rounds = optuna.create_study(sampler=ZoomSampler(seed=0)), RoundHistory(16)
     for _ in range(10):
         run(study, 10)
-        stage, again = rounds.updated(study), Rounds(16).updated(study)
+        stage, again = rounds.refresh(study), RoundHistory(16).refresh(study)
         parts = [{axis.name: part for axis, part in s.box.items()} for s in (stage, again)]
         assert parts[0] == parts[1]
-        assert (stage.number, stage.stale) == (again.number, again.stale)
+        assert (stage.number, stage.rounds_without_improvement) == (
+            again.number,
+            again.rounds_without_improvement,
+        )
     assert stage.number == 6
 
 
 def test_a_trial_that_turns_up_late_is_put_where_it_belongs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    study, rounds = optuna.create_study(sampler=ZoomSampler(seed=0)), Rounds(16)
+    study, rounds = optuna.create_study(sampler=ZoomSampler(seed=0)), RoundHistory(16)
     run(study, 60)
     trials = study.get_trials(deepcopy=False)
     late = copy.copy(trials[5])
@@ -210,10 +213,10 @@ def test_a_trial_that_turns_up_late_is_put_where_it_belongs(
     seen = [*trials[:5], late, *trials[6:]]
     with monkeypatch.context() as patch:
         patch.setattr(study, "_get_trials", lambda deepcopy: seen)
-        early = rounds.updated(study)
-    stage, again = rounds.updated(study), Rounds(16).updated(study)
-    assert early.upto != stage.upto or early.began != stage.began
-    assert (stage.upto, stage.began) == (again.upto, again.began)
+        early = rounds.refresh(study)
+    stage, again = rounds.refresh(study), RoundHistory(16).refresh(study)
+    assert early.n_finished != stage.n_finished or early.started_at != stage.started_at
+    assert (stage.n_finished, stage.started_at) == (again.n_finished, again.started_at)
     assert {a.name: p for a, p in stage.box.items()} == {a.name: p for a, p in again.box.items()}
 
 
@@ -229,7 +232,7 @@ def test_two_workers_see_the_same_box(tmp_path: Any) -> None:
         asked = [(study, study.ask(SPACE)) for study in workers]
         for study, trial in asked:
             study.tell(trial, loss(trial.params))
-    first, second = (rounds_of(study).updated(study) for study in workers)
+    first, second = (rounds_of(study).refresh(study) for study in workers)
     assert first.number == second.number > 1
     assert {a.name: p for a, p in first.box.items()} == {a.name: p for a, p in second.box.items()}
 
@@ -248,9 +251,9 @@ def test_threads() -> None:
 def test_trials_that_began_before_a_round_do_not_end_it() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0))
     run(study, 64, at_once=64)
-    assert Rounds(16).updated(study).number == 1
+    assert RoundHistory(16).refresh(study).number == 1
     run(study, 64, at_once=64)
-    assert Rounds(16).updated(study).number == 2
+    assert RoundHistory(16).refresh(study).number == 2
 
 
 @pytest.mark.parametrize("patience, count", [(2, 49), (None, 200)])
@@ -303,22 +306,22 @@ def test_a_copy_forgets_and_learns_again() -> None:
     for other in (copy.deepcopy(study.sampler), pickle.loads(pickle.dumps(study.sampler))):
         study.sampler = other
         assert rounds_of(study).size == 20
-        assert rounds_of(study).updated(study).number == 2
+        assert rounds_of(study).refresh(study).number == 2
 
 
 def test_work_on_a_long_study_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.RandomState(0)
-    study, rounds = told([(float(x), float(x)) for x in rng.uniform(size=5000)]), Rounds(16)
-    rounds.updated(study)
+    study, rounds = told([(float(x), float(x)) for x in rng.uniform(size=5000)]), RoundHistory(16)
+    rounds.refresh(study)
     looked_at: list[int] = []
-    rank = rounds._rank
+    sort_key = rounds._sort_key
 
     def noted(number: int) -> Any:
         looked_at.append(number)
-        return rank(number)
+        return sort_key(number)
 
     monkeypatch.setattr(rounds, "_rank", noted)
     for _ in range(3):
         study.tell(study.ask({"x": X}), 1.0)
-        rounds.updated(study)
+        rounds.refresh(study)
     assert looked_at == [5000, 5001, 5002]

@@ -17,12 +17,12 @@ from optuna.storages import InMemoryStorage
 import pytest
 
 from optuna_nnhp.storages import lease as module
-from optuna_nnhp.storages.lease import LEASE
+from optuna_nnhp.storages.lease import LEASE_PREFIX
 from optuna_nnhp.storages.lease import Lease
-from optuna_nnhp.storages.lease import machine
+from optuna_nnhp.storages.lease import machine_id
 from optuna_nnhp.storages.lease import new_worker_name
-from optuna_nnhp.storages.lease import process
-from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.lease import process_id
+from optuna_nnhp.storages.open_storage import open_storage
 from tests.tiny import ENVIRONMENT
 
 
@@ -53,15 +53,15 @@ def lease_of(study: optuna.Study, worker: str = "me", **options: Any) -> Lease:
 
 
 def write(study: optuna.Study, worker: str, **lease: Any) -> None:
-    lease = {"at": time.time(), "beat": 1, "machine": "another", "process": "1@1", **lease}
-    study._storage.set_study_system_attr(study._study_id, LEASE + worker, lease)
+    lease = {"at": time.time(), "beat": 1, "machine_id": "another", "process_id": "1@1", **lease}
+    study._storage.set_study_system_attr(study._study_id, LEASE_PREFIX + worker, lease)
 
 
 def wait(lease: Lease, clock: Clock, seconds: float) -> None:
     """Let time pass, in which somebody looks at the leases every now and then."""
     while seconds > 0:
-        clock.now += min(lease.beat, seconds)
-        seconds -= lease.beat
+        clock.now += min(lease.renewal_interval, seconds)
+        seconds -= lease.renewal_interval
         lease.read()
 
 
@@ -75,12 +75,12 @@ def away(lease: Lease) -> Generator[None, None, None]:
 def test_another_machine_s_worker_is_dead_once_its_lease_is_not_renewed(
     study: optuna.Study, clock: Clock
 ) -> None:
-    lease = lease_of(study, lasts=60.0, beat=15.0)
-    write(study, "far", beat=1)
+    lease = lease_of(study, duration=60.0, renewal_interval=15.0)
+    write(study, "far", renewal_interval=1)
     assert not lease.is_dead("far")
     assert lease.is_doubtful("far")  # nobody has seen it renewed
     wait(lease, clock, 50)
-    write(study, "far", beat=2)
+    write(study, "far", renewal_interval=2)
     assert not lease.is_dead("far")
     assert not lease.is_doubtful("far")
     wait(lease, clock, 40)
@@ -89,7 +89,7 @@ def test_another_machine_s_worker_is_dead_once_its_lease_is_not_renewed(
     wait(lease, clock, 21)
     assert lease.is_dead("far")
     assert not lease.is_doubtful("far")
-    write(study, "far", beat=3)  # it slept
+    write(study, "far", renewal_interval=3)  # it slept
     assert not lease.is_dead("far")
 
 
@@ -107,11 +107,11 @@ def test_other_clocks_do_not_matter_except_by_hours(study: optuna.Study, clock: 
 @pytest.mark.parametrize("is_old", [False, True], ids=["minutes", "hours"])
 def test_nobody_dies_of_an_outage(study: optuna.Study, clock: Clock, is_old: bool) -> None:
     lease = lease_of(study)
-    write(study, "far", beat=1)
+    write(study, "far", renewal_interval=1)
     assert not lease.is_dead("far")
     wait(lease, clock, 15)
     # The others' clock is not moved by hand: an outage of hours is a lease that looks so old.
-    write(study, "far", beat=2, at=time.time() - 7200 * is_old)
+    write(study, "far", renewal_interval=2, at=time.time() - 7200 * is_old)
     assert not lease.is_dead("far")
     assert not lease.is_doubtful("far")
     wait(lease, clock, 15)
@@ -123,7 +123,7 @@ def test_nobody_dies_of_an_outage(study: optuna.Study, clock: Clock, is_old: boo
     assert lease.is_doubtful("far")
     wait(lease, clock, 29)
     assert not lease.is_dead("far")
-    write(study, "far", beat=3)
+    write(study, "far", renewal_interval=3)
     assert not lease.is_dead("far")
     assert not lease.is_doubtful("far")
     wait(lease, clock, 61)
@@ -161,7 +161,7 @@ def test_who_is_gone_from_this_machine_is_dead_in_an_outage_too(
     study: optuna.Study, clock: Clock
 ) -> None:
     lease = lease_of(study)
-    write(study, "gone", machine=machine(), process=process())
+    write(study, "gone", machine_id=machine_id(), process_id=process_id())
     lease.read()
     with away(lease):
         assert lease.is_dead("gone")
@@ -174,7 +174,7 @@ class Locked(InMemoryStorage):
     left = 3  # attempts at a lease that fail
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        if key.startswith(LEASE) and self.left:
+        if key.startswith(LEASE_PREFIX) and self.left:
             self.left -= 1
             raise StorageInternalError("database is locked")
         super().set_study_system_attr(study_id, key, value)
@@ -210,16 +210,16 @@ def test_this_process_s_other_work_lives(study: optuna.Study) -> None:
         assert not one.is_dead("two")
         assert not two.is_dead("one")
         assert not two.is_doubtful("one")
-    write(study, "gone", machine=machine(), process=process())
+    write(study, "gone", machine_id=machine_id(), process_id=process_id())
     assert lease_of(study).is_dead("gone")
 
 
 SCRIPT = """
 import sys, time
 from optuna_nnhp.storages.lease import Lease
-from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.storages.open_storage import open_storage
 storage = open_storage("s.journal")
-with Lease(storage, 0, sys.argv[1], beat=0.1):
+with Lease(storage, 0, sys.argv[1], renewal_interval=0.1):
     print("here", flush=True)
     time.sleep(60)
 """
@@ -237,10 +237,10 @@ def test_a_killed_process_of_this_machine_is_dead_at_once(folder: Path) -> None:
     assert child.stdout.readline() == "here\n"
     study = optuna.load_study(study_name="s", storage=open_storage("s.journal"))
     lease = lease_of(study)
-    first = study._storage.get_study_system_attrs(study._study_id)[LEASE + "child"]
+    first = study._storage.get_study_system_attrs(study._study_id)[LEASE_PREFIX + "child"]
     assert not lease.is_dead("child")
     until = time.monotonic() + 10
-    while study._storage.get_study_system_attrs(study._study_id)[LEASE + "child"] == first:
+    while study._storage.get_study_system_attrs(study._study_id)[LEASE_PREFIX + "child"] == first:
         assert time.monotonic() < until  # its thread renews it
     child.kill()
     deadline = time.monotonic() + 10
@@ -251,8 +251,8 @@ def test_a_killed_process_of_this_machine_is_dead_at_once(folder: Path) -> None:
 
 
 def test_a_number_that_is_used_again(study: optuna.Study) -> None:
-    number, _, started = process().partition("@")
-    write(study, "old", machine=machine(), process=f"{number}@{int(started or 0) - 5}")
+    number, _, started = process_id().partition("@")
+    write(study, "old", machine_id=machine_id(), process_id=f"{number}@{int(started or 0) - 5}")
     assert lease_of(study).is_dead("old") == bool(started)
 
 
@@ -286,7 +286,7 @@ def test_workers_of_older_versions_have_no_lease(study: optuna.Study) -> None:
 
 
 def test_a_storage_that_is_away_is_no_reason_to_end(study: optuna.Study) -> None:
-    lease = lease_of(study, beat=0.02)
+    lease = lease_of(study, renewal_interval=0.02)
     write(study, "far")
     with lease:
         assert not lease.is_dead("far")

@@ -13,25 +13,25 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
 
-from optuna_nnhp.storages import reach
-from optuna_nnhp.storages.batches import Change
-from optuna_nnhp.storages.deferred import DeferredStorage
-from optuna_nnhp.storages.deferred import Unreachable
+from optuna_nnhp.storages import circuit_breaker
+from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.storages.buffered import StorageUnavailable
+from optuna_nnhp.storages.operations import Change
 from optuna_nnhp.storages.outbox import Unsent
 from optuna_nnhp.storages.outbox import keep
 from optuna_nnhp.storages.outbox import load
-from optuna_nnhp.storages.outbox import replay_unsent
-from tests.storages.test_deferred import SPACE
-from tests.storages.test_reach import KINDS
-from tests.storages.test_reach import Place
-from tests.storages.test_reach import deferred
+from optuna_nnhp.storages.outbox import replay_outbox
+from tests.storages.test_buffered import SPACE
+from tests.storages.test_outages import KINDS
+from tests.storages.test_outages import Place
+from tests.storages.test_outages import deferred
 
 
 @pytest.fixture(params=KINDS)
 def place(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Place:
-    monkeypatch.setattr(reach, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(circuit_breaker, "FIRST_PAUSE", 0.02)
     return Place(request.param, tmp_path, request)
 
 
@@ -49,7 +49,7 @@ def give_up(place: Place, box: Path, worker: str = "host:17:ab") -> Path:
     """A run that ends while the storage is away."""
     study = place.worker(worker)
     storage = deferred(study)
-    with storage.reserved(4):
+    with storage.prefetch_trials(4):
         trials = [study.ask(SPACE) for _ in range(4)]
     storage.flush()
     with place.away():
@@ -66,7 +66,7 @@ def give_up(place: Place, box: Path, worker: str = "host:17:ab") -> Path:
         study.set_user_attr("timing", {"seconds": math.inf})
         storage.set_study_system_attr(study._study_id, "note", [1])
         place.told = study.get_trials()  # type: ignore[attr-defined]
-        path = storage.keep_unsent(box)
+        path = storage.save_outbox(box)
     assert path is not None
     return path
 
@@ -85,11 +85,11 @@ def test_the_next_run_writes_what_was_kept(
     place: Place, box: Path, log: pytest.LogCaptureFixture
 ) -> None:
     path = give_up(place, box)
-    assert [p.name for p in box.iterdir()] == ["unsent-host_17_ab.json"] == [path.name]
+    assert [p.name for p in box.iterdir()] == ["outbox-host_17_ab.json"] == [path.name]
     assert {t.state for t in read(place)[1]} == {TrialState.RUNNING}
 
     study = place.worker("other")
-    assert replay_unsent(deferred(study), box) == 4
+    assert replay_outbox(deferred(study), box) == 4
     assert list(box.iterdir()) == []
     told, (seen, trials) = place.told, read(place)  # type: ignore[attr-defined]
     assert same(seen.user_attrs, {"timing": {"seconds": math.inf}})
@@ -105,7 +105,7 @@ def test_the_next_run_writes_what_was_kept(
     assert same(trials[0].user_attrs["odd"], ODD)
     assert study.get_trials()[0].value == 0.1
     assert "lost" not in log.text
-    assert replay_unsent(deferred(study), box) == 0
+    assert replay_outbox(deferred(study), box) == 0
     # It is still the dead worker's, and can be taken over with all it has.
     assert deferred(study).take_over({trials[3]._trial_id: "host:17:ab"}) == [trials[3]._trial_id]
     assert study.get_trials()[3].intermediate_values == {7: -math.inf}
@@ -120,7 +120,7 @@ def test_what_has_ended_elsewhere_stays_so(
     study = place.worker("other")
     third = study.get_trials()[3]._trial_id
     assert deferred(study).take_over({third: "host:17:ab"}) == [third]
-    assert replay_unsent(deferred(study), box) == 2
+    assert replay_outbox(deferred(study), box) == 2
     text = "What host:17:ab did in trial 0 is lost: it is COMPLETE already."
     assert log.text.count(text) == 1
     assert "What host:17:ab did in trial 3 is lost: other has taken it over." in log.text
@@ -136,9 +136,9 @@ def test_what_was_written_after_all_is_not_written_again(
     path = give_up(place, box)
     text = path.read_text(encoding="utf-8")
     study = place.worker("other")
-    replay_unsent(deferred(study), box)
+    replay_outbox(deferred(study), box)
     path.write_text(text, encoding="utf-8")  # killed before the file was deleted
-    assert replay_unsent(deferred(study), box) == 1  # the one that runs
+    assert replay_outbox(deferred(study), box) == 1  # the one that runs
     assert "is lost" not in log.text
 
 
@@ -147,14 +147,14 @@ def test_a_file_goes_if_the_storage_comes_back_in_time(place: Place, box: Path) 
     storage = deferred(study)
     trial = study.ask(SPACE)
     storage.flush()
-    assert storage.keep_unsent(box) is None
+    assert storage.save_outbox(box) is None
     assert not box.exists()
     with place.away():
         study.tell(trial, 1.0)
-        path = storage.keep_unsent(box)
-        assert storage.keep_unsent(box) == path
+        path = storage.save_outbox(box)
+        assert storage.save_outbox(box) == path
         assert path is not None
-    assert storage.wait_until_reachable(10.0)
+    assert storage.wait_until_available(10.0)
     assert not path.exists()
     assert read(place)[1][0].value == 1.0
 
@@ -162,15 +162,15 @@ def test_a_file_goes_if_the_storage_comes_back_in_time(place: Place, box: Path) 
 def test_nothing_goes_while_the_storage_is_away(place: Place, box: Path) -> None:
     path = give_up(place, box)
     study = place.worker("other")
-    with place.away(), pytest.raises(Unreachable):
-        replay_unsent(deferred(study), box)
+    with place.away(), pytest.raises(StorageUnavailable):
+        replay_outbox(deferred(study), box)
     assert path.exists()
-    assert deferred(study).wait_until_reachable(10.0)
-    assert replay_unsent(deferred(study), box) == 4
+    assert deferred(study).wait_until_available(10.0)
+    assert replay_outbox(deferred(study), box) == 4
 
 
 @pytest.fixture
-def storage(tmp_path: Path, request: pytest.FixtureRequest) -> DeferredStorage:
+def storage(tmp_path: Path, request: pytest.FixtureRequest) -> BufferedStorage:
     """A study with two running trials of two workers."""
     place = Place("journal", tmp_path, request)
     for name in "ab":
@@ -197,16 +197,16 @@ def ended(value: float) -> Unsent:
     ],
 )
 def test_a_damaged_file_is_refused_and_stays(
-    damage: object, storage: DeferredStorage, box: Path
+    damage: object, storage: BufferedStorage, box: Path
 ) -> None:
     path = keep(box, "a", {"s": ended(1.0)})
     assert callable(damage)
     text = damage(path.read_text(encoding="utf-8"))
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
     keep(box, "b", {"s": Unsent({1: Change(state=TrialState.FAIL, completed=NOON)})})
-    with pytest.raises(ValueError, match=r"unsent-a\.json must be a whole file of version 1, but"):
-        replay_unsent(storage, box)
-    assert [p.name for p in box.iterdir()] == ["unsent-a.json"]  # the other one is replayed
+    with pytest.raises(ValueError, match=r"outbox-a\.json must be a whole file of version 1, but"):
+        replay_outbox(storage, box)
+    assert [p.name for p in box.iterdir()] == ["outbox-a.json"]  # the other one is replayed
     assert [t.state.name for t in storage.get_all_trials(0)] == ["RUNNING", "FAIL"]
 
 
@@ -229,31 +229,31 @@ def test_a_file_with_the_right_checksum_can_be_wrong(name: str, value: object, b
 
     whole["checksum"] = _checksum(whole["content"])
     path.write_text(json.dumps(whole), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"unsent-a\.json"):
+    with pytest.raises(ValueError, match=r"outbox-a\.json"):
         load(path)
 
 
-def test_what_belongs_to_other_storages_stays(storage: DeferredStorage, box: Path) -> None:
+def test_what_belongs_to_other_storages_stays(storage: BufferedStorage, box: Path) -> None:
     path = keep(box, "a", {"s": ended(1.0), "elsewhere": ended(2.0)})
-    assert replay_unsent(storage, box) == 1
+    assert replay_outbox(storage, box) == 1
     assert path.exists()
     assert load(path)[1]["elsewhere"] == ended(2.0)
     assert [t.state.name for t in storage.get_all_trials(0)] == ["COMPLETE", "RUNNING"]
-    assert replay_unsent(storage, box.parent / "nowhere") == 0
+    assert replay_outbox(storage, box.parent / "nowhere") == 0
 
 
 def test_a_trial_that_is_no_more_is_named(
-    storage: DeferredStorage, box: Path, log: pytest.LogCaptureFixture
+    storage: BufferedStorage, box: Path, log: pytest.LogCaptureFixture
 ) -> None:
     keep(box, "a", {"s": Unsent({7: Change(user_attrs={"x": 1})})})
-    assert replay_unsent(storage, box) == 0
+    assert replay_outbox(storage, box) == 0
     assert "What a did in trial 7 is lost: it does not exist." in log.text
 
 
 def test_a_workers_name_cannot_leave_the_folder(tmp_path: Path) -> None:
     path = keep(tmp_path / "box", "../../x:\0" + "y" * 300, {"s": ended(1.0)})
     assert path.parent == tmp_path / "box"
-    assert path.name.startswith("unsent-.._.._x_y")
+    assert path.name.startswith("outbox-.._.._x_y")
     assert len(path.name) < 120
     assert load(path)[0].endswith("y" * 300)
 
@@ -262,10 +262,10 @@ def test_an_unmarked_worker_can_keep_and_replay(
     tmp_path: Path, request: pytest.FixtureRequest, box: Path
 ) -> None:
     place = Place("journal", tmp_path, request)
-    study = optuna.create_study(storage=DeferredStorage(place.open()), study_name="s")
+    study = optuna.create_study(storage=BufferedStorage(place.open()), study_name="s")
     trial = study.ask()
     with place.away():
         study.tell(trial, 1.0)
-        assert deferred(study).keep_unsent(box) is not None
-    assert replay_unsent(deferred(place.worker("other")), box) == 1
+        assert deferred(study).save_outbox(box) is not None
+    assert replay_outbox(deferred(place.worker("other")), box) == 1
     assert place.read().best_value == 1.0

@@ -13,10 +13,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 import pytest
 
-from optuna_nnhp.storages import reach
-from optuna_nnhp.storages.deferred import DeferredStorage
-from optuna_nnhp.storages.deferred import NoneLeft
-from optuna_nnhp.storages.deferred import Unreachable
+from optuna_nnhp.storages import circuit_breaker
+from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.storages.buffered import StorageUnavailable
+from optuna_nnhp.storages.buffered import TrialLimitReached
 from tests.postgresql import Database
 from tests.tiny import courses
 from tests.tiny import numbers
@@ -43,24 +43,24 @@ MOST = 60
 
 def work(url: str, name: str, ready: Barrier) -> list[int]:
     """Train until there is nothing left, whatever the database does."""
-    storage = DeferredStorage(RDBStorage(url), 0.01, mark=lambda: {"worker": name})
+    storage = BufferedStorage(RDBStorage(url), 0.01, mark=lambda: {"worker": name})
     study = optuna.load_study(
         storage=storage, study_name="s", sampler=optuna.samplers.RandomSampler()
     )
-    storage.limit(study._study_id, MOST)
+    storage.set_trial_limit(study._study_id, MOST)
     study.get_trials()
     ready.wait()
     numbers = list[int]()
     while True:
         trials = list[optuna.Trial]()
         try:
-            with storage.reserved(3):
+            with storage.prefetch_trials(3):
                 trials += (study.ask() for _ in range(3))
-        except NoneLeft:
+        except TrialLimitReached:
             if not trials:
                 break
-        except Unreachable:
-            storage.wait_until_reachable(60.0)
+        except StorageUnavailable:
+            storage.wait_until_available(60.0)
         for step in range(3):
             time.sleep(0.01)
             for trial in trials:
@@ -70,14 +70,14 @@ def work(url: str, name: str, ready: Barrier) -> list[int]:
             for trial in trials:
                 study.tell(trial, float(trial.number))
         numbers += [trial.number for trial in trials]
-    assert storage.wait_until_reachable(60.0)
+    assert storage.wait_until_available(60.0)
     return numbers
 
 
 def test_four_workers_survive_that_the_database_is_killed(
     postgresql: Database, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(reach, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(circuit_breaker, "FIRST_PAUSE", 0.05)
     study = optuna.create_study(storage=postgresql.url, study_name="s")
     for number in range(3):
         study.enqueue_trial({"x": number})

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from optuna_nnhp.study.admission import Admission
-from optuna_nnhp.study.admission import Pool
-from optuna_nnhp.study.sizes import Pace
+from optuna_nnhp.study.admission import FairQueue
+from optuna_nnhp.study.autotune import Throughput
 
 
 def leader(seconds: float, enqueued: bool = False) -> Any:
@@ -19,52 +19,52 @@ def leader(seconds: float, enqueued: bool = False) -> Any:
 @pytest.fixture
 def admission(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ten seconds into a study; a leader's round may take a fiftieth of that."""
-    monkeypatch.setattr(Admission, "_pace", lambda _, seconds: Pace(1, seconds))
+    monkeypatch.setattr(Admission, "_pace", lambda _, seconds: Throughput(1, seconds))
     budget = SimpleNamespace(timeout=100.0, seconds=10.0, is_over=lambda: False)
     queue: list[Any] = []
-    asker: Any = SimpleNamespace(
+    source: Any = SimpleNamespace(
         study=SimpleNamespace(_stop_flag=False),
-        is_refused=False,
-        problem=SimpleNamespace(one_by_one=False),
+        ask_failed=False,
+        problem=SimpleNamespace(sequential=False),
         budget=budget,
         queue=queue,
         left=lambda: len(queue),
         ask=lambda count: [queue.pop(0) for _ in range(count)],
     )
-    return Admission(asker, Pool(), breakage=None)  # type: ignore[arg-type]
+    return Admission(source, FairQueue(), bisector=None)  # type: ignore[arg-type]
 
 
 def test_a_slow_leader_waits_until_it_can_be_afforded(admission: Admission) -> None:
     slow, quick = leader(1.0), leader(0.1)
-    admission.asker.queue[:] = [slow, quick]  # type: ignore[attr-defined]
+    admission.source.queue[:] = [slow, quick]  # type: ignore[attr-defined]
     assert admission._next_leader() is quick
-    assert admission.parked == [slow]
+    assert admission.deferred == [slow]
     admission.budget.seconds = 49.0  # type: ignore[misc]
-    admission.asker.queue[:] = [leader(0.1)]  # type: ignore[attr-defined]
+    admission.source.queue[:] = [leader(0.1)]  # type: ignore[attr-defined]
     assert admission._next_leader() is not slow
     admission.budget.seconds = 51.0  # type: ignore[misc]
     assert admission._next_leader() is slow
-    assert admission.parked == []
+    assert admission.deferred == []
 
 
 def test_of_many_slow_ones_the_quickest_leads(admission: Admission) -> None:
-    admission.asker.queue[:] = [leader(s) for s in (5.0, 3.0, 4.0, 6.0, 0.1)]  # type: ignore[attr-defined]
+    admission.source.queue[:] = [leader(s) for s in (5.0, 3.0, 4.0, 6.0, 0.1)]  # type: ignore[attr-defined]
     first = admission._next_leader()
     assert first is not None and first.member == 3.0  # type: ignore[comparison-overlap]
-    assert len(admission.parked) == 3 and len(admission.asker.queue) == 1  # type: ignore[attr-defined]
+    assert len(admission.deferred) == 3 and len(admission.source.queue) == 1  # type: ignore[attr-defined]
 
 
 def test_the_last_ones_lead_however_slow(admission: Admission) -> None:
-    admission.asker.queue[:] = [leader(5.0)]  # type: ignore[attr-defined]
+    admission.source.queue[:] = [leader(5.0)]  # type: ignore[attr-defined]
     last = admission._next_leader()
-    assert last is not None and admission.parked == []
+    assert last is not None and admission.deferred == []
     assert admission._next_leader() is None
 
 
 @pytest.mark.parametrize("change", ["no timeout", "cohort size", "enqueued"])
 def test_who_need_not_wait(admission: Admission, change: str) -> None:
     slow = leader(5.0, change == "enqueued")
-    admission.asker.queue[:] = [slow, leader(0.1)]  # type: ignore[attr-defined]
+    admission.source.queue[:] = [slow, leader(0.1)]  # type: ignore[attr-defined]
     if change == "no timeout":
         admission.budget.timeout = None
     if change == "cohort size":

@@ -11,21 +11,21 @@ from optuna.storages import InMemoryStorage
 import pytest
 import torch
 
-from optuna_nnhp.storages.deferred import DeferredStorage
+from optuna_nnhp.engine import mlp
+from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.study import environment
 from optuna_nnhp.study.environment import ENVIRONMENT
-from optuna_nnhp.study.environment import Marks
+from optuna_nnhp.study.environment import TrialMetadata
+from optuna_nnhp.study.environment import describe_environment
 from optuna_nnhp.study.environment import differences
-from optuna_nnhp.study.environment import environment_of
-from optuna_nnhp.study.environment import environments_of
-from optuna_nnhp.study.environment import key_of
-from optuna_nnhp.study.environment import note_environment
-from optuna_nnhp.study.environment import note_move
-from optuna_nnhp.study.opening import open_study
-from optuna_nnhp.templates import DNN
-from optuna_nnhp.templates import GPT
-from optuna_nnhp.training import native
-from tests.templates.test_own import problem as own_problem
+from optuna_nnhp.study.environment import environment_key
+from optuna_nnhp.study.environment import record_earlier_environment
+from optuna_nnhp.study.environment import record_environment
+from optuna_nnhp.study.environment import trial_environments
+from optuna_nnhp.study.open_study import open_study
+from optuna_nnhp.templates import DNNTemplate
+from optuna_nnhp.templates import GPTTemplate
+from tests.templates.test_custom_network import problem as own_problem
 from tests.tiny import TINY
 from tests.tiny import classes
 from tests.tiny import trials
@@ -37,9 +37,9 @@ NAMES = {
 }
 
 
-def problem() -> DNN:
+def problem() -> DNNTemplate:
     X, y = classes()
-    return DNN(X, y, fixed=TINY, device="cpu")
+    return DNNTemplate(X, y, fixed=TINY, device="cpu")
 
 
 def noted(study: optuna.Study) -> dict[str, object]:
@@ -53,7 +53,7 @@ def noted(study: optuna.Study) -> dict[str, object]:
 
 
 def test_what_is_noted_and_nothing_else() -> None:
-    found = environment_of(problem())
+    found = describe_environment(problem())
     assert found.keys() == NAMES  # no host, no user, no path
     assert found["device"] == "cpu"
     assert found["torch"] == torch.__version__
@@ -63,24 +63,27 @@ def test_what_is_noted_and_nothing_else() -> None:
 
 
 def test_which_engine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    if native.library() is not None:
-        assert environment_of(problem())["engine"] == "compiled"
-        assert environment_of(GPT("to be or not " * 99, device="cpu"))["engine"] == "compiled"
-    assert environment_of(own_problem())["engine"] == "torch"
-    monkeypatch.setattr(native, "library", lambda: None)
-    assert environment_of(problem())["engine"] == "torch"
+    if mlp.load_library() is not None:
+        assert describe_environment(problem())["engine"] == "compiled"
+        assert (
+            describe_environment(GPTTemplate("to be or not " * 99, device="cpu"))["engine"]
+            == "compiled"
+        )
+    assert describe_environment(own_problem())["engine"] == "torch"
+    monkeypatch.setattr(mlp, "load_library", lambda: None)
+    assert describe_environment(problem())["engine"] == "torch"
     compiling = own_problem()
     compiling.compile = True
-    assert environment_of(compiling)["engine"] == "torch.compile"
+    assert describe_environment(compiling)["engine"] == "torch.compile"
 
 
 def test_every_trial_names_its_environment(tmp_path: Path) -> None:
     result = tune(n_trials=4, storage=tmp_path / "a.journal")
     tune(n_trials=5, storage=tmp_path / "a.journal")
     (key,) = noted(result.study)
-    assert key == key_of(environment_of(problem()))
+    assert key == environment_key(describe_environment(problem()))
     assert [trial.user_attrs[ENVIRONMENT] for trial in trials(result)] == [key] * 5
-    assert environments_of(result.study, trials(result)[4]) == [environment_of(problem())]
+    assert trial_environments(result.study, trials(result)[4]) == [describe_environment(problem())]
 
 
 def test_workers_in_different_environments(tmp_path: Path) -> None:
@@ -92,14 +95,14 @@ def test_workers_in_different_environments(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(before)
     assert len(noted(result.study)) == 2
-    found = [environments_of(result.study, trial) for trial in trials(result)]
+    found = [trial_environments(result.study, trial) for trial in trials(result)]
     assert [place["threads"] for (place,) in found] == [1, 1, 2, 2]
 
 
 def test_it_is_looked_up_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = environment_of(problem())
+    first = describe_environment(problem())
     monkeypatch.setattr(environment, "_cpu", lambda: 1 / 0)
-    assert environment_of(problem()) == first
+    assert describe_environment(problem()) == first
 
 
 def test_a_trial_that_moved_names_both_places() -> None:
@@ -111,32 +114,32 @@ def test_a_trial_that_moved_names_both_places() -> None:
         trial.set_user_attr(ENVIRONMENT, before)
         left = study.get_trials()[0]
         trial.set_user_attr(ENVIRONMENT, now)  # by the storage, with the takeover
-        note_move(trial, left)
+        record_earlier_environment(trial, left)
     study.tell(trial, 1.0)
-    found = [place["torch"] for place in environments_of(study, study.best_trial)]
+    found = [place["torch"] for place in trial_environments(study, study.best_trial)]
     assert found == ["c", "b", "a"]
 
 
 def test_trials_of_others_are_of_nowhere() -> None:
     study = optuna.create_study()
     study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={ENVIRONMENT: "gone"}))
-    assert environments_of(study, study.best_trial) == []
+    assert trial_environments(study, study.best_trial) == []
 
 
 def test_the_seed_of_a_trial_if_it_is_another_one() -> None:
-    storage = DeferredStorage(InMemoryStorage(), mark=Marks({"worker": "me"}))
+    storage = BufferedStorage(InMemoryStorage(), mark=TrialMetadata({"worker": "me"}))
     sampler, pruner = optuna.samplers.RandomSampler(), optuna.pruners.NopPruner()
     study = open_study(problem(), storage, "s", sampler, pruner)
-    key = note_environment(study, problem())
+    key = record_environment(study, problem())
     assert storage._mark() == {"worker": "me", ENVIRONMENT: key}
-    note_environment(study, problem().reseeded(3))
+    record_environment(study, problem().with_seed(3))
     assert storage._mark() == {"worker": "me", ENVIRONMENT: key, "seed": 3}
-    note_environment(study, problem())
+    record_environment(study, problem())
     assert study.ask().user_attrs == {"worker": "me", ENVIRONMENT: key}
 
 
 def test_a_storage_with_marks_can_be_pickled() -> None:
-    storage = DeferredStorage(InMemoryStorage(), mark=Marks({"worker": "me"}))
+    storage = BufferedStorage(InMemoryStorage(), mark=TrialMetadata({"worker": "me"}))
     assert pickle.loads(pickle.dumps(storage))._mark() == {"worker": "me"}
 
 

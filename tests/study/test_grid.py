@@ -23,21 +23,21 @@ from torch import nn
 
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
-from optuna_nnhp.hyperparameters.catalogue import records
-from optuna_nnhp.search.levels import LevelsSampler
-from optuna_nnhp.search.levels import key
-from optuna_nnhp.storages.deferred import DeferredStorage
-from optuna_nnhp.storages.opening import open_storage
+from optuna_nnhp.hyperparameters.catalogue import specs
+from optuna_nnhp.search.grid import GridPointsSampler
+from optuna_nnhp.search.grid import key
+from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.study import grid
-from optuna_nnhp.study.grid import Points
+from optuna_nnhp.study.autotune import Throughput
+from optuna_nnhp.study.budget import Budget
+from optuna_nnhp.study.grid import GridQueue
 from optuna_nnhp.study.grid import check_grid
-from optuna_nnhp.study.grid import plan_grid
-from optuna_nnhp.study.loop import Budget
+from optuna_nnhp.study.grid import make_grid
 from optuna_nnhp.study.problem import TrialError
-from optuna_nnhp.study.sizes import Pace
-from optuna_nnhp.templates import DNN
-from optuna_nnhp.templates import GPT
-from optuna_nnhp.templates import OwnNetwork
+from optuna_nnhp.templates import CustomNetworkTemplate
+from optuna_nnhp.templates import DNNTemplate
+from optuna_nnhp.templates import GPTTemplate
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
 from tests.tiny import classes
@@ -49,28 +49,30 @@ X, Y = classes()
 LEVELS: dict[str, list[Any]] = {
     "learning_rate": [0.002, 0.01, 0.1],
     "optimizer": ["sgd", "adamw"],
-    "squared_decay": [0.9, 0.999],
+    "beta2": [0.9, 0.999],
 }
-FIXED = {
+FIXED_PARAMS = {
     name: value
-    for name, value in ({n: h.default for n, h in records("binary").items()} | TINY).items()
+    for name, value in ({n: h.default for n, h in specs("binary").items()} | TINY).items()
     if name not in (*LEVELS, "iterations")
 }
 COUNT = 9  # sgd has no squared_decay
 FOREVER = Budget(None, None)
 
 
-def dnn(**options: Any) -> DNN:
-    return DNN(X, Y, device="cpu", **({"fixed": FIXED} | options))
+def dnn(**options: Any) -> DNNTemplate:
+    return DNNTemplate(X, Y, device="cpu", **({"fixed": FIXED_PARAMS} | options))
 
 
-def planned(n_trials: int | None = None, levels: Any = LEVELS, **options: Any) -> LevelsSampler:
-    return plan_grid(dnn(), Budget(n_trials, None), levels, **options)
+def planned(
+    n_trials: int | None = None, levels: Any = LEVELS, **options: Any
+) -> GridPointsSampler:
+    return make_grid(dnn(), Budget(n_trials, None), levels, **options)
 
 
 def run(storage: Any = None, n_trials: int | None = COUNT, **options: Any) -> Result:
     """A study of the whole grid, unless said otherwise."""
-    usual = {"sampler": planned(), "fixed": FIXED, "storage": storage, "n_trials": n_trials}
+    usual = {"sampler": planned(), "fixed": FIXED_PARAMS, "storage": storage, "n_trials": n_trials}
     return tune(X, Y, **(usual | options))
 
 
@@ -88,14 +90,14 @@ def ended(result: Result) -> dict[str, list[FrozenTrial]]:
 
 def test_points_are_complete_and_the_default_comes_first() -> None:
     problem = dnn(fixed=TINY)
-    plan = plan_grid(problem, FOREVER, LEVELS)
+    plan = make_grid(problem, FOREVER, LEVELS)
     assert len(plan.points) == COUNT
     assert plan.points[0] == problem.defaults()
     rest = {n: v for n, v in problem.defaults().items() if n not in LEVELS}
     for point in plan.points:
         assert point.keys() == problem.space.keys()
         assert {**point, **rest} == point
-        assert point["optimizer"] == "adamw" or point["squared_decay"] == 0.999
+        assert point["optimizer"] == "adamw" or point["beta2"] == 0.999
 
 
 def test_a_default_that_is_not_on_the_grid_is_not_tried() -> None:
@@ -105,7 +107,7 @@ def test_a_default_that_is_not_on_the_grid_is_not_tried() -> None:
 
 def test_without_levels_all_that_is_tuned_has_the_catalogues() -> None:
     plan = planned(levels=None)
-    points = {(p["learning_rate"], p["optimizer"], p["squared_decay"]) for p in plan.points}
+    points = {(p["learning_rate"], p["optimizer"], p["beta2"]) for p in plan.points}
     rates, names = (0.1, 0.01, 0.001), ("adam", "adamw", "rmsprop")
     assert points == {
         *((rate, name, decay) for rate in rates for name in names for decay in (0.95, 0.999)),
@@ -115,7 +117,7 @@ def test_without_levels_all_that_is_tuned_has_the_catalogues() -> None:
 
 def test_a_default_that_is_no_choice_leaves_a_level_in_its_place() -> None:
     space = {"optimizer": CategoricalDistribution(("sgd", "nesterov"))}
-    plan = plan_grid(dnn(space=space), FOREVER, {"learning_rate": [0.1]})
+    plan = make_grid(dnn(space=space), FOREVER, {"learning_rate": [0.1]})
     assert [point["optimizer"] for point in plan.points] == ["sgd"]
 
 
@@ -126,11 +128,11 @@ def test_an_own_network_says_itself_what_its_structure_means() -> None:
 
     levels: dict[str, Any] = {"width_shape": ["constant", "funnel"], "hidden_layers": [1]}
     space: dict[str, BaseDistribution] = {"heads": IntDistribution(1, 3)}
-    own = OwnNetwork(network, X, Y, space=space, fixed={"epochs": 1}, device="cpu")
+    own = CustomNetworkTemplate(network, X, Y, space=space, fixed={"epochs": 1}, device="cpu")
     del levels["hidden_layers"]
-    assert len(plan_grid(own, FOREVER, levels | {"heads": [1, 2]}).points) == 4
+    assert len(make_grid(own, FOREVER, levels | {"heads": [1, 2]}).points) == 4
     table = dnn(fixed={"epochs": 1})
-    assert len(plan_grid(table, FOREVER, levels | {"hidden_layers": [1]}).points) == 1
+    assert len(make_grid(table, FOREVER, levels | {"hidden_layers": [1]}).points) == 1
 
 
 @pytest.mark.parametrize(
@@ -154,15 +156,17 @@ def test_bad_plans(options: dict[str, Any], message: str) -> None:
 def test_a_huge_grid(n_trials: int | None) -> None:
     problem, budget = dnn(fixed=TINY), Budget(n_trials, 60.0)
     with pytest.raises(ValueError, match=r"at most 100,000 points, but has [\d,]{9,} points"):
-        plan_grid(problem, budget)
-    assert len(plan_grid(problem, Budget(12, None), partial=True).points) == 12
-    assert len(plan_grid(problem, Budget(None, 60.0), partial=True).points) == grid.FIRST_POINTS
+        make_grid(problem, budget)
+    assert len(make_grid(problem, Budget(12, None), partial=True).points) == 12
+    assert (
+        len(make_grid(problem, Budget(None, 60.0), partial=True).points) == grid.MAX_LISTED_POINTS
+    )
 
 
 def test_there_must_be_something_to_tune() -> None:
-    fixed = FIXED | {name: values[0] for name, values in LEVELS.items()}
+    fixed = FIXED_PARAMS | {name: values[0] for name, values in LEVELS.items()}
     with pytest.raises(ValueError, match="must have something to tune"):
-        plan_grid(dnn(fixed=fixed), FOREVER)
+        make_grid(dnn(fixed=fixed), FOREVER)
 
 
 def test_part_of_a_grid_is_its_beginning() -> None:
@@ -243,7 +247,7 @@ def test_the_trials_left_must_suffice_for_the_points_left() -> None:
 
 
 def test_the_timeout_must_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "seconds_of", lambda problem, member: 10.0)
+    monkeypatch.setattr(grid, "estimate_seconds", lambda problem, member: 10.0)
     message = "fit into the timeout of 60 s, but 9 points take about 90 s if none ends early: give"
     with pytest.raises(ValueError, match=message):
         run(n_trials=None, timeout=60)
@@ -261,10 +265,10 @@ TEXT = "to be or not to be that is the question " * 60
 def test_seconds_of_a_point(
     budget: dict[str, int], seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid, "measured_pace", lambda *_: Pace(size=1, round=0.5))
-    problem = dnn(fixed={n: v for n, v in FIXED.items() if n != "epochs"} | budget)
+    monkeypatch.setattr(grid, "measure_throughput", lambda *_: Throughput(size=1, round=0.5))
+    problem = dnn(fixed={n: v for n, v in FIXED_PARAMS.items() if n != "epochs"} | budget)
     member = problem.member(0, problem.defaults())
-    assert grid.seconds_of(problem, member) == seconds  # a round is of two steps
+    assert grid.estimate_seconds(problem, member) == seconds  # a round is of two steps
 
 
 @pytest.mark.parametrize(
@@ -273,9 +277,9 @@ def test_seconds_of_a_point(
 def test_seconds_of_a_point_of_a_text(
     budget: dict[str, float], seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(GPT, "seconds_per_step", lambda *_: 0.1)
-    problem = GPT(TEXT, fixed={"context": 32, **budget}, device="cpu")
-    assert grid.seconds_of(problem, problem.member(0, problem.defaults())) == seconds
+    monkeypatch.setattr(GPTTemplate, "seconds_per_step", lambda *_: 0.1)
+    problem = GPTTemplate(TEXT, fixed={"context": 32, **budget}, device="cpu")
+    assert grid.estimate_seconds(problem, problem.member(0, problem.defaults())) == seconds
 
 
 def test_points_that_cannot_be_trained_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +288,7 @@ def test_points_that_cannot_be_trained_take_no_time(monkeypatch: pytest.MonkeyPa
             raise TrialError
         return 4.0
 
-    monkeypatch.setattr(grid, "seconds_of", refuse)
+    monkeypatch.setattr(grid, "estimate_seconds", refuse)
     points: list[dict[str, Any]] = [
         {"optimizer": name} for name in ("sgd", "adam", "adam", "adam")
     ]
@@ -299,8 +303,8 @@ def test_a_study_of_an_own_network() -> None:
 
     space: dict[str, BaseDistribution] = {"units": IntDistribution(2, 8, log=True)}
     wishes: dict[str, Any] = {"space": space, "fixed": {"epochs": 1}}
-    own = OwnNetwork(network, X, Y, device="cpu", **wishes)
-    plan = plan_grid(own, Budget(6, None), {"units": [2, 4, 8], "optimizer": ["sgd", "adamw"]})
+    own = CustomNetworkTemplate(network, X, Y, device="cpu", **wishes)
+    plan = make_grid(own, Budget(6, None), {"units": [2, 4, 8], "optimizer": ["sgd", "adamw"]})
     result = optimize(
         network=network, X=X, y=Y, sampler=plan, n_trials=6, storage=None, device="cpu", **wishes
     )
@@ -311,8 +315,8 @@ def test_a_study_of_an_own_network() -> None:
 def test_a_study_of_language_models() -> None:
     fixed = {"iterations": 9, "layers": 1, "heads": 2, "context": 32, "batch_tokens": 64}
     levels: Any = {"optimizer": ["muon", "adamw"], "muon_learning_rate": [0.01, 0.02]}
-    problem = GPT(TEXT, fixed=fixed, device="cpu")
-    plan = plan_grid(problem, Budget(3, None), levels)
+    problem = GPTTemplate(TEXT, fixed=fixed, device="cpu")
+    plan = make_grid(problem, Budget(3, None), levels)
     wishes: dict[str, Any] = {"fixed": fixed, "n_trials": 3, "storage": None, "device": "cpu"}
     result = optimize("gpt", TEXT, sampler=plan, **wishes)
     points = [(t.params["optimizer"], t.params["muon_learning_rate"]) for t in trials(result)]
@@ -344,14 +348,14 @@ def test_a_huge_grid_of_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Workers ---
 
 
-def two_workers() -> tuple[Points, Points, optuna.Study]:
+def two_workers() -> tuple[GridQueue, GridQueue, optuna.Study]:
     """Two workers of one study, and the study as it is."""
     backend = optuna.storages.InMemoryStorage()
     plain = optuna.create_study(storage=backend, study_name="both")
 
-    def worker() -> Points:
-        storage = DeferredStorage(backend)
-        return Points(optuna.load_study(study_name="both", storage=storage), storage)
+    def worker() -> GridQueue:
+        storage = BufferedStorage(backend)
+        return GridQueue(optuna.load_study(study_name="both", storage=storage), storage)
 
     return worker(), worker(), plain
 
@@ -378,7 +382,7 @@ def test_who_enqueues_too_late_withdraws() -> None:
     one.add([{"x": 1}, {"x": 2}])
     first = one.take()
     other.add([{"x": 1}, {"x": 2}])
-    other.withdraw_duplicates()
+    other.end_duplicates()
     assert [t.state.name for t in study.trials] == ["RUNNING", "WAITING", "FAIL", "FAIL"]
     second = other.take()
     assert first is not None and second is not None

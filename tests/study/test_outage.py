@@ -17,8 +17,8 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_nnhp import Result
-from optuna_nnhp.storages.reach import Unreachable
-from optuna_nnhp.study import scheduler
+from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
+from optuna_nnhp.study import tuner
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
 from tests.tiny import causes
@@ -68,24 +68,24 @@ def test_training_goes_on_without_the_storage(folder: Path, log: pytest.LogCaptu
     assert states(result) == [TrialState.COMPLETE] * 8
     assert courses(result)[:4] == courses(wanted)[:4]  # who trained while it was away
     assert "database is locked" in log.text
-    assert not list(folder.rglob("unsent-*"))
+    assert not list(folder.rglob("outbox-*"))
 
 
 def test_what_a_storage_has_not_got_waits_for_the_next_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, away = run(storage=None), Away(None)
-    monkeypatch.setattr(scheduler, "GIVE_UP", 0.5)
-    with pytest.raises(Unreachable, match="the same call goes on") as error:
+    monkeypatch.setattr(tuner, "MAX_STORAGE_WAIT", 0.5)
+    with pytest.raises(StorageUnavailable, match="the same call goes on") as error:
         run(callbacks=[away])
-    (kept,) = folder.rglob("unsent-*.json")
+    (kept,) = folder.rglob("outbox-*.json")
     assert kept.name in str(error.value)
     away.back()
     result = run()
     assert states(result) == [TrialState.COMPLETE] * 8
     assert courses(result)[:4] == courses(wanted)[:4]
     assert causes(result) == ["finished"] * 8
-    assert not list(folder.rglob("unsent-*"))
+    assert not list(folder.rglob("outbox-*"))
 
 
 KILLED = """
@@ -116,22 +116,22 @@ def test_what_ended_while_the_storage_was_away_survives_a_kill(folder: Path) -> 
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     ended = [int(number) for number in killed.stdout.split()]
-    assert len(list(folder.rglob("unsent-*.json"))) == 1
+    assert len(list(folder.rglob("outbox-*.json"))) == 1
     again = datetime.now()
     result = run()
     assert courses(result)[:4] == courses(wanted)[:4]
     assert causes(result) == ["finished"] * 8
     early = [t.number for t in trials(result) if (t.datetime_complete or again) < again]
     assert set(early) >= set(ended[:2])  # the third one's end was not in a checkpoint yet
-    assert not list(folder.rglob("unsent-*"))
+    assert not list(folder.rglob("outbox-*"))
 
 
 def test_a_damaged_file_is_named_and_stays(folder: Path, log: pytest.LogCaptureFixture) -> None:
     result = run(n_trials=2)
     (models,) = folder.glob("*.models/*")
-    damaged = models / "unsent-somebody.json"
+    damaged = models / "outbox-somebody.json"
     damaged.write_text('{"content": ')
     assert len(trials(run(n_trials=4))) == 4
-    assert "unsent-somebody.json must be a whole file" in log.text
+    assert "outbox-somebody.json must be a whole file" in log.text
     assert damaged.exists()
     assert len(trials(result)) == 4

@@ -20,17 +20,17 @@ from optuna.pruners import NopPruner
 from optuna.trial import TrialState
 import pytest
 
-from optuna_nnhp.storages.batches import RELEASED
-from optuna_nnhp.storages.batches import Batch
-from optuna_nnhp.storages.batches import Written
-from optuna_nnhp.storages.deferred import DeferredStorage
-from optuna_nnhp.storages.opening import open_storage
-from optuna_nnhp.storages.tables import TableWriter
+from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.storages.open_storage import open_storage
+from optuna_nnhp.storages.operations import REQUEUED_BY
+from optuna_nnhp.storages.operations import Batch
+from optuna_nnhp.storages.operations import Written
+from optuna_nnhp.storages.rdb_adapter import RdbAdapter
 from optuna_nnhp.study import recovery
 from optuna_nnhp.study.checkpoints import Checkpoints
-from optuna_nnhp.study.checkpoints import folder_of
+from optuna_nnhp.study.checkpoints import checkpoint_folder
 from optuna_nnhp.study.checkpoints import newest
-from optuna_nnhp.templates import DNN
+from optuna_nnhp.templates import DNNTemplate
 from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
@@ -156,7 +156,7 @@ def courses_of(storage: str) -> list[Any]:
             t.values,
             t.params,
             t.intermediate_values,
-            *(t.user_attrs.get(n) for n in ("cause", "train_loss", "best_epoch", "course")),
+            *(t.user_attrs.get(n) for n in ("cause", "train_loss", "best_epoch", "schedule")),
         )
         for t in study_of(storage).trials
     ]
@@ -224,7 +224,7 @@ def test_sigterm_leaves_trials_to_the_next_call(kind: str, folder: Path) -> None
     assert TrialState.RUNNING not in states, ended.stderr
     assert TrialState.WAITING in states
     assert "are left as they are" in ended.stderr
-    owners = {t.user_attrs.get(RELEASED) for t in study_of("cut.journal").trials} - {None}
+    owners = {t.user_attrs.get(REQUEUED_BY) for t in study_of("cut.journal").trials} - {None}
     (checkpoints,) = folder.glob("cut.models/*/checkpoints")
     for owner in owners:
         assert newest(checkpoints, str(owner)) is not None
@@ -250,16 +250,16 @@ def test_after_an_error_the_same_call_goes_on(folder: Path, error: type[BaseExce
 
 def test_the_answer_to_a_takeover_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("dnn", "sqlite:///cut.db", at=4).returncode == -signal.SIGKILL
-    original, lost = TableWriter.write, list[int]()
+    original, lost = RdbAdapter.write, list[int]()
 
-    def write(writer: TableWriter, batch: Batch) -> Written:
+    def write(writer: RdbAdapter, batch: Batch) -> Written:
         written = original(writer, batch)
         if batch.takes and not lost:
             lost.extend(written.taken)
             raise StorageInternalError("The connection was lost after the commit.")
         return written
 
-    monkeypatch.setattr(TableWriter, "write", write)
+    monkeypatch.setattr(RdbAdapter, "write", write)
     finish_in = functools.partial(tune, *numbers(200), storage="sqlite:///cut.db")
     study = finish_in(n_trials=6, fixed=LONG, cohort_size=6, pruner=NopPruner()).study
     assert len(lost) == 6
@@ -282,15 +282,15 @@ def test_a_checkpoint_of_more_than_there_is_room_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("dnn", "cut.journal", at=4)
-    original, sizes = DNN.cohort, list[int]()
+    original, sizes = DNNTemplate.cohort, list[int]()
 
-    def cohort(problem: DNN, members: Any) -> Cohort:
+    def cohort(problem: DNNTemplate, members: Any) -> Cohort:
         if len(members) > 2:
             raise MemoryError
         sizes.append(len(members))
         return original(problem, members)
 
-    monkeypatch.setattr(DNN, "cohort", cohort)
+    monkeypatch.setattr(DNNTemplate, "cohort", cohort)
     assert finish("cut.journal") == whole("dnn")
     assert 2 in sizes
 
@@ -360,7 +360,7 @@ def test_checkpoints_take_their_share_of_the_time(tmp_path: Path) -> None:
     assert checkpoints.is_due()
     checkpoints.write([])
     assert not checkpoints.is_due()
-    checkpoints.note_end()
+    checkpoints.mark_trial_ended()
     checkpoints._last -= 1 + 50 * checkpoints._cost
     assert checkpoints.is_due()
     assert not Checkpoints(None, "me").is_on
@@ -378,7 +378,7 @@ def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "me:1")
     for _ in range(5):
         assert checkpoints.write([], {"n": checkpoints.written})
-    names = sorted(path.name for path in folder_of(tmp_path, "me:1").iterdir())
+    names = sorted(path.name for path in checkpoint_folder(tmp_path, "me:1").iterdir())
     assert names == [f"00000{n}.{kind}" for n in (3, 4) for kind in ("json", "safetensors")]
     found = newest(tmp_path, "me:1")
     assert found is not None
@@ -407,8 +407,8 @@ def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> N
 
 def test_nobody_who_asks_for_a_trial_gets_one_that_was_left(folder: Path) -> None:
     run("dnn", "cut.journal", how="SIGTERM", at=4)
-    storage = DeferredStorage(open_storage("cut.journal"), mark=lambda: {"worker": "other"})
+    storage = BufferedStorage(open_storage("cut.journal"), mark=lambda: {"worker": "other"})
     study = optuna.load_study(study_name=None, storage=storage)
     assert len(storage.released(study._study_id)) == 6
-    with storage.reserved(3):
+    with storage.prefetch_trials(3):
         assert [study.ask().number for _ in range(3)] == [6, 7, 8]

@@ -15,16 +15,16 @@ import pytest
 
 from optuna_nnhp import Result
 from optuna_nnhp.inspect.summary import summary
-from optuna_nnhp.study.loop import Budget
-from optuna_nnhp.study.replicates import CONFIGURATIONS
-from optuna_nnhp.study.replicates import FEWEST
+from optuna_nnhp.study.budget import Budget
+from optuna_nnhp.study.replicates import MAX_CONFIGURATIONS
+from optuna_nnhp.study.replicates import MIN_CONFIGURATIONS
 from optuna_nnhp.study.replicates import MOST_SHARE
 from optuna_nnhp.study.replicates import REPLICATES
-from optuna_nnhp.study.replicates import Replication
+from optuna_nnhp.study.replicates import ReplicateTrainer
 from optuna_nnhp.study.replicates import check_replicates
-from optuna_nnhp.templates import DNN
-from optuna_nnhp.templates import GPT
-from optuna_nnhp.templates import OwnNetwork
+from optuna_nnhp.templates import CustomNetworkTemplate
+from optuna_nnhp.templates import DNNTemplate
+from optuna_nnhp.templates import GPTTemplate
 from optuna_nnhp.templates import Template
 from tests.tiny import DIVERGING
 from tests.tiny import TINY
@@ -35,16 +35,16 @@ from tests.tiny import tune
 X, Y = numbers()
 
 
-def problem_of(**options: Any) -> DNN:
-    return DNN(X, Y, fixed=TINY, device="cpu", **options)
+def problem_of(**options: Any) -> DNNTemplate:
+    return DNNTemplate(X, Y, fixed=TINY, device="cpu", **options)
 
 
 def tuned(n_trials: int = 8, **options: Any) -> Result:
     return tune(X, Y, n_trials=n_trials, method="random", **options)
 
 
-def replicate(result: Result, count: int = 3, budget: Budget | None = None) -> Replication:
-    replication = Replication(result._problem, count, budget or Budget(None, None))
+def replicate(result: Result, count: int = 3, budget: Budget | None = None) -> ReplicateTrainer:
+    replication = ReplicateTrainer(result._problem, count, budget or Budget(None, None))
     replication.run(result.study)
     return replication
 
@@ -63,7 +63,7 @@ def result() -> Result:
 
 def test_the_best_configurations_have_values_with_other_seeds(result: Result) -> None:
     complete = sorted(result.study.trials, key=lambda t: t.value or 0.0)
-    assert set(record(result)) == {str(t.number) for t in complete[:CONFIGURATIONS]}
+    assert set(record(result)) == {str(t.number) for t in complete[:MAX_CONFIGURATIONS]}
     seeds = {tuple(entry["seeds"]) for entry in record(result).values()}
     assert len(seeds) == 1  # the same for all, so that they can be compared
     assert len(set(*seeds)) == 3
@@ -119,7 +119,7 @@ def test_a_replicate_is_the_study_with_another_seed(result: Result) -> None:
     """Its value is what a study of that seed with that split would give its trial."""
     number, entry = next(iter(record(result).items()))
     trial = result.study.trials[int(number)]
-    problem = result._problem.reseeded(entry["seeds"][1])
+    problem = result._problem.with_seed(entry["seeds"][1])
     cohort = problem.cohort([problem.member(trial.number, trial.params)])
     while cohort.train_round().ended == [None]:  # type: ignore[union-attr]
         pass
@@ -132,7 +132,7 @@ def test_the_same_call_again_trains_nothing(
     def train(*_: Any) -> None:
         raise AssertionError("nothing is missing")
 
-    monkeypatch.setattr(DNN, "cohort", train)
+    monkeypatch.setattr(DNNTemplate, "cohort", train)
     before = record(result)
     replicate(result)
     replicate(result, count=2)
@@ -162,8 +162,8 @@ def test_a_diverged_replicate_is_the_worst_and_is_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = tuned(n_trials=2)
-    original = DNN.member
-    monkeypatch.setattr(DNN, "member", lambda self, n, p: original(self, n, p | DIVERGING))
+    original = DNNTemplate.member
+    monkeypatch.setattr(DNNTemplate, "member", lambda self, n, p: original(self, n, p | DIVERGING))
     replicate(found, count=2)
     monkeypatch.undo()
     entries = record(found)
@@ -231,14 +231,14 @@ def test_no_time_at_all() -> None:
 
 def test_an_interrupt_ends_tidily(monkeypatch: pytest.MonkeyPatch) -> None:
     found = tuned()
-    original = DNN.reseeded
+    original = DNNTemplate.with_seed
 
-    def pressed(self: DNN, seed: int) -> DNN:
+    def pressed(self: DNNTemplate, seed: int) -> DNNTemplate:
         if record(found):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, seed)
 
-    monkeypatch.setattr(DNN, "reseeded", pressed)
+    monkeypatch.setattr(DNNTemplate, "with_seed", pressed)
     before = signal.getsignal(signal.SIGINT)
     replicate(found)
     assert {len(entry["values"]) for entry in record(found).values()} == {1}
@@ -247,14 +247,14 @@ def test_an_interrupt_ends_tidily(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_has_finished() -> None:
     study = optuna.create_study()
-    Replication(problem_of(), 3, Budget(None, None)).run(study)
+    ReplicateTrainer(problem_of(), 3, Budget(None, None)).run(study)
     assert REPLICATES not in study.user_attrs
 
 
 def test_a_quarter_of_the_timeout_is_reserved_and_given_back() -> None:
     found = tuned()
     budget = Budget(None, timeout=1000.0)
-    replication = Replication(found._problem, 3, budget)
+    replication = ReplicateTrainer(found._problem, 3, budget)
     assert budget.timeout == 1000.0 * (1 - MOST_SHARE)
     trial = found.study.trials[0]
     replication(found.study, trial)
@@ -273,7 +273,7 @@ def test_where_time_is_short_fewer_configurations_have_all_replicates(
     monkeypatch: pytest.MonkeyPatch, seconds: float, configurations: int
 ) -> None:
     found, budget = tuned(), Budget(None, timeout=1000.0)
-    replication = Replication(found._problem, 3, budget)
+    replication = ReplicateTrainer(found._problem, 3, budget)
     left = 1000.0 - budget.seconds
     # A training of each configuration takes as much as a fifth of the time that is left, or so.
     monkeypatch.setattr(replication, "_seconds", lambda some: len(some) / 5 * left * seconds)
@@ -290,17 +290,17 @@ def test_what_cannot_be_measured_is_tried_for_the_best(
         raise MemoryError
 
     found, budget = tuned(), Budget(None, timeout=1000.0)
-    replication = Replication(found._problem, 3, budget)
+    replication = ReplicateTrainer(found._problem, 3, budget)
     monkeypatch.setattr(replication, "_seconds", no_room)
     replication.run(found.study)
-    assert len(record(found)) == FEWEST
+    assert len(record(found)) == MIN_CONFIGURATIONS
     assert "The replicates' time could not be measured" in log.text
 
 
 @pytest.mark.parametrize("is_late", [True, False])
 def test_after_workers_that_came_late_there_is_time_left(is_late: bool) -> None:
     found, budget = tuned(), Budget(None, timeout=100.0)
-    replication = Replication(found._problem, 3, budget)
+    replication = ReplicateTrainer(found._problem, 3, budget)
     budget.started -= 1000.0
     replication.run(found.study, is_late=is_late)
     assert bool(found.study.user_attrs.get(REPLICATES)) == is_late
@@ -311,7 +311,7 @@ def test_long_trials_take_their_quarter() -> None:
     for trial in found.study.get_trials(deepcopy=False):
         trial.user_attrs["iterations"] = 10**9
     budget = Budget(None, timeout=1000.0)
-    replication = Replication(found._problem, 3, budget)
+    replication = ReplicateTrainer(found._problem, 3, budget)
     budget.started -= 600.0
     replication(found.study, found.study.trials[0])
     assert replication.predicted
@@ -320,7 +320,7 @@ def test_long_trials_take_their_quarter() -> None:
 
 def test_without_a_timeout_nothing_is_reserved() -> None:
     found, budget = tuned(), Budget(8, None)
-    replication = Replication(found._problem, 3, budget)
+    replication = ReplicateTrainer(found._problem, 3, budget)
     replication(found.study, found.study.trials[0])
     assert budget.timeout is None
     assert not replication.predicted
@@ -334,8 +334,10 @@ def _own(params: Any) -> Any:
 
 PROBLEMS = {
     "dnn": problem_of,
-    "own": lambda: OwnNetwork(_own, X, Y, fixed={"epochs": 2, "batch_size": 32}, device="cpu"),
-    "gpt": lambda: GPT(
+    "own": lambda: CustomNetworkTemplate(
+        _own, X, Y, fixed={"epochs": 2, "batch_size": 32}, device="cpu"
+    ),
+    "gpt": lambda: GPTTemplate(
         "to be or not to be\n" * 99,
         fixed={"iterations": 9, "width": 16, "layers": 1, "context": 16},
         device="cpu",
@@ -353,15 +355,15 @@ def test_another_seed_changes_the_weights_and_the_order_alone(kind: str) -> None
         rows = [float(row.double().mean()) for row in cohort.batches.rows([0])]
         return first, rows
 
-    other = problem.reseeded(7)
+    other = problem.with_seed(7)
     (first, rows), (other_first, other_rows) = trained(problem), trained(other)
     assert first != other_first
     assert rows != other_rows
-    assert trained(problem.reseeded(7)) == (other_first, other_rows)
+    assert trained(problem.with_seed(7)) == (other_first, other_rows)
     assert problem.seed == 0  # it is left as it was
     assert trained(problem) == (first, rows)
-    if isinstance(problem, DNN):
-        assert isinstance(other, DNN)
+    if isinstance(problem, DNNTemplate):
+        assert isinstance(other, DNNTemplate)
         assert other._task.arrays is problem._task.arrays  # the same split
 
 

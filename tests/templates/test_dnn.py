@@ -10,11 +10,11 @@ from optuna.distributions import IntDistribution
 import pytest
 import torch
 
-from optuna_nnhp.hyperparameters.record import holds
+from optuna_nnhp.hyperparameters.spec import is_in_distribution
 from optuna_nnhp.networks.mlp import StackedMLP
-from optuna_nnhp.templates import DNN
-from optuna_nnhp.templates import common
-from optuna_nnhp.templates.common import LARGEST_COHORT
+from optuna_nnhp.templates import DNNTemplate
+from optuna_nnhp.templates import supervised
+from optuna_nnhp.templates.supervised import MAX_COHORT_SIZE
 from tests.tiny import classes
 from tests.tiny import numbers
 
@@ -23,24 +23,24 @@ STATIC = ("hidden_layers", "normalization", "batch_size")
 GIB = 2**30
 
 
-def params_of(problem: DNN, **changed: Any) -> dict[str, Any]:
+def params_of(problem: DNNTemplate, **changed: Any) -> dict[str, Any]:
     return {**problem.defaults(), **changed}
 
 
 def test_other_data_metrics_and_spaces_have_another_name() -> None:
     X, y = classes()
     names = {
-        DNN(X, y).name,
-        DNN(X + 1.5 * X**2, y).name,
-        DNN(X, y[::-1]).name,
-        DNN(X, y, metric="f1").name,
-        DNN(X, y, validation=0.3).name,
-        DNN(X, y, seed=1).name,
-        DNN(X, y, fixed={"epochs": 3}).name,
-        DNN(X, y, space={"width": IntDistribution(8, 9)}).name,
+        DNNTemplate(X, y).name,
+        DNNTemplate(X + 1.5 * X**2, y).name,
+        DNNTemplate(X, y[::-1]).name,
+        DNNTemplate(X, y, metric="f1").name,
+        DNNTemplate(X, y, validation=0.3).name,
+        DNNTemplate(X, y, seed=1).name,
+        DNNTemplate(X, y, fixed={"epochs": 3}).name,
+        DNNTemplate(X, y, space={"width": IntDistribution(8, 9)}).name,
     }
     assert len(names) == 8
-    assert DNN(X, y).name == DNN(X.copy(), y.tolist()).name
+    assert DNNTemplate(X, y).name == DNNTemplate(X.copy(), y.tolist()).name
     assert all(name.startswith("dnn-") for name in names)
 
 
@@ -58,11 +58,11 @@ def test_other_data_metrics_and_spaces_have_another_name() -> None:
     ],
 )
 def test_the_budget_in_words(wishes: dict[str, Any], expected: str) -> None:
-    assert expected in DNN(*classes(), **wishes).description["budget"]
+    assert expected in DNNTemplate(*classes(), **wishes).description["budget"]
 
 
 def test_members() -> None:
-    problem = DNN(*classes(), fixed={"epochs": 9, "dropout": 0.0})
+    problem = DNNTemplate(*classes(), fixed={"epochs": 9, "dropout": 0.0})
     member = problem.member(7, params_of(problem, clip_norm=50.0))
     assert member.number == 7
     assert member.params["epochs"] == 9
@@ -83,7 +83,7 @@ def test_members() -> None:
     ],
 )
 def test_signatures(changed: dict[str, Any], is_equal: bool) -> None:
-    problem = DNN(*classes())
+    problem = DNNTemplate(*classes())
     one = problem.signature(problem.member(0, params_of(problem)))
     two = problem.signature(problem.member(1, params_of(problem, **changed)))
     assert (one == two) is is_equal
@@ -99,7 +99,7 @@ def test_signatures(changed: dict[str, Any], is_equal: bool) -> None:
     ],
 )
 def test_a_pinned_proposal_can_join_its_leader(width: int, distribution: Any) -> None:
-    problem = DNN(*classes(), space={"width": distribution} if distribution else None)
+    problem = DNNTemplate(*classes(), space={"width": distribution} if distribution else None)
     leader = problem.member(0, params_of(problem, width=width, hidden_layers=5, batch_size=16))
     pin = problem.pin(leader)
     for proposed in (16, 17, 30, 100, 257, 700, 1000, 1024):
@@ -116,17 +116,17 @@ def test_a_pinned_proposal_can_join_its_leader(width: int, distribution: Any) ->
 @pytest.mark.parametrize(
     ("rows", "changed", "low", "high"),
     [
-        (100, {"width": 16}, LARGEST_COHORT, LARGEST_COHORT),
+        (100, {"width": 16}, MAX_COHORT_SIZE, MAX_COHORT_SIZE),
         (100, {"width": 1024, "hidden_layers": 8}, 2, 16),
         (20_000, {"width": 1024, "hidden_layers": 8}, 1, 1),
-        (20_000, {"width": 16}, LARGEST_COHORT, LARGEST_COHORT),
+        (20_000, {"width": 16}, MAX_COHORT_SIZE, MAX_COHORT_SIZE),
     ],
 )
 def test_cohort_size(
     rows: int, changed: dict[str, Any], low: int, high: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "free_memory", lambda device: 2 * GIB)
-    problem = DNN(*numbers(rows))
+    monkeypatch.setattr(supervised, "free_memory", lambda device: 2 * GIB)
+    problem = DNNTemplate(*numbers(rows))
     leader = problem.member(0, params_of(problem, **changed))
     assert low <= problem.cohort_size(leader) <= high
     weights = problem.count_weights(leader)
@@ -136,7 +136,7 @@ def test_cohort_size(
 @pytest.mark.parametrize("make", [classes, numbers])
 @pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
 def test_weights_are_those_of_the_network(make: Any, normalization: str) -> None:
-    problem = DNN(*make())
+    problem = DNNTemplate(*make())
     changed = {"width": 20, "width_shape": "funnel", "hidden_layers": 3}
     member = problem.member(0, params_of(problem, **changed, normalization=normalization))
     network = problem.network(member)
@@ -147,7 +147,7 @@ def test_weights_are_those_of_the_network(make: Any, normalization: str) -> None
 
 def test_first_weights_follow_from_the_seed_and_the_number() -> None:
     def first(seed: int, number: int) -> torch.Tensor:
-        problem = DNN(*classes(), seed=seed)
+        problem = DNNTemplate(*classes(), seed=seed)
         network = problem.cohort([problem.member(number, params_of(problem))]).network
         assert isinstance(network, StackedMLP)
         return next(network.parameters()).detach().clone()
@@ -159,7 +159,7 @@ def test_first_weights_follow_from_the_seed_and_the_number() -> None:
 
 def test_standardized_numbers_come_back_in_their_unit() -> None:
     X, y = numbers()
-    problem = DNN(X, y, fixed={"epochs": 30, "width": 32, "learning_rate": 0.03})
+    problem = DNNTemplate(X, y, fixed={"epochs": 30, "width": 32, "learning_rate": 0.03})
     member = problem.member(0, params_of(problem))
     cohort = problem.cohort([member])
     for _ in range(30):
@@ -171,23 +171,25 @@ def test_standardized_numbers_come_back_in_their_unit() -> None:
 
 
 def test_the_portfolio_lies_in_the_space_and_differs() -> None:
-    problem = DNN(*classes(), fixed={"epochs": 3})
+    problem = DNNTemplate(*classes(), fixed={"epochs": 3})
     portfolio = problem.portfolio()
     assert len(portfolio) == 4 and problem.defaults() not in portfolio
     assert len({tuple(params.items()) for params in portfolio}) == 4
     for params in portfolio:
         assert params.keys() == problem.space.keys() and params["hidden_layers"] == 1
-        assert all(holds(problem.space[name], value) for name, value in params.items())
+        assert all(
+            is_in_distribution(problem.space[name], value) for name, value in params.items()
+        )
 
 
 def test_the_portfolio_is_what_is_left_of_it_in_a_users_space() -> None:
     def portfolio(**wishes: Any) -> list[dict[str, Any]]:
-        return DNN(*classes(), **wishes).portfolio()
+        return DNNTemplate(*classes(), **wishes).portfolio()
 
     assert portfolio(fixed={"hidden_layers": 2}) == []
     assert portfolio(space={"activation": CategoricalDistribution(("tanh", "elu"))}) == []
     assert portfolio(space={"width": IntDistribution(8, 300)}) == portfolio()[:2]
     wide = np.random.default_rng(0).normal(size=(40, 800))
-    assert DNN(wide, wide[:, 0] > 0).portfolio() == []  # no cheaper than the default
+    assert DNNTemplate(wide, wide[:, 0] > 0).portfolio() == []  # no cheaper than the default
     rates = [p["dropout"] for p in portfolio(fixed={"learning_rate": 0.1})]
     assert rates == [0.1, 0.05]  # one of each shape: they differ by nothing else

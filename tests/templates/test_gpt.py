@@ -22,12 +22,12 @@ from optuna_nnhp import optimize
 from optuna_nnhp import preset
 from optuna_nnhp.data.text import bundled_text
 from optuna_nnhp.study.problem import TrialError
-from optuna_nnhp.templates import common
 from optuna_nnhp.templates import gpt as template
-from optuna_nnhp.templates.gpt import GPT
+from optuna_nnhp.templates import supervised
+from optuna_nnhp.templates.gpt import GPTTemplate
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.presets import PRESETS
-from optuna_nnhp.training.checkpoint import BestWeights
+from optuna_nnhp.training.best_weights import BestWeights
 
 TEXT = "".join(f"{n} and {n + 1} make {2 * n + 1}.\n" for n in range(400))
 SMALL: dict[str, Any] = {"width": 16, "layers": 1, "context": 16, "batch_tokens": 64}
@@ -49,7 +49,7 @@ def test_a_study_finds_saves_and_loads_a_model(tmp_path: Path) -> None:
     model = load(folder)
     assert isinstance(model, LanguageModel)
     assert model.generate("12 and", tokens=20, seed=3) == written
-    valid = GPT(TEXT).text.valid
+    valid = GPTTemplate(TEXT).text.valid
     assert model.bits_per_byte(valid) == pytest.approx(result.best_value, rel=1e-6)
     assert model.best_params == result.best_params
 
@@ -67,7 +67,7 @@ def bits_by_counting(train: str, valid: str, length: int) -> float:
 
 def test_training_learns_the_text() -> None:
     result = tune(n_trials=1, fixed=SMALL | {"iterations": 300})
-    text = GPT(TEXT).text
+    text = GPTTemplate(TEXT).text
     counted = min(bits_by_counting(text.train, text.valid, length) for length in range(5))
     assert 0.5 < result.best_value < 0.85 * counted  # three digits of ten can be no surprise
     written = result.generate("12 and", tokens=60, temperature=0)  # far beyond the context
@@ -111,26 +111,26 @@ def test_a_budget_in_tokens() -> None:
 
 
 def test_a_budget_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "measured_step", lambda key, make: 0.01)
-    problem = GPT(TEXT, fixed=SMALL | {"seconds": 0.5})
+    monkeypatch.setattr(template, "measure_seconds_per_step", lambda key, make: 0.01)
+    problem = GPTTemplate(TEXT, fixed=SMALL | {"seconds": 0.5})
     assert problem._iterations(problem.member(0, problem.defaults())) == 50
 
 
 def test_without_a_budget_a_trial_gets_a_tenth_of_the_timeout() -> None:
-    assert GPT(TEXT, timeout=80.0).fixed["seconds"] == 8.0
-    assert GPT(TEXT).fixed["seconds"] == 30.0
+    assert GPTTemplate(TEXT, timeout=80.0).fixed["seconds"] == 8.0
+    assert GPTTemplate(TEXT).fixed["seconds"] == 30.0
 
 
 def test_the_default_is_chosen_by_text_and_budget() -> None:
-    short, long = (GPT(bundled_text(), timeout=t).defaults() for t in (20.0, 900.0))
+    short, long = (GPTTemplate(bundled_text(), timeout=t).defaults() for t in (20.0, 900.0))
     assert short["layers"] < long["layers"]
     assert short["context"] < long["context"]
-    little, much = (GPT(TEXT * n, fixed={"seconds": 30.0}).defaults() for n in (1, 90))
+    little, much = (GPTTemplate(TEXT * n, fixed={"seconds": 30.0}).defaults() for n in (1, 90))
     assert little["dropout"] > much["dropout"]
 
 
 def test_a_preset_is_the_first_trial() -> None:
-    problem = GPT(bundled_text(), preset="gpt2", fixed={"iterations": 9})
+    problem = GPTTemplate(bundled_text(), preset="gpt2", fixed={"iterations": 9})
     member = problem.member(0, problem.defaults())
     wanted = {"positions": "learned", "normalization": "layer-gain", "feed_forward": "gelu"}
     assert {name: member.params[name] for name in wanted} == wanted
@@ -140,14 +140,14 @@ def test_a_preset_is_the_first_trial() -> None:
 def test_trials_that_cannot_fit_are_refused_with_both_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    problem = GPT(TEXT, fixed=SMALL | {"iterations": 9})
+    problem = GPTTemplate(TEXT, fixed=SMALL | {"iterations": 9})
     member = problem.member(0, problem.defaults())
     with monkeypatch.context() as patch:
-        patch.setattr(common, "free_memory", lambda device: 1000)
+        patch.setattr(supervised, "free_memory", lambda device: 1000)
         with pytest.raises(TrialError, match=r"must fit into 0\.0 GiB .* needs about"):
             problem.signature(member)
-    patched = GPT(TEXT, fixed=SMALL | {"iterations": 1000}, timeout=2.0)
-    monkeypatch.setattr(template, "measured_step", lambda key, make: 0.5)
+    patched = GPTTemplate(TEXT, fixed=SMALL | {"iterations": 1000}, timeout=2.0)
+    monkeypatch.setattr(template, "measure_seconds_per_step", lambda key, make: 0.5)
     with pytest.raises(TrialError, match=r"timeout of 2 s.*1,000 steps would take about 500 s"):
         patched.signature(patched.member(0, patched.defaults()))
 
@@ -260,7 +260,7 @@ def test_stored_weights_are_those_of_the_best_value() -> None:
     result = tune(n_trials=1)
     assert isinstance(result.model, torch.nn.Module)
     logits = result.model(torch.zeros(1, 4, dtype=torch.long))
-    assert logits.shape == (1, 4, GPT(TEXT).text.alphabet_size)
+    assert logits.shape == (1, 4, GPTTemplate(TEXT).text.alphabet_size)
 
 
 def test_a_text_without_a_new_line_has_a_sample_too() -> None:
@@ -272,29 +272,29 @@ def test_a_text_without_a_new_line_has_a_sample_too() -> None:
 
 def test_a_trial_that_cannot_end_in_time_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="`seconds` must be at most the timeout, 5, but got 9"):
-        GPT(TEXT, fixed={"seconds": 9.0}, timeout=5.0)
+        GPTTemplate(TEXT, fixed={"seconds": 9.0}, timeout=5.0)
     with pytest.raises(ValueError, match=r"trials in a row must be possible.*steps would take"):
         tune(n_trials=None, timeout=20.0, fixed=SMALL | {"iterations": 10**8})
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_study_begins_with_all_of_a_preset(name: str) -> None:
-    problem, wanted = GPT(bundled_text(), preset=name), preset(name, scale="cpu").params
+    problem, wanted = GPTTemplate(bundled_text(), preset=name), preset(name, scale="cpu").params
     begun = problem.member(0, problem.defaults()).params
     assert problem.defaults().keys() == problem.space.keys()
     left_out = ("iterations", "vocabulary", "normalization", "tokens", "context")
     differ = {n for n, v in wanted.items() if n not in left_out and begun[n] != v}
-    assert differ <= {"final_fraction"}  # the range ends at a thousandth
+    assert differ <= {"min_lr_ratio"}  # the range ends at a thousandth
 
 
 def test_the_width_beside_a_preset_is_the_width() -> None:
-    problem = GPT(bundled_text(), preset="gpt2", fixed={"width": 64})
+    problem = GPTTemplate(bundled_text(), preset="gpt2", fixed={"width": 64})
     params = problem.member(0, problem.defaults()).params
     assert int(params["heads"] or 0) * int(params["head_size"] or 0) == 64
 
 
 def test_the_default_fits_a_short_text() -> None:
-    problem = GPT("to be or not to be\n" * 53)  # a hundred characters of it judge
+    problem = GPTTemplate("to be or not to be\n" * 53)  # a hundred characters of it judge
     assert problem.defaults()["context"] == 64
     problem.signature(problem.member(0, problem.defaults()))
 
@@ -308,13 +308,13 @@ def test_an_objective_refuses_what_does_not_fit() -> None:
 
 
 def test_trials_of_different_ages_are_not_judged_together() -> None:
-    problem = GPT(TEXT, fixed=SMALL | {"seconds": 0.1})
-    assert not problem.cohort([problem.member(0, problem.defaults())]).joinable
+    problem = GPTTemplate(TEXT, fixed=SMALL | {"seconds": 0.1})
+    assert not problem.cohort([problem.member(0, problem.defaults())]).can_append
 
 
 def test_a_model_that_is_trained_again_has_as_many_steps() -> None:
     result = tune(n_trials=1, fixed=SMALL | {"seconds": 0.05, "dropout": 0.3})
-    elsewhere = GPT(TEXT, fixed=SMALL | {"seconds": 9.0, "dropout": 0.3})
+    elsewhere = GPTTemplate(TEXT, fixed=SMALL | {"seconds": 9.0, "dropout": 0.3})
     again = Result(result.study, elsewhere, BestWeights(None))
     some = TEXT[-200:]
     assert again.predictor.bits_per_byte(some) == pytest.approx(

@@ -11,10 +11,10 @@ from torch import nn
 
 from optuna_nnhp import load
 from optuna_nnhp.templates.language_model import LanguageModel
-from optuna_nnhp.templates.model_files import RECORD
-from optuna_nnhp.templates.model_files import WEIGHTS
-from optuna_nnhp.templates.model_files import read_record
-from optuna_nnhp.templates.model_files import write_model
+from optuna_nnhp.templates.model_files import METADATA_FILE
+from optuna_nnhp.templates.model_files import WEIGHTS_FILE
+from optuna_nnhp.templates.model_files import read_metadata
+from optuna_nnhp.templates.model_files import write_model_files
 from tests.templates.test_gpt import tune as tune_text
 from tests.tiny import classes
 from tests.tiny import tune
@@ -22,7 +22,9 @@ from tests.tiny import tune
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "a" / "model", nn.Linear(2, 1), {"template": "x", "word": "up"})
+    return write_model_files(
+        tmp_path / "a" / "model", nn.Linear(2, 1), {"template": "x", "word": "up"}
+    )
 
 
 def flip(path: Path, place: int) -> None:
@@ -33,54 +35,54 @@ def flip(path: Path, place: int) -> None:
 
 
 def test_a_record_comes_back(folder: Path) -> None:
-    record = read_record(folder)
+    record = read_metadata(folder)
     assert record["word"] == "up"
-    assert {path.name for path in folder.iterdir()} == {WEIGHTS, RECORD}
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS_FILE, METADATA_FILE}
 
 
 def test_a_word_that_became_another_one(folder: Path) -> None:
-    text = (folder / RECORD).read_text()
-    (folder / RECORD).write_text(text.replace('"up"', '"uq"'))
+    text = (folder / METADATA_FILE).read_text()
+    (folder / METADATA_FILE).write_text(text.replace('"up"', '"uq"'))
     with pytest.raises(ValueError, match=r"model\.json .* cannot be read: its checksum") as error:
-        read_record(folder)
+        read_metadata(folder)
     assert "\n" not in str(error.value)
 
 
 def test_another_layout_is_the_same_record(folder: Path) -> None:
-    record = json.loads((folder / RECORD).read_text())
-    (folder / RECORD).write_text(json.dumps(dict(reversed(record.items()))))
-    assert read_record(folder)["word"] == "up"
+    record = json.loads((folder / METADATA_FILE).read_text())
+    (folder / METADATA_FILE).write_text(json.dumps(dict(reversed(record.items()))))
+    assert read_metadata(folder)["word"] == "up"
 
 
 def test_every_bit_of_the_weights_counts(folder: Path) -> None:
-    flip(folder / WEIGHTS, -3)
+    flip(folder / WEIGHTS_FILE, -3)
     with pytest.raises(ValueError, match=r"model\.safetensors must hold .* damaged") as error:
-        read_record(folder)
+        read_metadata(folder)
     assert "\n" not in str(error.value)
 
 
 def test_a_model_that_was_written_in_part(folder: Path) -> None:
-    record = (folder / RECORD).read_bytes()
+    record = (folder / METADATA_FILE).read_bytes()
     with torch.no_grad():
         other = nn.Linear(2, 1)
         other.weight.zero_()
-    write_model(folder, other, {"template": "x"})
-    (folder / RECORD).write_bytes(record)  # killed between the two files
+    write_model_files(folder, other, {"template": "x"})
+    (folder / METADATA_FILE).write_bytes(record)  # killed between the two files
     with pytest.raises(ValueError, match="or another model's"):
-        read_record(folder)
+        read_metadata(folder)
 
 
 def test_models_of_versions_without_checksums_are_read(tmp_path: Path) -> None:
     result = tune(n_trials=1)
     folder = result.save(tmp_path)
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads((folder / METADATA_FILE).read_text())
     del record["checksum"], record["weights"]
-    (folder / RECORD).write_text(json.dumps(record))
+    (folder / METADATA_FILE).write_text(json.dumps(record))
     X, _ = classes()
     assert load(folder).predict(X).tolist() == result.predict(X).tolist()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, RECORD])
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, METADATA_FILE])
 @pytest.mark.parametrize("place", [0, 9, -200, -1])
 def test_a_damaged_language_model(name: str, place: int, tmp_path: Path) -> None:
     folder = tune_text(n_trials=1).save(tmp_path)

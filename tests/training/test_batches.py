@@ -32,10 +32,10 @@ def test_rounds_are_equal_parts_of_an_epoch(rounds: int) -> None:
 
 
 def test_members_of_any_age_see_what_they_see_alone() -> None:
-    some, ages = batches(rounds=3), [4, 0, 4, 11]
-    together = some.rows(ages)
-    for i, age in enumerate(ages):
-        for step, rows in zip(together, batches(rounds=3).rows([age]), strict=True):
+    some, distinct_rounds = batches(rounds=3), [4, 0, 4, 11]
+    together = some.rows(distinct_rounds)
+    for i, rounds_done in enumerate(distinct_rounds):
+        for step, rows in zip(together, batches(rounds=3).rows([rounds_done]), strict=True):
             assert step[i].tolist() == rows.tolist()
 
 
@@ -43,17 +43,17 @@ def test_noise_is_that_of_the_age() -> None:
     together = batches().noise([2, 0, 2], step=1)
     first, second = together(16, 8), together(16, 4)
     assert first.shape == (3, 16, 8)
-    for i, age in enumerate([2, 0, 2]):
-        alone = batches().noise([age], step=1)
+    for i, rounds_done in enumerate([2, 0, 2]):
+        alone = batches().noise([rounds_done], step=1)
         assert torch.equal(first[i], alone(16, 8))
         assert torch.equal(second[i], alone(16, 4))
     assert not torch.equal(first[0], first[1])
 
 
 def test_orders_are_those_of_the_ages() -> None:
-    some, ages = batches(rounds=3), [4, 0, 4]
-    for age, order in zip(ages, some.orders(ages), strict=True):
-        assert order.tolist() == torch.cat(batches(rounds=3).rows([age])).tolist()
+    some, distinct_rounds = batches(rounds=3), [4, 0, 4]
+    for rounds_done, order in zip(distinct_rounds, some.orders(distinct_rounds), strict=True):
+        assert order.tolist() == torch.cat(batches(rounds=3).rows([rounds_done])).tolist()
 
 
 def test_of_one_age_everything_is_shared() -> None:

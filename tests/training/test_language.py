@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from optuna_nnhp import seeds
-from optuna_nnhp.hyperparameters.catalogue import effective
-from optuna_nnhp.hyperparameters.catalogue import records
+from optuna_nnhp import rng
+from optuna_nnhp.engine.gpt import CompiledGPT
+from optuna_nnhp.engine.gpt import load_library
+from optuna_nnhp.hyperparameters.catalogue import effective_params
+from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
-from optuna_nnhp.hyperparameters.muon import orthogonalized
-from optuna_nnhp.hyperparameters.muon import rate_factor
+from optuna_nnhp.hyperparameters.muon import orthogonalize
+from optuna_nnhp.hyperparameters.muon import shape_rate_factor
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.transformer import Architecture
-from optuna_nnhp.training import groups
+from optuna_nnhp.training import param_groups
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.gpt_native import NativeGPT
-from optuna_nnhp.training.gpt_native import library
-from optuna_nnhp.training.groups import GroupedUpdate
-from optuna_nnhp.training.language import ROUNDS
+from optuna_nnhp.training.language import ROUNDS_PER_BUDGET
 from optuna_nnhp.training.language import Corpus
 from optuna_nnhp.training.language import LanguageTask
+from optuna_nnhp.training.language import TextWindows
 from optuna_nnhp.training.language import TokenLoss
-from optuna_nnhp.training.language import Windows
 from optuna_nnhp.training.language import total_nats
+from optuna_nnhp.training.param_groups import ParamGroupUpdate
 from optuna_nnhp.training.parameters import FlatParameters
 from tests.tolerance import EXACT
 from tests.tolerance import FLOAT64
@@ -39,17 +39,17 @@ SMALL = {"layers": 2, "heads": 2, "head_size": 8, "context": 8, "batch_tokens": 
 
 
 def params(**changes: Any) -> dict[str, Any]:
-    defaults = {name: h.default for name, h in records("language").items()}
-    return effective("language", {**defaults, **SMALL, **changes})
+    defaults = {name: h.default for name, h in specs("language").items()}
+    return effective_params("language", {**defaults, **SMALL, **changes})
 
 
 def task(iterations: int = 27, **changes: Any) -> LanguageTask:
     source = torch.Generator().manual_seed(0)
     train, valid = (torch.randint(11, (n,), generator=source) for n in (400, 90))
-    a = Architecture.of(params(**changes), 11)
+    a = Architecture.from_params(params(**changes), 11)
 
     def build(members: Any) -> StackedGPT:
-        generators = [seeds.generator(0, seeds.INITIALIZATION, m.seed) for m in members]
+        generators = [rng.generator(0, rng.INITIALIZATION, m.seed) for m in members]
         return StackedGPT(a, [m.params for m in members], generators)
 
     def loss(members: Any) -> TokenLoss:
@@ -104,7 +104,7 @@ def trained(cohort: Cohort) -> dict[int, list[float]]:
     while True:
         scores = cohort.train_round()
         assert scores is not None
-        for place, value in zip(scores.places, scores.value, strict=True):
+        for place, value in zip(scores.indices, scores.value, strict=True):
             curves[cohort.members[place].number].append(value)
         if any(scores.ended):
             return curves
@@ -130,14 +130,14 @@ def test_both_engines_take_the_same_course(
 ) -> None:
     wishes = {"optimizer": optimizer, "dropout": dropout, "token_shift": True}
     courses = []
-    for is_native in (True, False):
-        if not is_native:
-            monkeypatch.setattr(NativeGPT, "can", lambda *_: False)
-            monkeypatch.setattr(groups, "is_native", lambda *_: False)
+    for is_compiled in (True, False):
+        if not is_compiled:
+            monkeypatch.setattr(CompiledGPT, "supports", lambda *_: False)
+            monkeypatch.setattr(param_groups, "is_native", lambda *_: False)
         cohort = Cohort(members(3, **wishes), task(iterations=25, **wishes))
-        assert (cohort.engine is not None) == (is_native and library() is not None)
+        assert (cohort.engine is not None) == (is_compiled and load_library() is not None)
         first = cohort.train_round()
-        cohort.keep([0, 2])
+        cohort.select([0, 2])
         second = cohort.train_round()
         assert first is not None and second is not None
         last = trained(cohort)
@@ -152,8 +152,12 @@ def test_evaluations_at_a_ninth_a_third_and_the_end_of_the_budget() -> None:
         scores = cohort.train_round()
         assert scores is not None
         seen.append(scores)
-    assert [s.rounds[0] for s in seen] == [1, 3, ROUNDS]
-    assert [s.best_round[0] for s in seen] == [0, 0, ROUNDS]  # parts of the text are no values
+    assert [s.rounds[0] for s in seen] == [1, 3, ROUNDS_PER_BUDGET]
+    assert [s.best_round[0] for s in seen] == [
+        0,
+        0,
+        ROUNDS_PER_BUDGET,
+    ]  # parts of the text are no values
     assert cohort.iterations == [27]
 
 
@@ -191,7 +195,7 @@ def test_nats_are_those_of_a_loop_over_tokens() -> None:
 
 def test_windows_depend_on_seed_and_age_alone() -> None:
     def rows(done: list[int], seed: int = 0) -> list[Tensor]:
-        return list(Windows(100, 8, 2, 18, seed, CPU).rows(done))
+        return list(TextWindows(100, 8, 2, 18, seed, CPU).rows(done))
 
     assert_close(torch.stack(rows([3])), torch.stack(rows([3, 3])), EXACT)
     mixed = rows([3, 0])
@@ -202,14 +206,14 @@ def test_windows_depend_on_seed_and_age_alone() -> None:
 
 
 def test_windows_reach_both_ends_of_the_text() -> None:
-    windows = Windows(12, 8, 64, 9, 0, CPU)
+    windows = TextWindows(12, 8, 64, 9, 0, CPU)
     starts = torch.cat([rows[:, 0] for age in range(5) for rows in windows.rows([age])])
     assert set(starts.tolist()) == {0, 1, 2, 3}  # and the token after the last is the text's last
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
     for shape in ((3, 8, 8), (2, 8, 32), (2, 32, 8)):
-        values = torch.linalg.svdvals(orthogonalized(torch.randn(shape)))
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
         assert float(values.min()) > 0.3
         assert float(values.max()) < 1.4
 
@@ -219,17 +223,17 @@ def _one_step(optimizer: str, k: int = 2, **changes: Any) -> tuple[Any, ...]:
     some = members(k, optimizer=optimizer, dropout=0.0, **changes)
     network = task().build(some)
     flat = FlatParameters(network)
-    flat.prepare()
+    flat.allocate_grads()
     flat.grads.normal_(generator=torch.Generator().manual_seed(5))
     flat.steps += 1
     before = {n: p.detach().clone() for n, p in network.named_parameters()}
     grads = {
         name: flat.grads[:, start : start + p[0].numel()].view(p.shape).clone()
-        for p, start in flat.starts.items()
+        for p, start in flat.offsets.items()
         for name, other in network.named_parameters()
         if other is p
     }
-    update = GroupedUpdate(flat, network, some)
+    update = ParamGroupUpdate(flat, network, some)
     update.step(torch.tensor([float(m.params["learning_rate"]) for m in some]))
     return some, before, dict(network.named_parameters()), grads
 
@@ -253,7 +257,7 @@ def test_a_step_is_that_of_torch_optim(optimizer: str) -> None:
                 _check_muon(weight, after[name][i], p, pieces=3 if "qkv" in name else 1)
                 continue
             rate = p["learning_rate"] * (1.0 if hidden else p["embedding_rate"])
-            betas = (p["momentum"], p["squared_decay"])
+            betas = (p["momentum"], p["beta2"])
             decay = p["weight_decay"]
             torch.optim.AdamW([weight], rate, betas, weight_decay=decay).step()
             assert_close(after[name][i], weight, {"rtol": 1e-4, "atol": 1e-6})
@@ -278,8 +282,8 @@ def _check_muon(weight: Any, after: Tensor, p: dict[str, Any], pieces: int) -> N
 
 
 def test_rates_of_muon_for_other_shapes() -> None:
-    assert rate_factor(8, 32) == 2.0
-    assert rate_factor(32, 8) == 1.0
+    assert shape_rate_factor(8, 32) == 2.0
+    assert shape_rate_factor(32, 8) == 1.0
 
 
 def test_under_mup_hidden_matrices_move_less() -> None:
@@ -287,11 +291,11 @@ def test_under_mup_hidden_matrices_move_less() -> None:
     some = members(1, weight_decay=0.0, clip_norm=math.inf, **wishes)
     network = task(**wishes).build(some)
     flat = FlatParameters(network)
-    flat.prepare()
+    flat.allocate_grads()
     flat.grads.fill_(1.0)
     flat.steps += 1
     start = {n: p.detach().clone() for n, p in network.named_parameters()}
-    GroupedUpdate(flat, network, some).step(torch.tensor([0.01]))
+    ParamGroupUpdate(flat, network, some).step(torch.tensor([0.01]))
     moved = {n: float((p.detach() - start[n]).abs().max()) for n, p in network.named_parameters()}
     assert moved["blocks.0.qkv.weight"] == pytest.approx(0.01 / 4, rel=1e-3)
     assert moved["embedding"] == pytest.approx(0.01, rel=1e-3)
@@ -326,7 +330,7 @@ def sizes_after_training(width: int, **wishes: Any) -> dict[str, tuple[float, fl
     wishes |= {"base_width": 32, "heads": width // 16, "head_size": 16, "optimizer": "adamw"}
     wishes |= {"learning_rate": 0.01, "warmup": 0.0, "weight_decay": 0.0, "clip_norm": math.inf}
     wishes |= {"dropout": 0.0, "embedding_rate": 1.0}
-    chosen = task(iterations=5 * ROUNDS, **wishes)
+    chosen = task(iterations=5 * ROUNDS_PER_BUDGET, **wishes)
     cohort = Cohort(members(3, **wishes), chosen)
     assert isinstance(cohort.network, StackedGPT)
     ids = chosen.corpus.valid[:64].view(8, 8)

@@ -14,8 +14,8 @@ from tests.members import varied
 @pytest.mark.parametrize("examples", [1, 8192, 8193, 24_576, 24_577, 1_000_000])
 def test_a_round_is_bounded_and_no_smaller_than_it_must_be(examples: int) -> None:
     per_epoch = rounds_per_epoch(examples)
-    assert examples / per_epoch <= rounds.EXAMPLES_PER_ROUND
-    assert per_epoch == 1 or examples / (per_epoch / 3) > rounds.EXAMPLES_PER_ROUND
+    assert examples / per_epoch <= rounds.MAX_EXAMPLES_PER_ROUND
+    assert per_epoch == 1 or examples / (per_epoch / 3) > rounds.MAX_EXAMPLES_PER_ROUND
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def test_members_of_other_ages_are_evaluated_when_they_are_due(nine_rounds: None
     cohort = Cohort(older, task())
     cohort.train_round()
     cohort.train_round()
-    cohort.join(younger)
+    cohort.append(younger)
     seen = []
     for _ in range(5):
         scores = cohort.train_round()
         assert scores is not None
         numbers = [m.number for m in cohort.members]
-        seen.append({numbers[p]: r for p, r in zip(scores.places, scores.rounds, strict=True)})
+        seen.append({numbers[p]: r for p, r in zip(scores.indices, scores.rounds, strict=True)})
     assert seen == [{1: 1, 2: 1}, {1: 3, 2: 3}, {0: 9}, {1: 9, 2: 9}, {0: 18}]
 
 
@@ -75,7 +75,7 @@ def test_patience_is_counted_in_epochs(nine_rounds: None) -> None:
         scores = cohort.train_round()
         assert scores is not None
         ended = scores.ended[0]
-    assert (ended, cohort.done) == ("early stopping", [18])
+    assert (ended, cohort.rounds_done) == ("early stopping", [18])
 
 
 def test_a_budget_in_iterations_ends_within_an_epoch(nine_rounds: None) -> None:
@@ -89,4 +89,4 @@ def test_a_budget_in_iterations_ends_within_an_epoch(nine_rounds: None) -> None:
 def test_a_batch_is_at_most_a_round(nine_rounds: None) -> None:
     cohort = Cohort(varied(2, epochs=2, batch_size=50), task())
     assert (cohort.batches.size, cohort.batches.per_round) == (11, 1)
-    assert cohort.total == [18, 18]
+    assert cohort.total_steps == [18, 18]

@@ -26,14 +26,14 @@ import optuna_nnhp
 from optuna_nnhp import __main__ as command_line
 from optuna_nnhp import optimize
 from optuna_nnhp.__main__ import main
-from optuna_nnhp.storages.batches import RELEASED
-from optuna_nnhp.workers.job import Job
-from optuna_nnhp.workers.job import Outcome
-from optuna_nnhp.workers.job import work
-from optuna_nnhp.workers.watch import INTERRUPT
-from optuna_nnhp.workers.watch import RELEASE
-from optuna_nnhp.workers.watch import STOP
-from optuna_nnhp.workers.watch import tell
+from optuna_nnhp.storages.operations import REQUEUED_BY
+from optuna_nnhp.workers.control import INTERRUPT
+from optuna_nnhp.workers.control import RELEASE
+from optuna_nnhp.workers.control import STOP
+from optuna_nnhp.workers.control import send_control_message
+from optuna_nnhp.workers.worker import WorkerConfig
+from optuna_nnhp.workers.worker import WorkerResult
+from optuna_nnhp.workers.worker import run_worker
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
 from tests.tiny import numbers
@@ -95,13 +95,13 @@ def test_what_workers_were_told_before_is_over(
     what: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin()
-    mark, seen = tell(begun(), what), list[str | None]()
+    mark, seen = send_control_message(begun(), what), list[str | None]()
 
-    def noted(job: Job, problem: Any) -> Outcome:
-        seen.append(job.told)
-        return work(job, problem)
+    def noted(config: WorkerConfig, problem: Any) -> WorkerResult:
+        seen.append(config.last_message_id)
+        return run_worker(config, problem)
 
-    monkeypatch.setattr(command_line, "work", noted)
+    monkeypatch.setattr(command_line, "run_worker", noted)
     assert worker("--data", "data.npz", "--n-trials", 5) == 0
     assert seen == [mark] and finished() == 5
 
@@ -110,11 +110,11 @@ def test_the_loop_s_options_are_the_study_s(folder: Path, monkeypatch: pytest.Mo
     begin(trial_timeout=60.0, checkpoint_every=300.0)
     seen = list[Mapping[str, Any]]()
 
-    def noted(job: Job, problem: Any) -> Outcome:
-        seen.append(job.options)
-        return Outcome(0)
+    def noted(config: WorkerConfig, problem: Any) -> WorkerResult:
+        seen.append(config.options)
+        return WorkerResult(0)
 
-    monkeypatch.setattr(command_line, "work", noted)
+    monkeypatch.setattr(command_line, "run_worker", noted)
     assert worker("--data", "data.npz") == 0
     assert seen[0]["trial_timeout"] == 60 and seen[0]["checkpoint_every"] == 300
 
@@ -302,7 +302,7 @@ def test_an_error_in_training(
     def fail(*_: object, **__: object) -> None:
         raise ArithmeticError("the loop is broken")
 
-    monkeypatch.setattr("optuna_nnhp.workers.job.run", fail)
+    monkeypatch.setattr("optuna_nnhp.workers.worker.run_tuner", fail)
     assert worker("--data", "data.npz", "--n-trials", 2) == 1
     said = capsys.readouterr().err
     assert "ArithmeticError: the loop is broken" in said
@@ -362,6 +362,6 @@ def test_sigterm_ends_it_tidily(folder: Path) -> None:
     assert process.returncode == 143
     assert "was told to end" in output
     new = begun().trials[known:]
-    released = [trial for trial in new if RELEASED in trial.user_attrs]
+    released = [trial for trial in new if REQUEUED_BY in trial.user_attrs]
     assert {trial.state for trial in released} == {TrialState.WAITING}  # whoever comes goes on
     assert TrialState.RUNNING not in {trial.state for trial in new}

@@ -31,10 +31,10 @@ from torch import nn
 
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
-from optuna_nnhp.storages.opening import open_storage
-from optuna_nnhp.workers.job import Job
-from optuna_nnhp.workers.job import Outcome
-from optuna_nnhp.workers.watch import CONTROL
+from optuna_nnhp.storages.open_storage import open_storage
+from optuna_nnhp.workers.control import CONTROL_KEY
+from optuna_nnhp.workers.worker import WorkerConfig
+from optuna_nnhp.workers.worker import WorkerResult
 from tests.postgresql import Database
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
@@ -353,7 +353,7 @@ class Dying(Inline):
         if self.calls <= self.deaths:
             future.set_exception(BrokenProcessPool("killed by the system"))
         else:
-            future.set_result(Outcome(args[0].worker))
+            future.set_result(WorkerResult(args[0].worker))
         return future
 
 
@@ -375,7 +375,7 @@ class Elsewhere(Inline):
     """An executor whose one worker goes on until all workers of the study are told to end."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.last_message_id: list[str] = []
 
     def submit(self, function: Any, /, *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -383,12 +383,16 @@ class Elsewhere(Inline):
         threading.Thread(target=self._wait, args=(future, args[0])).start()
         return future
 
-    def _wait(self, future: Future[Any], job: Job) -> None:
-        study = optuna.load_study(study_name=job.study_name, storage=open_storage(job.storage))
-        while CONTROL not in study._storage.get_study_system_attrs(study._study_id):
+    def _wait(self, future: Future[Any], config: WorkerConfig) -> None:
+        study = optuna.load_study(
+            study_name=config.study_name, storage=open_storage(config.storage)
+        )
+        while CONTROL_KEY not in study._storage.get_study_system_attrs(study._study_id):
             time.sleep(0.02)
-        self.told.append(study._storage.get_study_system_attrs(study._study_id)[CONTROL]["what"])
-        future.set_result(Outcome(job.worker, ended=self.told[0]))
+        self.last_message_id.append(
+            study._storage.get_study_system_attrs(study._study_id)[CONTROL_KEY]["what"]
+        )
+        future.set_result(WorkerResult(config.worker, ended=self.last_message_id[0]))
 
 
 @pytest.mark.parametrize(
@@ -402,7 +406,7 @@ def test_a_signal_to_the_caller_reaches_workers_elsewhere(
     timer.start()
     result = tune(X, Y, storage="w.journal", executor=executor)
     timer.join()
-    assert executor.told == [what]
+    assert executor.last_message_id == [what]
     assert len(trials(result)) == 1  # the default configuration, which waits
 
 

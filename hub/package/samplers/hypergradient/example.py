@@ -37,8 +37,8 @@ def main() -> None:
     # In a program of yours: optunahub.load_module("samplers/hypergradient")
     module = optunahub.load_local_module("samplers/hypergradient", registry_root=str(REGISTRY))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    descent = module.HypergradientSampler(starts=2, seed=0)
-    for sampler in (descent, optuna.samplers.RandomSampler(seed=0)):
+    adam = module.HypergradientSampler(starts=2, seed=0)
+    for sampler in (adam, optuna.samplers.RandomSampler(seed=0)):
         study = optuna.create_study(sampler=sampler)
         study.optimize(objective, n_trials=60)
         name = type(sampler).__name__

@@ -19,19 +19,19 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from .units import from_unit
-from .units import holds
-from .units import to_unit
+from .unit_scale import from_unit
+from .unit_scale import is_in_distribution
+from .unit_scale import to_unit
 
 # Attributes of a trial: the slopes that the objective notes, and whose path it is on.
 HYPERGRADIENT, ORIGIN = "hypergradient", "origin"
-RATE = 0.05  # of a range: the longest step
-RECALL, RECALL_SQUARES = 0.5, 0.8  # of what was known of slopes, that is kept at each step
-TINY = 1e-12
+MAX_STEP = 0.05  # of a range: the longest step
+BETA1, BETA2 = 0.5, 0.8  # of what was known of slopes, that is kept at each step
+EPS = 1e-12
 
 
 @dataclass
-class Descent:
+class AdamOnUnitScale:
     """Adam on the unit scale of ranges, which are logarithmic where it matters.
 
     Args:
@@ -41,8 +41,8 @@ class Descent:
             Longest step, as a share of the range.
 
     Example:
-        >>> descent = Descent({"x": FloatDistribution(0.0, 1.0)}, rate=0.1)
-        >>> round(descent.step({"x": 0.5}, {"x": 3.0})["x"], 6)
+        >>> adam = AdamOnUnitScale({"x": FloatDistribution(0.0, 1.0)}, rate=0.1)
+        >>> round(adam.step({"x": 0.5}, {"x": 3.0})["x"], 6)
         0.4
 
     Source:
@@ -51,10 +51,10 @@ class Descent:
     """
 
     distributions: Mapping[str, FloatDistribution]
-    rate: float = RATE
+    rate: float = MAX_STEP
     steps: int = 0
-    means: dict[str, float] = field(default_factory=dict)
-    squares: dict[str, float] = field(default_factory=dict)
+    exp_avg: dict[str, float] = field(default_factory=dict)
+    exp_avg_sq: dict[str, float] = field(default_factory=dict)
 
     def step(
         self, values: Mapping[str, float], slopes: Mapping[str, float], scale: float = 1.0
@@ -75,12 +75,12 @@ class Descent:
         for name, slope in slopes.items():
             if not math.isfinite(slope) or name not in self.distributions:
                 continue
-            mean = RECALL * self.means.get(name, 0.0) + (1 - RECALL) * slope
-            square = RECALL_SQUARES * self.squares.get(name, 0.0) + (1 - RECALL_SQUARES) * slope**2
-            self.means[name], self.squares[name] = mean, square
-            mean /= 1 - RECALL**self.steps
-            square /= 1 - RECALL_SQUARES**self.steps
-            step = scale * self.rate * mean / (math.sqrt(square) + TINY)
+            mean = BETA1 * self.exp_avg.get(name, 0.0) + (1 - BETA1) * slope
+            square = BETA2 * self.exp_avg_sq.get(name, 0.0) + (1 - BETA2) * slope**2
+            self.exp_avg[name], self.exp_avg_sq[name] = mean, square
+            mean /= 1 - BETA1**self.steps
+            square /= 1 - BETA2**self.steps
+            step = scale * self.rate * mean / (math.sqrt(square) + EPS)
             distribution = self.distributions[name]
             step = max(-self.rate, min(self.rate, step))
             moved[name] = float(
@@ -89,11 +89,11 @@ class Descent:
         return moved
 
 
-def per_unit(distribution: FloatDistribution, value: float, slope: float) -> float:
+def slope_on_unit_scale(distribution: FloatDistribution, value: float, slope: float) -> float:
     """A slope by a value as one by its place on the unit scale.
 
     Example:
-        >>> per_unit(FloatDistribution(0.0, 4.0), 1.0, 0.5)
+        >>> slope_on_unit_scale(FloatDistribution(0.0, 4.0), 1.0, 0.5)
         2.0
     """
     if distribution.log:
@@ -152,7 +152,7 @@ class HypergradientSampler(BaseSampler):
         starts: int = 4,
         base: BaseSampler | None = None,
         names: Collection[str] | None = None,
-        rate: float = RATE,
+        rate: float = MAX_STEP,
         seed: int | None = None,
     ) -> None:
         if starts < 1:
@@ -171,12 +171,12 @@ class HypergradientSampler(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Choose the trial's path, and note it as the trial's attribute ``origin``."""
         self._base.before_trial(study, trial)
-        path = self._path(study, trial.number)
+        path = self._finished_path(study, trial.number)
         origin = path[0].number if path else trial.number
         study._storage.set_trial_user_attr(trial._trial_id, ORIGIN, origin)
         trial.set_user_attr(ORIGIN, origin)  # what the objective function sees
         if path:
-            self._values[trial._trial_id] = self._next(study, path)
+            self._values[trial._trial_id] = self._next_values(study, path)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -203,7 +203,7 @@ class HypergradientSampler(BaseSampler):
     ) -> Any:
         """The path's value, or the base's proposal where it has none."""
         values = self._values.get(trial._trial_id, {})
-        if param_name in values and holds(param_distribution, values[param_name]):
+        if param_name in values and is_in_distribution(param_distribution, values[param_name]):
             return values[param_name]
         return self._base.sample_independent(study, trial, param_name, param_distribution)
 
@@ -214,10 +214,10 @@ class HypergradientSampler(BaseSampler):
         self._values.pop(trial._trial_id, None)
         self._base.after_trial(study, trial, state, values)
 
-    def _path(self, study: Study, number: int) -> list[FrozenTrial]:
+    def _finished_path(self, study: Study, number: int) -> list[FrozenTrial]:
         """The finished trials of the path whose turn it is; empty for a new one."""
         paths: dict[int, list[FrozenTrial]] = {}
-        busy, dead = set[int](), set[int]()
+        busy, ended = set[int](), set[int]()
         for trial in study._get_trials(deepcopy=False):
             origin = trial.user_attrs.get(ORIGIN)
             if origin is None or trial.number == number:
@@ -228,19 +228,19 @@ class HypergradientSampler(BaseSampler):
             elif trial.state == TrialState.COMPLETE:
                 path.append(trial)
             else:  # without a slope it goes nowhere: another one begins
-                dead.add(origin)
-        live = {origin: path for origin, path in paths.items() if origin not in dead}
+                ended.add(origin)
+        live = {origin: path for origin, path in paths.items() if origin not in ended}
         free = {origin: path for origin, path in live.items() if origin not in busy and path}
         if len(live) < self._starts:
             return []
         return min(free.values(), key=lambda path: (len(path), path[0].number), default=[])
 
-    def _next(self, study: Study, path: list[FrozenTrial]) -> dict[str, Any]:
+    def _next_values(self, study: Study, path: list[FrozenTrial]) -> dict[str, Any]:
         """The values after a path's last trial: Adam's state follows from all of them."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-        descent, values = Descent({}, self._rate), dict(path[0].params)
+        adam, values = AdamOnUnitScale({}, self._rate), dict(path[0].params)
         for trial in path:
-            descent.distributions = {
+            adam.distributions = {
                 name: d
                 for name, d in trial.distributions.items()
                 if isinstance(d, FloatDistribution)
@@ -249,11 +249,11 @@ class HypergradientSampler(BaseSampler):
             }
             known = trial.user_attrs.get(HYPERGRADIENT, {})
             slopes = {
-                name: sign * per_unit(d, trial.params[name], float(known[name]))
-                for name, d in descent.distributions.items()
+                name: sign * slope_on_unit_scale(d, trial.params[name], float(known[name]))
+                for name, d in adam.distributions.items()
                 if name in known
             }
-            values = dict(trial.params) | descent.step(
+            values = dict(trial.params) | adam.step(
                 {name: trial.params[name] for name in slopes}, slopes
             )
         return values

@@ -20,17 +20,17 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from .units import from_unit
-from .units import holds
-from .units import to_unit
+from .unit_scale import from_unit
+from .unit_scale import is_in_distribution
+from .unit_scale import to_unit
 
 # Attributes of every trial of a population.
 GENERATION, SLOT, PARENT, POPULATION = "generation", "slot", "parent", "population"
-RESAMPLED = 0.25  # of the choices of a child that are drawn anew
+RESAMPLE_PROBABILITY = 0.25  # of the choices of a child that are drawn anew
 
 
 @dataclass(frozen=True)
-class Place:
+class Lineage:
     """Where a trial stands in its population.
 
     Args:
@@ -40,14 +40,14 @@ class Place:
             How many trials of this member there were before.
         parent:
             Number of the trial whose state it goes on from; None in the first generation.
-        copies:
+        is_copy:
             Whether the parent is another member, which was better.
     """
 
     slot: int
     generation: int
     parent: int | None = None
-    copies: bool = False
+    is_copy: bool = False
 
 
 class PopulationSampler(BaseSampler):
@@ -122,7 +122,7 @@ class PopulationSampler(BaseSampler):
         self._base = base if base is not None else RandomSampler(seed=seed)
         self._inherited, self._population = frozenset(inherited), population
         self._rng = LazyRandomState(seed)
-        self._places: dict[int, tuple[Place, dict[str, Any]]] = {}  # by trial id
+        self._lineages: dict[int, tuple[Lineage, dict[str, Any]]] = {}  # by trial id
 
     def reseed_rng(self) -> None:
         """Draw other random numbers, as in a new thread."""
@@ -132,10 +132,10 @@ class PopulationSampler(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Give the trial its place, and note it as the trial's attributes."""
         self._base.before_trial(study, trial)
-        place, params = self._next(study, trial.number)
-        self._places[trial._trial_id] = place, params
+        lineage, params = self._next_lineage(study, trial.number)
+        self._lineages[trial._trial_id] = lineage, params
         for name, value in (
-            *((GENERATION, place.generation), (SLOT, place.slot), (PARENT, place.parent)),
+            *((GENERATION, lineage.generation), (SLOT, lineage.slot), (PARENT, lineage.parent)),
             *([(POPULATION, self._population)] if self._population else []),
         ):
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
@@ -145,7 +145,7 @@ class PopulationSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """The base's in the first generation; a child has its parent."""
-        if self._place(trial).parent is not None:
+        if self._lineage(trial).parent is not None:
             return {}
         return self._base.infer_relative_search_space(study, trial)
 
@@ -153,7 +153,7 @@ class PopulationSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The base's."""
-        if self._place(trial).parent is not None:
+        if self._lineage(trial).parent is not None:
             return {}
         return self._base.sample_relative(study, trial, search_space)
 
@@ -165,50 +165,52 @@ class PopulationSampler(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """The parent's value, moved if the parent is another member."""
-        place, params = self._places.get(trial._trial_id, (Place(0, 0), {}))
-        if param_name not in params or not holds(param_distribution, params[param_name]):
+        lineage, params = self._lineages.get(trial._trial_id, (Lineage(0, 0), {}))
+        if param_name not in params or not is_in_distribution(
+            param_distribution, params[param_name]
+        ):
             return self._base.sample_independent(study, trial, param_name, param_distribution)
         value = params[param_name]
-        if not place.copies or param_name in self._inherited:
+        if not lineage.is_copy or param_name in self._inherited:
             return value
-        return self._moved(param_distribution, value)
+        return self._perturb(param_distribution, value)
 
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Any
     ) -> None:
         """Forget the place; it is in the trial's attributes."""
-        self._places.pop(trial._trial_id, None)
+        self._lineages.pop(trial._trial_id, None)
         self._base.after_trial(study, trial, state, values)
 
-    def _place(self, trial: FrozenTrial) -> Place:
-        return self._places.get(trial._trial_id, (Place(0, 0), {}))[0]
+    def _lineage(self, trial: FrozenTrial) -> Lineage:
+        return self._lineages.get(trial._trial_id, (Lineage(0, 0), {}))[0]
 
-    def _next(self, study: Study, number: int) -> tuple[Place, dict[str, Any]]:
+    def _next_lineage(self, study: Study, number: int) -> tuple[Lineage, dict[str, Any]]:
         """The place of a new trial and its parent's values."""
         last: dict[int, FrozenTrial] = {}  # of each member the last trial, if it has a value
-        asked = dict.fromkeys(range(self.size), 0)
+        n_trials_of = dict.fromkeys(range(self.size), 0)
         running = set[int]()
         for trial in study._get_trials(deepcopy=False):
             slot = trial.user_attrs.get(SLOT)
             mine = trial.user_attrs.get(POPULATION, "") == self._population
-            if trial.number == number or slot not in asked or not mine:
+            if trial.number == number or slot not in n_trials_of or not mine:
                 continue
             if trial.state == TrialState.FAIL:
                 continue
-            asked[slot] += 1
+            n_trials_of[slot] += 1
             if trial.state == TrialState.RUNNING:
                 running.add(slot)
             elif trial.state == TrialState.COMPLETE:
                 last[slot] = trial
             else:  # a state that was no good is not gone on from
                 last.pop(slot, None)
-        slot = min(asked, key=lambda s: (s in running, asked[s], s))
-        if asked[slot] == 0 or not last:
-            return Place(slot, asked[slot]), {}
-        parent, copies = self._parent(study, last, slot)
-        return Place(slot, asked[slot], parent.number, copies), dict(parent.params)
+        slot = min(n_trials_of, key=lambda s: (s in running, n_trials_of[s], s))
+        if n_trials_of[slot] == 0 or not last:
+            return Lineage(slot, n_trials_of[slot]), {}
+        parent, is_copy = self._choose_parent(study, last, slot)
+        return Lineage(slot, n_trials_of[slot], parent.number, is_copy), dict(parent.params)
 
-    def _parent(
+    def _choose_parent(
         self, study: Study, last: dict[int, FrozenTrial], slot: int
     ) -> tuple[FrozenTrial, bool]:
         """Whom a member goes on from: itself, or one of the best if it is one of the worst."""
@@ -221,11 +223,11 @@ class PopulationSampler(BaseSampler):
             return own, False
         return best[self._rng.rng.randint(len(best))], True
 
-    def _moved(self, distribution: BaseDistribution, value: Any) -> Any:
+    def _perturb(self, distribution: BaseDistribution, value: Any) -> Any:
         """A value near another one."""
         rng = self._rng.rng
         if isinstance(distribution, CategoricalDistribution):
-            if rng.rand() >= RESAMPLED:
+            if rng.rand() >= RESAMPLE_PROBABILITY:
                 return value
             return distribution.choices[rng.randint(len(distribution.choices))]
         assert isinstance(distribution, FloatDistribution | IntDistribution)

@@ -22,24 +22,26 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from .boxes import Axis
-from .boxes import Caution
-from .boxes import Part
-from .boxes import narrowed
-from .ranks import rank
+from .boxes import NarrowingConfig
+from .boxes import ParameterAxis
+from .boxes import Region
+from .boxes import narrow
+from .ordering import sort_key
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-ROUND, PATIENCE = 16, 10  # with 5, studies of 24 parameters stopped after 145 to 609 trials
-ELITE, ELITES, FEWEST_ELITES = 5, 12, 4  # one of five trials, within bounds
-EXPLORED = 0.03  # of the values that are drawn from the whole range
+ROUND_SIZE, PATIENCE = 16, 10  # with 5, studies of 24 parameters stopped after 145 to 609 trials
+ELITE_DIVISOR, MAX_ELITES, MIN_ELITES = 5, 12, 4  # one of five trials, within bounds
+EXPLORATION_PROBABILITY = 0.03  # of the values that are drawn from the whole range
 # With a chance of 0.05, as statistics would have it, boxes close in too slowly; a wrong cut is
 # mended by the values from the whole range.
-CAUTION = Caution(shrink=0.5, trimmed=0.2, chance=0.4, worse=0.05)
-LATELY = 500  # trials that tell what was tried: those of the last boxes
+NARROWING = NarrowingConfig(
+    min_width_ratio=0.5, trim_fraction=0.2, cut_p_value=0.4, drop_p_value=0.05
+)
+N_RECENT_TRIALS = 500  # trials that tell what was tried: those of the last boxes
 
-Rank = tuple[int, float, float]
-Row = dict[Axis, float]
+SortKey = tuple[int, float, float]
+Positions = dict[ParameterAxis, float]
 
 
 class ZoomSampler(BaseSampler):
@@ -78,15 +80,21 @@ class ZoomSampler(BaseSampler):
     """
 
     def __init__(
-        self, *, round_size: int = ROUND, patience: int | None = PATIENCE, seed: int | None = None
+        self,
+        *,
+        round_size: int = ROUND_SIZE,
+        patience: int | None = PATIENCE,
+        seed: int | None = None,
     ) -> None:
-        if round_size < ELITE:
-            raise ValueError(f"`round_size` must be at least {ELITE}, but got {round_size}.")
+        if round_size < ELITE_DIVISOR:
+            raise ValueError(
+                f"`round_size` must be at least {ELITE_DIVISOR}, but got {round_size}."
+            )
         if patience is not None and patience < 1:
             raise ValueError(f"`patience` must be at least 1, but got {patience}.")
-        self._patience, self._rounds = patience, Rounds(round_size)
+        self._patience, self._round_history = patience, RoundHistory(round_size)
         self._rng = LazyRandomState(seed)
-        self._asked: tuple[int, Stage] | None = None
+        self._asked: tuple[int, RoundState] | None = None
 
     def reseed_rng(self) -> None:
         """Draw other random numbers, as in a new thread."""
@@ -124,11 +132,11 @@ class ZoomSampler(BaseSampler):
         self._raise_error_if_multi_objective(study)
         asked = self._asked
         if asked is None or asked[0] != trial._trial_id:  # for all parameters of a trial once
-            asked = self._asked = trial._trial_id, self._rounds.updated(study)
-        axis = self._rounds.axis(param_name, param_distribution)
-        whole, rng = axis.whole(), self._rng.rng
-        part = whole if rng.rand() < EXPLORED else asked[1].box.get(axis, whole)
-        return axis.draw(part, rng)
+            asked = self._asked = trial._trial_id, self._round_history.refresh(study)
+        axis = self._round_history.axis(param_name, param_distribution)
+        whole, rng = axis.full_range(), self._rng.rng
+        part = whole if rng.rand() < EXPLORATION_PROBABILITY else asked[1].box.get(axis, whole)
+        return axis.sample(part, rng)
 
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Any
@@ -136,7 +144,7 @@ class ZoomSampler(BaseSampler):
         """Stop the study if it has not got better for long; this trial counts with the next."""
         if self._patience is None or study._is_multi_objective():
             return
-        if self._rounds.updated(study).stale < self._patience:
+        if self._round_history.refresh(study).rounds_without_improvement < self._patience:
             return
         with suppress(RuntimeError):  # outside of `optimize` there is nothing to stop
             study.stop()
@@ -144,36 +152,36 @@ class ZoomSampler(BaseSampler):
 
 
 @dataclass(frozen=True)
-class Stage:
+class RoundState:
     """What is known at the beginning of a round.
 
     Args:
         number:
             How many rounds there were before.
-        upto:
+        n_finished:
             How many finished trials there were.
-        began:
+        started_at:
             When the last of them ended; None in the first round.
         box:
             What is left of each parameter's range; all of it where nothing is said.
         best:
             Rank of the best trial.
-        found:
+        improved_at:
             When the round ended in which it got better; None before the first did.
-        stale:
+        rounds_without_improvement:
             Rounds since then in which a trial that began later was trained to its end.
     """
 
     number: int = 0
-    upto: int = 0
-    began: datetime | None = None
-    box: dict[Axis, Part] = field(default_factory=dict)
-    best: Rank | None = None
-    found: datetime | None = None
-    stale: int = 0
+    n_finished: int = 0
+    started_at: datetime | None = None
+    box: dict[ParameterAxis, Region] = field(default_factory=dict)
+    best: SortKey | None = None
+    improved_at: datetime | None = None
+    rounds_without_improvement: int = 0
 
 
-class Rounds:
+class RoundHistory:
     """The rounds of one study, which follow from its finished trials alone. A copy is empty.
 
     Trials are looked at in the order in which they ended. If one turns up late, such as another
@@ -188,54 +196,56 @@ class Rounds:
         self.size = size
         self._lock = threading.RLock()
         self._study: tuple[BaseStorage, int] | None = None
-        self._clear()
+        self._reset()
 
-    def __reduce__(self) -> tuple[type[Rounds], tuple[int]]:
-        return Rounds, (self.size,)
+    def __reduce__(self) -> tuple[type[RoundHistory], tuple[int]]:
+        return RoundHistory, (self.size,)
 
-    def _clear(self) -> None:
-        self._axes: dict[str, list[Axis]] = {}
+    def _reset(self) -> None:
+        self._axes: dict[str, list[ParameterAxis]] = {}
         self._trials: list[FrozenTrial] = []
-        self._open: list[int] = []  # numbers of trials that had not ended
+        self._unfinished: list[int] = []  # numbers of trials that had not ended
         self._order: list[tuple[datetime, int]] = []  # end and number of those that had
-        self._rows: dict[int, Row] = {}
-        self._begin([Stage()])
+        self._positions: dict[int, Positions] = {}
+        self._restart_from([RoundState()])
 
-    def _begin(self, stages: list[Stage]) -> None:
+    def _restart_from(self, stages: list[RoundState]) -> None:
         """Go on from the last of some stages."""
-        self._stages, self._at = stages, stages[-1].upto
-        self._new, self._is_told = 0, False
+        self._round_states, self._at = stages, stages[-1].n_finished
+        self._n_new, self._has_evidence = 0, False
         numbers = (number for _, number in self._order[: self._at])
-        self._ranked = sorted((self._rank(number), number) for number in numbers)
+        self._ranked = sorted((self._sort_key(number), number) for number in numbers)
 
-    def axis(self, name: str, distribution: BaseDistribution) -> Axis:
+    def axis(self, name: str, distribution: BaseDistribution) -> ParameterAxis:
         """The axis of a parameter, the same for equal distributions."""
         with self._lock:
             axes = self._axes.setdefault(name, [])
             for axis in axes:
                 if axis.distribution == distribution:
                     return axis
-            axes.append(Axis(name, distribution))
+            axes.append(ParameterAxis(name, distribution))
             return axes[-1]
 
-    def updated(self, study: Study) -> Stage:
+    def refresh(self, study: Study) -> RoundState:
         """The stage after all trials that have ended by now."""
         which = study._storage, study._study_id
         with self._lock:
             if self._study != which:
                 self._study = which
-                self._clear()
+                self._reset()
             seen = len(self._trials)
             self._trials = study._get_trials(deepcopy=False)
             self._sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-            self._open += range(seen, len(self._trials))
-            ended = [n for n in self._open if self._trials[n].state.is_finished()]
+            self._unfinished += range(seen, len(self._trials))
+            ended = [n for n in self._unfinished if self._trials[n].state.is_finished()]
             if ended:
-                self._open = [n for n in self._open if not self._trials[n].state.is_finished()]
-                self._take(ended)
-            return self._stages[-1]
+                self._unfinished = [
+                    n for n in self._unfinished if not self._trials[n].state.is_finished()
+                ]
+                self._insert(ended)
+            return self._round_states[-1]
 
-    def _take(self, ended: list[int]) -> None:
+    def _insert(self, ended: list[int]) -> None:
         """Put trials where they belong in the order, and go on from there."""
         keys = []
         for number in ended:
@@ -249,7 +259,9 @@ class Rounds:
         for key in keys:
             insort(self._order, key)
         if first < self._at:
-            self._begin([stage for stage in self._stages if stage.upto <= first])
+            self._restart_from(
+                [stage for stage in self._round_states if stage.n_finished <= first]
+            )
         while self._at < len(self._order):
             self._advance()
 
@@ -257,56 +269,60 @@ class Rounds:
         """Look at the next trial, and end the round if it is the last."""
         ended, number = self._order[self._at]
         self._at += 1
-        insort(self._ranked, (self._rank(number), number))
-        stage, trial = self._stages[-1], self._trials[number]
+        insort(self._ranked, (self._sort_key(number), number))
+        stage, trial = self._round_states[-1], self._trials[number]
         start = trial.datetime_start
-        self._new += _is_since(start, stage.began)
+        self._n_new += _started_after(start, stage.started_at)
         # Trials that were pruned early say nothing about where those that run will end.
-        if trial.state == TrialState.COMPLETE and _is_since(start, stage.found):
-            self._is_told = True
-        if self._new >= self.size:
-            self._stages.append(self._next(stage, ended))
-            self._new, self._is_told = 0, False
+        if trial.state == TrialState.COMPLETE and _started_after(start, stage.improved_at):
+            self._has_evidence = True
+        if self._n_new >= self.size:
+            self._round_states.append(self._next(stage, ended))
+            self._n_new, self._has_evidence = 0, False
 
-    def _next(self, stage: Stage, ended: datetime) -> Stage:
+    def _next(self, stage: RoundState, ended: datetime) -> RoundState:
         """The next round's stage."""
-        number, box, best = stage.number + 1, self._box(stage.box), self._ranked[0][0]
+        number, box, best = stage.number + 1, self._narrowed_box(stage.box), self._ranked[0][0]
         if best != stage.best:
-            return Stage(number, self._at, ended, box, best, found=ended)
-        stale = stage.stale + self._is_told
-        return Stage(number, self._at, ended, box, best, stage.found, stale)
+            return RoundState(number, self._at, ended, box, best, improved_at=ended)
+        rounds_without_improvement = stage.rounds_without_improvement + self._has_evidence
+        return RoundState(
+            number, self._at, ended, box, best, stage.improved_at, rounds_without_improvement
+        )
 
-    def _box(self, old: dict[Axis, Part]) -> dict[Axis, Part]:
+    def _narrowed_box(self, old: dict[ParameterAxis, Region]) -> dict[ParameterAxis, Region]:
         """The box around the best trials."""
-        count = min(max(self._at // ELITE, FEWEST_ELITES), ELITES)
-        elites = [self._row(number) for _, number in self._ranked[:count]]
-        lately = {number for _, number in self._order[max(0, self._at - LATELY) : self._at]}
-        tried = [self._row(number) for _, number in self._ranked if number in lately]
+        count = min(max(self._at // ELITE_DIVISOR, MIN_ELITES), MAX_ELITES)
+        elites = [self._positions_of(number) for _, number in self._ranked[:count]]
+        recent = {
+            number for _, number in self._order[max(0, self._at - N_RECENT_TRIALS) : self._at]
+        }
+        tried = [self._positions_of(number) for _, number in self._ranked if number in recent]
         return {
-            axis: narrowed(
+            axis: narrow(
                 axis,
-                old.get(axis, axis.whole()),
+                old.get(axis, axis.full_range()),
                 [row[axis] for row in elites if axis in row],
                 [row[axis] for row in tried if axis in row],
-                CAUTION,
+                NARROWING,
             )
             for axis in {axis: None for row in (*elites, *tried) for axis in row} | old
         }
 
-    def _rank(self, number: int) -> Rank:
-        return rank(self._trials[number], self._sign)
+    def _sort_key(self, number: int) -> SortKey:
+        return sort_key(self._trials[number], self._sign)
 
-    def _row(self, number: int) -> Row:
+    def _positions_of(self, number: int) -> Positions:
         """The places of a trial's values."""
-        if number not in self._rows:
+        if number not in self._positions:
             trial = self._trials[number]
             axes = {name: self.axis(name, d) for name, d in trial.distributions.items()}
-            self._rows[number] = {
-                axis: axis.place(trial.params[name]) for name, axis in axes.items()
+            self._positions[number] = {
+                axis: axis.position(trial.params[name]) for name, axis in axes.items()
             }
-        return self._rows[number]
+        return self._positions[number]
 
 
-def _is_since(start: datetime | None, moment: datetime | None) -> bool:
+def _started_after(start: datetime | None, moment: datetime | None) -> bool:
     """Whether a trial began after a moment; one without a beginning is given the benefit."""
     return start is None or moment is None or start >= moment

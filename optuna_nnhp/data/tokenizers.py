@@ -1,0 +1,321 @@
+"""From text to token ids and back: characters, bytes, or byte-pair encoding.
+
+Every tokenizer is lossless for both parts of the text it was made for, so that bits per byte of
+any two of them can be compared: no character is dropped or shares its id with another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from typing import ClassVar
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optuna_nnhp.data.bpe import DEFAULT_BPE_VOCABULARY
+from optuna_nnhp.data.bpe import BpeTokenizer
+from optuna_nnhp.data.frames import format_list
+from optuna_nnhp.data.utf8_text import N_BYTE_VALUES
+from optuna_nnhp.data.utf8_text import encode_utf8
+from optuna_nnhp.data.utf8_text import validate_token_ids
+from optuna_nnhp.errors import unknown_name
+
+TOKENIZER_KINDS = ("char", "byte", "bpe")
+
+
+class Tokenizer(Protocol):
+    """What stands between text and the ids that a network takes."""
+
+    @property
+    def kind(self) -> str:
+        """One of ``TOKENIZER_KINDS``."""
+
+    @property
+    def size(self) -> int:
+        """The number of different tokens."""
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """The ids of a text, **shape** (tokens,)."""
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The text of any ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON."""
+
+
+@dataclass(frozen=True)
+class CharTokenizer:
+    """A token for each character of the training part.
+
+    A character that only the validation part has is spelled out as its UTF-8 bytes, each of them
+    a token of its own ("byte fallback"). There are such tokens only for the bytes which that
+    needs. Training never sees them, so they are costly, as they should be: one token for all
+    unknown characters would leave out the bits that tell which one it is. Anything else that is
+    not in the alphabet, as a character of a prompt, is an error.
+
+    Args:
+        alphabet:
+            The characters, sorted; a token's id is its place.
+        fallback:
+            The bytes that are tokens, sorted; their ids follow.
+
+    Raises:
+        ValueError:
+            If one of them is not sorted, or the alphabet is empty.
+
+    Example:
+        >>> tokenizer = CharTokenizer.fit("hello", valid="hé")
+        >>> tokenizer
+        CharTokenizer(alphabet='ehlo', fallback=b'\\xa9\\xc3')
+        >>> tokenizer.encode("hé").tolist(), tokenizer.decode([1, 5, 4])
+        ([1, 5, 4], 'hé')
+
+    TextSource:
+        nanoGPT's ``data/shakespeare_char/prepare.py`` (https://github.com/karpathy/nanoGPT) for
+        the alphabet; SentencePiece's ``byte_fallback`` for the rest.
+    """
+
+    alphabet: str
+    fallback: bytes = b""
+    kind: ClassVar[str] = "char"
+
+    def __post_init__(self) -> None:
+        encode_utf8(self.alphabet, "An alphabet")
+        if not self.alphabet:
+            raise ValueError("An alphabet must have at least one character, but is empty.")
+        entries: dict[str, list[Any]] = {
+            "An alphabet": list(self.alphabet),
+            "The fallback": list(self.fallback),
+        }
+        for name, values in entries.items():
+            if values != sorted(set(values)):
+                raise ValueError(f"{name} must be sorted without repeats, but is not.")
+
+    @classmethod
+    def fit(cls, train: str, valid: str = "") -> CharTokenizer:
+        """The tokenizer of a text.
+
+        Args:
+            train:
+                Gives the alphabet.
+            valid:
+                What must be encoded too.
+
+        Raises:
+            ValueError:
+                If the training part is empty or either is not Unicode text.
+        """
+        alphabet = "".join(sorted(set(train)))
+        unseen = encode_utf8("".join(set(valid) - set(train)), "The validation part")
+        return cls(alphabet, bytes(sorted(set(unseen))))
+
+    @property
+    def size(self) -> int:
+        """The number of different tokens."""
+        return len(self.alphabet) + len(self.fallback)
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """The ids of a text.
+
+        Args:
+            text:
+                Of characters of the alphabet, or such as the fallback can spell.
+
+        Returns:
+            **Shape** (tokens,): one for each character, or several for a spelled one.
+
+        Raises:
+            ValueError:
+                If it has other characters.
+        """
+        encode_utf8(text)
+        points = _code_points(text)
+        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
+        fallback_points = points[ids < 0]
+        if not fallback_points.size:
+            return ids
+        # As many places for a character as UTF-8 has bytes for it.
+        widths = np.ones(len(points), dtype=np.int64)
+        widths[ids < 0] += np.digitize(fallback_points, (0x80, 0x800, 0x10000))
+        ids = np.repeat(ids, widths)
+        letters = fallback_points.tobytes().decode("utf-32-le")
+        ids[ids < 0] = self._byte_ids[np.frombuffer(letters.encode(), np.uint8)]
+        if ids.min() < 0:
+            unknown_characters = [
+                c for c in sorted(set(letters)) if not set(c.encode()) <= {*self.fallback}
+            ]
+            raise ValueError(
+                f"Text must consist of the {len(self.alphabet):,} characters that the training "
+                f"part has, but has {format_list(unknown_characters)}; the kinds 'byte' and "
+                f"'bpe' take any."
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The text of any ids; fallback bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids:
+                From 0 to ``size`` - 1, **shape** (tokens,).
+
+        Raises:
+            ValueError:
+                If there are others.
+        """
+        pieces = self._pieces
+        return b"".join([pieces[i] for i in validate_token_ids(ids, self.size)]).decode(
+            errors="replace"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON; ``tokenizer_from_json`` restores it."""
+        return {"kind": self.kind, "alphabet": self.alphabet, "fallback": list(self.fallback)}
+
+    @cached_property
+    def _ids(self) -> NDArray[np.int32]:
+        """The id of each code point, or -1; the last entry stands for all that follow."""
+        points = _code_points(self.alphabet)
+        ids = np.full(int(points[-1]) + 2, -1, dtype=np.int32)
+        ids[points] = np.arange(len(points))
+        return ids
+
+    @cached_property
+    def _byte_ids(self) -> NDArray[np.int32]:
+        """The id of each byte, or -1."""
+        ids = np.full(N_BYTE_VALUES, -1, dtype=np.int32)
+        ids[list(self.fallback)] = len(self.alphabet) + np.arange(len(self.fallback))
+        return ids
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        """The bytes of each token."""
+        return [c.encode() for c in self.alphabet] + [bytes([byte]) for byte in self.fallback]
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """A token for each of the 256 bytes of UTF-8; takes any text.
+
+    Example:
+        >>> ByteTokenizer().encode("hé").tolist(), ByteTokenizer().decode([104, 195, 169, 255])
+        ([104, 195, 169], 'hé\ufffd')
+    """
+
+    kind: ClassVar[str] = "byte"
+    size: ClassVar[int] = N_BYTE_VALUES
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """The ids of a text: its bytes, **shape** (bytes,)."""
+        return np.frombuffer(encode_utf8(text), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The text of any ids; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids:
+                From 0 to 255, **shape** (tokens,).
+
+        Raises:
+            ValueError:
+                If there are others.
+        """
+        return bytes(validate_token_ids(ids, self.size)).decode(errors="replace")
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON; ``tokenizer_from_json`` restores it."""
+        return {"kind": self.kind}
+
+
+def fit_tokenizer(
+    kind: str, train: str, valid: str = "", vocabulary: int | None = None
+) -> Tokenizer:
+    """The tokenizer of a text.
+
+    Args:
+        kind:
+            One of ``TOKENIZER_KINDS``.
+        train:
+            What it learns from.
+        valid:
+            What a character tokenizer must be able to spell too.
+        vocabulary:
+            The number of different tokens, for ``"bpe"`` alone; None is
+            ``DEFAULT_BPE_VOCABULARY``.
+
+    Raises:
+        ModuleNotFoundError:
+            If ``"bpe"`` is asked for without the ``tokenizers`` library.
+        ValueError:
+            If the kind is unknown or the vocabulary is not possible.
+
+    Example:
+        >>> fit_tokenizer("char", "hello").size, fit_tokenizer("byte", "hello").size
+        (4, 256)
+    """
+    if kind not in TOKENIZER_KINDS:
+        raise unknown_name("a kind of tokenizer", kind, TOKENIZER_KINDS)
+    if kind == "bpe":
+        return BpeTokenizer.train(
+            train, DEFAULT_BPE_VOCABULARY if vocabulary is None else vocabulary
+        )
+    if vocabulary is not None:
+        raise ValueError(
+            f"`vocabulary` must be None for the kind {kind!r}, whose size is given by the text, "
+            f"but got {vocabulary}."
+        )
+    return CharTokenizer.fit(train, valid) if kind == "char" else ByteTokenizer()
+
+
+def tokenizer_from_json(state: Mapping[str, Any]) -> Tokenizer:
+    """Restores what ``to_json`` gave.
+
+    Args:
+        state:
+            That dict.
+
+    Raises:
+        ModuleNotFoundError:
+            If it is of ``"bpe"`` and the ``tokenizers`` library is not installed.
+        ValueError:
+            If it is damaged.
+
+    Example:
+        >>> tokenizer_from_json(CharTokenizer("abc").to_json())
+        CharTokenizer(alphabet='abc', fallback=b'')
+    """
+    if not isinstance(state, Mapping) or "kind" not in state:
+        raise ValueError(f"A tokenizer's state must have a 'kind', but is {format_list([state])}.")
+    kind = state["kind"]
+    if kind not in TOKENIZER_KINDS:
+        raise unknown_name("a kind of tokenizer", kind, TOKENIZER_KINDS)
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "bpe":
+        return BpeTokenizer(_typed_entry(state, "tokenizer", str))
+    fallback_points = _typed_entry(state, "fallback", list)
+    if not all(type(byte) is int and 0 <= byte < N_BYTE_VALUES for byte in fallback_points):
+        raise ValueError(
+            f"A tokenizer's 'fallback' must be bytes, but is {format_list(fallback_points)}."
+        )
+    return CharTokenizer(_typed_entry(state, "alphabet", str), bytes(fallback_points))
+
+
+def _code_points(text: str) -> NDArray[np.uint32]:
+    """Code points, **shape** (characters,)."""
+    return np.frombuffer(text.encode("utf-32-le"), np.dtype("<u4")).astype(np.uint32)
+
+
+def _typed_entry(state: Mapping[str, Any], name: str, wanted: type) -> Any:
+    """An entry of the expected type, or a ValueError."""
+    value = state.get(name)
+    if not isinstance(value, wanted):
+        raise ValueError(
+            f"A tokenizer's {name!r} must be a {wanted.__name__}, but is a {type(value).__name__}."
+        )
+    return value

@@ -1,0 +1,76 @@
+"""A plain network's weights into a stack: the way back from `StackedModule.member`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from optuna_nnhp.networks.gpt import StackedGPT
+from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.networks.mlp import StackedMLP
+from optuna_nnhp.networks.vmap_stack import ModuleStack
+from optuna_nnhp.networks.vmap_stack import tensors_of
+
+
+@torch.no_grad()
+def load_member(stack: StackedModule, i: int, network: nn.Module) -> None:
+    """Give a member of a stack the weights and running statistics of a plain network, exactly.
+
+    Args:
+        stack:
+            The stack.
+        i:
+            Which member; it has the network's structure.
+        network:
+            What `StackedModule.member` gives of such a member.
+
+    Example:
+        >>> from optuna_nnhp.networks.vmap_stack import VmapStack
+        >>> stack, network = (
+        ...     VmapStack([nn.Linear(3, 2) for _ in range(4)], dims=2),
+        ...     nn.Linear(3, 2),
+        ... )
+        >>> load_member(stack, 1, network)
+        >>> torch.equal(stack.member(1).weight, network.weight)
+        True
+    """
+    for stacked, plain in _tensor_pairs(stack, i, network):
+        stacked.copy_(plain)
+
+
+def _tensor_pairs(
+    stack: StackedModule, i: int, network: nn.Module
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor of a member, and where its numbers come from."""
+    if isinstance(stack, StackedMLP):
+        yield from _mlp_tensor_pairs(stack, i, network)
+        return
+    plain, own = tensors_of(network), stack.state_dict()
+    if isinstance(stack, ModuleStack):
+        names = {key: name for key, name in stack.names.items() if name in plain}
+    elif isinstance(stack, StackedGPT):
+        names = {key: key.removesuffix(".weight") for key in own if key != "dropout"}
+    else:
+        raise TypeError(f"A stack of a known kind must be filled, but got {type(stack).__name__}.")
+    for key, name in names.items():
+        yield own[key][i], plain[name]
+
+
+def _mlp_tensor_pairs(
+    stack: StackedMLP, i: int, network: nn.Module
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same, but for padding, which is zero and stays so."""
+    own, layers = stack.state_dict(), list(network.modules())
+    for n, linear in enumerate(m for m in layers if isinstance(m, nn.Linear)):
+        columns, rows = linear.weight.shape
+        yield own[f"linears.{n}.weight"][i, :rows, :columns], linear.weight.T
+        if linear.bias is not None:
+            yield own[f"linears.{n}.bias"][i, :columns], linear.bias
+    for n, norm in enumerate(m for m in layers if isinstance(m, nn.BatchNorm1d | nn.LayerNorm)):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if hasattr(norm, name):
+                tensor = getattr(norm, name)
+                yield own[f"norms.{n}.{name}"][i, : len(tensor)], tensor

@@ -1,0 +1,179 @@
+"""How many trials to train at once: measured once for each kind of network on each machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+import tempfile
+import time
+from typing import NamedTuple
+
+import optuna
+import torch
+
+from optuna_nnhp.engine import gpt
+from optuna_nnhp.engine.mlp import load_library
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.device import available_threads
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+MEASUREMENT = 4  # version: what others have measured is not known
+PROBES, PROBE = 2, 0.01  # of each size, and how long each takes at least: seconds
+STEP_PROBE = 0.3  # of a budget in seconds: seconds
+GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
+# The engine's threads are kept busy by so many members each, some of which leave at every rung;
+# more of them are no faster where a step is long.
+MEMBERS_OF_THREAD = 4
+SLOW = 2e-3  # seconds: the engine's throughput is known from one member with a longer step
+WARM_UP = 3  # steps before the first probe of compiled code
+FACTOR = 4  # from one size that is tried to the next
+LONG = 0.1  # seconds: a stack whose step is expected to take longer is not tried
+
+_known: dict[str, Throughput] = {}
+
+
+class Throughput(NamedTuple):
+    """What was measured of one kind of network.
+
+    Args:
+        size:
+            The smallest number of trials whose stack is about as fast, per trial, as larger ones.
+        round:
+            Seconds that a trial's round takes in it; of a `measure_seconds_per_step`, its step.
+    """
+
+    size: int
+    round: float
+
+
+def measure_throughput(problem: Problem, leader: Member, most: int) -> Throughput:
+    """How many trials like one to train at once, and how fast they are then.
+
+    Measured once and remembered, in a file beside the user's other caches, so that the same seed
+    gives the same study on one machine.
+
+    Args:
+        problem:
+            What is tuned.
+        leader:
+            One of the trials.
+        most:
+            Trials that memory allows.
+    """
+    parts = [torch.__version__, torch.get_num_threads(), problem.signature(leader)]
+    parts += [MEASUREMENT, load_library() is not None, gpt.load_library() is not None]
+    parts += [problem.description["fingerprint"], str(getattr(problem, "device", "cpu"))]
+    parts += [getattr(problem, "compile", False)]
+    key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+    if key not in _known:
+        _known.update(_read())
+    if key not in _known:
+        _known[key] = _measure(lambda k: problem.cohort(_copies(leader, k)), most)
+        _write({**_read(), key: _known[key]})
+    return _known[key]._replace(size=min(most, _known[key].size))
+
+
+def measure_seconds_per_step(shape: str, make: Callable[[], Cohort]) -> float:
+    """Seconds of one trial's step, measured once for each shape and remembered.
+
+    Args:
+        shape:
+            What it depends on.
+        make:
+            Makes a cohort of one.
+    """
+    parts = [torch.__version__, torch.get_num_threads(), MEASUREMENT, shape]
+    parts += [gpt.load_library() is not None]
+    key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+    if key not in _known:
+        _known.update(_read())
+    if key not in _known:
+        _known[key] = Throughput(1, seconds_per_step(make(), STEP_PROBE))
+        _write({**_read(), key: _known[key]})
+    return _known[key].round
+
+
+def _copies(leader: Member, k: int) -> list[Member]:
+    """Trials like one, with a budget that lasts for the measurement."""
+    params = leader.params | {"epochs": 1 + PROBES, "iterations": 0}
+    return [Member(number=i, seed=i, params=params) for i in range(k)]
+
+
+def _measure(make: Callable[[int], Cohort], most: int) -> Throughput:
+    """Try ever larger stacks, as long as it pays."""
+    cohort = make(1)
+    per_round, best, fastest = cohort.batches.per_round, 1, seconds_per_step(cohort)
+    k = min(most, MEMBERS_OF_THREAD * available_threads()) if cohort.compiled_mlp else 1
+    if k > 1 and fastest > SLOW:
+        return Throughput(k, fastest * per_round)
+    if k > 1:
+        best, fastest = k, seconds_per_step(make(k)) / k
+    while k < most and fastest * min(FACTOR * k, most) < LONG:
+        k = min(FACTOR * k, most)
+        each = seconds_per_step(make(k)) / k
+        if each * GAIN > fastest:
+            break
+        best, fastest = k, each
+    _logger.debug(f"Cohorts of {best}: {1e6 * fastest:.0f} us a network and step.")
+    return Throughput(best, fastest * per_round)
+
+
+def seconds_per_step(cohort: Cohort, probe: float = PROBE) -> float:
+    """Seconds of a cohort's step, the faster of two probes; it is trained by them."""
+    fastest = math.inf
+    if cohort.task.compile:  # the first steps are those that make the code
+        asked_for = iter(range(WARM_UP + 1))
+        cohort.train_round(lambda: next(asked_for, None) is None)
+    for _ in range(PROBES):
+        before, asked = sum(cohort.iterations), list[float]()
+
+        def enough() -> bool:  # though not before the first step
+            asked.append(time.perf_counter())  # noqa: B023
+            return len(asked) > 1 and asked[-1] - asked[0] > probe  # noqa: B023
+
+        cohort.train_round(enough)
+        seconds = time.perf_counter() - asked[0]  # what is drawn for a whole round is no step
+        steps = (sum(cohort.iterations) - before) / len(cohort.members)
+        fastest = min(fastest, seconds / steps)
+        if seconds > max(LONG, 2 * probe):
+            break
+    return fastest
+
+
+def _file() -> Path:
+    """Where measurements are kept; an OSError where there is no home."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache or Path.home() / ".cache") / "optuna_nnhp" / "cohort_sizes.json"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def _read() -> dict[str, Throughput]:
+    try:
+        known = json.loads(_file().read_text())
+        return {str(key): Throughput(int(size), float(t)) for key, (size, t) in known.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        _logger.debug(f"The measured cohort sizes could not be read: {error}")
+        return {}
+
+
+def _write(sizes: dict[str, Throughput]) -> None:
+    """Write all, as one act; without a place to write they are measured again next time."""
+    try:
+        path = _file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(sizes, file)
+        Path(file.name).replace(path)
+    except OSError as error:
+        _logger.debug(f"The measured cohort sizes could not be kept: {error}")

@@ -1,0 +1,169 @@
+"""What surrounds a study's loop: the budget, Ctrl-C, Optuna's stop flag, the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import field
+import math
+import signal
+import threading
+import time
+from types import FrameType
+from types import TracebackType
+
+from optuna import Study
+from tqdm import tqdm
+
+REDRAW_EVERY = 0.1  # seconds
+
+
+@dataclass
+class Budget:
+    """How long a study may go on.
+
+    Args:
+        n_trials:
+            Trials of the whole study, those of earlier calls included; None for no bound.
+        timeout:
+            Seconds of this call; None for no bound.
+        interrupted:
+            Whether the user has asked to end it (SIGINT): trials end as they stand.
+        released:
+            Whether the machine has (SIGTERM): trials are left to whoever goes on with the study.
+        workers:
+            Processes that share the trials: nobody starts more than a fair part of the last ones.
+
+    Example:
+        >>> Budget(n_trials=10, timeout=None).left(finished=7)
+        3
+    """
+
+    n_trials: int | None
+    timeout: float | None
+    interrupted: bool = False
+    released: bool = False
+    workers: int = 1
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def out_of_time(self) -> bool:
+        """Whether trials must stop at once."""
+        return self.interrupted or (self.timeout is not None and self.seconds >= self.timeout)
+
+    def is_over(self) -> bool:
+        """Whether no more trials start, and none goes on longer than it must."""
+        return self.released or self.out_of_time()
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the timeout, infinite without one."""
+        return math.inf if self.timeout is None else self.timeout - self.seconds
+
+    def left(self, finished: int) -> int | None:
+        """Trials still to start here; None for any number."""
+        if self.n_trials is None:
+            return None
+        return math.ceil(max(0, self.n_trials - finished) / self.workers)
+
+
+@contextmanager
+def graceful_shutdown(budget: Budget, *, releases: bool = True) -> Iterator[None]:
+    """Within, the first Ctrl-C or SIGTERM ends the study tidily and the second one at once.
+
+    Only the main thread can catch signals; in another one nothing changes.
+
+    Args:
+        budget:
+            What they end.
+        releases:
+            Whether SIGTERM leaves trials to others; else it is as Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def end_tidily(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT or not releases:
+            budget.interrupted = True
+        else:
+            budget.released = True
+        put_back()
+
+    for number in before:
+        signal.signal(number, end_tidily)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+@contextmanager
+def allow_study_stop(study: Study) -> Iterator[None]:
+    """Within, `study.stop()` works, as in Optuna's own `optimize`.
+
+    Callbacks such as `MaxTrialsCallback` and exhausted samplers call it; Optuna allows it only
+    under this private flag.
+    """
+    study._stop_flag = False
+    study._thread_local.in_optimize_loop = True
+    try:
+        yield
+    finally:
+        study._thread_local.in_optimize_loop = False
+
+
+class ProgressBar:
+    """One line on the terminal: how far, the best value, who is running.
+
+    Args:
+        show:
+            Whether to show it.
+        budget:
+            Trials if it counts trials, else seconds.
+        finished:
+            Trials finished before this call.
+    """
+
+    def __init__(self, show: bool, budget: Budget, finished: int) -> None:
+        self._budget, self._drawn = budget, 0.0
+        total = budget.n_trials if budget.n_trials is not None else budget.timeout
+        unit = "trials" if budget.n_trials is not None else "s"
+        self._bar = tqdm(
+            total=total,
+            initial=min(finished, total or finished) if unit == "trials" else 0,
+            disable=not show,
+            bar_format="{percentage:3.0f}%|{bar:24}| {n:.0f}/{total:.0f} {unit}{postfix}",
+            unit=unit,
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def show(self, finished: int, running: int, best: float | None) -> None:
+        """Redraw, but not more than ten times a second."""
+        if time.monotonic() - self._drawn < REDRAW_EVERY and running:
+            return
+        self._drawn = time.monotonic()
+        done = finished if self._budget.n_trials is not None else self._budget.seconds
+        self._bar.n = min(done, self._bar.total) if self._bar.total is not None else done
+        text = f"best {best:.6g}" if best is not None else "no value yet"
+        self._bar.set_postfix_str(f"{text}, {finished} trials done, {running} running")

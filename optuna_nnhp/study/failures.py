@@ -1,0 +1,124 @@
+"""What becomes of trials whose training raises: each failure has a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field
+import traceback
+
+import optuna
+from optuna import Study
+from optuna import Trial
+from optuna.trial import TrialState
+import torch
+
+from optuna_nnhp.errors import exception_chain
+from optuna_nnhp.errors import hide_passwords
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.study.problem import TrialTooLarge
+from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.training.device import is_out_of_memory
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+ERROR, TRACEBACK = "error", "traceback"  # attributes: the last line, and all of it
+MAX_TRACEBACK_LENGTH = 4000  # characters of a traceback, those at its end
+MAX_SAME_ERROR = 3  # so many first trials that fail with the same error end a study
+MAX_REJECTED = 100  # trials in a row that cannot be trained end it too
+
+
+class CohortError(Exception):
+    """What a cohort raised while it was built or trained, as its cause."""
+
+
+@dataclass
+class FailurePolicy:
+    """Ends trials as FAIL, and says when a study makes no sense any more.
+
+    Args:
+        study:
+            The study.
+        problem:
+            What is tuned.
+
+    Attributes:
+        has_worked: Whether any trial of the study has been trained to an evaluation.
+        refused: How many trials in a row could not be trained as they were proposed.
+        lines: Of the trials that failed before any has worked, what they failed with.
+    """
+
+    study: Study
+    problem: Problem
+    any_trained: bool = False
+    rejected_in_row: int = 0
+    error_lines: list[str] = field(default_factory=list)
+
+    def refuse(self, trial: Trial, error: Exception) -> None:
+        """End a trial that cannot be trained as it is proposed.
+
+        Raises:
+            ValueError: If there were too many of them in a row.
+        """
+        record_error(trial, error)
+        self.study.tell(trial, state=TrialState.FAIL)
+        _logger.warning(f"Trial {trial.number} failed: {error}")
+        self.rejected_in_row += 1
+        if self.rejected_in_row >= MAX_REJECTED:
+            raise ValueError(
+                f"One of {MAX_REJECTED} trials in a row must be possible, but the last is not "
+                f"either: {error}"
+            ) from error
+
+    def fail(self, running: RunningTrial, error: BaseException, *, counts: bool = True) -> None:
+        """End a trial that raised while it was built or trained alone.
+
+        Raises:
+            Exception: The error itself, if the study's first trials all raise it.
+        """
+        trial, line = running.trial, error_line(error)
+        record_error(trial, error)
+        if is_out_of_memory(error):
+            needed = self.problem.memory(running.member)
+            trial.set_user_attr("needed_bytes", needed)
+            line = f"it needs about {needed / 2**20:,.0f} MiB, and there is no room: {line}"
+        running.fail(self.study, self.problem, _cause(error))
+        _logger.warning(f"Trial {trial.number} failed: {line}")
+        if self.any_trained or not counts:
+            return
+        self.error_lines.append(error_line(error))
+        if self.error_lines[-MAX_SAME_ERROR:] == [self.error_lines[-1]] * MAX_SAME_ERROR:
+            error.add_note(f"The study ends: its first {MAX_SAME_ERROR} trials failed alike.")
+            raise error
+
+
+def record_error(trial: Trial, error: BaseException) -> None:
+    """Write what went wrong as attributes of a trial."""
+    text = "".join(traceback.format_exception(error)).strip()
+    trial.set_user_attr("cause", _cause(error))
+    trial.set_user_attr(ERROR, hide_passwords(error_line(error)))
+    trial.set_user_attr(TRACEBACK, hide_passwords(text[-MAX_TRACEBACK_LENGTH:]))
+
+
+def error_line(error: BaseException) -> str:
+    """The first line of what an error says, with its type unless it is ours.
+
+    Example:
+        >>> error_line(ZeroDivisionError("by zero")), error_line(TrialError("no room"))
+        ('ZeroDivisionError: by zero', 'no room')
+    """
+    text = next(iter(str(error).strip().splitlines()), "")
+    return text if isinstance(error, TrialError) else f"{type(error).__name__}: {text}"
+
+
+def free_frames(error: BaseException) -> None:
+    """Let go of what an error's frames hold: the tensors of a cohort that had no room."""
+    for one in exception_chain(error):
+        traceback.clear_frames(one.__traceback__)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _cause(error: BaseException) -> str:
+    too_large = isinstance(error, TrialTooLarge) or is_out_of_memory(error)
+    return "out of memory" if too_large else "error"

@@ -1,0 +1,228 @@
+"""How a user wants to tune: a method's sampler, its loop, their options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import copy
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+import functools
+from numbers import Integral
+from typing import Any
+
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.samplers import BruteForceSampler
+from optuna.samplers import GridSampler
+from optuna.samplers import QMCSampler
+
+from optuna_nnhp import rng
+from optuna_nnhp.errors import short_repr
+from optuna_nnhp.hyperparameters.catalogue import nearest_value
+from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp.hyperparameters.spec import is_in_distribution
+from optuna_nnhp.search.methods import make_sampler
+from optuna_nnhp.search.methods import split_options
+from optuna_nnhp.search.zoomed_space import ZoomedSpace
+from optuna_nnhp.study.budget import Budget
+from optuna_nnhp.study.grid import check_grid
+from optuna_nnhp.study.grid import make_grid
+from optuna_nnhp.study.hypergradient import HypergradientPolicy
+from optuna_nnhp.study.hypergradient import gradient_space
+from optuna_nnhp.study.population import PopulationPolicy
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.trial_source import BASELINE
+from optuna_nnhp.study.tuner import Tuner
+
+ZOOMED_FROM = "zoomed_from"  # study attribute: whose trials proposed its space
+POLICIES: dict[str | None, type[Tuner]] = {
+    "population": PopulationPolicy,
+    "gradient": HypergradientPolicy,
+}
+LEAST = {"size": 2, "population_size": 2, "round_size": 5, "n_startup_trials": 0}  # else 1
+
+
+@dataclass
+class MethodConfig:
+    """A method with its options.
+
+    Args:
+        method:
+            Its name; None for a user's own sampler.
+        sampler:
+            What proposes.
+        is_user_sampler:
+            Whether the sampler is a user's.
+        options:
+            Of the method's sampler.
+        policy_options:
+            Of the study's loop.
+        levels:
+            Of a grid.
+        seed:
+            The study's.
+    """
+
+    method: str | None
+    sampler: BaseSampler
+    is_user_sampler: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    policy_options: dict[str, Any] = field(default_factory=dict)
+    levels: Mapping[str, Sequence[Value]] | None = None
+    seed: int = 0
+
+    def reject_options(self, **given: object) -> None:
+        """Raise if something was given that the method's own loop has no use for."""
+        for name, value in given.items():
+            if value is not None and self.method in POLICIES:
+                raise ValueError(
+                    f"`{name}` must not be given with the method {self.method!r}, which has its "
+                    f"own way, but got {short_repr(value)}."
+                )
+
+    def check(self, problem: Problem, budget: Budget) -> None:
+        """Raise what makes no sense for a problem, and plan a grid.
+
+        Raises:
+            ValueError: If a grid does not fit, or the gradient has nothing to move.
+        """
+        if self.method == "grid":
+            partial = self.policy_options.get("partial", False)
+            self.sampler = make_grid(problem, budget, self.levels, partial, self.seed)
+        elif isinstance(self.sampler, GridSampler):
+            check_grid(self.sampler, problem.space)
+        if self.method == "gradient":
+            gradient_space(problem)
+
+    def sampler_for(self, study: Study, *, few: bool, worker: int = 0) -> BaseSampler:
+        """The sampler, with new random numbers where a study is continued, and for each worker.
+
+        Else it would repeat its first trials, or those of the first worker.
+        """
+        is_planned = self.method == "grid" or isinstance(self.sampler, QMCSampler)
+        if is_planned:  # one seed is one sequence, which workers share
+            return self.sampler
+        if self.method is None or self.is_user_sampler:
+            return _reseeded(self.sampler) if worker else self.sampler
+        seed = (self.seed + 1_000_003 * len(study.get_trials(deepcopy=False))) % 2**32
+        if worker:
+            seed = rng.mix_keys(seed, rng.WORKERS, worker) % 2**32
+        return make_sampler(self.method, seed, few=few, options=self.options)
+
+    @property
+    def uses_portfolio(self) -> bool:
+        """Whether the template's portfolio is tried beside the default."""
+        return POLICIES.get(self.method, Tuner).uses_portfolio
+
+    @property
+    def scheduler(self) -> functools.partial[Tuner]:
+        """The study's loop, still without its study."""
+        options = {} if self.method == "grid" else self.policy_options
+        return functools.partial(POLICIES.get(self.method, Tuner), **options)
+
+
+def _reseeded(sampler: BaseSampler) -> BaseSampler:
+    """A user's own sampler with random numbers that nobody else has."""
+    other = copy.deepcopy(sampler)
+    other.reseed_rng()
+    return other
+
+
+def parse_method(
+    method: str | BaseSampler,
+    sampler: BaseSampler | None,
+    options: Mapping[str, Any] | None,
+    levels: Mapping[str, Sequence[Value]] | None,
+    seed: int,
+) -> MethodConfig:
+    """What a user's arguments mean.
+
+    Raises:
+        ValueError: If they contradict each other, or name something unknown.
+
+    Example:
+        >>> parse_method("random", None, None, None, seed=0).method
+        'random'
+    """
+    if isinstance(method, BaseSampler):
+        if sampler is not None:
+            raise ValueError("The sampler must be given once, as `method` or as `sampler`.")
+        if options:
+            raise ValueError(
+                f"`method_options` must come with the name of a method, but it is {method!r}."
+            )
+        return parse_method("bayes", method, None, levels, seed)
+    mine, loops = split_options(method, options)
+    for name, value in {**mine, **loops}.items():
+        _check_option(name, value)
+    if levels is not None and method != "grid":
+        raise ValueError(f"`levels` must come with the method 'grid', but it is {method!r}.")
+    if sampler is None:
+        method_config = MethodConfig(
+            method, make_sampler(method, seed, options=mine), False, mine, loops
+        )
+        return replace(method_config, levels=levels, seed=seed)
+    if not isinstance(sampler, BaseSampler):
+        raise ValueError(f"`sampler` must be an Optuna sampler, but got {short_repr(sampler)}.")
+    if mine or (method != "bayes" and method not in POLICIES):
+        raise ValueError(
+            f"`sampler` must stand alone, or with the methods {', '.join(map(str, POLICIES))}, "
+            f"but came with {method!r}{' and its options' if mine else ''}."
+        )
+    if method in POLICIES and isinstance(sampler, GridSampler | BruteForceSampler):
+        raise ValueError(
+            f"`sampler` must be one that proposes any values beside {method!r}, but is a grid: "
+            f"{sampler!r}."
+        )
+    return MethodConfig(
+        method if method in POLICIES else None, sampler, True, {}, loops, seed=seed
+    )
+
+
+def _check_option(name: str, value: object) -> None:
+    """Raise unless an option of a method makes sense."""
+    if name == "partial":
+        if not isinstance(value, bool):
+            raise ValueError(f"`partial` must be True or False, but got {short_repr(value)}.")
+    elif name == "rate":
+        if type(value) is bool or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"`rate` must be a number above 0, but got {short_repr(value)}.")
+    elif not (name == "patience" and value is None):
+        least = LEAST.get(name, 1)
+        if type(value) is bool or not isinstance(value, Integral) or int(value) < least:
+            raise ValueError(
+                f"`{name}` must be a whole number of at least {least}, but got "
+                f"{short_repr(value)}."
+            )
+
+
+def enqueue_source_best(
+    study: Study, space: Mapping[str, BaseDistribution] | None, problem: Problem
+) -> None:
+    """Let a new study of a zoomed space begin with its source's best configuration.
+
+    Args:
+        study:
+            The study.
+        space:
+            What the user gave; nothing happens unless it is of `zoom`.
+        problem:
+            What is tuned.
+    """
+    if not isinstance(space, ZoomedSpace) or study.get_trials(deepcopy=False):
+        return
+    study.set_user_attr(ZOOMED_FROM, space.source)
+    best = {
+        name: nearest_value(space.best[name], d)
+        for name, d in problem.space.items()
+        if name in space.best
+    }
+    best = {
+        name: value
+        for name, value in best.items()
+        if is_in_distribution(problem.space[name], value)
+    }
+    study.enqueue_trial({**problem.defaults(), **best}, user_attrs={BASELINE: True})

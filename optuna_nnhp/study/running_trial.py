@@ -1,0 +1,231 @@
+"""One running trial: asking for its values, keeping its curves, ending it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+import math
+import time
+from typing import Any
+
+from optuna import Study
+from optuna import Trial
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import Scores
+from optuna_nnhp.training.numerics_context import NUMERICS_CONTEXT_KEY
+from optuna_nnhp.training.numerics_context import SINGLE
+from optuna_nnhp.training.numerics_context import NumericsContext
+from optuna_nnhp.training.rounds import epochs
+
+TRIAL_TIMEOUT = "trial_timeout"  # attribute of a trial that took longer than each may: seconds
+# Of a running trial, what a checkpoint keeps as it is.
+CURVES = ("train_loss", "validation_loss", "best_round", "trained")
+KEPT = (*CURVES, "is_baseline", "is_portfolio", "is_enqueued")
+
+
+def suggest(trial: Trial, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    """Ask a trial for every value of a space, through Optuna's public calls.
+
+    Example:
+        >>> import optuna
+        >>> trial = optuna.create_study().ask()
+        >>> suggest(trial, {"depth": IntDistribution(2, 2)})
+        {'depth': 2}
+    """
+    values: dict[str, Any] = {}
+    for name, distribution in space.items():
+        match distribution:
+            case FloatDistribution(low=low, high=high, step=step, log=log):
+                values[name] = trial.suggest_float(name, low, high, step=step, log=log)
+            case IntDistribution(low=low, high=high, step=step, log=log):
+                values[name] = trial.suggest_int(name, low, high, step=step, log=log)
+            case CategoricalDistribution(choices=choices):
+                values[name] = trial.suggest_categorical(name, choices)
+            case _:
+                raise TypeError(f"`{name}` must have a known distribution, not {distribution}.")
+    return values
+
+
+@dataclass
+class RunningTrial:
+    """A trial while it trains.
+
+    Args:
+        trial:
+            Optuna's trial.
+        member:
+            The same trial as the cohort knows it.
+        maximize:
+            Whether a greater metric is better.
+        signature:
+            What it must have in common with others to be stacked with them.
+        is_baseline:
+            Whether it has the default configuration, which is what others must beat.
+        is_portfolio:
+            Whether it is of the template's portfolio, and begins beside the baseline.
+        is_enqueued:
+            Whether somebody wants its values, and no sampler proposed them.
+        train_loss:
+            One number per evaluation.
+        validation_loss:
+            One number per evaluation.
+        values:
+            The metric, by round: what Optuna calls a step.
+        best_round:
+            Round of the best value, 0 before the first.
+        reported:
+            How many of `values` the storage has seen.
+        started:
+            Clock at the start, seconds.
+        trained:
+            Seconds that its cohorts have trained.
+        is_finished:
+            Whether Optuna knows its end.
+        ended_elsewhere:
+            Whether it ends elsewhere.
+        exact_value:
+            Its best value as that of its weights alone, once that is known.
+        numerics_context:
+            What it was trained in, see `training.numerics_context`.
+    """
+
+    trial: Trial
+    member: Member
+    maximize: bool
+    signature: Hashable = None
+    is_baseline: bool = False
+    is_portfolio: bool = False
+    is_enqueued: bool = False
+    train_loss: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    values: dict[int, float] = field(default_factory=dict)
+    best_round: int = 0
+    reported: int = 0
+    started: float = field(default_factory=time.monotonic)
+    trained: float = 0.0
+    is_finished: bool = False
+    ended_elsewhere: bool = False
+    exact_value: float | None = None
+    numerics_context: NumericsContext = ()
+
+    def add_scores(self, scores: Scores, i: int) -> None:
+        """Note one evaluation: the trial is the i-th of those that were evaluated."""
+        self.train_loss.append(scores.train_loss[i])
+        self.validation_loss.append(scores.validation_loss[i])
+        self.values[scores.rounds[i]] = scores.value[i]
+        self.best_round = scores.best_round[i]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs, as JSON can keep it."""
+        return {
+            "number": self.member.number,
+            "values": list(self.values.items()),
+            "seconds": time.monotonic() - self.started,
+            **{name: getattr(self, name) for name in KEPT},
+        }
+
+    def load_state_dict(self, facts: Mapping[str, Any] | None) -> None:
+        """Be where the trial was when its `facts` were taken; at its beginning if None."""
+        if facts is None:
+            begun = RunningTrial(self.trial, self.member, self.maximize)
+            facts = {**begun.facts, **{name: getattr(self, name) for name in KEPT[len(CURVES) :]}}
+        for name in KEPT:
+            setattr(self, name, facts[name])
+        self.values = {int(number): float(value) for number, value in facts["values"]}
+        self.started, self.reported = time.monotonic() - facts["seconds"], 0
+
+    @property
+    def last_round(self) -> int:
+        """Round of the last evaluation, 0 before the first."""
+        return max(self.values, default=0)
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether any of its numbers was none."""
+        return not all(map(math.isfinite, [*self.values.values(), *self.train_loss]))
+
+    @property
+    def best_so_far(self) -> float | None:
+        """What it is pruned by: the best value of all evaluations, also of those that read a part
+        of the validation data only; None before the first."""
+        values = [value for value in self.values.values() if math.isfinite(value)]
+        return (max if self.maximize else min)(values, default=None)
+
+    @property
+    def best(self) -> float | None:
+        """Best value so far, None before the first."""
+        return self.values.get(self.best_round) if self.exact_value is None else self.exact_value
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """Whether a value beats another one."""
+        return than is None or (value > than if self.maximize else value < than)
+
+    def report(self) -> None:
+        """Hand the values that are new to the storage; a NaN is nobody's value.
+
+        A trial that goes on where it was left may come to values that are there already.
+        """
+        known = self.trial._cached_frozen_trial.intermediate_values
+        for step, value in list(self.values.items())[self.reported :]:
+            if math.isfinite(value) and step not in known:
+                self.trial.report(value, step)
+        self.reported = len(self.values)
+
+    def describe(self, problem: Problem, iterations: int, cause: str) -> None:
+        """Write what a reader should know of the trial, as its attributes."""
+        rounds = problem.rounds_per_epoch
+        attributes: dict[str, Any] = {
+            "train_loss": self.train_loss,
+            "validation_loss": self.validation_loss,
+            "epochs": epochs(self.last_round, rounds),
+            "iterations": iterations,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "weights": problem.count_weights(self.member),
+            **problem.attributes(self.member),
+            "cause": cause,
+        }
+        if self.best_round:
+            best_epoch = epochs(self.best_round, rounds)
+            attributes |= {"best_epoch": best_epoch, "best_value": self.best}
+        if any(kind != SINGLE for _, kind in self.numerics_context):
+            attributes[NUMERICS_CONTEXT_KEY] = self.numerics_context
+        for name, value in attributes.items():
+            self.trial.set_user_attr(name, value)
+
+    def tell(self, study: Study, state: TrialState) -> None:
+        """End the trial: with its best value if COMPLETE, with the last one if PRUNED."""
+        self.report()
+        study.tell(self.trial, self.best if state == TrialState.COMPLETE else None, state)
+        self.is_finished = True
+
+    def fail(self, study: Study, problem: Problem, cause: str) -> None:
+        """End the trial as FAIL, unless it has ended."""
+        if not self.is_finished:
+            self.describe(problem, 0, cause)
+            self.tell(study, TrialState.FAIL)
+
+
+def params_for_retraining(trial: FrozenTrial) -> dict[str, Any]:
+    """What a trial is to be trained again with: its steps if its budget was in seconds.
+
+    Example:
+        >>> import optuna
+        >>> trial = optuna.trial.create_trial(value=1.0, user_attrs={"budget_iterations": 90})
+        >>> params_for_retraining(trial)
+        {'iterations': 90}
+    """
+    params = dict(trial.params)
+    if steps := trial.user_attrs.get("budget_iterations"):  # of seconds of another machine
+        params["iterations"] = steps
+    return params

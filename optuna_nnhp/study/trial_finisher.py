@@ -1,0 +1,185 @@
+"""How trials end: what Optuna is told, which weights are kept, who is called back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna import Study
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from optuna_nnhp.storages.operations import REQUEUED_BY
+from optuna_nnhp.study.best_trials import BestTrials
+from optuna_nnhp.study.cohort_runs import CohortRun
+from optuna_nnhp.study.running_trial import TRIAL_TIMEOUT
+from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.trial_source import CUT_SHORT
+from optuna_nnhp.study.trial_source import TrialSource
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.retrain import evaluate_best
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+Callback = Callable[[Study, FrozenTrial], None]
+
+
+@dataclass
+class TrialFinisher:
+    """Ends trials.
+
+    Args:
+        source:
+            Knows those that run here.
+        best_trials:
+            The best ones.
+        callbacks:
+            Called after every trial with the study and the trial, as by Optuna.
+        trial_timeout:
+            Seconds of training that each trial may take; None for no bound.
+    """
+
+    source: TrialSource
+    best_trials: BestTrials
+    callbacks: Sequence[Callback] = ()
+    trial_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        self.study, self.problem = self.source.study, self.source.problem
+        self.storage = self.source.storage
+
+    def end(self, run: CohortRun, causes: Mapping[int, str]) -> None:
+        """End trials of a cohort, by their numbers; the cohort stays as it is."""
+        places = {member.number: place for place, member in enumerate(run.cohort.members)}
+        told, before = [run.running[number] for number in causes], self.best_trials.ranking
+        with self.storage.batch():
+            for running, cause in zip(told, causes.values(), strict=True):
+                if not running.is_finished:
+                    self._end(running, cause, run.cohort, places[running.member.number])
+        for number in causes:
+            del run.running[number], self.source.running[number]
+        self.best_trials.delete_others(before)
+        self.source.finished += len(told)
+        self.run_callbacks(told)
+
+    def exceeds_timeout(self, running: RunningTrial, more: float = 0.0) -> bool:
+        """Whether a trial, trained for some seconds more, has taken longer than each may."""
+        return self.trial_timeout is not None and running.trained + more > self.trial_timeout
+
+    def _end(self, running: RunningTrial, cause: str, cohort: Cohort, place: int) -> None:
+        """Tell Optuna of one trial's end, its best weights kept first if it leads."""
+        try:
+            if cause == "timeout" and self.exceeds_timeout(running):
+                running.trial.set_user_attr(TRIAL_TIMEOUT, self.trial_timeout)
+            state, number = self._state(running, cause), running.member.number
+            is_complete = state == TrialState.COMPLETE and running.best is not None
+            if is_complete and self.best_trials.would_rank(running.best or 0.0, number):
+                self._settle(running, cohort, place)
+            running.numerics_context = cohort.numerics_context[place]
+            running.describe(self.problem, cohort.iterations[place], cause)
+        except UpdateFinishedTrialError:
+            self.mark_lost(running)
+            return
+        if is_complete and self.best_trials.add(running.best or 0.0, number):
+            self.best_trials.keep_weights(cohort, place)
+        running.tell(self.study, state)
+
+    def _settle(self, running: RunningTrial, cohort: Cohort, place: int) -> None:
+        """Give a trial the value that its weights have alone, as whoever loads them finds it."""
+        try:
+            running.exact_value = evaluate_best(cohort, place)
+        except Exception as error:  # no room for one more network, or a user's function
+            _logger.warning(
+                f"Trial {running.member.number} could not be judged alone, and keeps the value "
+                f"that it has among its mates: {error}"
+            )
+
+    def _state(self, running: RunningTrial, cause: str) -> TrialState:
+        """What an end means to Optuna."""
+        if cause in ("finished", "early stopping"):
+            return TrialState.COMPLETE
+        if cause in CUT_SHORT:
+            # Cut short it says little of its configuration, unless it is the best already.
+            if running.best_so_far is None:
+                return TrialState.FAIL
+            if self.best_trials.is_better(running.best, self.best_trials.best):
+                return TrialState.COMPLETE
+        return TrialState.PRUNED
+
+    def fail(self, running: RunningTrial, error: Exception, *, counts: bool = True) -> None:
+        """End a trial that raises alone.
+
+        Args:
+            running:
+                The trial.
+            error:
+                What it raises.
+            counts:
+                Whether it is one of those that end a study if the first of them fail alike.
+
+        Raises:
+            Exception: The error, if no trial of the study can be trained, it seems.
+        """
+        del self.source.running[running.member.number]
+        try:
+            self.source.failures.fail(running, error, counts=counts)
+        except UpdateFinishedTrialError:
+            self.mark_lost(running)
+            return
+        self.source.finished += 1
+        self.run_callbacks([running])
+
+    def fail_unstarted(self, trials: Sequence[RunningTrial], cause: str) -> None:
+        """Fail trials that were asked for and had no time to begin."""
+        with self.storage.batch():
+            for running in trials:
+                try:
+                    running.fail(self.study, self.problem, cause)
+                except UpdateFinishedTrialError:
+                    self.mark_lost(running)
+                del self.source.running[running.member.number]
+        self.run_callbacks(trials)
+
+    def fail_all(self) -> None:
+        """Fail all that run, whatever they have; an error on its way is not for callbacks."""
+        with self.storage.batch():
+            for running in self.source.running.values():
+                try:
+                    running.fail(self.study, self.problem, "error")
+                except UpdateFinishedTrialError:
+                    self.mark_lost(running)
+
+    def release_all(self, worker: str) -> None:
+        """Leave all that runs here to whoever goes on with the study."""
+        with self.storage.batch():
+            for running in self.source.running.values():
+                trial = running.trial
+                if running.is_finished:
+                    continue
+                try:
+                    running.report()
+                    trial.set_user_attr(REQUEUED_BY, worker)
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+                except UpdateFinishedTrialError:
+                    self.mark_lost(running)
+        count = sum(not running.is_finished for running in self.source.running.values())
+        _logger.warning(f"{count} trials are left as they are: the same call goes on with them.")
+        self.source.running.clear()
+
+    def mark_lost(self, trial: RunningTrial) -> None:
+        """Note that somebody else has ended a trial; what they said of it stays."""
+        trial.is_finished = trial.ended_elsewhere = True
+        _logger.warning(f"Trial {trial.member.number} was ended by another process.")
+
+    def run_callbacks(self, told: Sequence[RunningTrial]) -> None:
+        """Call the callbacks for trials that have ended."""
+        if not self.callbacks:
+            return
+        trials = self.study.get_trials(deepcopy=False)
+        for running in told:
+            for callback in self.callbacks if not running.ended_elsewhere else ():
+                callback(self.study, trials[running.member.number])

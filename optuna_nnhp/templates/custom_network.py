@@ -1,0 +1,378 @@
+"""The template for networks of one's own: any function from parameters to a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
+import math
+import traceback
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from optuna_nnhp import rng
+from optuna_nnhp.data.arrays import prepare_arrays
+from optuna_nnhp.data.supervised import SupervisedData
+from optuna_nnhp.data.supervised import prepare_table
+from optuna_nnhp.errors import unknown_name
+from optuna_nnhp.hyperparameters.catalogue import effective_params
+from optuna_nnhp.hyperparameters.catalogue import specs
+from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp.hyperparameters.spec import is_in_distribution
+from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.networks.stackability import StackabilityProbe
+from optuna_nnhp.networks.stackability import StackabilityReport
+from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.templates.custom_space import RecordingParams
+from optuna_nnhp.templates.custom_space import boundary_values
+from optuna_nnhp.templates.custom_space import custom_space
+from optuna_nnhp.templates.custom_space import default_values
+from optuna_nnhp.templates.predictor import NetworkBuilder
+from optuna_nnhp.templates.supervised import SupervisedTemplate
+from optuna_nnhp.templates.supervised import bounded_cohort_size
+from optuna_nnhp.templates.supervised import check_fits_in_memory
+from optuna_nnhp.templates.supervised import load_examples
+from optuna_nnhp.templates.supervised import resolve_target_metric
+from optuna_nnhp.training.cohort import Member
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+# Tuned only if the user's function reads them: what they do is up to it.
+STRUCTURAL_PARAMS = (
+    *("weight_init", "hidden_layers", "width", "width_shape", "activation"),
+    *("normalization", "dropout"),
+)
+
+
+class _UnknownParameterError(ValueError):
+    """A parameter that the user's function reads, and that is nowhere."""
+
+
+class CustomNetworkTemplate(SupervisedTemplate):
+    """Networks made by the user's own function, on arrays or tables.
+
+    The function gets all parameters of a trial, the catalogue's included, and returns a plain
+    `nn.Module`. Trials whose networks have one structure (see `networks.structure`) are trained
+    as one stack; a network that cannot be stacked trains alone, and a log line says why.
+
+    Args:
+        network:
+            From parameters, a mapping, to a module. Its first weights are those it has then;
+            torch's global random numbers follow from the study's seed and the trial's number.
+        X:
+            A numpy array or tensor of any number of dimensions, used as it is (float32, or int64
+            where it holds whole numbers): standardize images yourself. Or a table, that is a
+            pandas frame or the path of a CSV file: gaps are filled, categories encoded and
+            numbers standardized, as for the DNN template.
+        y:
+            What to predict; with a CSV file, give ``target`` instead.
+        target:
+            Column of the CSV file that is to be predicted.
+        task:
+            As for `DNNTemplate`.
+        validation:
+            As for `DNNTemplate`.
+        metric:
+            As for `DNNTemplate`.
+        direction:
+            As for `DNNTemplate`.
+        space:
+            Distributions of the user's own parameters, and those that replace the catalogue's.
+            The catalogue's hyperparameters of training are always there; those of structure
+            (`STRUCTURAL_PARAMS`) only if ``network`` reads them.
+        fixed:
+            Values that are not tuned, of the user's parameters or the catalogue's.
+        seed:
+            Seed of the split, of batch order, noise and first weights.
+        device:
+            Where to train; CUDA if there is any, else the CPU, if None.
+        compile:
+            Whether `torch.compile` makes the networks' code, which takes seconds to minutes once
+            for each shape; of no effect on what the compiled engine trains.
+
+    Shape:
+        - X: ``(rows, ...)``; y: ``(rows,)``.
+        - Input of the module: ``(batch, ...)``; output: logits ``(batch, classes)``, or
+          standardized numbers ``(batch, 1)`` or ``(batch,)``.
+
+    Raises:
+        ValueError: If anything in the data or the wishes makes no sense, or the default
+            configuration's network does not fit the data.
+        Exception: Whatever ``network`` raises for the default configuration.
+
+    Example:
+        >>> def network(params):
+        ...     width = params["units"]
+        ...     return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+        >>> from optuna.distributions import IntDistribution
+        >>> X = np.random.default_rng(0).normal(size=(100, 3))
+        >>> problem = CustomNetworkTemplate(
+        ...     network, X, X[:, 0] > 0, space={"units": IntDistribution(4, 64, log=True)}
+        ... )
+        >>> problem.defaults()["units"], "dropout" in problem.space, "l1" in problem.space
+        (16, False, True)
+    """
+
+    def __init__(
+        self,
+        network: NetworkBuilder,
+        X: Any = None,
+        y: Any = None,
+        *,
+        target: str | None = None,
+        task: str | None = None,
+        validation: float | tuple[Any, Any] = 0.2,
+        metric: str | Callable[[Any, Any], float] | None = None,
+        direction: str | None = None,
+        space: Mapping[str, BaseDistribution] | None = None,
+        fixed: Mapping[str, Value] | None = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        compile: bool = False,
+    ) -> None:
+        if isinstance(network, nn.Module) or not callable(network):
+            kind = type(network).__name__
+            raise ValueError(f"`network` must be a function that makes a module, but got {kind}.")
+        self.seed = rng.check_seed(seed)
+        data = _prepare_data(X, y, target, task=task, validation=validation, seed=seed)
+        judge = resolve_target_metric(metric, direction, data.target)
+        self._builder_function = network
+        self.builder = str(getattr(network, "__qualname__", type(network).__qualname__))
+        self._example = torch.from_numpy(data.train_X[:2])
+        self._custom_names, chosen = custom_space(data.target.task, space, fixed)
+        self._catalogue_defaults = {n: h.default for n, h in specs(data.target.task).items()}
+        self._probes: dict[Hashable, StackabilityReport] = {}
+        self.target, self._read_names = data.target, set[str]()
+        chosen = self._without_unread(*chosen, given={*(space or {}), *(fixed or {})})
+        super().__init__(
+            "own", data, judge, *chosen, self.builder, seed=seed, device=device, compile=compile
+        )
+        self.description["network"] = self.builder
+        self._examiner = StackabilityProbe(self._task.arrays.train_x)
+        self._check_default()
+
+    def defaults(self) -> dict[str, Value]:
+        """The catalogue's defaults and the middles of the user's ranges, as far as they fit."""
+        return default_values(self.target.task, self.space)
+
+    def member(self, number: int, params: Mapping[str, Any]) -> Member:
+        """A trial; its first weights follow from the study's seed and its number."""
+        return Member(number, number, self._complete_params({**self.fixed, **params}))
+
+    def signature(self, member: Member) -> Hashable:
+        """Structure, batch size, and the budget if in iterations; its own if it trains alone."""
+        check_fits_in_memory(self.memory(member), self.device)
+        found = self._probe(member)
+        alone = () if found.obstacle is None else (member.number,)
+        return (found.structure, member.params["batch_size"], member.params["iterations"], *alone)
+
+    def pin(self, leader: Member) -> Callable[[str, Any], Any]:
+        """What changes the structure of the leader's network becomes the leader's."""
+        structure = self._probe(leader).structure
+
+        def pin(name: str, value: Any) -> Any:
+            if name not in ("batch_size", "iterations"):
+                if name not in self._read_names:
+                    return value
+                changed = self._complete_params({**leader.params, name: value})
+                try:
+                    if self._probe(replace(leader, params=changed)).structure == structure:
+                        return value
+                except TrialError:  # such a network cannot be built; the leader's can
+                    pass
+            return self._in_space(name, leader.params[name], value)
+
+        return pin
+
+    def mutable_names(self) -> frozenset[str]:
+        """What may change while a network trains: what the user's function does not read.
+
+        Its dropout may if it is that of layers which are there at any rate.
+        """
+        free = super().mutable_names()
+        if "dropout" in self._read_names and not self._has_lasting_dropout():
+            return free - self._read_names
+        return free - (self._read_names - {"dropout"})
+
+    def _has_lasting_dropout(self) -> bool:
+        """Whether a rate of dropout is that of `nn.Dropout` layers, on or off."""
+        networks = [
+            self.network(self.member(0, {**self.defaults(), "dropout": rate}))
+            for rate in (0.0, 0.3)
+        ]
+        off, on = ([type(m) for m in network.modules()] for network in networks)
+        rates = [float(m.p) for m in networks[1].modules() if isinstance(m, nn.Dropout)]
+        return off == on and 0.3 in rates
+
+    def is_stackable(self, leader: Member) -> bool:
+        """Whether trials like one can be trained as one stack at all."""
+        return self._probe(leader).obstacle is None
+
+    def cohort_size(self, leader: Member) -> int:
+        """As many as memory allows, and as keep a round of the whole cohort short."""
+        found, rows = self._probe(leader), len(self.data.train_X)
+        if found.obstacle is not None:
+            return 1
+        flops_each = 3.0 * found.flops * rows / self.rounds_per_epoch
+        return bounded_cohort_size(self.memory(leader), flops_each, self.device)
+
+    def memory(self, member: Member) -> int:
+        """Weights, gradients, two optimizer states, the best weights; of each layer's output
+        itself, its gradient and what autograd keeps; evaluation holds one of each."""
+        found, rows = self._probe(member), len(self.data.train_X)
+        batch, judged = min(int(member.params["batch_size"] or 1), rows), len(self.data.valid_X)
+        numbers = 5 * found.weights + found.activations_per_example * max(4 * batch, judged)
+        return 4 * numbers + 24 * judged * math.prod(found.outputs)
+
+    def count_weights(self, member: Member) -> int:
+        """Number of trained weights; 0 of a network that cannot be built."""
+        try:
+            return self._probe(member).weights
+        except TrialError:
+            return 0
+
+    def network(self, member: Member) -> nn.Module:
+        """A trial's network as a plain module, with its first weights."""
+        return self._call_builder(member)[0]
+
+    def _build(self, members: Sequence[Member]) -> StackedModule:
+        return self._examiner.stack([self.network(m).to(self.device) for m in members])
+
+    def _probe(self, member: Member) -> StackabilityReport:
+        """What there is to know of a trial's network, each once.
+
+        Raises:
+            TrialError: If the user's function, or its module, raises.
+        """
+        key = tuple((name, member.params[name]) for name in sorted(self._read_names))
+        if key not in self._probes:
+            try:
+                network, reads = self._call_builder(member)
+                found = self._examiner(network.to(self.device))
+                self._check_outputs(found.outputs)
+            except Exception as error:  # the user's code, whatever it raises
+                line = traceback.format_exception_only(error)[-1].strip()
+                raise TrialError(line) from error
+            if not reads <= self._read_names:  # one that the tries before the study did not show
+                self._read_names |= reads
+                return self._probe(member)
+            self._probes[key] = found
+        return self._probes[key]
+
+    def _call_builder(self, member: Member) -> tuple[nn.Module, set[str]]:
+        """A trial's network, and the names of the parameters that it was made from."""
+        parameters = RecordingParams(member.params)
+        source = rng.generator(self.seed, rng.INITIALIZATION, member.seed)
+        with rng.global_rng_from(source):
+            try:
+                network: Any = self._builder_function(parameters)
+            except KeyError as error:
+                if error.args and error.args[0] in parameters.missing:
+                    kind = "a parameter, but `network` reads it: name it in `space` or `fixed`"
+                    raise _UnknownParameterError(
+                        unknown_name(kind, error.args[0], member.params)
+                    ) from error
+                raise
+            if not isinstance(network, nn.Module):
+                kind = type(network).__name__
+                raise ValueError(f"`network` must return a torch.nn.Module, but returned {kind}.")
+            if any(is_lazy(parameter) for parameter in network.parameters()):
+                with torch.no_grad():
+                    network.eval()(self._example)
+        return network.train(), parameters.names
+
+    def _complete_params(self, values: Mapping[str, Any]) -> dict[str, Value]:
+        """All parameters as training uses them."""
+        known = {
+            n: v
+            for n, v in {**self._catalogue_defaults, **values}.items()
+            if n in self._catalogue_defaults
+        }
+        return {**values, **effective_params(self.target.task, known)}
+
+    def _in_space(self, name: str, wanted: Value, proposed: Any) -> Any:
+        """A leader's value as the space has it: what is off is 0 in training only."""
+        distribution = self.space[name]
+        if is_in_distribution(distribution, wanted):
+            return wanted
+        fitting = [
+            e
+            for e in boundary_values(distribution)
+            if self._complete_params({name: e})[name] == wanted
+        ]
+        return fitting[0] if fitting else proposed
+
+    def _without_unread(
+        self,
+        space: dict[str, BaseDistribution],
+        fixed: dict[str, Value],
+        given: set[str],
+    ) -> tuple[dict[str, BaseDistribution], dict[str, Value]]:
+        """Leave out the catalogue's structure where the user's function does not read it.
+
+        It is called with the defaults, and with every end and choice of the user's own ranges,
+        so that what it reads in some cases only is found too.
+        """
+        midpoint = {**fixed, **default_values(self.target.task, space)}
+        self._read_names = self._call_builder(Member(0, 0, self._complete_params(midpoint)))[1]
+        for name in self._custom_names & space.keys():
+            for value in boundary_values(space[name]):
+                try:
+                    changed = self._complete_params({**midpoint, name: value})
+                    self._read_names |= self._call_builder(Member(0, 0, changed))[1]
+                except _UnknownParameterError:
+                    raise
+                except Exception as error:  # a trial that proposes this will fail, alone
+                    _logger.warning(f"`network` fails with {name}={value!r}: {error}")
+        unread = {
+            n for n in (*space, *fixed) if n in self._custom_names or n in STRUCTURAL_PARAMS
+        } - self._read_names
+        for name in unread & given:
+            raise unknown_name("a parameter that `network` reads", name, sorted(self._read_names))
+        return (
+            {n: d for n, d in space.items() if n not in unread},
+            {n: v for n, v in fixed.items() if n not in unread},
+        )
+
+    def _check_default(self) -> None:
+        """Raise unless the default configuration's network fits data and target."""
+        network = self.network(self.member(0, self.defaults())).to(self.device)
+        x = self._task.arrays.train_x
+        try:
+            outputs = self._examiner(network).outputs
+        except Exception as error:
+            shape = ", ".join(["batch", *map(str, x.shape[1:])])
+            raise ValueError(
+                f"`network` must take X of shape ({shape}), {x.dtype}, but: {error}"
+            ) from error
+        self._check_outputs(outputs)
+
+    def _check_outputs(self, outputs: tuple[int, ...]) -> None:
+        classes = len(self.target.classes)
+        wanted = [(classes,)] if classes else [(1,), ()]
+        if outputs not in wanted:
+            shape = ", ".join(["batch", *map(str, wanted[0])])
+            given = ", ".join(["batch", *map(str, outputs)])
+            what = "logits" if classes else "numbers"
+            raise ValueError(f"`network` must give ({shape}) {what}, but gave ({given}).")
+
+
+def _prepare_data(X: Any, y: Any, target: str | None, **options: Any) -> SupervisedData:
+    """The data: arrays and tensors as they are, all else as a table."""
+    is_array = isinstance(X, np.ndarray | torch.Tensor)
+    X, y = load_examples(X, y, target)
+    if is_array:
+        return prepare_arrays(X, y, **options)
+    if not isinstance(X, pd.DataFrame):
+        kind = type(X).__name__
+        raise ValueError(f"`X` must be an array, a tensor, a frame or a CSV file, but got {kind}.")
+    return prepare_table(X, y, **options)

@@ -1,0 +1,314 @@
+"""What a problem was made from: carried to other processes, kept with a study, and read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
+import os
+from pathlib import Path
+from typing import Any
+
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.distributions import json_to_distribution
+import torch
+from torch import nn
+
+from optuna_nnhp.data.text import MAX_PATH_LENGTH
+from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp.study.open_study import IDENTITY
+from optuna_nnhp.templates import Template
+from optuna_nnhp.templates import make_problem
+
+PROBLEM_SPEC = "recipe"  # study attribute: `Recipe.attributes`
+NOT_SAVED = "not kept"  # key of what stands in it for data and functions: what they were
+CUSTOM = "own"  # template of those who bring a network
+# Arguments that are kept as they are, where they are not data or functions.
+SAVED_ARGUMENTS = ("target", "task", "direction", "errors", "preset")
+
+
+@dataclass(frozen=True, eq=False)
+class ProblemSpec:
+    """Everything that makes a problem, as `optimize` takes it.
+
+    It can be pickled, as far as the data and the functions in it can (by cloudpickle also
+    functions of a script or notebook). A study keeps its `attributes`, from which
+    `from_study` makes
+    another one; data and functions are not among them, only paths.
+
+    Args:
+        template:
+            As in `optimize`, like all others that are not named here.
+        X:
+            As in `optimize`.
+        y:
+            As in `optimize`.
+        network:
+            As in `optimize`.
+        target:
+            As in `optimize`.
+        task:
+            As in `optimize`.
+        validation:
+            As in `optimize`.
+        metric:
+            As in `optimize`.
+        direction:
+            As in `optimize`.
+        errors:
+            As in `optimize`.
+        preset:
+            As in `optimize`.
+        space:
+            As in `optimize`.
+        fixed:
+            As in `optimize`.
+        timeout:
+            Seconds of the study: trials of language models that take longer are refused.
+        seed:
+            As in `optimize`.
+        device:
+            As in `optimize`.
+        compile:
+            As in `optimize`.
+        identity:
+            Of the study that it must be: what `study.opening.IDENTITY` names.
+
+    Example:
+        >>> problem_spec = ProblemSpec("dnn", [[1.0], [2.0]] * 5, ["no", "yes"] * 5)
+        >>> problem_spec.problem().metric.name, problem_spec.attributes()["data"]
+        ('accuracy', {'not kept': 'list of 10'})
+    """
+
+    template: str = "dnn"
+    X: Any = field(default=None, repr=False)
+    y: Any = field(default=None, repr=False)
+    network: Callable[[Mapping[str, Any]], nn.Module] | None = None
+    target: str | None = None
+    task: str | None = None
+    validation: Any = field(default=None, repr=False)
+    metric: str | Callable[[Any, Any], float] | None = None
+    direction: str | None = None
+    errors: str = "strict"
+    preset: str | None = None
+    space: Mapping[str, BaseDistribution] | None = None
+    fixed: Mapping[str, Value] | None = None
+    timeout: float | None = None
+    seed: int = 0
+    device: str | torch.device | None = None
+    compile: bool = False
+    identity: Mapping[str, Any] | None = None
+
+    def problem(self) -> Template:
+        """The problem, with the data read and prepared.
+
+        Raises:
+            ValueError: If anything in the data or the arguments makes no sense, or the data are
+                not those of the study that it must be.
+            FileNotFoundError: If there is no such file.
+        """
+        first = ("template", "network", "X", "timeout", "identity")
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in first}
+        problem = make_problem(self.template, self.network, self.X, self.timeout, **options)
+        for name, known in (self.identity or {}).items():
+            found = problem.description.get(name)
+            if found != known:
+                what = "data" if name == "fingerprint" else name
+                kind = "the fingerprint " if name == "fingerprint" else ""
+                raise ValueError(
+                    f"The {what} must be the study's, with {kind}{known!r}, but got {kind}"
+                    f"{found!r}."
+                )
+        return problem
+
+    def attributes(self) -> dict[str, Any]:
+        """What a study keeps, as JSON: paths and names, but no data and no function.
+
+        Space, fixed values and seed are not among them: studies keep them apart, complete.
+        """
+        is_text = self.network is None and self.template == "gpt"
+        source = _describe_text if is_text else _describe_table
+        return {
+            "template": self.template if self.network is None else CUSTOM,
+            "data": source(self.X),
+            "validation": _as_fraction(self.validation) or source(self.validation),
+            "metric": _describe_function(self.metric),
+            "network": _describe_function(self.network),
+            **{name: getattr(self, name) for name in SAVED_ARGUMENTS},
+        }
+
+    @classmethod
+    def from_study(
+        cls,
+        study: Study,
+        X: Any = None,
+        y: Any = None,
+        *,
+        target: str | None = None,
+        network: Callable[[Mapping[str, Any]], nn.Module] | None = None,
+        validation: Any = None,
+        metric: Callable[[Any, Any], float] | None = None,
+        device: str | torch.device | None = None,
+        compile: bool = False,
+    ) -> ProblemSpec:
+        """The recipe of a study that `optimize` made, with its space, fixed values and seed.
+
+        Args:
+            study:
+                The study.
+            X:
+                The data, or where they are now; if None as the study notes it, which are paths
+                only.
+            y:
+                What to predict, if ``X`` is no CSV file.
+            target:
+                Column of the CSV file, if the study has none.
+            network:
+                The user's function, which a study does not hold.
+            validation:
+                The validation part, if it was given as data.
+            metric:
+                The user's function, if there was one.
+            device:
+                As in `optimize`.
+            compile:
+                As in `optimize`.
+
+        Raises:
+            ValueError: If the study is none of `optimize`, or lacks something that is not given.
+
+        Example:
+            >>> from optuna_nnhp import optimize
+            >>> X, y = [[float(i)] for i in range(40)], [i > 9 for i in range(40)]
+            >>> result = optimize("dnn", X, y, n_trials=1, storage=None, fixed={"epochs": 2})
+            >>> ProblemSpec.from_study(result.study, X, y).problem().fixed["epochs"]
+            2
+            >>> ProblemSpec.from_study(
+            ...     result.study, X[:20], y[:20]
+            ... ).problem()  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ValueError: The data must be the study's, with the fingerprint ..., but got ...
+        """
+        attributes = study.user_attrs
+        saved = attributes.get(PROBLEM_SPEC)
+        if saved is None:
+            raise ValueError(
+                "The study must be one that `optimize` began, which notes how its problem is "
+                f"made, but {study.study_name!r} does not."
+            )
+        if (network is not None) != (saved["template"] == CUSTOM):
+            raise ValueError(_network_error(saved))
+        space = {name: json_to_distribution(d) for name, d in attributes["space"].items()}
+        options = {name: saved[name] for name in SAVED_ARGUMENTS}
+        if saved["template"] != "gpt":  # as inferred then
+            options["task"] = attributes["task"]
+        if target is not None:
+            options["target"] = target
+        source = _given_or_saved("X", X, saved["data"])
+        if not isinstance(source, str | Path):
+            options["target"] = None
+        return cls(
+            template="dnn" if saved["template"] == CUSTOM else saved["template"],
+            X=source,
+            y=y,
+            network=network,
+            validation=_given_or_saved("validation", validation, saved["validation"]),
+            metric=_given_or_saved("metric", metric, saved["metric"]),
+            space=space,
+            fixed=_user_fixed(attributes["fixed"], space, saved["template"]),
+            seed=attributes["seed"],
+            device=device,
+            compile=compile,
+            identity={name: attributes.get(name) for name in IDENTITY},
+            **options,
+        )
+
+
+def _network_error(saved: Mapping[str, Any]) -> str:
+    if saved["template"] != CUSTOM:
+        return (
+            "`network` must be given only for a study of networks of one's own, but this one's "
+            f"template is {saved['template']!r}."
+        )
+    return (
+        "`network` must be given: the study's networks were made by a function, "
+        f"{saved['network'][NOT_SAVED]}, which is not kept with it."
+    )
+
+
+def _given_or_saved(name: str, value: Any, saved: Any) -> Any:
+    """What is given, or else what is kept; a ValueError if that is only a description."""
+    if value is not None:
+        return value
+    if isinstance(saved, dict):
+        raise ValueError(
+            f"`{name}` must be given: the study's, {saved[NOT_SAVED]}, is not kept with it."
+        )
+    return saved
+
+
+def _user_fixed(
+    fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution], template: str
+) -> dict[str, Value]:
+    """A study's fixed values as a user may give them: what has no effect may not stand there.
+
+    Example:
+        >>> _user_fixed({"epochs": 50, "iterations": 300}, {}, "dnn")
+        {'iterations': 300}
+    """
+    without = set[str]()
+    if fixed.get("iterations") or "iterations" in space:
+        without.add("epochs")
+    tokens: Any = space.get("tokens")
+    kinds = (fixed.get("tokens"),) if tokens is None else tokens.choices
+    if template == "gpt" and "bpe" not in kinds:
+        without.add("vocabulary")
+    return {name: value for name, value in fixed.items() if name not in without}
+
+
+def _as_fraction(validation: Any) -> float | None:
+    """A share of the data; None if it is none."""
+    is_number = hasattr(validation, "__float__") and not hasattr(validation, "__len__")
+    return float(validation) if is_number else None
+
+
+def _describe_table(source: Any) -> Any:
+    """The path of a table, or what it was."""
+    if source is None:
+        return None
+    return str(source) if isinstance(source, str | Path) else {NOT_SAVED: _describe_data(source)}
+
+
+def _describe_text(source: Any) -> Any:
+    """Where a text is, or what it was."""
+    if source is None:
+        return None
+    if isinstance(source, str) and not _is_path(source):
+        return {NOT_SAVED: f"text of {len(source):,} characters"}
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return [os.fspath(path) for path in source]
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text that could be read was a path; see `data.text.read_text`."""
+    return "\n" not in text and len(text) <= MAX_PATH_LENGTH and os.path.exists(text)
+
+
+def _describe_function(given: Any) -> Any:
+    """A name, or what the function was called."""
+    if not callable(given):
+        return given
+    module, name = (getattr(given, key, "") for key in ("__module__", "__qualname__"))
+    return {NOT_SAVED: f"{module}:{name}" if name else type(given).__qualname__}
+
+
+def _describe_data(value: Any) -> str:
+    """A few words on some data, none of which are in them."""
+    if hasattr(value, "shape"):
+        shape = " x ".join(map(str, value.shape))
+        return f"{type(value).__name__} of {shape}"
+    return f"{type(value).__name__} of {len(value)}"

@@ -1,0 +1,373 @@
+"""What all templates do alike: read data, make a task of it, describe and name it."""
+
+from __future__ import annotations
+
+from abc import ABC
+from abc import abstractmethod
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+from typing import Protocol
+from typing import Self
+
+from optuna.distributions import BaseDistribution
+from optuna.distributions import distribution_to_json
+import torch
+from torch import Tensor
+from torch import nn
+
+from optuna_nnhp.data.frames import read_csv
+from optuna_nnhp.data.supervised import SupervisedData
+from optuna_nnhp.data.target import Target
+from optuna_nnhp.hyperparameters.catalogue import mutable_names
+from optuna_nnhp.hyperparameters.loss import ClassificationLoss
+from optuna_nnhp.hyperparameters.loss import Loss
+from optuna_nnhp.hyperparameters.loss import RegressionLoss
+from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.study.problem import TrialTooLarge
+from optuna_nnhp.templates.language_model import LanguageModel
+from optuna_nnhp.templates.predictor import Predictor
+from optuna_nnhp.templates.predictor import to_target_units
+from optuna_nnhp.training.cohort import Arrays
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import Task
+from optuna_nnhp.training.device import free_memory
+from optuna_nnhp.training.device import resolve_device
+from optuna_nnhp.training.metrics import Metric
+from optuna_nnhp.training.metrics import resolve_metric
+from optuna_nnhp.training.step_params import param_column
+from optuna_nnhp.training.torch_compile import check_compile
+
+MAX_COHORT_SIZE = 128
+COHORT_MEMORY_FRACTION = (
+    0.5  # of what is free: weights, gradients, optimizer state and activations
+)
+MAX_TRIAL_MEMORY_FRACTION = 0.8  # of what is free: what one trial may take
+MAX_ROUND_FLOPS = 6e10  # a cohort's round: a few seconds on two cores
+
+
+class Template(Problem, Protocol):
+    """A problem whose networks can be used after the study.
+
+    Attributes:
+        metric: What trials are judged by.
+    """
+
+    metric: Metric
+
+    def predictor(
+        self, network: nn.Module, member: Member, best_params: dict[str, Any], best_value: float
+    ) -> Predictor | LanguageModel:
+        """A trained network as something that answers."""
+
+
+class SupervisedTemplate(ABC):
+    """A template that learns labels or numbers from examples.
+
+    Args:
+        template:
+            What its studies are called.
+        data:
+            The prepared data.
+        metric:
+            What trials are judged by.
+        space:
+            What is tuned.
+        fixed:
+            All other hyperparameters.
+        more:
+            What else makes another study.
+        seed:
+            The study's.
+        device:
+            Where to train; CUDA if there is any, else the CPU, if None.
+        compile:
+            Whether `torch.compile` makes the networks' code.
+
+    Attributes:
+        builder: Name of the user's function that makes the networks, if there is one.
+    """
+
+    builder: str | None = None
+    sequential = False
+    min_resource = 1
+
+    def portfolio(self) -> list[dict[str, Value]]:
+        """None, unless a template knows some."""
+        return []
+
+    def mutable_names(self) -> frozenset[str]:
+        """What of the space may change while a network trains."""
+        return mutable_names() & self.space.keys()
+
+    def is_stackable(self, leader: Member) -> bool:
+        """Whether trials like one can be trained as one stack at all."""
+        return True
+
+    def __init__(
+        self,
+        template: str,
+        data: SupervisedData,
+        metric: Metric,
+        space: dict[str, BaseDistribution],
+        fixed: dict[str, Value],
+        *more: str,
+        seed: int,
+        device: str | torch.device | None,
+        compile: bool = False,
+    ) -> None:
+        self.data, self.target, self.metric = data, data.target, metric
+        self.maximize = metric.direction == "maximize"
+        self.space, self.fixed = space, fixed
+        self.seed, self.device = seed, resolve_device(device)
+        mark = search_digest(space, fixed, *more)
+        self.name = f"{template}-{metric.name}-{data.fingerprint}-{mark}"
+        task = make_task(data, metric, self._build, seed, self.device)
+        self.compile = check_compile(compile, self.device)
+        self._task = replace(task, compile=self.compile)
+        self.rounds_per_epoch = self._task.rounds
+        self.description: dict[str, Any] = {
+            "template": template,
+            "task": data.target.task,
+            "metric": metric.name,
+            "fingerprint": data.fingerprint,
+            "data": data.describe(),
+            "budget": describe_budget(space, fixed),
+            "rounds_per_epoch": self.rounds_per_epoch,
+        }
+
+    def cohort(self, members: Sequence[Member]) -> Cohort:
+        """A cohort ready to train."""
+        return Cohort(members, self._task)
+
+    def with_seed(self, seed: int) -> Self:
+        """The same data and split with other first weights, batches and noise."""
+        other = copy(self)
+        other.seed = seed
+        other._task = replace(self._task, build=other._build, seed=seed)
+        return other
+
+    def attributes(self, member: Member) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
+    def predictor(
+        self, network: nn.Module, member: Member, best_params: dict[str, Any], best_value: float
+    ) -> Predictor:
+        """A trained network as something that predicts from a user's data."""
+        return Predictor(
+            model=network.cpu(),
+            preprocessor=self.data.preprocessor,
+            target=self.target,
+            metric=self.metric,
+            params=member.params,
+            best_params=best_params,
+            best_value=best_value,
+            builder=self.builder,
+        )
+
+    @abstractmethod
+    def _build(self, members: Sequence[Member]) -> StackedModule:
+        """The stacked network of some members, on the device."""
+
+
+def resolve_target_metric(
+    metric: str | Callable[[Any, Any], float] | None, direction: str | None, target: Target
+) -> Metric:
+    """The metric that a user names, for a target; see `training.metrics.resolve_metric`."""
+    return resolve_metric(
+        metric, task=target.task, direction=direction, target_decode=target.decode
+    )
+
+
+def load_examples(X: Any, y: Any, target: str | None) -> tuple[Any, Any]:
+    """The data as given, a CSV file read.
+
+    Args:
+        X:
+            Any data, or the path of a CSV file.
+        y:
+            What to predict; None with a CSV file.
+        target:
+            Column of the CSV file that is to be predicted.
+
+    Raises:
+        ValueError: If one of them is missing or too many.
+
+    Example:
+        >>> load_examples([[1.0]], [2.0], None)
+        ([[1.0]], [2.0])
+    """
+    if not isinstance(X, str | Path):
+        if target is not None:
+            raise ValueError(
+                f"`target` must come with the path of a CSV file, but got {target!r}."
+            )
+        if X is None or y is None:
+            raise ValueError("`X` and `y` must both be given, or a CSV file and its `target`.")
+        return X, y
+    if y is not None:
+        raise ValueError("`y` must not be given with a CSV file; name its column as `target`.")
+    if target is None:
+        raise ValueError("`target` must name the column of the CSV file that is to be predicted.")
+    return read_csv(X, target)
+
+
+def make_task(
+    data: SupervisedData,
+    metric: Metric,
+    build: Callable[[Sequence[Member]], StackedModule],
+    seed: int,
+    device: torch.device,
+) -> Task:
+    """Data and metric as training wants them.
+
+    Args:
+        data:
+            The prepared data.
+        metric:
+            What trials are judged by.
+        build:
+            Makes the stacked network of some members.
+        seed:
+            The study's.
+        device:
+            Where to train.
+    """
+
+    def tensor(array: Any) -> Tensor:
+        return torch.as_tensor(array, device=device)
+
+    def compute(outputs: Tensor) -> Tensor:
+        return metric.compute(*to_target_units(data.target, outputs, arrays.valid_y))
+
+    def loss(members: Sequence[Member]) -> Loss:
+        return make_loss(data.target.task, members, device)
+
+    arrays = Arrays(
+        tensor(data.train_X), tensor(data.train_y), tensor(data.valid_X), tensor(data.valid_y)
+    )
+    return Task(
+        arrays,
+        build,
+        loss,
+        compute,
+        metric.direction == "maximize",
+        seed,
+        validation_loss=_comparison_loss(data.target.task, device),
+    )
+
+
+def make_loss(task: str, members: Sequence[Member], device: torch.device) -> Loss:
+    """The loss of some members, each with its own hyperparameters.
+
+    Args:
+        task:
+            ``"binary"``, ``"multiclass"`` or ``"regression"``.
+        members:
+            The trials.
+        device:
+            Where to train.
+    """
+
+    def tensor(name: str) -> Tensor:
+        return torch.tensor(param_column(members, name), device=device)
+
+    def has(loss: str) -> Tensor:
+        return torch.tensor([m.params["loss"] == loss for m in members], device=device)
+
+    if task == "regression":
+        return RegressionLoss(tensor("huber_delta"), has("mse"), has("mae"))
+    return ClassificationLoss(tensor("focal_gamma") * has("focal"), tensor("label_smoothing"))
+
+
+def _comparison_loss(task: str, device: torch.device) -> Loss:
+    """Cross-entropy or squared error, by which all trials can be compared."""
+    zero, yes = torch.zeros(1, device=device), torch.ones(1, dtype=torch.bool, device=device)
+    if task == "regression":
+        return RegressionLoss(zero, yes, ~yes)
+    return ClassificationLoss(zero, zero)
+
+
+def bounded_cohort_size(bytes_each: int, flops_each: float, device: torch.device) -> int:
+    """How many trials to train at once: as memory allows, and as keep a round short.
+
+    Args:
+        bytes_each:
+            Memory of one.
+        flops_each:
+            Floating-point operations of its round.
+        device:
+            Where they are trained.
+
+    Example:
+        >>> [bounded_cohort_size(2**10, flops, torch.device("cpu")) for flops in (1.0, 1e10, 1e15)]
+        [128, 6, 1]
+    """
+    free = COHORT_MEMORY_FRACTION * free_memory(device)
+    size = min(int(free / bytes_each), int(MAX_ROUND_FLOPS / flops_each))
+    return max(1, min(MAX_COHORT_SIZE, size))
+
+
+def check_fits_in_memory(needed: int, device: torch.device) -> None:
+    """Raise if one trial takes more memory than there is.
+
+    Args:
+        needed:
+            Bytes.
+        device:
+            Where it is trained.
+
+    Raises:
+        TooLarge: Both numbers.
+
+    Example:
+        >>> check_fits_in_memory(2**20, torch.device("cpu"))
+    """
+    free = MAX_TRIAL_MEMORY_FRACTION * free_memory(device)
+    if needed > free:
+        raise TrialTooLarge(
+            f"A trial must fit into {free / 2**30:.1f} GiB of memory, but this one needs "
+            f"about {needed / 2**30:.1f} GiB."
+        )
+
+
+def search_digest(
+    space: Mapping[str, BaseDistribution], fixed: Mapping[str, Value], *more: str
+) -> str:
+    """Six digits of what is tuned and what is fixed: another search is another study.
+
+    Example:
+        >>> search_digest({}, {"epochs": 1}) == search_digest({}, {"epochs": 2})
+        False
+    """
+    ranges = {name: distribution_to_json(d) for name, d in space.items()}
+    text = json.dumps([ranges, dict(fixed), *more], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
+
+
+def describe_budget(space: Mapping[str, BaseDistribution], fixed: Mapping[str, Value]) -> str:
+    """How long a trial may train, in words.
+
+    Example:
+        >>> describe_budget({}, {"epochs": 9, "patience": 3})
+        'up to 9 epochs a trial, early stopping after 3 epochs without improvement'
+    """
+
+    def words(name: str) -> str:
+        return str(fixed[name]) if name in fixed else f"a tuned number of {name}:"
+
+    if "iterations" in space or fixed.get("iterations"):
+        longest = f"{words('iterations')} iterations a trial"
+    else:
+        longest = f"{words('epochs')} epochs a trial"
+    return f"up to {longest}, early stopping after {words('patience')} epochs without improvement"

@@ -1,0 +1,345 @@
+"""Journals survive killed processes: torn lines, locks of the dead, full disks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileSymlinkLock
+from optuna.storages.journal._file import get_lock_file
+import pytest
+
+from optuna_nnhp.storages import journal_lock
+from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.storages.journal_file import JournalFile
+from optuna_nnhp.storages.journal_file import append
+from optuna_nnhp.storages.journal_file import encoded
+from optuna_nnhp.storages.journal_file import mend
+from optuna_nnhp.storages.journal_file import open_journal
+from optuna_nnhp.storages.journal_lock import WatchedLock
+from optuna_nnhp.storages.open_storage import open_storage
+from tests.tiny import ENVIRONMENT
+
+resource = pytest.importorskip("resource", reason="Windows has no such limits")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="there are no symbolic links")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A journal with two studies."""
+    path = tmp_path / "study.journal"
+    for name in "ab":
+        optuna.create_study(storage=open_journal(path), study_name=name)
+    return path
+
+
+def names(path: Path) -> list[str]:
+    """What a plain Optuna process reads."""
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    return [study.study_name for study in storage.get_all_studies()]
+
+
+def add(path: Path, name: str) -> None:
+    """What a plain Optuna process writes."""
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    optuna.create_study(storage=storage, study_name=name)
+
+
+# --- The last line ---
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"op_code":0,"wor', b'{"op_code":0}', b"\0" * 70_000])
+def test_a_torn_last_line_is_removed(
+    torn: bytes, path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    whole = path.read_bytes()
+    assert not mend(path)
+    assert log.text.count("not finished") == 0
+    path.write_bytes(whole + torn)
+    study = optuna.load_study(storage=open_journal(path), study_name="a")
+    assert study.trials == []
+    text = f"The last line of study.journal was not finished: its {len(torn)} bytes are gone."
+    assert text in log.text
+    assert path.read_bytes() == whole
+    add(path, "c")
+    assert names(path) == ["a", "b", "c"]
+
+
+def test_a_journal_of_one_torn_line_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    path.write_bytes(b'{"op_code":0')
+    assert open_journal(path).get_all_studies() == []
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "content", [b"a,b\n1,2\n3,4", b"no journal", b'{"options": 3}\n{"op', b"x"]
+)
+def test_a_file_that_is_no_journal_stays_as_it_is(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"table\.csv cannot: table\.csv must be a journal"):
+        open_storage(path)
+    assert path.read_bytes() == content
+
+
+def test_whoever_appends_next_removes_a_torn_line(path: Path) -> None:
+    storage = BufferedStorage(open_journal(path))
+    study = optuna.load_study(storage=storage, study_name="a")
+    study.ask()
+    with path.open("ab") as file:  # another process was killed
+        file.write(b'{"op_code":4,"wo')
+    study.tell(0, 1.0)
+    study.set_user_attr("note", 1)
+    assert optuna.load_study(storage=str_storage(path), study_name="a").best_value == 1.0
+    assert names(path) == ["a", "b"]
+    assert not any(line.startswith(b" ") for line in path.read_bytes().splitlines())
+
+
+def str_storage(path: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+@pytest.mark.parametrize("behind, is_running", [(1, False), (2, False), (2, True)])
+def test_what_others_have_written_behind_a_torn_line_is_not_lost(
+    behind: int, is_running: bool, path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    with path.open("ab") as file:
+        file.write(b'{"op_code":0,"worker_id":"x","study_name":"lo')
+    lines = path.read_bytes().count(b"\n")
+    reader = open_journal(path) if is_running else None
+    if is_running:  # opening has mended it
+        with path.open("ab") as file:
+            file.write(b'{"op_code":0,"worker_id":"x","study_name":"lo')
+    for name in "cde"[:behind]:  # by a plain Optuna process that was running already
+        record = {"worker_id": "y", "study_name": name, "directions": [1]}
+        with path.open("ab") as file:
+            file.write(encoded([{"op_code": 0, **record}]))
+    size, expected = path.stat().st_size, list("abcde"[: 2 + behind])
+    if behind > 1:
+        with pytest.raises(ValueError):
+            names(path)
+    reader = reader or open_journal(path)
+    assert [study.study_name for study in reader.get_all_studies()] == expected
+    assert names(path) == expected
+    assert f"Line {lines + 1} of study.journal began with a torn one." in log.text
+    assert path.stat().st_size == size  # so that who has read a part of it reads on
+
+
+def test_a_damaged_journal_is_refused_by_name(path: Path) -> None:
+    damaged = path.read_bytes() + path.read_bytes().replace(b'"op_code"', b'"op_c')
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"study\.journal must hold one JSON object a line"):
+        open_journal(path)
+    assert path.read_bytes() == damaged
+
+
+@contextmanager
+def full_disk(path: Path, free: int) -> Iterator[None]:
+    """No file of this process can be longer than this one and some bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_whole_lines(path: Path) -> None:
+    before = path.read_bytes()
+    lines = encoded([{"op_code": 2, "study_id": 9}, {"op_code": 2, "study_id": 10}])
+    with full_disk(path, 40), pytest.raises(OSError):
+        append(path, lines)
+    assert path.read_bytes() == before + lines[: lines.index(b"\n") + 1]
+    append(path, lines)
+    assert path.read_bytes() == before + lines[: lines.index(b"\n") + 1] + lines
+    with full_disk(path, 3), pytest.raises(OSError):
+        JournalFile(path).append_logs([{"op_code": 2}])
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_journal_that_was_moved_away_is_not_begun_anew(path: Path) -> None:
+    backend = JournalFile(path)
+    path.rename(path.with_suffix(".moved"))
+    with pytest.raises(FileNotFoundError):
+        backend.append_logs([{"op_code": 2}])
+    assert not path.exists()
+
+
+# --- The lock ---
+
+HOLDER = """
+import sys
+from optuna.storages.journal import JournalFileSymlinkLock
+from optuna_nnhp.storages.journal_lock import WatchedLock
+kind, path = sys.argv[1:]
+lock = WatchedLock(path) if kind == "watched" else JournalFileSymlinkLock(path)
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(path: Path, kind: str = "watched") -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that has the lock."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, kind, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("is_reaped", [True, False], ids=["gone", "zombie"])
+def test_a_killed_process_does_not_keep_the_lock(
+    is_reaped: bool, path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    with holder(path) as process:
+        lock = WatchedLock(str(path), patience=0.3)
+        with pytest.raises(TimeoutError, match=r"study\.journal\.lock has been kept for 0 s"):
+            lock.acquire()
+        process.send_signal(signal.SIGKILL)
+        if is_reaped:
+            process.wait()
+        lock.patience = 5.0  # where plain Optuna waits for 30 s
+        assert lock.acquire()
+        lock.release()
+    assert "was left by a process that is gone" in log.text
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_many_that_wait_for_a_dead_process_get_the_lock_one_by_one(path: Path) -> None:
+    with holder(path) as process:
+        # Who saw it dead, and comes when the next one has it already, leaves it.
+        assert not WatchedLock(str(path))._break()
+        assert path.with_name("study.journal.lock").is_symlink()
+        process.kill()
+    inside, most = [], []
+
+    def work(_: int) -> None:
+        with get_lock_file(WatchedLock(str(path))):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.005)
+            inside.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+    assert most == [1] * 16
+
+
+def test_plain_optuna_and_this_exclude_each_other(path: Path) -> None:
+    with holder(path, "plain"), pytest.raises(TimeoutError):
+        WatchedLock(str(path), patience=0.2).acquire()
+    path.with_name("study.journal.lock").unlink()
+    held = threading.Event()
+
+    def plain() -> None:
+        with get_lock_file(JournalFileSymlinkLock(str(path))):
+            held.set()
+
+    lock = WatchedLock(str(path))
+    with ThreadPoolExecutor(1) as pool, get_lock_file(lock):
+        pool.submit(plain)
+        assert not held.wait(0.2)
+    assert held.is_set()
+
+
+@pytest.mark.parametrize("kind", ["watched", "plain"])
+def test_a_lock_that_looks_the_same_for_too_long_is_nobodys(kind: str, path: Path) -> None:
+    with holder(path, kind):  # it lives, but stands still
+        lock = WatchedLock(str(path), patience=0.2)
+        lock.grace_period = 0.3  # type: ignore[assignment]
+        with pytest.raises(TimeoutError):  # in a call that must not last, the rest in the next
+            lock.acquire()
+        assert lock.acquire()
+        assert not WatchedLock(str(path))._is_abandoned()
+        lock.release()
+
+
+def test_who_has_lost_the_lock_leaves_it_to_the_next(
+    path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    lock, link = WatchedLock(str(path)), path.with_name("study.journal.lock")
+    lock.acquire()
+    link.unlink()
+    link.symlink_to(path)  # a plain process took it
+    lock.release()
+    assert link.is_symlink()
+    assert "Another process has taken the lock of study.journal away" in log.text
+
+
+def test_a_lock_works_from_anywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent.parent)
+    relative = path.relative_to(path.parent.parent)
+    with get_lock_file(WatchedLock(str(relative))):
+        link = path.with_name("study.journal.lock")
+        assert link.resolve() == path.resolve()  # plain Optuna looks at the journal through it
+        stamp = link.lstat().st_mtime_ns
+        assert journal_lock._owner_of(stamp) == journal_lock._owner()
+    assert journal_lock._owner_of(path.stat().st_mtime_ns) is None
+    assert journal_lock._owner_of(0) is None
+
+
+def test_another_machines_lock_is_not_judged() -> None:
+    here, number = journal_lock._owner()
+    assert number == os.getpid()
+    assert journal_lock._is_dead((here, 2**22 - 1))
+    assert not journal_lock._is_dead((here, number))
+    assert not journal_lock._is_dead((here ^ 1, 2**22 - 1))
+    assert not journal_lock._is_dead(None)
+
+
+WRITER = """
+import sys
+import optuna
+from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.storages.journal_file import open_journal
+storage = BufferedStorage(open_journal(sys.argv[1]), 0.0, mark=lambda: {"worker": sys.argv[2]})
+study = optuna.load_study(storage=storage, study_name="a")
+print("ready", flush=True)
+while True:
+    with storage.prefetch_trials(5):
+        trials = [study.ask() for _ in range(5)]
+    with storage.batch():
+        for trial in trials:
+            trial.set_user_attr("filler", "x" * 5000)
+            study.tell(trial, float(trial.number))
+"""
+
+
+def test_writers_that_are_killed_at_any_moment_leave_a_readable_journal(path: Path) -> None:
+    options = {"stdout": subprocess.PIPE, "env": {**os.environ, **ENVIRONMENT}}
+    command = [sys.executable, "-c", WRITER, str(path)]
+    for number in range(3):
+        with subprocess.Popen([*command, f"w{number}"], **options) as process:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(0.05 + 0.037 * number)
+            process.kill()
+        open_journal(path)
+        trials = optuna.load_study(storage=str_storage(path), study_name="a").get_trials()
+        assert [trial.number for trial in trials] == list(range(len(trials)))
+        ended = [trial for trial in trials if trial.state.is_finished()]
+        assert all(t.value == t.number and len(t.user_attrs["filler"]) == 5000 for t in ended)
+        assert all(json.loads(line) for line in path.read_bytes().splitlines())
+    assert ended

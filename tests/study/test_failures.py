@@ -1,0 +1,320 @@
+"""Everything that goes wrong in training has an outcome with a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import subprocess
+import sys
+import time
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
+import pytest
+import torch
+from torch import nn
+
+from optuna_nnhp import Result
+from optuna_nnhp import optimize
+from optuna_nnhp.study.failures import MAX_TRACEBACK_LENGTH
+from optuna_nnhp.templates import DNNTemplate
+from optuna_nnhp.training import device
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.device import is_out_of_memory
+from tests.tiny import DIVERGING
+from tests.tiny import ENVIRONMENT
+from tests.tiny import TINY
+from tests.tiny import causes
+from tests.tiny import courses
+from tests.tiny import numbers
+from tests.tiny import states
+from tests.tiny import trials
+from tests.tiny import tune
+
+X, Y = numbers()
+NO_ROOM = "[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: can't allocate memory"
+Train = Callable[..., Any]
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Cohort], None]], None]:
+    """Have something done before every round of every cohort."""
+
+    def install(before: Callable[[Cohort], None]) -> None:
+        original = Cohort.train_round
+
+        def train_round(cohort: Cohort, *args: Any) -> Any:
+            before(cohort)
+            return original(cohort, *args)
+
+        monkeypatch.setattr(Cohort, "train_round", train_round)
+
+    return install
+
+
+def plain(n_trials: int = 6, **wishes: Any) -> Result:
+    return tune(X, Y, n_trials=n_trials, cohort_size=6, method="random", **wishes)
+
+
+def without(course: dict[str, Any] | list[Any], *numbers: int) -> list[Any]:
+    return [c for number, c in enumerate(course) if number not in numbers]
+
+
+# --- A network that raises ---
+
+
+@pytest.mark.parametrize("bad", [0, 3, 5])
+def test_who_raises_fails_and_the_mates_do_not_notice(
+    bad: int, train: Any, log: pytest.LogCaptureFixture
+) -> None:
+    wanted = courses(plain())
+
+    def fault(cohort: Cohort) -> None:
+        if max(cohort.rounds_done) >= 2 and any(m.number == bad for m in cohort.members):
+            raise ZeroDivisionError(f"the fault of {bad}")
+
+    train(fault)
+    result = plain()
+    assert without(courses(result), bad) == without(wanted, bad)
+    trial = trials(result)[bad]
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["cause"] == "error"
+    assert trial.user_attrs["error"] == f"ZeroDivisionError: the fault of {bad}"
+    assert "in fault\n" in trial.user_attrs["traceback"]
+    assert len(trial.user_attrs["traceback"]) <= MAX_TRACEBACK_LENGTH
+    assert "6 trials raised an error together; they go on as 3 and 3" in log.text
+    assert len(trials(result)) == 6
+
+
+def test_first_trials_that_fail_alike_end_the_study_with_their_error(train: Any) -> None:
+    def fault(cohort: Cohort) -> None:
+        raise KeyError("always")
+
+    train(fault)
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(KeyError, match="always") as error:
+        plain(n_trials=50, storage=storage, study_name="s")
+    assert "its first 3 trials failed alike" in "".join(error.value.__notes__)
+    study = optuna.load_study(study_name="s", storage=storage)
+    assert {t.state for t in study.trials} == {TrialState.FAIL}
+    assert len(study.trials) == 6
+
+
+def test_failures_that_differ_or_come_late_do_not_end_it(train: Any) -> None:
+    def fault(cohort: Cohort) -> None:
+        if any(m.number < 4 for m in cohort.members):
+            raise ValueError(f"one of {min(m.number for m in cohort.members)}")
+
+    train(fault)
+    result = plain(n_trials=8)
+    assert states(result)[:4] == [TrialState.FAIL] * 4
+    assert states(result)[4:] == [TrialState.COMPLETE] * 4
+
+
+class Picky(nn.Module):
+    """A module that computes nothing for some of its parameters, once it trains for real."""
+
+    def __init__(self, good: bool) -> None:
+        super().__init__()
+        self.layer, self.good = nn.Linear(3, 1), good
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.good and len(x) > 8:
+            raise RuntimeError("this one does not work")
+        return self.layer(x)
+
+
+def test_a_user_s_network_that_raises_while_it_trains() -> None:
+    result = optimize(
+        network=lambda params: Picky(params["good"]),
+        X=X,
+        y=Y,
+        space={"good": CategoricalDistribution([True, False])},
+        fixed={"epochs": 2, "batch_size": 32},
+        n_trials=12,
+        method="random",
+        storage=None,
+        cohort_size=1,
+    )
+    for trial in trials(result):
+        assert (trial.state == TrialState.FAIL) == (not trial.params["good"])
+    (cause,) = {t.user_attrs["error"] for t in trials(result) if t.state == TrialState.FAIL}
+    assert "this one does not work" in cause
+    assert 0 < causes(result).count("error") < 12
+
+
+# --- Memory ---
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(NO_ROOM)])
+def test_a_cohort_without_room_is_halved_and_repeated(
+    error: Exception, train: Any, log: pytest.LogCaptureFixture
+) -> None:
+    wanted, sizes = courses(plain(12)), list[int]()
+
+    def fault(cohort: Cohort) -> None:
+        if len(cohort.members) > 2 and max(cohort.rounds_done) >= 1:
+            raise error
+        sizes.append(len(cohort.members))
+
+    train(fault)
+    result = plain(12)
+    assert courses(result) == wanted
+    assert "6 trials do not fit into memory together; they go on as 3 and 3" in log.text
+    assert causes(result) == ["finished"] * 12
+
+
+def test_later_cohorts_of_this_kind_are_small_from_the_beginning(train: Any) -> None:
+    tried = list[int]()
+
+    def fault(cohort: Cohort) -> None:
+        tried.append(len(cohort.members))
+        if len(cohort.members) > 3:
+            raise MemoryError
+
+    train(fault)
+    result = plain(18)
+    assert causes(result) == ["finished"] * 18
+    assert sum(size > 3 for size in tried) == 1
+
+
+def test_building_a_cohort_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = DNNTemplate.cohort
+
+    def cohort(problem: DNNTemplate, members: Any) -> Cohort:
+        if len(members) > 1:
+            raise RuntimeError(NO_ROOM)
+        return original(problem, members)
+
+    wanted = courses(plain())
+    monkeypatch.setattr(DNNTemplate, "cohort", cohort)
+    assert courses(plain()) == wanted
+
+
+def test_who_does_not_fit_alone_fails_with_what_it_needs(train: Any) -> None:
+    def fault(cohort: Cohort) -> None:
+        if cohort.rounds_done[0] >= 1 and any(m.number == 2 for m in cohort.members):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    train(fault)
+    result = plain()
+    trial = trials(result)[2]
+    assert (trial.state, trial.user_attrs["cause"]) == (TrialState.FAIL, "out of memory")
+    assert trial.user_attrs["needed_bytes"] > 1000
+    assert causes(result).count("finished") == 5
+
+
+def test_what_cannot_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna_nnhp.templates import supervised
+
+    def free(device: torch.device) -> int:
+        return 40_000
+
+    monkeypatch.setattr(supervised, "free_memory", free)
+    space = {"width": CategoricalDistribution([16, 512])}
+    fixed = {name: value for name, value in TINY.items() if name != "width"}
+    result = tune(X, Y, space=space, fixed=fixed, n_trials=8, method="random")
+    for trial in trials(result):
+        cause = "out of memory" if trial.params["width"] == 512 else "finished"
+        assert trial.user_attrs["cause"] == cause
+    errors = {t.user_attrs.get("error", "") for t in trials(result)}
+    assert any("A trial must fit into 0.0 GiB of memory" in error for error in errors)
+
+
+def test_words_for_no_memory() -> None:
+    assert is_out_of_memory(RuntimeError(NO_ROOM))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    outer = ValueError("outer")
+    outer.__cause__ = MemoryError()
+    assert is_out_of_memory(outer)
+    assert device.OUT_OF_MEMORY_MESSAGES
+
+
+REAL = """
+import resource
+import optuna
+from optuna_nnhp.templates import DNN
+from tests.tiny import TINY, numbers, trials, tune
+
+X, y = numbers(2000)
+fixed = TINY | {"width": 512, "hidden_layers": 4, "batch_size": 512, "epochs": 2, "dropout": 0.0}
+tune(X, y, fixed=fixed, n_trials=1)  # all that is loaded once is loaded
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 800 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+result = tune(X, y, fixed=fixed, n_trials=40, cohort_size=40, method="random")
+print(sorted({t.user_attrs["cause"] for t in trials(result)}), len(trials(result)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
+def test_a_process_that_may_really_have_no_more_memory() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", REAL], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert "do not fit into memory together" in ran.stderr
+    assert ran.stdout.strip() == "['finished'] 40", ran.stderr[-2000:]
+
+
+# --- Time ---
+
+
+def test_a_trial_that_takes_too_long_ends_as_it_stands(train: Any) -> None:
+    train(lambda cohort: time.sleep(0.02))
+    fixed = TINY | {"epochs": 10**6, "patience": 10**6}
+    result = plain(3, fixed=fixed, trial_timeout=0.3)
+    assert causes(result) == ["timeout"] * 3
+    assert len(trials(result)) == 3
+    for trial in trials(result):
+        assert trial.user_attrs["trial_timeout"] == 0.3
+        assert 2 <= trial.user_attrs["epochs"] < 100
+    assert result.best_value == min(t.user_attrs["best_value"] for t in trials(result))
+
+
+def test_a_trial_without_a_value_in_its_time_fails_and_counts() -> None:
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) == 1:
+                time.sleep(0.05)
+            return self.layer(x)
+
+    result = optimize(
+        network=lambda params: Slow(),
+        X=X,
+        y=Y,
+        fixed={"epochs": 2, "batch_size": 1},
+        n_trials=2,
+        trial_timeout=0.4,
+        storage=None,
+        cohort_size=1,
+    )
+    assert [t.state for t in trials(result)] == [TrialState.FAIL] * 2
+    assert causes(result) == ["timeout"] * 2
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, "1", True, float("nan")])
+def test_bad_seconds(seconds: Any) -> None:
+    for name in ("trial_timeout", "checkpoint_every"):
+        with pytest.raises(ValueError, match=f"`{name}` must be more than 0 seconds, but got"):
+            tune(X, Y, **{name: seconds})
+
+
+# --- Divergence ---
+
+
+def test_a_diverging_trial_is_told_with_its_last_finite_value() -> None:
+    fixed = DIVERGING | {"epochs": 30}
+    del fixed["learning_rate"]
+    space = {"learning_rate": optuna.distributions.FloatDistribution(0.01, 100, log=True)}
+    result = tune(X, Y, fixed=fixed, space=space, n_trials=12, method="random")
+    found = [t for t in trials(result) if t.user_attrs["cause"] == "diverged"]
+    assert 0 < len(found) < 12
+    for trial in found:
+        assert trial.state == TrialState.PRUNED
+        if trial.intermediate_values:
+            assert trial.value == trial.intermediate_values[trial.last_step]
