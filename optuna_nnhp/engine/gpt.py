@@ -291,7 +291,7 @@ def _describe(network: StackedGPT, flat: FlatParameters) -> tuple[_Gpt, Tensor |
         norm=NORMS.index(a.normalization),
         feed_forward=FEED_FORWARD.index(a.feed_forward),
         qk_norm=int(a.qk_norm),
-        token_shift=int(a.token_shift),
+        shift=int(a.token_shift),
         is_double=int(flat.weights.dtype == torch.float64),
     )
     for name in ("embedding", "position", "head", "gain"):

@@ -329,7 +329,7 @@ class Recovery:
         """
         facts = kept.snapshot.facts
         numbers_there = [member.number for member in members_from_state(facts)]
-        total = dict(zip(numbers_there, facts["total"], strict=True))
+        total = dict(zip(numbers_there, facts["total_steps"], strict=True))
 
         def make(members: Sequence[Member]) -> Cohort:
             # A budget in seconds may be another number of steps here.
