@@ -133,7 +133,7 @@ def test_both_engines_take_the_same_course(
     for is_compiled in (True, False):
         if not is_compiled:
             monkeypatch.setattr(CompiledGPT, "supports", lambda *_: False)
-            monkeypatch.setattr(param_groups, "is_native", lambda *_: False)
+            monkeypatch.setattr(param_groups, "supports_tensors", lambda *_: False)
         cohort = Cohort(members(3, **wishes), task(iterations=25, **wishes))
         assert (cohort.engine is not None) == (is_compiled and load_library() is not None)
         first = cohort.train_round()
