@@ -15,6 +15,7 @@ from optuna import Trial
 from optuna.storages import BaseStorage
 from torch import nn
 
+from optuna_nnhp.engine.threads import single_threaded_blas
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.study.environment import ENVIRONMENT
 from optuna_nnhp.study.environment import record_environment
@@ -22,7 +23,6 @@ from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.running_trial import suggest
 from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.best_weights import BestWeights
-from optuna_nnhp.training.device import single_threaded_blas
 from optuna_nnhp.training.retrain import evaluate_best
 
 Direction = Literal["maximize", "minimize"]

@@ -28,12 +28,12 @@ from torch import Tensor
 from optuna_nnhp.engine.mlp import check_layout
 from optuna_nnhp.engine.mlp import load_extension
 from optuna_nnhp.engine.mlp import thread_pool
+from optuna_nnhp.engine.threads import available_threads
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.layers import StackedModule
+from optuna_nnhp.networks.noise import DropoutNoise
 from optuna_nnhp.networks.transformer import rotary_angles
-from optuna_nnhp.training.device import available_threads
-from optuna_nnhp.training.noise import DropoutNoise
-from optuna_nnhp.training.parameters import FlatParameters
 
 MAX_LAYERS = 96
 # In the order of the engine's own lists.

@@ -34,13 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optuna_nnhp.engine.threads import available_threads
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.loss import Loss
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.networks.mlp import hidden_widths
-from optuna_nnhp.training.device import available_threads
-from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.step_params import StepParams
 
 _logger = logging.getLogger(f"optuna.{__name__}")

@@ -22,6 +22,7 @@ from optuna.storages import JournalStorage
 import torch
 from torch import nn
 
+from optuna_nnhp.engine.threads import single_threaded_blas
 from optuna_nnhp.errors import unknown_name
 from optuna_nnhp.inspect.retraining import get_trained_trial
 from optuna_nnhp.inspect.retraining import last_round
@@ -46,7 +47,6 @@ from optuna_nnhp.templates.supervised import SupervisedTemplate
 from optuna_nnhp.templates.supervised import Template
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.device import resolve_device
-from optuna_nnhp.training.device import single_threaded_blas
 from optuna_nnhp.training.torch_compile import check_compile
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")

@@ -17,10 +17,10 @@ import torch
 
 from optuna_nnhp.engine import gpt
 from optuna_nnhp.engine.mlp import load_library
+from optuna_nnhp.engine.threads import available_threads
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.device import available_threads
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

@@ -21,9 +21,9 @@ import torch
 
 from optuna_nnhp.engine import gpt
 from optuna_nnhp.engine import mlp
+from optuna_nnhp.engine.threads import available_threads
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.study.problem import Problem
-from optuna_nnhp.training.device import available_threads
 from optuna_nnhp.version import __version__
 
 # Of a trial: the key of where it was trained, and the keys of where it had been before another

@@ -18,6 +18,7 @@ from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.engine.threads import single_threaded_blas
 from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.hyperparameters.spec import Hyperparameter
 from optuna_nnhp.hyperparameters.spec import Value
@@ -35,7 +36,6 @@ from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.device import single_threaded_blas
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

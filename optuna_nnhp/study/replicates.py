@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp import rng
+from optuna_nnhp.engine.threads import single_threaded_blas
 from optuna_nnhp.errors import short_repr
 from optuna_nnhp.study.autotune import seconds_per_step
 from optuna_nnhp.study.budget import Budget
@@ -31,7 +32,6 @@ from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.study.running_trial import params_for_retraining
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.device import single_threaded_blas
 from optuna_nnhp.training.retrain import retrain
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")

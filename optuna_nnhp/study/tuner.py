@@ -20,6 +20,7 @@ from typing import ClassVar
 import optuna
 from optuna import Study
 
+from optuna_nnhp.engine.threads import single_threaded_blas
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.lease import Lease
@@ -48,7 +49,6 @@ from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Scores
-from optuna_nnhp.training.device import single_threaded_blas
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

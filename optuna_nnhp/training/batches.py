@@ -10,7 +10,7 @@ from torch import Tensor
 from optuna_nnhp import rng
 from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
-from optuna_nnhp.training.noise import DropoutNoise
+from optuna_nnhp.networks.noise import DropoutNoise
 
 
 class RoundKeyedNoise:

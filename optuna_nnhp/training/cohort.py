@@ -13,16 +13,16 @@ from torch import nn
 
 from optuna_nnhp.engine.gpt import CompiledGPTSubset
 from optuna_nnhp.engine.mlp import CompiledMLP
+from optuna_nnhp.engine.threads import limited_threads
+from optuna_nnhp.engine.threads import no_op
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.regularization import EarlyStopping
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.layers import subset
 from optuna_nnhp.networks.mlp import StackedMLP
+from optuna_nnhp.networks.noise import DropoutNoise
 from optuna_nnhp.training.device import keep_freed_memory
-from optuna_nnhp.training.device import limited_threads
-from optuna_nnhp.training.device import no_op
-from optuna_nnhp.training.noise import DropoutNoise
 from optuna_nnhp.training.numerics_context import extend_numerics_context
-from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.rounds import next_evaluation
 from optuna_nnhp.training.step_params import Member as Member
 from optuna_nnhp.training.step_params import StepParams

@@ -15,13 +15,13 @@ from optuna_nnhp import rng
 from optuna_nnhp.engine.gpt import CompiledGPT
 from optuna_nnhp.engine.gpt import CompiledGPTSubset
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.training.batches import RoundKeyedNoise
 from optuna_nnhp.training.cohort import Apply
 from optuna_nnhp.training.cohort import Task
 from optuna_nnhp.training.param_groups import ParamGroupUpdate
-from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.step_params import Member
 from optuna_nnhp.training.step_params import StepParams
 

@@ -16,8 +16,8 @@ from optuna_nnhp.hyperparameters.optimizer import OptimizerState
 from optuna_nnhp.hyperparameters.optimizer import UpdateCoefficients
 from optuna_nnhp.hyperparameters.optimizer import optimizer_step
 from optuna_nnhp.hyperparameters.regularization import clip_gradients
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.layers import StackedModule
-from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.step_params import Member
 from optuna_nnhp.training.step_params import param_column
 

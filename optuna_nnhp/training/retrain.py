@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from optuna_nnhp.engine.threads import limited_threads
 from optuna_nnhp.networks.load_member import load_member
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.device import limited_threads
 from optuna_nnhp.training.numerics_context import DIFFERENT_STEPS
 from optuna_nnhp.training.numerics_context import SINGLE
 from optuna_nnhp.training.numerics_context import NumericsContext

@@ -11,9 +11,9 @@ from torch import Tensor
 from optuna_nnhp.engine.gpt import CompiledGPT
 from optuna_nnhp.engine.gpt import CompiledGPTSubset
 from optuna_nnhp.hyperparameters.epochs import total_iterations
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.training.batches import Batches
-from optuna_nnhp.training.parameters import FlatParameters
 from optuna_nnhp.training.rounds import rounds_per_epoch
 from optuna_nnhp.training.step_params import Member
 from optuna_nnhp.training.step_params import StepParams

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optuna_nnhp.errors import short_repr
-from optuna_nnhp.training.noise import DropoutNoise
+from optuna_nnhp.networks.noise import DropoutNoise
 
 # Codes of one function that torch keeps: one for each number of members, architecture and number
 # of ages; after its own 8 it would go on without.

@@ -11,7 +11,7 @@ from optuna_nnhp.hyperparameters.optimizer import optimizer_step
 from optuna_nnhp.hyperparameters.regularization import add_l1
 from optuna_nnhp.hyperparameters.regularization import clip_gradients
 from optuna_nnhp.hyperparameters.regularization import decay_weights
-from optuna_nnhp.training.parameters import FlatParameters
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.training.step_params import StepParams
 
 

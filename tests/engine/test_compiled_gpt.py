@@ -18,11 +18,11 @@ from optuna_nnhp.engine.gpt import load_library
 from optuna_nnhp.engine.gpt import orthogonalize_
 from optuna_nnhp.engine.gpt import supports_tensors
 from optuna_nnhp.hyperparameters.muon import orthogonalize
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.gpt import StackedGPT
+from optuna_nnhp.networks.noise import DropoutNoise
 from optuna_nnhp.networks.transformer import Architecture
 from optuna_nnhp.training.language import total_nats
-from optuna_nnhp.training.noise import DropoutNoise
-from optuna_nnhp.training.parameters import FlatParameters
 from tests.tolerance import EXACT
 from tests.tolerance import FLOAT32
 from tests.tolerance import FLOAT64

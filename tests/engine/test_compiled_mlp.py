@@ -14,11 +14,11 @@ import torch
 from optuna_nnhp.engine import mlp
 from optuna_nnhp.engine.mlp import CompiledMLP
 from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
+from optuna_nnhp.networks.noise import DropoutNoise
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Task
-from optuna_nnhp.training.noise import DropoutNoise
 from tests.members import PLAIN
 from tests.members import task
 from tests.members import varied

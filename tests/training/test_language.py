@@ -16,6 +16,7 @@ from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.muon import orthogonalize
 from optuna_nnhp.hyperparameters.muon import shape_rate_factor
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.transformer import Architecture
 from optuna_nnhp.training import param_groups
@@ -29,7 +30,6 @@ from optuna_nnhp.training.language import TextWindows
 from optuna_nnhp.training.language import TokenLoss
 from optuna_nnhp.training.language import total_nats
 from optuna_nnhp.training.param_groups import ParamGroupUpdate
-from optuna_nnhp.training.parameters import FlatParameters
 from tests.tolerance import EXACT
 from tests.tolerance import FLOAT64
 from tests.tolerance import assert_close

@@ -14,10 +14,10 @@ from torch import nn
 from optuna_nnhp import optimize
 from optuna_nnhp.engine.gpt import CompiledGPT
 from optuna_nnhp.engine.mlp import CompiledMLP
+from optuna_nnhp.networks.noise import DropoutNoise
 from optuna_nnhp.templates import CustomNetworkTemplate
 from optuna_nnhp.templates import DNNTemplate
 from optuna_nnhp.training import torch_compile
-from optuna_nnhp.training.noise import DropoutNoise
 from tests.tiny import SHAPE
 from tests.tiny import classes
 from tests.tolerance import FLOAT32

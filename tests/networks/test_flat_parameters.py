@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optuna_nnhp.training.parameters import FlatParameters
+from optuna_nnhp.networks.flat_parameters import FlatParameters
 from tests.members import task
 from tests.members import varied
 
@@ -62,7 +62,7 @@ def test_members_that_join_bring_weights_and_state() -> None:
     first, second = task().build(varied(2)), task().build(varied(1, seed=1))
     flat, other = FlatParameters(first), FlatParameters(second)
     flat.allocate_grads()
-    other.prepare()
+    other.allocate_grads()
     flat.optimizer_states[1].exp_avg.fill_(1.0)
     other.optimizer_states[0].exp_avg.fill_(2.0)
     other.steps.fill_(3.0)
