@@ -203,7 +203,7 @@ def optimize(
         executor:
             Where the workers run: whatever has ``submit`` as in PEP 3148, such as those of
             concurrent.futures, Dask, submitit or mpi4py. Each worker's ``timeout`` begins when it
-            does, and ``callbacks`` are called in it. See ``workers/WORKERS.md``.
+            does, and ``callbacks`` are called in it. See the guide on many workers.
 
     Returns:
         The best model and the study.

@@ -20,7 +20,7 @@ import pytest
 from sklearn.datasets import load_iris
 
 import optuna_nnhp
-from optuna_nnhp.__main__ import parse
+from optuna_nnhp.__main__ import parse_arguments
 from tests.docs_tables import DOCS
 from tests.docs_tables import TABLES
 from tests.docs_tables import with_tables
@@ -120,19 +120,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     houses = pd.DataFrame({"area": rng.normal(size=80), "town": ["here", "there"] * 40})
     houses["price"] = houses["area"] + (houses["town"] == "here") + rng.normal(size=80)
     houses.to_csv(tmp_path / "houses.csv", index=False)
+    for variable, value in ENVIRONMENT.items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_python_blocks_run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(name: str, folder: Path) -> None:
     code = SCRIPTS[name]
     for said, here in REPLACEMENTS.items():
         code = code.replace(said, here)
     script = folder / "page.py"
     script.write_text(code, encoding="utf-8")
-    for variable, value in ENVIRONMENT.items():
-        monkeypatch.setenv(variable, value)
     command = [sys.executable, "-W", "error", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -194,24 +194,26 @@ def extras() -> set[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_shell_commands_of_the_docs_are_valid(command: str) -> None:
+def test_shell_commands_of_the_docs_are_valid(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = shlex.split(command.replace("$SLURM_CPUS_PER_TASK", "4"))
     words = words[words[0] == "exec" :]
     if match := INSTALL.match(command):
         assert match[1] in extras()
     elif words[:3] == ["python", "-m", "optuna_nnhp"]:
-        assert parse(words[3:]).study == "digits"
+        assert parse_arguments(words[3:]).study == "digits"
     elif words[:2] == ["python", "-c"]:
         compile(words[2], "docs", "exec")
     else:
         python, script, *options = words
         assert python in ("python", ".venv/bin/python")
-        folder, name = Path(script).parts
-        sys.path.insert(0, str(ROOT))
-        try:
-            importlib.import_module(f"{folder}.{Path(name).stem}").parse(options)
-        finally:
-            sys.path.remove(str(ROOT))
+        monkeypatch.syspath_prepend(ROOT)
+        module = importlib.import_module(".".join(Path(script).with_suffix("").parts))
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        known = capsys.readouterr().out
+        assert [word for word in options if word.startswith("-") and word not in known] == []
 
 
 def test_the_command_of_the_kubernetes_job_is_valid() -> None:
@@ -220,7 +222,7 @@ def test_the_command_of_the_kubernetes_job_is_valid() -> None:
     assert match is not None
     words = [word.strip().strip('"') for word in match.group(1).split(",")]
     assert words[:3] == ["python", "-m", "optuna_nnhp"]
-    assert parse(words[3:]).storage == "postgresql://tuner@db/studies"
+    assert parse_arguments(words[3:]).storage == "postgresql://tuner@db/studies"
 
 
 @pytest.mark.parametrize("page", TABLES)

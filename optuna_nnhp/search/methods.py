@@ -50,7 +50,7 @@ def _make_sobol_sampler(seed: int | None) -> BaseSampler:
         return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
-# What each does, for users, is in the README and in `optimize`.
+# What each does, for users, is in docs/guides/methods.md.
 METHODS: dict[str, Method] = {
     # The catalogue's levels, or a user's, each combination once.
     "grid": Method(RandomSampler, loop_options=("partial",)),

@@ -1,4 +1,4 @@
-"""What workers ask of a PostgreSQL, and how much of it one takes: for `workers/WORKERS.md`.
+"""What workers ask of a PostgreSQL, and how much of it one takes: for `docs/guides/workers.md`.
 
     python -m tests.benchmarks.storage_load --json load.json
 
