@@ -8,12 +8,12 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from functools import cached_property
 import logging
+from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 import pandas as pd
-from sklearn.preprocessing import OneHotEncoder
 
 from optuna_nnhp.data.columns import COLUMN_KINDS
 from optuna_nnhp.data.columns import Column
@@ -25,6 +25,9 @@ from optuna_nnhp.data.frames import align_columns
 from optuna_nnhp.data.frames import as_frame
 from optuna_nnhp.data.frames import format_list
 from optuna_nnhp.data.scaling import Scaler
+
+if TYPE_CHECKING:
+    from sklearn.preprocessing import OneHotEncoder
 
 logger = logging.getLogger(f"optuna.{__name__}")
 
@@ -103,6 +106,8 @@ class Preprocessor:
     @cached_property
     def _encoder(self) -> OneHotEncoder:
         """Codes to 0/1 columns; -1, the code of what training never saw, to zeros."""
+        from sklearn.preprocessing import OneHotEncoder  # slow to import
+
         widths = [column.one_hot_width for column in self.categorical_columns]
         encoder = OneHotEncoder(
             categories=[np.arange(width) for width in widths],

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.impute import SimpleImputer
-from sklearn.preprocessing import RobustScaler
-from sklearn.preprocessing import StandardScaler
+
+if TYPE_CHECKING:
+    from sklearn.impute import SimpleImputer
+    from sklearn.preprocessing import RobustScaler
+    from sklearn.preprocessing import StandardScaler
 
 # In 50,000 rows a normal column reaches 3.3 interquartile ranges from its median, an exponential
 # one 10, a log-normal one 50.
@@ -65,6 +68,10 @@ class Scaler:
             >>> Scaler.fit(np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 1e6]])).heavy.tolist()
             [False, False]
         """
+        from sklearn.impute import SimpleImputer  # slow to import
+        from sklearn.preprocessing import RobustScaler
+        from sklearn.preprocessing import StandardScaler
+
         imputer = SimpleImputer(strategy="median").fit(values)
         filled = imputer.transform(values)
         with np.errstate(over="ignore"):
@@ -124,6 +131,10 @@ class Scaler:
             >>> Scaler.from_json(scaler.to_json()).transform(np.array([[1.0]])).tolist()
             [[0.0]]
         """
+        from sklearn.impute import SimpleImputer  # slow to import
+        from sklearn.preprocessing import RobustScaler
+        from sklearn.preprocessing import StandardScaler
+
         # The median of one row is that row, so fitting restores the imputer's private state too.
         imputer = SimpleImputer(strategy="median").fit(np.array([state["median"]]))
         robust = RobustScaler()

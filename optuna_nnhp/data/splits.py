@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 import pandas as pd
-from sklearn.model_selection import train_test_split
 
 from optuna_nnhp.data.frames import as_frame
 from optuna_nnhp.data.frames import as_target
@@ -88,6 +87,8 @@ def train_validation_split(
         >>> [len(part) for part in train_validation_split(X, y, 0.25, "binary", seed=0)]
         [7, 7, 3, 3]
     """
+    from sklearn.model_selection import train_test_split  # slow to import
+
     if is_validation_pair(validation):
         X_val, y_val = validation  # type: ignore[misc]
         valid_X, valid_y = as_frame(X_val, "X_val"), as_target(y_val, "y_val")

@@ -23,7 +23,6 @@ from optuna_nnhp.inspect.replicates import replicates_dataframe
 from optuna_nnhp.inspect.retraining import best_round
 from optuna_nnhp.inspect.retraining import retrain_trial
 from optuna_nnhp.inspect.retraining import with_trial_seed
-from optuna_nnhp.inspect.schedules import schedule_dataframe
 from optuna_nnhp.study.lockstep import member_at_best_round
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.predictor import Predictor
@@ -110,6 +109,8 @@ class Result:
             >>> result.schedule["epoch"].tolist()
             [0, 1, 2, 3]
         """
+        from optuna_nnhp.inspect.schedules import schedule_dataframe  # imports plotly
+
         return schedule_dataframe(self.study, self.best_trial)
 
     @property

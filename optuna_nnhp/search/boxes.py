@@ -17,7 +17,6 @@ from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
-from scipy.special import bdtr  # type: ignore[import-untyped]
 
 MARGIN_RATIO = 0.1  # around the best trials, in widths of what they span
 EDGE_FRACTION = 0.1  # of an interval: whoever is nearer to an end lies on it
@@ -244,6 +243,8 @@ def _narrow_interval(
     config: NarrowingConfig,
 ) -> Interval:
     """What the best trials span, with a margin, where there is evidence."""
+    from scipy.special import bdtr  # type: ignore[import-untyped]  # slow to import
+
     positions, first = sorted(best), best[0]
     count, trimmed = len(positions), int(config.trim_fraction * len(positions))
     low, high = min(positions[trimmed], first), max(positions[count - 1 - trimmed], first)

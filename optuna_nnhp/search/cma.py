@@ -6,7 +6,6 @@ import io
 import pickle
 from typing import Any
 
-import cmaes
 import optuna
 from optuna.samplers import CmaEsSampler
 from optuna.trial import FrozenTrial
@@ -35,6 +34,8 @@ class SafeCmaEsSampler(CmaEsSampler):
 
     def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
         """The optimizer that a trial keeps, the latest first; None if there is none."""
+        import cmaes  # slow to import
+
         for trial in reversed(completed_trials):
             names = [n for n in trial.system_attrs if n.startswith(self._attr_key_optimizer)]
             if not names:

@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.samplers._tpe.probability_distributions import _BatchedCategoricalDistributions
-from scipy.special import log_ndtr  # type: ignore[import-untyped]
-from scipy.special import ndtri_exp
 import torch
 
 Array = NDArray[Any]
@@ -84,6 +82,9 @@ class VectorizedParzenEstimator(_ParzenEstimator):
 
     def _truncated_normal_quantiles(self, mu: Array, sigma: Array, uniform: Array) -> Array:
         """Quantiles of truncated normal distributions, on the grid of those that have a step."""
+        from scipy.special import log_ndtr  # type: ignore[import-untyped]  # slow to import
+        from scipy.special import ndtri_exp
+
         left, right = (self._low - mu) / sigma, (self._high - mu) / sigma
         flip = left > 0  # the left tail has all the digits
         lowest = np.where(flip, -right, left)
@@ -187,6 +188,8 @@ def _log_normal_mass(left: Array, right: Array) -> Array:
     mass[tiny] = 1.0
     logarithm: Array = np.log(mass)
     if tiny.any():
+        from scipy.special import log_ndtr  # slow to import
+
         flip = left[tiny] > 0
         low = log_ndtr(np.where(flip, -right[tiny], left[tiny]))
         high = log_ndtr(np.where(flip, -left[tiny], right[tiny]))
