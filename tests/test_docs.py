@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from configparser import ConfigParser
 import importlib
 from pathlib import Path
@@ -238,13 +239,37 @@ def test_links_to_files_lead_to_a_file(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).is_file()] == []
 
 
+def defined_names(path: Path) -> set[str]:
+    """Return the names that a Python file defines: `name` and, within a class, `Class.name`."""
+    names: set[str] = set()
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                collect(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+            names.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
+
+    collect(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return names
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_source_files_that_a_page_names_exist(page: Path) -> None:
-    named = re.findall(
-        r"`((?:optuna_nnhp|tests|studies|dashboards|hub)/[\w/.]+)`",
+def test_source_files_and_names_in_them_that_a_page_mentions_exist(page: Path) -> None:
+    mentioned = re.findall(
+        r"`((?:optuna_nnhp|tests|studies|dashboards|hub)/[\w/.]+)(?:::([\w.]+))?`",
         page.read_text(encoding="utf-8"),
     )
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert [path for path, _ in mentioned if not (ROOT / path).exists()] == []
+    unknown = [
+        f"{path}::{name}"
+        for path, name in mentioned
+        if name and name not in defined_names(ROOT / path)
+    ]
+    assert unknown == []
 
 
 def test_the_changelog_has_the_version_or_is_unreleased() -> None:
