@@ -13,17 +13,20 @@ import optuna
 from optuna import Study
 from optuna import Trial
 from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 from torch import nn
 
 from optuna_nnhp.engine.threads import single_threaded_blas
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.study.environment import ENVIRONMENT
 from optuna_nnhp.study.environment import record_environment
+from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.running_trial import suggest
 from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.retrain import evaluate_best
+from optuna_nnhp.training.run_to_end import run_to_end
 
 Direction = Literal["maximize", "minimize"]
 Kept = WeakKeyDictionary[BaseStorage, dict[int, tuple[float, BestWeights]]]
@@ -97,20 +100,22 @@ class Objective:
         trial.set_user_attr(ENVIRONMENT, record_environment(trial.study, problem))
         running = RunningTrial(trial, member, problem.maximize)
         cohort = problem.cohort([member])
-        cause: str | None = None
         with single_threaded_blas:
-            while cause is None:
-                scores = cohort.train_round()
-                assert scores is not None
+            for _, scores in run_to_end([cohort]):
                 running.add_scores(scores, 0)
                 running.report()
-                cause = scores.ended[0] or ("pruned" if trial.should_prune() else None)
-        ends_early = cause in ("pruned", "diverged")
+                outcome = TrialOutcome.from_cause(scores.ended[0])
+                if outcome is None and trial.should_prune():
+                    outcome = TrialOutcome.PRUNED
+                if outcome is not None:
+                    break
+        assert outcome is not None
+        ends_early = outcome.state == TrialState.PRUNED
         if not ends_early:
             running.exact_value = evaluate_best(cohort, 0)
-        running.describe(problem, cohort.iterations[0], cause)
+        running.describe(problem, cohort.iterations[0], outcome)
         if ends_early:
-            raise optuna.TrialPruned(f"Trial {trial.number}: {cause}.")
+            raise optuna.TrialPruned(f"Trial {trial.number}: {outcome.value}.")
         assert running.best is not None
         with self._lock:
             kept = self._kept.setdefault(trial.study._storage, {})

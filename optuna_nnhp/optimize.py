@@ -40,7 +40,7 @@ from optuna_nnhp.study.open_study import without_cache
 from optuna_nnhp.study.replicates import MAX_CONFIGURATIONS
 from optuna_nnhp.study.replicates import ReplicateTrainer
 from optuna_nnhp.study.replicates import check_replicates
-from optuna_nnhp.study.tuner import Callback
+from optuna_nnhp.study.trial_finisher import Callback
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.training.best_weights import BestWeights

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 import pytest
 from scipy import stats
 
-from optuna_nnhp.study.hypergradient import gradient_space
+from optuna_nnhp.study.policies.hypergradient import gradient_space
 from studies import comparison
 from studies.comparison import gradient
 from studies.comparison import methods

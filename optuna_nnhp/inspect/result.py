@@ -23,7 +23,7 @@ from optuna_nnhp.inspect.replicates import replicates_dataframe
 from optuna_nnhp.inspect.retraining import best_round
 from optuna_nnhp.inspect.retraining import retrain_trial
 from optuna_nnhp.inspect.retraining import with_trial_seed
-from optuna_nnhp.study.lockstep import member_at_best_round
+from optuna_nnhp.study.running_trial import member_at_best_round
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.predictor import Predictor
 from optuna_nnhp.templates.supervised import Template

@@ -9,8 +9,8 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.study.environment import SEED
-from optuna_nnhp.study.lockstep import schedule_of
 from optuna_nnhp.study.running_trial import params_for_retraining
+from optuna_nnhp.study.running_trial import schedule_of
 from optuna_nnhp.templates.supervised import Template
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.numerics_context import NUMERICS_CONTEXT_KEY

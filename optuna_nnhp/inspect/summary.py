@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.inspect.replicates import best_replicated_trial
-from optuna_nnhp.study.lockstep import SCHEDULE
+from optuna_nnhp.study.running_trial import SCHEDULE
 
 # What a short label of a trial shows first; what else the study tunes fills the rest.
 MAIN_PARAMETERS = (

@@ -139,9 +139,14 @@ class Admission:
 
     def _must_end(self) -> bool:
         """Whether no more trials start: there would be no time to learn anything from one."""
-        if self.budget.is_over() or self.study._stop_flag:
+        if self.budget.is_over() or self.source.is_stopped:
             return True
         return self.budget.seconds_left < self.asking + self.first_round
+
+    def note_first_round(self, run: CohortRun) -> None:
+        """Note how long a new cohort trained for its first scores."""
+        if not run.is_scored:
+            self.first_round, run.is_scored = run.seconds, True
 
     def has_more(self) -> bool:
         """Whether trials can start although none runs: those just asked have all failed."""
@@ -223,7 +228,7 @@ class Admission:
             if affordable:
                 self.deferred.remove(affordable[0])
                 return affordable[0]
-            if self.source.left() == 0 or self.budget.is_over() or self.study._stop_flag:
+            if self.source.left() == 0 or self.budget.is_over() or self.source.is_stopped:
                 break
             asked = self.source.ask(1)
             self.deferred += asked
@@ -367,9 +372,7 @@ class Admission:
                 return
             run.cohort, run.rounds = self.problem.cohort(members), 0
         except Exception as error:  # the stack may be half of each by now
-            group, run.running = list(run.running.values()), {}
-            vars(run.cohort).clear()  # what had no room must go before its halves come
-            self.replace(run, self.bisector.bisect(group, error))
+            self.replace(run, self.bisector.bisect(run.dissolve(), error))
             return
         if run not in self.queue.runs:
             self.queue.add(run)

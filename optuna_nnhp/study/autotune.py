@@ -21,6 +21,7 @@ from optuna_nnhp.engine.threads import available_threads
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.run_to_end import run_to_end
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -130,7 +131,7 @@ def seconds_per_step(cohort: Cohort, probe: float = PROBE) -> float:
     fastest = math.inf
     if cohort.task.compile:  # the first steps are those that make the code
         asked_for = iter(range(WARM_UP + 1))
-        cohort.train_round(lambda: next(asked_for, None) is None)
+        next(run_to_end([cohort], lambda: next(asked_for, None) is None), None)
     for _ in range(PROBES):
         before, asked = sum(cohort.iterations), list[float]()
 
@@ -138,7 +139,7 @@ def seconds_per_step(cohort: Cohort, probe: float = PROBE) -> float:
             asked.append(time.perf_counter())  # noqa: B023
             return len(asked) > 1 and asked[-1] - asked[0] > probe  # noqa: B023
 
-        cohort.train_round(enough)
+        next(run_to_end([cohort], enough), None)
         seconds = time.perf_counter() - asked[0]  # what is drawn for a whole round is no step
         steps = (sum(cohort.iterations) - before) / len(cohort.members)
         fastest = min(fastest, seconds / steps)

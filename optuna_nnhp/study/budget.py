@@ -13,7 +13,6 @@ import time
 from types import FrameType
 from types import TracebackType
 
-from optuna import Study
 from tqdm import tqdm
 
 REDRAW_EVERY = 0.1  # seconds
@@ -106,21 +105,6 @@ def graceful_shutdown(budget: Budget, *, releases: bool = True) -> Iterator[None
         yield
     finally:
         put_back()
-
-
-@contextmanager
-def allow_study_stop(study: Study) -> Iterator[None]:
-    """Within, `study.stop()` works, as in Optuna's own `optimize`.
-
-    Callbacks such as `MaxTrialsCallback` and exhausted samplers call it; Optuna allows it only
-    under this private flag.
-    """
-    study._stop_flag = False
-    study._thread_local.in_optimize_loop = True
-    try:
-        yield
-    finally:
-        study._thread_local.in_optimize_loop = False
 
 
 class ProgressBar:

@@ -205,7 +205,7 @@ def _collected(runs: Sequence[CohortRun]) -> tuple[dict[str, Tensor], dict[str, 
         cohorts.append(
             {
                 "cohort": snapshot.facts,
-                "running": [trial.facts for trial in run.running.values()],
+                "running": [trial.state_dict() for trial in run.running.values()],
                 "leader": [leader.number, leader.seed, leader.params],
                 "slots": run.slots,
                 "rounds": run.rounds,

@@ -64,6 +64,12 @@ class CohortRun:
     seconds: float = 0.0
     is_scored: bool = False
 
+    def dissolve(self) -> list[RunningTrial]:
+        """Give up the cohort and return its trials: its memory is needed for smaller ones."""
+        trials, self.running = list(self.running.values()), {}
+        del self.cohort
+        return trials
+
     @property
     def is_quarantined(self) -> bool:
         """Whether it may raise what a larger cohort has raised."""

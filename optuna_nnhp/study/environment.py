@@ -23,6 +23,7 @@ from optuna_nnhp.engine import gpt
 from optuna_nnhp.engine import mlp
 from optuna_nnhp.engine.threads import available_threads
 from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.version import __version__
 
@@ -113,7 +114,7 @@ def record_environment(study: Study, problem: Problem) -> str:
     key, known = environment_key(environment), study.user_attrs
     if f"{ENVIRONMENT}:{key}" not in known:
         study.set_user_attr(f"{ENVIRONMENT}:{key}", environment)
-    storage = study._storage
+    storage = storage_of(study)
     if isinstance(storage, BufferedStorage) and isinstance(storage._mark, TrialMetadata):
         marks = storage._mark.attributes
         marks[ENVIRONMENT] = key

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Hashable
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Sequence
 
 import optuna
 
 from optuna_nnhp.study.checkpoints import Checkpoint
-from optuna_nnhp.study.checkpoints import Checkpoints
-from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.failures import error_line
 from optuna_nnhp.study.failures import free_frames
-from optuna_nnhp.study.recovery import Recovery
 from optuna_nnhp.study.running_trial import RunningTrial
-from optuna_nnhp.study.trial_finisher import TrialFinisher
 from optuna_nnhp.training.device import is_out_of_memory
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -24,26 +20,29 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 UNLIMITED = 10**6  # trials in a cohort, where memory has not said anything
 
 
-@dataclass
 class FailureBisector:
-    """Makes new cohorts of the trials of one that has raised.
+    """Divide cohorts that have raised an error, until the trials at fault are alone.
 
     Args:
-        recovery:
-            Puts trials back to their last checkpoint.
-        checkpoints:
-            This worker's.
-        ends:
-            Ends those that raise alone.
+        newest_checkpoint:
+            Returns this worker's newest checkpoint.
+        restore:
+            Makes a cohort of some trials as a checkpoint has them.
+        fail:
+            Ends a trial that raises alone.
 
     Attributes:
-        fits: By signature, how many trials memory has room for, if too many were tried.
+        memory_limits: By signature, how many trials memory has room for, if too many were tried.
     """
 
-    recovery: Recovery
-    checkpoints: Checkpoints
-    ends: TrialFinisher
-    memory_limits: dict[Hashable, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        newest_checkpoint: Callable[[], Checkpoint | None],
+        restore: Callable[[Sequence[RunningTrial], Checkpoint | None], CohortRun],
+        fail: Callable[[RunningTrial, Exception], None],
+    ) -> None:
+        self.newest_checkpoint, self.restore, self.fail = newest_checkpoint, restore, fail
+        self.memory_limits: dict[Hashable, int] = {}
 
     def bisect(self, group: list[RunningTrial], error: Exception) -> list[CohortRun]:
         """Cohorts of all trials of a group that can be trained, at their last checkpoint.
@@ -57,8 +56,7 @@ class FailureBisector:
         Raises:
             Exception: The error, if no trial of the study can be trained, it seems.
         """
-        checkpoint = newest(self.checkpoints.folder, self.checkpoints.worker)
-        return self.again(group, error, checkpoint)
+        return self.again(group, error, self.newest_checkpoint())
 
     def again(
         self, group: list[RunningTrial], error: Exception, checkpoint: Checkpoint | None
@@ -70,13 +68,13 @@ class FailureBisector:
             part, error = queue.pop()
             free_frames(error)
             if len(part) == 1:
-                self.ends.fail(part[0], error)
+                self.fail(part[0], error)
                 continue
             pieces = _pieces(part, checkpoint)
             self._say(part, pieces, error)
             for some in reversed(pieces):
                 try:
-                    run = self.recovery.again(some, checkpoint)
+                    run = self.restore(some, checkpoint)
                 except Exception as other:  # whatever it is, it becomes an outcome
                     queue.append((some, other))
                 else:

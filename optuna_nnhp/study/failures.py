@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from dataclasses import field
 import traceback
 
 import optuna
-from optuna import Study
 from optuna import Trial
 from optuna.trial import TrialState
 import torch
 
 from optuna_nnhp.errors import exception_chain
 from optuna_nnhp.errors import hide_passwords
+from optuna_nnhp.study.outcomes import CAUSE
+from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.study.problem import TrialTooLarge
 from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running_trial import Tell
 from optuna_nnhp.training.device import is_out_of_memory
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -32,27 +32,25 @@ class CohortError(Exception):
     """What a cohort raised while it was built or trained, as its cause."""
 
 
-@dataclass
 class FailurePolicy:
-    """Ends trials as FAIL, and says when a study makes no sense any more.
+    """End trials as FAIL, and raise when no trial of the study can be trained, it seems.
 
     Args:
-        study:
-            The study.
+        tell:
+            Tells Optuna of a trial's end.
         problem:
             What is tuned.
 
     Attributes:
-        has_worked: Whether any trial of the study has been trained to an evaluation.
-        refused: How many trials in a row could not be trained as they were proposed.
-        lines: Of the trials that failed before any has worked, what they failed with.
+        any_trained: Whether any trial of the study has been trained to an evaluation.
+        rejected_in_row: How many trials in a row could not be trained as they were proposed.
+        error_lines: Of the trials that failed before any was trained, what they failed with.
     """
 
-    study: Study
-    problem: Problem
-    any_trained: bool = False
-    rejected_in_row: int = 0
-    error_lines: list[str] = field(default_factory=list)
+    def __init__(self, tell: Tell, problem: Problem) -> None:
+        self.tell, self.problem = tell, problem
+        self.any_trained, self.rejected_in_row = False, 0
+        self.error_lines: list[str] = []
 
     def refuse(self, trial: Trial, error: Exception) -> None:
         """End a trial that cannot be trained as it is proposed.
@@ -61,7 +59,7 @@ class FailurePolicy:
             ValueError: If there were too many of them in a row.
         """
         record_error(trial, error)
-        self.study.tell(trial, state=TrialState.FAIL)
+        self.tell(trial, None, TrialState.FAIL)
         _logger.warning(f"Trial {trial.number} failed: {error}")
         self.rejected_in_row += 1
         if self.rejected_in_row >= MAX_REJECTED:
@@ -82,7 +80,7 @@ class FailurePolicy:
             needed = self.problem.memory(running.member)
             trial.set_user_attr("needed_bytes", needed)
             line = f"it needs about {needed / 2**20:,.0f} MiB, and there is no room: {line}"
-        running.fail(self.study, self.problem, _cause(error))
+        running.fail(self.tell, self.problem, _outcome(error))
         _logger.warning(f"Trial {trial.number} failed: {line}")
         if self.any_trained or not counts:
             return
@@ -95,7 +93,7 @@ class FailurePolicy:
 def record_error(trial: Trial, error: BaseException) -> None:
     """Write what went wrong as attributes of a trial."""
     text = "".join(traceback.format_exception(error)).strip()
-    trial.set_user_attr("cause", _cause(error))
+    trial.set_user_attr(CAUSE, _outcome(error).value)
     trial.set_user_attr(ERROR, hide_passwords(error_line(error)))
     trial.set_user_attr(TRACEBACK, hide_passwords(text[-MAX_TRACEBACK_LENGTH:]))
 
@@ -119,6 +117,6 @@ def free_frames(error: BaseException) -> None:
         torch.cuda.empty_cache()
 
 
-def _cause(error: BaseException) -> str:
+def _outcome(error: BaseException) -> TrialOutcome:
     too_large = isinstance(error, TrialTooLarge) or is_out_of_memory(error)
-    return "out of memory" if too_large else "error"
+    return TrialOutcome.OUT_OF_MEMORY if too_large else TrialOutcome.ERROR

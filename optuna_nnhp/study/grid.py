@@ -31,8 +31,15 @@ from optuna_nnhp.search.grid import default_grid_values
 from optuna_nnhp.search.grid import key
 from optuna_nnhp.search.grid import to_stored_value
 from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.study._optuna_internals import grid_of
+from optuna_nnhp.study._optuna_internals import study_id
+from optuna_nnhp.study._optuna_internals import trial_id
 from optuna_nnhp.study.autotune import measure_throughput
 from optuna_nnhp.study.budget import Budget
+from optuna_nnhp.study.outcomes import CAUSE
+from optuna_nnhp.study.outcomes import TrialOutcome
+from optuna_nnhp.study.outcomes import counts
+from optuna_nnhp.study.outcomes import retries_grid_point
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.training.cohort import Member
@@ -40,8 +47,6 @@ from optuna_nnhp.training.cohort import Member
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 FIXED_PARAMS = "fixed_params"  # system attribute of trials that were enqueued
-CUT_SHORT = ("timeout", "interrupted")  # trials that ended before their time
-DUPLICATE = "duplicate"  # cause of a trial whose point another worker had enqueued before
 MAX_LISTED_POINTS = 10_000  # of a huge grid, where no number of trials says how many are wanted
 # A grid's time is that of a few points, which the order spreads over it: so many, or as many as
 # are measured in these seconds.
@@ -154,7 +159,7 @@ def check_grid(sampler: GridSampler, space: Mapping[str, BaseDistribution]) -> N
         >>> from optuna.distributions import IntDistribution
         >>> check_grid(GridSampler({"depth": [1, 2]}), {"depth": IntDistribution(1, 8)})
     """
-    grid = sampler._search_space
+    grid = grid_of(sampler)
     if set(grid) != set(space):
         lacks, more = sorted({*space} - {*grid}), sorted({*grid} - {*space})
         raise ValueError(
@@ -176,7 +181,7 @@ def as_levels(sampler: GridSampler | GridPointsSampler, problem: Problem) -> Gri
     """
     if isinstance(sampler, GridPointsSampler):
         return sampler
-    grid = Grid(check_grid_values(sampler._search_space, problem.space, {}), {}, {}, {}, {})
+    grid = Grid(check_grid_values(grid_of(sampler), problem.space, {}), {}, {}, {}, {})
     points = grid.sobol_order(seed=0)
     first = points[0] | _held(problem.defaults(), problem.space)
     return GridPointsSampler(
@@ -227,15 +232,17 @@ class GridQueue:
         """
         self._storage.refresh()
         trials = self._study.get_trials(deepcopy=False)
-        owners = {key(point_of(t)): t for t in reversed(trials) if not is_undone(t)}
+        owners = {key(point_of(t)): t for t in reversed(trials) if not retries_grid_point(t)}
         found = [(point, owners.get(key(point))) for point in plan.points]
         missing = [point for point, owner in found if owner is None]
         begun = sum(o is not None and o.state != TrialState.WAITING for _, o in found)
-        failed = {key(point_of(t)) for t in trials if is_undone(t) and not is_cut_short(t)}
+        failed = {
+            key(point_of(t)) for t in trials if retries_grid_point(t) and counts(t, on_grid=True)
+        }
         missing.sort(key=lambda point: key(point) in failed)
         fresh = [point for point in missing if key(point) not in failed]
         waiting = [point_of(t) for t in reversed(owners.values()) if t.state == TrialState.WAITING]
-        ended = sum(t.state.is_finished() and not is_cut_short(t) for t in trials)
+        ended = sum(t.state.is_finished() and counts(t, on_grid=True) for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in owners.values())
         left = budget.left(ended + running)
         _logger.info(f"The grid has {plan.text}{f'; begun before: {begun:,}' if trials else ''}.")
@@ -251,7 +258,7 @@ class GridQueue:
             for point in points
         ]
         if templates:
-            self._storage.create_new_trials(self._study._study_id, templates)
+            self._storage.create_new_trials(study_id(self._study), templates)
 
     def end_duplicates(self) -> None:
         """End the trials that wait for a point that has one already."""
@@ -269,7 +276,7 @@ class GridQueue:
             if not self._claim(trial):
                 continue
             if not self._is_duplicate(trial, self._listed()):
-                return Trial(self._study, trial._trial_id)
+                return Trial(self._study, trial_id(trial))
             self._withdraw(trial)
         return None
 
@@ -280,13 +287,13 @@ class GridQueue:
     def _claim(self, trial: FrozenTrial) -> bool:
         """Start a trial, unless another worker is the first to do so."""
         try:
-            return self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            return self._storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
         except UpdateFinishedTrialError:
             return False
 
     def _withdraw(self, trial: FrozenTrial) -> None:
-        self._storage.set_trial_user_attr(trial._trial_id, "cause", DUPLICATE)
-        self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        self._storage.set_trial_user_attr(trial_id(trial), CAUSE, TrialOutcome.DUPLICATE.value)
+        self._storage.set_trial_state_values(trial_id(trial), TrialState.FAIL)
 
     def _listed(self) -> list[FrozenTrial]:
         """All trials; the new ones are noted by their point."""
@@ -299,23 +306,12 @@ class GridQueue:
     def _is_duplicate(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
         """Whether a trial with a lower number has the point; all of those are known here."""
         same = self._numbers[key(point_of(trial))]
-        return any(n < trial.number and not is_undone(trials[n]) for n in same)
+        return any(n < trial.number and not retries_grid_point(trials[n]) for n in same)
 
 
 def point_of(trial: FrozenTrial) -> dict[str, Any]:
     """What a trial has or will have; one that begins does not have all of it yet."""
     return {**trial.system_attrs.get(FIXED_PARAMS, {}), **trial.params}
-
-
-def is_cut_short(trial: FrozenTrial) -> bool:
-    """Whether a trial of a grid ended before its time, so that it does not count."""
-    is_partial = trial.state in (TrialState.FAIL, TrialState.PRUNED)
-    return is_partial and trial.user_attrs.get("cause") in ("killed", DUPLICATE, *CUT_SHORT)
-
-
-def is_undone(trial: FrozenTrial) -> bool:
-    """Whether a trial's point is to be tried again."""
-    return trial.state == TrialState.FAIL or is_cut_short(trial)
 
 
 def _check_left(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import copy
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
-import functools
 from numbers import Integral
 from typing import Any
 
@@ -30,15 +30,17 @@ from optuna_nnhp.search.zoomed_space import ZoomedSpace
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.grid import check_grid
 from optuna_nnhp.study.grid import make_grid
-from optuna_nnhp.study.hypergradient import HypergradientPolicy
-from optuna_nnhp.study.hypergradient import gradient_space
-from optuna_nnhp.study.population import PopulationPolicy
+from optuna_nnhp.study.policies import Policy
+from optuna_nnhp.study.policies import PolicyContext
+from optuna_nnhp.study.policies.halving import HalvingPolicy
+from optuna_nnhp.study.policies.hypergradient import HypergradientPolicy
+from optuna_nnhp.study.policies.hypergradient import gradient_space
+from optuna_nnhp.study.policies.population import PopulationPolicy
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.trial_source import BASELINE
-from optuna_nnhp.study.tuner import Tuner
 
 ZOOMED_FROM = "zoomed_from"  # study attribute: whose trials proposed its space
-POLICIES: dict[str | None, type[Tuner]] = {
+POLICIES: dict[str | None, Callable[..., Policy]] = {
     "population": PopulationPolicy,
     "gradient": HypergradientPolicy,
 }
@@ -115,13 +117,12 @@ class MethodConfig:
     @property
     def uses_portfolio(self) -> bool:
         """Whether the template's portfolio is tried beside the default."""
-        return POLICIES.get(self.method, Tuner).uses_portfolio
+        return self.method not in POLICIES
 
-    @property
-    def scheduler(self) -> functools.partial[Tuner]:
-        """The study's loop, still without its study."""
+    def make_policy(self, context: PolicyContext) -> Policy:
+        """Make the policy of the method, with its options."""
         options = {} if self.method == "grid" else self.policy_options
-        return functools.partial(POLICIES.get(self.method, Tuner), **options)
+        return POLICIES.get(self.method, HalvingPolicy)(context, **options)
 
 
 def _reseeded(sampler: BaseSampler) -> BaseSampler:

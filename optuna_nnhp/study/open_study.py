@@ -22,6 +22,7 @@ from optuna_nnhp.storages.lease import new_worker_name
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.paths import safe_file_name
 from optuna_nnhp.storages.paths import safe_join
+from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.environment import TrialMetadata
 from optuna_nnhp.study.environment import record_environment
 from optuna_nnhp.version import __version__
@@ -121,7 +122,7 @@ def _await_description(study: optuna.Study) -> None:
 
 def without_cache(study: optuna.Study) -> optuna.Study:
     """The same study without what is kept in memory: whoever reads it reads what there is."""
-    storage = study._storage
+    storage = storage_of(study)
     if not isinstance(storage, BufferedStorage):
         return study
     storage.flush()

@@ -15,6 +15,7 @@ import optuna
 from optuna import Study
 from optuna import Trial
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -24,6 +25,9 @@ from optuna_nnhp.storages.lease import Lease
 from optuna_nnhp.storages.operations import REQUEUED_BY
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.outbox import replay_outbox
+from optuna_nnhp.study._optuna_internals import study_id
+from optuna_nnhp.study._optuna_internals import trial_id
+from optuna_nnhp.study._optuna_internals import with_sampler
 from optuna_nnhp.study.checkpoints import Checkpoint
 from optuna_nnhp.study.checkpoints import CohortCheckpoint
 from optuna_nnhp.study.checkpoints import checkpoint_folder
@@ -31,6 +35,8 @@ from optuna_nnhp.study.checkpoints import forget
 from optuna_nnhp.study.checkpoints import newest
 from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.environment import record_earlier_environment
+from optuna_nnhp.study.outcomes import CAUSE
+from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Cohort
@@ -58,14 +64,11 @@ class Recovery:
             Who lives.
         folder:
             The study's checkpoints; None if there are none.
-        separable:
-            Whether trials may be trained without those that they were trained with.
     """
 
     source: TrialSource
     lease: Lease
     folder: Path | None
-    separable: bool = True
 
     def __post_init__(self) -> None:
         self.study: Study = self.source.study
@@ -74,10 +77,14 @@ class Recovery:
         self._unsure: dict[str, list[FrozenTrial]] = {}  # the answer to taking them was lost
         self.has_postponed = False  # there are trials to claim, when a suspect has been trained
 
-    def claim(self) -> dict[str, list[FrozenTrial]]:
+    def claim(self, *, separable: bool = True) -> dict[str, list[FrozenTrial]]:
         """Make abandoned trials this worker's own: by the worker whose checkpoint has them.
 
         That is noted before: if this one is killed now, whoever comes next finds it.
+
+        Args:
+            separable:
+                Whether trials can be trained without those that they were trained with.
         """
         self._found.clear()
         claimed: dict[str, list[FrozenTrial]] = {}
@@ -85,14 +92,14 @@ class Recovery:
             if abandoned := self._abandoned():
                 self.replay_outbox()  # some of them may have ended
                 abandoned = self._abandoned()
-            for worker, trials in self._one_suspect(abandoned).items():
-                sources = {trial._trial_id: self._source(trial, worker) for trial in trials}
+            for worker, trials in self._one_suspect(abandoned, separable).items():
+                sources = {trial_id(trial): self._source(trial, worker) for trial in trials}
                 self._unsure[worker] = trials
                 taken = self.storage.take_over(dict.fromkeys(sources, worker))
                 del self._unsure[worker]
                 for trial in trials:
-                    if trial._trial_id in taken:
-                        claimed.setdefault(sources[trial._trial_id], []).append(trial)
+                    if trial_id(trial) in taken:
+                        claimed.setdefault(sources[trial_id(trial)], []).append(trial)
             if released := self.released():
                 self.source.make_room_for_released()
             for trial in released:
@@ -117,7 +124,7 @@ class Recovery:
 
     def released(self) -> list[FrozenTrial]:
         """Trials that wait for somebody who goes on with them."""
-        return self.storage.released(self.study._study_id)
+        return self.storage.released(study_id(self.study))
 
     def checkpoint(self, worker: str) -> Checkpoint | None:
         """A worker's newest checkpoint, read once for each `claim`."""
@@ -132,7 +139,7 @@ class Recovery:
         source = worker if has_it or earlier is None else str(earlier)
         if earlier != source and self.folder is not None:
             with suppress(UpdateFinishedTrialError):  # somebody was faster
-                self.storage.write_trial_user_attr(trial._trial_id, CHECKPOINT, source)
+                self.storage.write_trial_user_attr(trial_id(trial), CHECKPOINT, source)
         return source
 
     def is_doubtful(self) -> bool:
@@ -219,7 +226,7 @@ class Recovery:
         return dead
 
     def _one_suspect(
-        self, abandoned: dict[str, list[FrozenTrial]]
+        self, abandoned: dict[str, list[FrozenTrial]], separable: bool
     ) -> dict[str, list[FrozenTrial]]:
         """Of abandoned trials under which workers died again and again only one at a time.
 
@@ -229,8 +236,7 @@ class Recovery:
             (trial.number, worker, trial)
             for worker, trials in abandoned.items()
             for trial in trials
-            if self.separable
-            and trial.user_attrs.get(TAKEN_OVER, (0, 0))[0] + 1 >= QUARANTINE_DEATHS
+            if separable and trial.user_attrs.get(TAKEN_OVER, (0, 0))[0] + 1 >= QUARANTINE_DEATHS
         ]
         self.has_postponed = bool(suspects) and sum(map(len, abandoned.values())) > 1
         if not suspects:
@@ -248,7 +254,7 @@ class Recovery:
     def _start(self, trial: FrozenTrial) -> bool:
         """Start a WAITING trial, unless another worker is the first to do so."""
         try:
-            return self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            return self.storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
         except UpdateFinishedTrialError:
             return False
 
@@ -291,7 +297,9 @@ class Recovery:
         rest = [trial for trial in group if _times(trial) < QUARANTINE_DEATHS]
         return [*([rest] if rest else []), *alone]
 
-    def begun(self, trial: FrozenTrial, done: int) -> list[RunningTrial]:
+    def begun(
+        self, trial: FrozenTrial, done: int, sampler: BaseSampler | None = None
+    ) -> list[RunningTrial]:
         """A claimed trial as this worker's own; none if it cannot be trained.
 
         Args:
@@ -299,25 +307,24 @@ class Recovery:
                 The trial.
             done:
                 Steps that it has done, by its checkpoint.
+            sampler:
+                What proposes the values that it lacks; the source's if None.
         """
-        sampler = self.study.sampler
+        sampler = sampler or self.source.sampler
         if self.problem.space.keys() <= trial.params.keys():
-            self.study.sampler = RandomSampler()  # all is decided: nobody is to be asked
-        try:
-            own = Trial(self.study, trial._trial_id)
-            record_earlier_environment(own, trial)
-            times, last = trial.user_attrs.get(TAKEN_OVER, (0, 0))
-            if trial.state == TrialState.RUNNING:  # a worker has died
-                times = times + 1 if done <= last else 1
-            own.set_user_attr(TAKEN_OVER, [times, done])
-            if times > MAX_WORKER_DEATHS:
-                _logger.warning(f"Trial {trial.number} failed: {times} workers died training it.")
-                own.set_user_attr("cause", "killed")
-                self.study.tell(own, state=TrialState.FAIL)
-                return []
-            begun = self.source.begin_trial(own)
-        finally:
-            self.study.sampler = sampler
+            sampler = RandomSampler()  # all values are decided: nothing is to be proposed
+        own = Trial(with_sampler(self.study, sampler), trial_id(trial))
+        record_earlier_environment(own, trial)
+        times, last = trial.user_attrs.get(TAKEN_OVER, (0, 0))
+        if trial.state == TrialState.RUNNING:  # a worker has died
+            times = times + 1 if done <= last else 1
+        own.set_user_attr(TAKEN_OVER, [times, done])
+        if times > MAX_WORKER_DEATHS:
+            _logger.warning(f"Trial {trial.number} failed: {times} workers died training it.")
+            own.set_user_attr(CAUSE, TrialOutcome.KILLED.value)
+            self.source.tell(own, None, TrialState.FAIL)
+            return []
+        begun = self.source.begin_trial(own)
         self.source.running |= {running.member.number: running for running in begun}
         return begun
 

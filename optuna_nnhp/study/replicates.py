@@ -25,14 +25,16 @@ from optuna_nnhp.study.autotune import seconds_per_step
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import graceful_shutdown
 from optuna_nnhp.study.failures import error_line
-from optuna_nnhp.study.lockstep import SCHEDULE
-from optuna_nnhp.study.lockstep import schedule_of
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.study.running_trial import SCHEDULE
 from optuna_nnhp.study.running_trial import params_for_retraining
+from optuna_nnhp.study.running_trial import schedule_of
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.retrain import retrain
+from optuna_nnhp.training.run_to_end import ended_members
+from optuna_nnhp.training.run_to_end import run_to_end
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -226,20 +228,14 @@ def _train(cohort: Cohort, out_of_time: Callable[[], bool]) -> Iterator[tuple[in
 
     Those whose time ran out are left out.
     """
-    while True:
-        scores = cohort.train_round(out_of_time)
-        if scores is None:
-            return
-        ends = {p: end for p, end in zip(scores.indices, scores.ended, strict=True) if end}
-        for place, end in ends.items():
-            value = cohort.best_value(place)
-            is_value = end != "diverged" and math.isfinite(value)
-            yield cohort.members[place].number, value if is_value else None
-        stay = [place for place in range(len(cohort.members)) if place not in ends]
-        if not stay:
-            return
-        if ends:
-            cohort.select(stay)
+    for _, scores in run_to_end([cohort], out_of_time):
+        for i in ended_members(scores):
+            value = cohort.best_value(i)
+            diverged = scores.ended[scores.indices.index(i)] == "diverged"
+            yield (
+                cohort.members[i].number,
+                value if math.isfinite(value) and not diverged else None,
+            )
 
 
 def _train_course(

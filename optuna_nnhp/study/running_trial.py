@@ -1,7 +1,8 @@
-"""One running trial: asking for its values, keeping its curves, ending it."""
+"""One trial: its values, what it comes to while it trains, and what is needed to retrain it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ import math
 import time
 from typing import Any
 
-from optuna import Study
 from optuna import Trial
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
@@ -19,6 +19,9 @@ from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.study._optuna_internals import known_values
+from optuna_nnhp.study.outcomes import CAUSE
+from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
@@ -26,11 +29,18 @@ from optuna_nnhp.training.numerics_context import NUMERICS_CONTEXT_KEY
 from optuna_nnhp.training.numerics_context import SINGLE
 from optuna_nnhp.training.numerics_context import NumericsContext
 from optuna_nnhp.training.rounds import epochs
+from optuna_nnhp.training.segments import Segment
 
 TRIAL_TIMEOUT = "trial_timeout"  # attribute of a trial that took longer than each may: seconds
+# Attributes of a trial whose values change while it trains: the values from which round on, and
+# whether the network began anew then; and the trial whose first weights it descends from.
+SCHEDULE, ROOT = "schedule", "root"
 # Of a running trial, what a checkpoint keeps as it is.
-CURVES = ("train_loss", "validation_loss", "best_round", "trained")
+CURVES = ("train_loss", "validation_loss", "best_round", "trained", "schedule", "root")
 KEPT = (*CURVES, "is_baseline", "is_portfolio", "is_enqueued")
+
+Tell = Callable[[Trial, float | None, TrialState], None]  # as `Study.tell`
+Schedule = list[list[Any]]  # round, values, whether the network begins anew
 
 
 def suggest(trial: Trial, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
@@ -97,6 +107,10 @@ class RunningTrial:
             Its best value as that of its weights alone, once that is known.
         numerics_context:
             What it was trained in, see `training.numerics_context`.
+        schedule:
+            Its hyperparameter schedule, if values change while it trains, see `SCHEDULE`.
+        root:
+            Number of the trial whose first weights it descends from; None if it is this one.
     """
 
     trial: Trial
@@ -117,6 +131,8 @@ class RunningTrial:
     ended_elsewhere: bool = False
     exact_value: float | None = None
     numerics_context: NumericsContext = ()
+    schedule: Schedule = field(default_factory=list)
+    root: int | None = None
 
     def add_scores(self, scores: Scores, i: int) -> None:
         """Note one evaluation: the trial is the i-th of those that were evaluated."""
@@ -125,9 +141,8 @@ class RunningTrial:
         self.values[scores.rounds[i]] = scores.value[i]
         self.best_round = scores.best_round[i]
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs, as JSON can keep it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that `load_state_dict` needs, as JSON."""
         return {
             "number": self.member.number,
             "values": list(self.values.items()),
@@ -135,15 +150,15 @@ class RunningTrial:
             **{name: getattr(self, name) for name in KEPT},
         }
 
-    def load_state_dict(self, facts: Mapping[str, Any] | None) -> None:
-        """Be where the trial was when its `facts` were taken; at its beginning if None."""
-        if facts is None:
-            begun = RunningTrial(self.trial, self.member, self.maximize)
-            facts = {**begun.facts, **{name: getattr(self, name) for name in KEPT[len(CURVES) :]}}
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go back to a state of `state_dict`; to the trial's beginning if None."""
+        if state is None:
+            new = RunningTrial(self.trial, self.member, self.maximize).state_dict()
+            state = {**new, **{name: getattr(self, name) for name in KEPT[len(CURVES) :]}}
         for name in KEPT:
-            setattr(self, name, facts[name])
-        self.values = {int(number): float(value) for number, value in facts["values"]}
-        self.started, self.reported = time.monotonic() - facts["seconds"], 0
+            setattr(self, name, state[name])
+        self.values = {int(number): float(value) for number, value in state["values"]}
+        self.started, self.reported = time.monotonic() - state["seconds"], 0
 
     @property
     def last_round(self) -> int:
@@ -176,14 +191,14 @@ class RunningTrial:
 
         A trial that goes on where it was left may come to values that are there already.
         """
-        known = self.trial._cached_frozen_trial.intermediate_values
+        known = known_values(self.trial)
         for step, value in list(self.values.items())[self.reported :]:
             if math.isfinite(value) and step not in known:
                 self.trial.report(value, step)
         self.reported = len(self.values)
 
-    def describe(self, problem: Problem, iterations: int, cause: str) -> None:
-        """Write what a reader should know of the trial, as its attributes."""
+    def describe(self, problem: Problem, iterations: int, outcome: TrialOutcome) -> None:
+        """Write the trial's curves and figures as its attributes."""
         rounds = problem.rounds_per_epoch
         attributes: dict[str, Any] = {
             "train_loss": self.train_loss,
@@ -193,27 +208,31 @@ class RunningTrial:
             "seconds": round(time.monotonic() - self.started, 3),
             "weights": problem.count_weights(self.member),
             **problem.attributes(self.member),
-            "cause": cause,
+            CAUSE: outcome.value,
         }
         if self.best_round:
             best_epoch = epochs(self.best_round, rounds)
             attributes |= {"best_epoch": best_epoch, "best_value": self.best}
         if any(kind != SINGLE for _, kind in self.numerics_context):
             attributes[NUMERICS_CONTEXT_KEY] = self.numerics_context
+        if self.schedule:
+            attributes[SCHEDULE] = self.schedule
+        if self.root is not None:
+            attributes[ROOT] = self.root
         for name, value in attributes.items():
             self.trial.set_user_attr(name, value)
 
-    def tell(self, study: Study, state: TrialState) -> None:
+    def tell(self, tell: Tell, state: TrialState) -> None:
         """End the trial: with its best value if COMPLETE, with the last one if PRUNED."""
         self.report()
-        study.tell(self.trial, self.best if state == TrialState.COMPLETE else None, state)
+        tell(self.trial, self.best if state == TrialState.COMPLETE else None, state)
         self.is_finished = True
 
-    def fail(self, study: Study, problem: Problem, cause: str) -> None:
+    def fail(self, tell: Tell, problem: Problem, outcome: TrialOutcome) -> None:
         """End the trial as FAIL, unless it has ended."""
         if not self.is_finished:
-            self.describe(problem, 0, cause)
-            self.tell(study, TrialState.FAIL)
+            self.describe(problem, 0, outcome)
+            self.tell(tell, TrialState.FAIL)
 
 
 def params_for_retraining(trial: FrozenTrial) -> dict[str, Any]:
@@ -229,3 +248,34 @@ def params_for_retraining(trial: FrozenTrial) -> dict[str, Any]:
     if steps := trial.user_attrs.get("budget_iterations"):  # of seconds of another machine
         params["iterations"] = steps
     return params
+
+
+def schedule_of(problem: Problem, trial: FrozenTrial) -> list[Segment]:
+    """Return the hyperparameter schedule of a trial; empty if its values did not change.
+
+    Args:
+        problem:
+            What was tuned.
+        trial:
+            A trial of its study.
+    """
+    attributes = trial.user_attrs
+    params, root = params_for_retraining(trial), attributes.get(ROOT, trial.number)
+    return [
+        Segment(begin, problem.member(root, {**params, **changed}), from_scratch)
+        for begin, changed, from_scratch in attributes.get(SCHEDULE, [])
+    ]
+
+
+def member_at_best_round(problem: Problem, trial: FrozenTrial) -> Member:
+    """Return a trial with the values of its best round; those decide what its network has.
+
+    Args:
+        problem:
+            What was tuned.
+        trial:
+            A trial of its study that has a value.
+    """
+    best = round(trial.user_attrs.get("best_epoch", 0) * problem.rounds_per_epoch)
+    segments = [segment for segment in schedule_of(problem, trial) if segment.begin < best]
+    return segments[-1].member if segments else problem.member(trial.number, trial.params)

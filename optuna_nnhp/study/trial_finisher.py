@@ -1,11 +1,11 @@
-"""How trials end: what Optuna is told, which weights are kept, who is called back."""
+"""What Optuna is told of trials: their values, and how they end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
+import time
 
 import optuna
 from optuna import Study
@@ -13,28 +13,31 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.storages.operations import REQUEUED_BY
-from optuna_nnhp.study.best_trials import BestTrials
+from optuna_nnhp.study._optuna_internals import trial_id
 from optuna_nnhp.study.cohort_runs import CohortRun
+from optuna_nnhp.study.history import BestTrials
+from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.running_trial import TRIAL_TIMEOUT
 from optuna_nnhp.study.running_trial import RunningTrial
-from optuna_nnhp.study.trial_source import CUT_SHORT
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.retrain import evaluate_best
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
+REPORT_INTERVAL = 2.0  # seconds between reports of running trials, unless a pruner reads them
+
 Callback = Callable[[Study, FrozenTrial], None]
 
 
-@dataclass
 class TrialFinisher:
-    """Ends trials.
+    """Report and end trials: tell Optuna, keep the best weights, run the callbacks.
 
     Args:
         source:
-            Knows those that run here.
+            Has the trials that run here.
         best_trials:
             The best ones.
         callbacks:
@@ -43,24 +46,40 @@ class TrialFinisher:
             Seconds of training that each trial may take; None for no bound.
     """
 
-    source: TrialSource
-    best_trials: BestTrials
-    callbacks: Sequence[Callback] = ()
-    trial_timeout: float | None = None
+    def __init__(
+        self,
+        source: TrialSource,
+        best_trials: BestTrials,
+        callbacks: Sequence[Callback] = (),
+        trial_timeout: float | None = None,
+    ) -> None:
+        self.source, self.best_trials = source, best_trials
+        self.callbacks, self.trial_timeout = callbacks, trial_timeout
+        self.study, self.problem, self.storage = source.study, source.problem, source.storage
+        self.reports_all = isinstance(self.study.pruner, CohortHalvingPruner)
 
-    def __post_init__(self) -> None:
-        self.study, self.problem = self.source.study, self.source.problem
-        self.storage = self.source.storage
+    def report(self, run: CohortRun, evaluated: Sequence[RunningTrial]) -> None:
+        """Report new values to the storage, now and then; at once if a pruner reads them."""
+        self.source.failures.any_trained = True
+        now = time.monotonic()
+        if self.reports_all and now - run.last_report < REPORT_INTERVAL:
+            return
+        run.last_report = now
+        for trial in run.running.values() if self.reports_all else evaluated:
+            try:
+                trial.report()
+            except UpdateFinishedTrialError:
+                self.mark_lost(trial)
 
-    def end(self, run: CohortRun, causes: Mapping[int, str]) -> None:
+    def end(self, run: CohortRun, outcomes: Mapping[int, TrialOutcome]) -> None:
         """End trials of a cohort, by their numbers; the cohort stays as it is."""
         places = {member.number: place for place, member in enumerate(run.cohort.members)}
-        told, before = [run.running[number] for number in causes], self.best_trials.ranking
+        told, before = [run.running[number] for number in outcomes], self.best_trials.ranking
         with self.storage.batch():
-            for running, cause in zip(told, causes.values(), strict=True):
+            for running, outcome in zip(told, outcomes.values(), strict=True):
                 if not running.is_finished:
-                    self._end(running, cause, run.cohort, places[running.member.number])
-        for number in causes:
+                    self._end(running, outcome, run.cohort, places[running.member.number])
+        for number in outcomes:
             del run.running[number], self.source.running[number]
         self.best_trials.delete_others(before)
         self.source.finished += len(told)
@@ -70,23 +89,25 @@ class TrialFinisher:
         """Whether a trial, trained for some seconds more, has taken longer than each may."""
         return self.trial_timeout is not None and running.trained + more > self.trial_timeout
 
-    def _end(self, running: RunningTrial, cause: str, cohort: Cohort, place: int) -> None:
+    def _end(
+        self, running: RunningTrial, outcome: TrialOutcome, cohort: Cohort, place: int
+    ) -> None:
         """Tell Optuna of one trial's end, its best weights kept first if it leads."""
         try:
-            if cause == "timeout" and self.exceeds_timeout(running):
+            if outcome == TrialOutcome.TRIAL_TIMEOUT:
                 running.trial.set_user_attr(TRIAL_TIMEOUT, self.trial_timeout)
-            state, number = self._state(running, cause), running.member.number
+            state, number = self._state(running, outcome), running.member.number
             is_complete = state == TrialState.COMPLETE and running.best is not None
             if is_complete and self.best_trials.would_rank(running.best or 0.0, number):
                 self._settle(running, cohort, place)
             running.numerics_context = cohort.numerics_context[place]
-            running.describe(self.problem, cohort.iterations[place], cause)
+            running.describe(self.problem, cohort.iterations[place], outcome)
         except UpdateFinishedTrialError:
             self.mark_lost(running)
             return
         if is_complete and self.best_trials.add(running.best or 0.0, number):
             self.best_trials.keep_weights(cohort, place)
-        running.tell(self.study, state)
+        running.tell(self.source.tell, state)
 
     def _settle(self, running: RunningTrial, cohort: Cohort, place: int) -> None:
         """Give a trial the value that its weights have alone, as whoever loads them finds it."""
@@ -98,17 +119,12 @@ class TrialFinisher:
                 f"that it has among its mates: {error}"
             )
 
-    def _state(self, running: RunningTrial, cause: str) -> TrialState:
-        """What an end means to Optuna."""
-        if cause in ("finished", "early stopping"):
-            return TrialState.COMPLETE
-        if cause in CUT_SHORT:
-            # Cut short it says little of its configuration, unless it is the best already.
-            if running.best_so_far is None:
-                return TrialState.FAIL
-            if self.best_trials.is_better(running.best, self.best_trials.best):
-                return TrialState.COMPLETE
-        return TrialState.PRUNED
+    def _state(self, running: RunningTrial, outcome: TrialOutcome) -> TrialState:
+        """Return the state that Optuna is told."""
+        return outcome.state_of(
+            has_value=running.best_so_far is not None,
+            is_best=self.best_trials.is_better(running.best, self.best_trials.best),
+        )
 
     def fail(self, running: RunningTrial, error: Exception, *, counts: bool = True) -> None:
         """End a trial that raises alone.
@@ -133,12 +149,12 @@ class TrialFinisher:
         self.source.finished += 1
         self.run_callbacks([running])
 
-    def fail_unstarted(self, trials: Sequence[RunningTrial], cause: str) -> None:
+    def fail_unstarted(self, trials: Sequence[RunningTrial], outcome: TrialOutcome) -> None:
         """Fail trials that were asked for and had no time to begin."""
         with self.storage.batch():
             for running in trials:
                 try:
-                    running.fail(self.study, self.problem, cause)
+                    running.fail(self.source.tell, self.problem, outcome)
                 except UpdateFinishedTrialError:
                     self.mark_lost(running)
                 del self.source.running[running.member.number]
@@ -149,7 +165,7 @@ class TrialFinisher:
         with self.storage.batch():
             for running in self.source.running.values():
                 try:
-                    running.fail(self.study, self.problem, "error")
+                    running.fail(self.source.tell, self.problem, TrialOutcome.ERROR)
                 except UpdateFinishedTrialError:
                     self.mark_lost(running)
 
@@ -163,7 +179,7 @@ class TrialFinisher:
                 try:
                     running.report()
                     trial.set_user_attr(REQUEUED_BY, worker)
-                    self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+                    self.storage.set_trial_state_values(trial_id(trial), TrialState.WAITING)
                 except UpdateFinishedTrialError:
                     self.mark_lost(running)
         count = sum(not running.is_finished for running in self.source.running.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from optuna_nnhp.engine.threads import limited_threads
 from optuna_nnhp.networks.load_member import load_member
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import Scores
 from optuna_nnhp.training.numerics_context import DIFFERENT_STEPS
 from optuna_nnhp.training.numerics_context import SINGLE
 from optuna_nnhp.training.numerics_context import NumericsContext
+from optuna_nnhp.training.run_to_end import run_to_end
 from optuna_nnhp.training.segments import Segment
 from optuna_nnhp.training.segments import resume_from
 
@@ -84,6 +87,7 @@ def retrain(
         else sorted({*evaluation_rounds, *by_begin, best, rounds})
     )
     context_now = SINGLE
+    trainer = run_to_end([result.cohort], out_of_time, ended=lambda _: ())
     while (done := result.cohort.rounds_done[0]) < rounds:
         segment, kind = by_begin.get(done), _context_of_round(numerics_context, done)
         if segment is not None and (done or segment.from_scratch):
@@ -97,7 +101,7 @@ def retrain(
             context_now = kind
         if planned is not None:
             result.cohort.set_next_evaluation(next(end for end in planned if end > done))
-        if not _train_on(result, min(stop for stop in stops if stop > done), out_of_time):
+        if not _train_on(result, trainer, min(stop for stop in stops if stop > done)):
             break
         if result.cohort.rounds_done[0] == best:
             result.network = result.cohort.network.member(0)
@@ -117,7 +121,7 @@ def _pad_with_copy(cohort: Cohort, kind: int) -> None:
         cohort.rounds_done[1] += 1
 
 
-def _train_on(result: RetrainResult, stop: int, out_of_time: Callable[[], bool]) -> bool:
+def _train_on(result: RetrainResult, trainer: Iterator[tuple[Cohort, Scores]], stop: int) -> bool:
     """Train to the member's next evaluation, or to a round where something changes.
 
     Returns:
@@ -128,7 +132,7 @@ def _train_on(result: RetrainResult, stop: int, out_of_time: Callable[[], bool])
         cohort.next_evaluations[1] = (
             min(cohort.next_evaluations[0], stop) + cohort.rounds_done[1] - cohort.rounds_done[0]
         )
-    scores = cohort.train_round(out_of_time)
+    _, scores = next(trainer, (cohort, None))
     if scores is not None and 0 in scores.indices:
         result.values[cohort.rounds_done[0]] = scores.value[scores.indices.index(0)]
     return scores is not None

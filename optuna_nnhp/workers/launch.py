@@ -168,12 +168,10 @@ def _enqueue_initial_trials(
     storage = study._storage
     assert isinstance(storage, BufferedStorage)
     timeout = None if budget.timeout is None else budget.timeout * config.workers
-    shared, sampler = Budget(budget.n_trials, timeout), study.sampler
+    source = TrialSource(study, problem, Budget(budget.n_trials, timeout), storage)
     try:
-        source = TrialSource(study, problem, shared, storage)
         source.begin(with_portfolio=config.method_config.uses_portfolio)
     finally:
-        study.sampler = sampler
         storage.flush()
 
 

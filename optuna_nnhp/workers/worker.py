@@ -34,7 +34,8 @@ from optuna_nnhp.study.budget import graceful_shutdown
 from optuna_nnhp.study.method_config import MethodConfig
 from optuna_nnhp.study.open_study import MODELS
 from optuna_nnhp.study.open_study import open_study
-from optuna_nnhp.study.tuner import Callback
+from optuna_nnhp.study.trial_finisher import Callback
+from optuna_nnhp.study.tuner import Tuner
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.training.best_weights import BestWeights
@@ -191,11 +192,13 @@ def run_tuner(
         show_progress_bar:
             Whether to draw one.
     """
-    config.method_config.scheduler(
-        study=study,
-        problem=problem,
-        budget=budget,
-        weights=weights,
+    Tuner(
+        study,
+        problem,
+        budget,
+        weights,
+        make_policy=config.method_config.make_policy,
+        uses_portfolio=config.method_config.uses_portfolio,
         callbacks=callbacks,
         show_progress_bar=show_progress_bar,
         **config.options,

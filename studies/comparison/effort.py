@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from optuna_nnhp.search.population import GENERATION
 from optuna_nnhp.search.population import PARENT
-from optuna_nnhp.study.lockstep import SCHEDULE
+from optuna_nnhp.study.running_trial import SCHEDULE
 
 
 @dataclass(frozen=True)

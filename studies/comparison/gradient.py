@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 import pandas as pd
 
 from optuna_nnhp import optimize
-from optuna_nnhp.study.hypergradient import ADJUSTED
+from optuna_nnhp.study.policies.hypergradient import ADJUSTED
 from studies.comparison.data import Data
 from studies.comparison.effort import model_epochs
 from studies.comparison.fixed import all_but

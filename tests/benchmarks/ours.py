@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest import mock
 
 import optuna
@@ -15,9 +16,11 @@ from optuna_nnhp import optimize
 from optuna_nnhp.storages.paths import DEFAULT_STORAGE
 from optuna_nnhp.study import method_config
 from optuna_nnhp.study.cohort_runs import CohortRun
-from optuna_nnhp.study.pruning import PruningPolicy
+from optuna_nnhp.study.outcomes import TrialOutcome
+from optuna_nnhp.study.policies.halving import HalvingPolicy
 from optuna_nnhp.study.tuner import Tuner
 from optuna_nnhp.training.cohort import Scores
+from optuna_nnhp.workers import worker
 from tests.benchmarks.common import peak_memory
 from tests.benchmarks.sides import Settings
 from tests.benchmarks.sides import Side
@@ -71,20 +74,22 @@ def storage_in(folder: Path, kind: str) -> str | None:
 
 @contextmanager
 def watched() -> Iterator[tuple[Watch, list[Tuner]]]:
-    """Within, the schedulers that `optimize` makes are kept, and their trials' values noted."""
+    """Within, the tuners that `optimize` makes are kept, and their trials' values noted."""
     watch, kept = Watch(), list[Tuner]()
 
-    class Noting(PruningPolicy):
-        def judge(self, run: CohortRun, scores: Scores) -> dict[int, str]:
+    class Noting(HalvingPolicy):
+        def decide(self, run: CohortRun, scores: Scores) -> dict[int, TrialOutcome]:
             for place, value in zip(scores.indices, scores.value, strict=True):
                 watch.saw(run.cohort.members[place].number, value)
-            return super().judge(run, scores)
+            return super().decide(run, scores)
 
     class Watched(Tuner):
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            self.judge = Noting(self.ends)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             kept.append(self)
 
-    with mock.patch.object(method_config, "Tuner", Watched):
+    with (
+        mock.patch.object(worker, "Tuner", Watched),
+        mock.patch.object(method_config, "HalvingPolicy", Noting),
+    ):
         yield watch, kept

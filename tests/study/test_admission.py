@@ -23,7 +23,8 @@ def admission(monkeypatch: pytest.MonkeyPatch) -> Any:
     budget = SimpleNamespace(timeout=100.0, seconds=10.0, is_over=lambda: False)
     queue: list[Any] = []
     source: Any = SimpleNamespace(
-        study=SimpleNamespace(_stop_flag=False),
+        study=None,
+        is_stopped=False,
         ask_failed=False,
         problem=SimpleNamespace(sequential=False),
         budget=budget,

@@ -18,9 +18,10 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_nnhp.study import tuner
+from optuna_nnhp.study._optuna_internals import allow_study_stop
 from optuna_nnhp.study.budget import Budget
-from optuna_nnhp.study.budget import allow_study_stop
 from optuna_nnhp.study.budget import graceful_shutdown
+from optuna_nnhp.study.policies.halving import HalvingPolicy
 from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
@@ -105,7 +106,7 @@ def test_what_ends_the_study_at_once_waits_for_no_round(
         raise error
 
     monkeypatch.setattr(tuner, "_trained", endless)
-    monkeypatch.setattr(tuner.Admission, "prepare", fails)
+    monkeypatch.setattr(HalvingPolicy, "ask_ahead", fails)
     with pytest.raises(error):
         tune(X, Y, fixed=ENDLESS, n_trials=2, cohort_size=2)
     assert is_told == [True]

@@ -18,8 +18,8 @@ from torch.nn import functional
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
 from optuna_nnhp.search.unit_scale import to_unit
-from optuna_nnhp.study.hypergradient import PERTURBATION
-from optuna_nnhp.study.hypergradient import perturbed_value
+from optuna_nnhp.study.policies.hypergradient import PERTURBATION
+from optuna_nnhp.study.policies.hypergradient import perturbed_value
 from optuna_nnhp.templates.dnn import DNNTemplate
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member

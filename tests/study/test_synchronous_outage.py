@@ -19,13 +19,14 @@ import pytest
 
 from optuna_nnhp import Result
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
-from optuna_nnhp.study import lockstep
 from optuna_nnhp.study import tuner
-from optuna_nnhp.study.lockstep import SynchronousTuner
+from optuna_nnhp.study.cohort_runs import CohortRun
+from optuna_nnhp.study.policies.synchronous import SynchronousPolicy
 from optuna_nnhp.study.recovery import CHECKPOINT
 from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.trial_finisher import TrialFinisher
 from optuna_nnhp.study.trial_source import TrialSource
+from optuna_nnhp.study.tuner import Tuner
 from optuna_nnhp.training.atomic_files import JSON_SUFFIX
 from tests.study.test_outage import STORAGE
 from tests.study.test_outage import Away
@@ -55,10 +56,10 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who asks again and again without waiting fails."""
     original, asked = TrialSource.ask, list[int]()
 
-    def ask(source: TrialSource, *arguments: Any) -> Any:
+    def ask(source: TrialSource, *arguments: Any, **more: Any) -> Any:
         asked.append(len(asked))
         assert len(asked) <= FEW
-        return original(source, *arguments)
+        return original(source, *arguments, **more)
 
     monkeypatch.setattr(TrialSource, "ask", ask)
 
@@ -76,15 +77,15 @@ class Moments:
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Be asked before every stretch."""
-        original = SynchronousTuner._train_to
+        original = Tuner._train
 
-        def train_to(tuner: SynchronousTuner, *arguments: Any) -> Any:
+        def train(tuner: Tuner, run: CohortRun) -> None:
             self.seen += 1
             if self.seen == 2:
                 self.then()
-            return original(tuner, *arguments)
+            original(tuner, run)
 
-        monkeypatch.setattr(SynchronousTuner, "_train_to", train_to)
+        monkeypatch.setattr(Tuner, "_train", train)
 
     def of(self, then: Callable[[], None]) -> None:
         """What happens in the next call."""
@@ -126,14 +127,14 @@ def test_a_group_waits_for_its_followers(
     folder: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, away = run("gradient", None), Away(0.8)
-    original = SynchronousTuner._follow
+    original = SynchronousPolicy._follow
 
-    def follow(self: SynchronousTuner, *arguments: Any) -> Any:
+    def follow(self: SynchronousPolicy, *arguments: Any) -> Any:
         if not away.is_used:
             away.lock()
         return original(self, *arguments)
 
-    monkeypatch.setattr(SynchronousTuner, "_follow", follow)
+    monkeypatch.setattr(SynchronousPolicy, "_follow", follow)
     result = run("gradient", STORAGE)
     assert away.is_used
     assert " of 2 trials;" in log.text
@@ -146,8 +147,7 @@ def test_a_group_waits_for_its_followers(
 def test_what_a_storage_that_stays_away_has_not_got_is_kept(
     method: str, first: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (tuner, lockstep):
-        monkeypatch.setattr(module, "MAX_STORAGE_WAIT", 0.5)
+    monkeypatch.setattr(tuner, "MAX_STORAGE_WAIT", 0.5)
     wanted, moments, away = run(method, None), Moments(), Away(None)
     moments.patch(monkeypatch)
     moments.of(away.lock)  # the ends of those in training are not written
@@ -234,15 +234,15 @@ def found(result: Result) -> list[str]:
 def test_who_had_hardly_begun_is_no_part_of_the_group_before(
     method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, led = SynchronousTuner._follow, list[int]()
+    original, led = SynchronousPolicy._follow, list[int]()
 
-    def follow(self: SynchronousTuner, leader: RunningTrial, count: int) -> Any:
+    def follow(self: SynchronousPolicy, leader: RunningTrial, count: int) -> Any:
         led.append(leader.member.number)
         if len(led) == 2:  # the checkpoint is still the first group's
             die()
         return original(self, leader, count)
 
-    monkeypatch.setattr(SynchronousTuner, "_follow", follow)
+    monkeypatch.setattr(SynchronousPolicy, "_follow", follow)
     with pytest.raises(Killed):
         run(method, "s.journal")
     result = run(method, "s.journal")

@@ -192,7 +192,7 @@ def test_halving_is_the_default_and_judges_the_whole_cohort() -> None:
 
 
 def test_the_baseline_is_never_pruned_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CohortHalvingPruner, "keep", lambda *_, **__: set())
+    monkeypatch.setattr(CohortHalvingPruner, "select_survivors", lambda *_, **__: set())
     result = tune(*numbers(), pruner=None, n_trials=6, method="random")
     assert causes(result) == ["finished"] + ["pruned"] * 5
     assert [t.user_attrs.get("baseline") for t in trials(result)] == [True] + [None] * 5

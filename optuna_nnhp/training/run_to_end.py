@@ -1,0 +1,52 @@
+"""Train cohorts to their members' ends, outside a study's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
+
+from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.task import Scores
+
+
+def ended_members(scores: Scores) -> list[int]:
+    """Return the indices of the members that have ended with an evaluation."""
+    return [i for i, end in zip(scores.indices, scores.ended, strict=True) if end is not None]
+
+
+def run_to_end(
+    cohorts: Iterable[Cohort],
+    out_of_time: Callable[[], bool] = lambda: False,
+    *,
+    ended: Callable[[Scores], Collection[int]] = ended_members,
+) -> Iterator[tuple[Cohort, Scores]]:
+    """Train cohorts one after the other, and yield the scores of every evaluation.
+
+    A member that has ended leaves its cohort after its scores were yielded. A caller that has
+    seen enough stops iterating.
+
+    Args:
+        cohorts:
+            The cohorts; each is made when the one before has ended, if this is a generator.
+        out_of_time:
+            Asked before every step; once it returns True, training stops.
+        ended:
+            Returns the indices of the members that leave after an evaluation.
+
+    Yields:
+        The cohort, and the scores of the members that were evaluated.
+    """
+    for cohort in cohorts:
+        while True:
+            scores = cohort.train_round(out_of_time)
+            if scores is None:
+                return
+            yield cohort, scores
+            leave = set(ended(scores))
+            stay = [i for i in range(len(cohort.members)) if i not in leave]
+            if not stay:
+                break
+            if leave:
+                cohort.select(stay)

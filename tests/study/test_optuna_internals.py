@@ -1,0 +1,70 @@
+"""The private parts of Optuna that `study` uses: each test names one that Optuna has changed."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+
+from optuna_nnhp.study import _optuna_internals as internals
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+
+
+def test_a_view_proposes_by_its_own_sampler_and_leaves_the_study_its_own(
+    study: optuna.Study,
+) -> None:
+    other = optuna.samplers.PartialFixedSampler({"x": 0.25}, study.sampler)
+    before = study.sampler
+    view = internals.with_sampler(study, other)
+    trial = view.ask()
+    assert trial.suggest_float("x", 0, 1) == 0.25
+    assert study.sampler is before and view.sampler is other
+    view.tell(trial, 1.0)
+    assert [t.value for t in study.trials] == [1.0]
+    assert internals.with_sampler(study, before) is study
+
+
+def test_a_view_tells_its_own_sampler_of_ends(study: optuna.Study) -> None:
+    told = list[int]()
+
+    class Listening(optuna.samplers.RandomSampler):
+        def after_trial(self, study: optuna.Study, trial: object, *_: object) -> None:
+            told.append(trial.number)  # type: ignore[attr-defined]
+
+    view = internals.with_sampler(study, Listening())
+    view.tell(study.ask(), 1.0)
+    study.tell(study.ask(), 1.0)
+    assert told == [0]
+
+
+def test_stop_is_allowed_within_and_a_view_stops_its_study(study: optuna.Study) -> None:
+    with internals.allow_study_stop(study):
+        assert not internals.is_stopped(study)
+        internals.with_sampler(study, optuna.samplers.RandomSampler()).stop()
+        assert internals.is_stopped(study)
+    with pytest.raises(RuntimeError, match="inside an objective function"):
+        study.stop()
+
+
+def test_ids_and_storages(study: optuna.Study) -> None:
+    trial = study.ask()
+    storage, number = internals.storage_of(study), internals.study_id(study)
+    assert storage.get_study_name_from_id(number) == study.study_name
+    assert storage.get_trial(internals.trial_id(trial)).number == trial.number
+    assert internals.trial_id(study.trials[0]) == internals.trial_id(trial)
+
+
+def test_reported_values_are_known(study: optuna.Study) -> None:
+    trial = study.ask()
+    trial.report(0.5, step=3)
+    assert internals.known_values(trial) == {3: 0.5}
+
+
+def test_the_grid_of_a_grid_sampler() -> None:
+    sampler = optuna.samplers.GridSampler({"x": [1, 2]})
+    assert {name: list(values) for name, values in internals.grid_of(sampler).items()} == {
+        "x": [1, 2]
+    }
