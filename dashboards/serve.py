@@ -14,7 +14,6 @@ from collections.abc import Collection
 from collections.abc import Iterable
 import contextlib
 from ipaddress import ip_address
-from pathlib import Path
 from socketserver import ThreadingMixIn
 import sys
 from threading import Event
@@ -27,14 +26,10 @@ from wsgiref.simple_server import make_server
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.storages import RDBStorage
-from sqlalchemy.engine import make_url
 
-from optuna_nnhp.errors import first_line
-from optuna_nnhp.inspect.dashboard import annotate
-from optuna_nnhp.storages.grpc_storage import GRPC_SCHEME
-from optuna_nnhp.storages.grpc_storage import open_grpc_proxy
-from optuna_nnhp.storages.journal_file import open_journal
+from optuna_nnhp import annotate
+from optuna_nnhp import errors
+from optuna_nnhp import open_existing_storage
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse
@@ -122,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def one_line(text: object, storage: str = "") -> str:
     """The first line of a text, with the passwords in it and in the storage's URL hidden."""
-    return first_line(text, storage).rstrip(".")
+    return errors.first_line(text, storage).rstrip(".")
 
 
 def is_local(host: str) -> bool:
@@ -154,34 +149,6 @@ def guarded(app: WSGIApplication, names: Collection[str]) -> WSGIApplication:
         return [b"This dashboard answers to localhost only: see its option --allow.\n"]
 
     return guard
-
-
-def open_storage(storage: str) -> BaseStorage:
-    """The storage that a path or URL names; nothing is created.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no journal.
-        Exception: Whatever the database's driver raises.
-    """
-    if storage.startswith(GRPC_SCHEME):
-        return open_grpc_proxy(storage)
-    if "://" in storage:
-        url = make_url(storage)
-        path = url.database if url.get_backend_name() == "sqlite" else None
-        if path and not path.startswith("file:") and not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path!r}")
-        # Without it, Optuna would make its tables in a database that holds something else.
-        return RDBStorage(storage, skip_table_creation=True)
-    if not Path(storage).is_file():
-        raise FileNotFoundError(f"there is no file {storage!r}")
-    with open(storage, "rb") as file:
-        if file.read(15) == b"SQLite format 3":
-            raise ValueError(f"it is an SQLite database: say sqlite:///{storage}")
-    try:
-        return open_journal(storage)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError("it is not a journal of Optuna") from None
 
 
 def our_studies(storage: BaseStorage, name: str | None) -> list[optuna.Study]:
@@ -251,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{error}: pip install 'optuna-nnhp[dashboard]'", file=sys.stderr)
         return 2
     try:
-        storage = open_storage(args.storage)
+        storage = open_existing_storage(args.storage)
         ours = our_studies(storage, args.study_name)
     # Each driver has its own errors, and ImportError where it is missing: one line for all.
     except Exception as error:

@@ -36,7 +36,7 @@ import optuna
 import pandas as pd
 from tqdm import tqdm
 
-from optuna_nnhp.search import METHODS
+from optuna_nnhp import METHODS
 
 if not __package__:  # run as a file: what it is made of is found from the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -112,7 +112,7 @@ def part_methods(options: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
 
 def part_gradient(options: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
     """The second part."""
-    found: list[gradient.Descent] = []
+    found: list[gradient.GradientRun] = []
     plan = [(seed, name) for seed in range(options.seeds) for name in options.data]
     for seed, name in tqdm(plan, desc="gradient", unit="sweep"):
         found += gradient.descents(load(name, seed, options.metric), seed, options.epochs)

@@ -84,14 +84,14 @@ def train(trial: optuna.Trial, parts: list[Tensor], counter: list[int]) -> tuple
 def plain_optuna(parts: list[Tensor], test: list[Tensor], timeout: float, seed: int) -> Row:
     """The left side."""
     torch.manual_seed(seed)
-    counter, course, kept = [0], [(0.0, 0.0)], [nn.Sequential()]
+    counter, course, kept = [0], [(0.0, 0.0)], list[nn.Module]()
     start = time.monotonic()
 
     def objective(trial: optuna.Trial) -> float:
         value, network = train(trial, parts, counter)
         if value > course[-1][1]:
             course.append((time.monotonic() - start, value))
-            kept[0] = network
+            kept[:] = [network]
         return value
 
     study = optuna.create_study(

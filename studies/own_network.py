@@ -19,22 +19,16 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import IntDistribution
-from optuna.exceptions import OptunaError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
+from optuna_nnhp import cli
+from optuna_nnhp import closing_report
 from optuna_nnhp import optimize
-from optuna_nnhp.errors import hide_passwords
-from optuna_nnhp.inspect.report import closing_report
-from optuna_nnhp.search import METHODS
 
-TIMEOUT = 60.0  # seconds
-STORAGE = "own_network.journal"
 METRIC = "accuracy"
-METHOD = "bayes"
 TEST_SHARE = 0.2
-SEED = 0
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 SPACE = {
@@ -71,61 +65,31 @@ def network(params: Mapping[str, Any]) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(params["dropout"]), head)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=TIMEOUT, help=f"seconds to search (default {TIMEOUT:g})"
-    )
-    parser.add_argument(
-        "--n-trials", type=int, help="end when the study has this many trials (default: no limit)"
-    )
-    parser.add_argument(
-        "--method", default=METHOD, help=f"how to search: {', '.join(METHODS)} (default {METHOD})"
-    )
-    parser.add_argument(
-        "--storage",
-        default=STORAGE,
-        help=f"journal file or database URL to keep the study in (default {STORAGE})",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=SEED, help=f"seed of everything (default {SEED})"
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
+def tune(options: argparse.Namespace) -> None:
     """Run the study and sum it up."""
-    options = parse(argv)
     X, y = load_digits(return_X_y=True)
     images = X.reshape(-1, 1, 8, 8) / 16  # from 0 to 1: arrays are taken as they are
     images, images_test, y, y_test = train_test_split(
         images, y, test_size=TEST_SHARE, stratify=y, random_state=options.seed
     )
-    try:
-        result = optimize(
-            network=network,
-            X=images,
-            y=y,
-            space=SPACE,
-            fixed=FIXED,
-            metric=METRIC,
-            timeout=options.timeout,
-            n_trials=options.n_trials,
-            method=options.method,
-            storage=options.storage,
-            seed=options.seed,
-            show_progress_bar=True,
-        )
-        score = result.score(images_test, y_test)
-        test = {f"{METRIC} on the {len(y_test)} digits put aside": score}
-        print(closing_report(result, options.storage, test))
-    except (ValueError, OSError, RuntimeError, OptunaError) as error:
-        print(f"error: {hide_passwords(error, options.storage)}", file=sys.stderr)
-        return 2
-    return 0
+    result = optimize(
+        network=network,
+        X=images,
+        y=y,
+        space=SPACE,
+        fixed=FIXED,
+        metric=METRIC,
+        **cli.study_arguments(options),
+    )
+    score = result.score(images_test, y_test)
+    test = {f"{METRIC} on the {len(y_test)} digits put aside": score}
+    print(closing_report(result, options.storage, test))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the command line and run the study; return the exit code."""
+    parser = cli.study_parser(__doc__, storage="own_network.journal")
+    return cli.run_script(tune, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

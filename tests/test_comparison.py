@@ -178,10 +178,8 @@ def test_a_run_without_a_value_is_a_gap() -> None:
 
 
 def test_claim_of_the_gradient() -> None:
-    def descent(seed: int, start: float, moved: str, loss: float) -> gradient.AdamOnUnitScale:
-        return gradient.AdamOnUnitScale(
-            "d", seed, start, moved, loss, 0.1, 1.0, 0.01, 1.1, 9, 1, 1
-        )
+    def descent(seed: int, start: float, moved: str, loss: float) -> gradient.GradientRun:
+        return gradient.GradientRun("d", seed, start, moved, loss, 0.1, 1.0, 0.01, 1.1, 9, 1, 1)
 
     found = [descent(s, 1.0, gradient.ONLY, v) for s, v in enumerate((0.9, 1.01, 1.5))]
     found += [descent(0, 1.0, gradient.EVERYTHING, 1.03)]

@@ -118,6 +118,7 @@ def catalogue() -> pd.DataFrame:
         A frame with a row for each hyperparameter and the columns ``name``, ``task`` (any,
         table, classification, regression or language), ``range``, ``default``, ``grid_values``
         (what a grid visits), ``static`` (whether trials must share it to be trained as one stack),
+        ``mutable`` (whether it may change while a network trains),
         ``tuned`` (whether the default space holds it) and ``help``.
 
     Example:
@@ -132,6 +133,7 @@ def catalogue() -> pd.DataFrame:
             "default": h.describe_value(h.default),
             "grid_values": ", ".join(h.describe_value(level) for level in h.grid_values),
             "static": h.static,
+            "mutable": h.mutable,
             "tuned": h.tuned,
             "help": h.help,
         }

@@ -101,6 +101,17 @@ def measure_seconds_per_step(shape: str, make: Callable[[], Cohort]) -> float:
     return _known[key].round
 
 
+def clear_autotune_cache() -> None:
+    """Drop what this process remembers of measured cohort sizes; the file of them stays.
+
+    Use it after a change of ``XDG_CACHE_HOME``, where that file lies, to measure anew.
+
+    Example:
+        >>> clear_autotune_cache()
+    """
+    _known.clear()
+
+
 def _copies(leader: Member, k: int) -> list[Member]:
     """Trials like one, with a budget that lasts for the measurement."""
     params = leader.params | {"epochs": 1 + PROBES, "iterations": 0}

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.datasets import make_friedman1
 from sklearn.model_selection import train_test_split
 
-from optuna_nnhp.training.metrics import METRICS
+from optuna_nnhp import METRICS
 
 Array = NDArray[Any]
 

@@ -10,9 +10,8 @@ from datetime import datetime
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.search.population import GENERATION
-from optuna_nnhp.search.population import PARENT
-from optuna_nnhp.study.running_trial import SCHEDULE
+# Attributes of a trial: its generation and parent in a population, its values over training.
+GENERATION, PARENT, SCHEDULE = "generation", "parent", "schedule"
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,7 @@ from statistics import median
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from optuna_nnhp.inspect.plot_style import COLORS
-from optuna_nnhp.inspect.plot_style import TEXT_COLOR
-from optuna_nnhp.inspect.plot_style import apply_style
-from optuna_nnhp.inspect.plot_style import robust_range
-from optuna_nnhp.search import METHODS
+from optuna_nnhp import METHODS
 from studies.comparison.effort import value_at
 from studies.comparison.methods import BASELINE
 from studies.comparison.methods import Run
@@ -21,6 +17,9 @@ from studies.comparison.methods import grouped
 
 AXES = {"seconds": "seconds", "epochs": "model-epochs of the trials that have ended"}
 OPACITY = 0.12  # of the bands
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d46")
+BASELINE_COLOR = "#2b2f36"
+REACH = 4.0  # times the distance from the best value to the median: the axis shows no more
 Band = list[tuple[float, float, float, float]]  # spent, smallest, median and largest value
 
 
@@ -50,7 +49,7 @@ def figure_of(runs: Runs, timeout: float) -> go.Figure:
     sets = grouped(runs, lambda one: one.data)
     figure = make_subplots(len(sets), len(AXES), shared_yaxes=True, horizontal_spacing=0.04)
     methods = sorted({one.method for one in runs}, key=[BASELINE, *METHODS].index)
-    looks = dict(zip(methods, (TEXT_COLOR, *COLORS), strict=False))
+    looks = dict(zip(methods, (BASELINE_COLOR, *COLORS), strict=False))
     for row, (data, of_data) in enumerate(sets.items(), 1):
         by_method = grouped(of_data, lambda one: one.method)
         for column, (axis, title) in enumerate(AXES.items(), 1):
@@ -61,16 +60,31 @@ def figure_of(runs: Runs, timeout: float) -> go.Figure:
             figure.update_xaxes(type="log", title_text=title, row=row, col=column)
         values = [point.value for one in of_data for point in one.course]
         if values:
-            limits = list(robust_range(values, of_data[0].maximize))
-            figure.update_yaxes(range=limits, row=row)
+            figure.update_yaxes(range=value_range(values, of_data[0].maximize), row=row)
         figure.update_yaxes(title_text=f"{of_data[0].metric}, {data}", row=row, col=1)
     seeds = len({one.seed for one in runs})
     subtitle = (
         f"{timeout:g} s a study; seeds: {seeds}; lines: their median, bands: all of them. "
         "A click on a name hides it, two clicks show it alone."
     )
-    title = "Best value so far (validation)"
-    return apply_style(figure, title, subtitle, height=120 + 400 * len(sets))
+    heading = {"text": "Best value so far (validation)", "subtitle": {"text": subtitle}}
+    height = 120 + 400 * len(sets)
+    return figure.update_layout(title=heading, template="plotly_white", height=height)
+        title=heading, template="plotly_white", height=120 + 400 * len(sets)
+    )
+
+
+def value_range(values: Sequence[float], maximize: bool) -> tuple[float, float]:
+    """Return the range of an axis, from the best value to far beyond the median.
+
+    Example:
+        >>> value_range([1.0, 1.25, 1.5, 900.0], maximize=False)
+        (1.0, 2.5)
+    """
+    best, worst = (max(values), min(values)) if maximize else (min(values), max(values))
+    far = best + REACH * (median(values) - best)
+    limit = max(worst, far) if maximize else min(worst, far)
+    return (limit, best) if maximize else (best, limit)
 
 
 def _traces(

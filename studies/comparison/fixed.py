@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
-from optuna_nnhp.hyperparameters.catalogue import default_params
-from optuna_nnhp.hyperparameters.catalogue import resolve_space
-from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp import Objective
+from studies.comparison.data import Data
 
 
-def defaults(task: str) -> dict[str, Value]:
-    """The catalogue's default of all that is tuned.
+def defaults(data: Data) -> dict[str, Any]:
+    """Return the default of all that is tuned on a data set.
 
     Example:
-        >>> defaults("regression")["batch_size"]
+        >>> from studies.comparison.data import load
+        >>> defaults(load("friedman", seed=0))["batch_size"]
         64
     """
-    return default_params(task, resolve_space(task)[0])
+    return dict(Objective("dnn", data.X, data.y, task=data.task, metric=data.metric).defaults)
 
 
-def all_but(task: str, tuned: Collection[str], epochs: int) -> dict[str, Value]:
-    """The defaults as what is not tuned; no trial ends before it has its epochs.
+def all_but(data: Data, tuned: Collection[str], epochs: int) -> dict[str, Any]:
+    """Return the defaults of what is not tuned; no trial ends before it has its epochs.
 
     Example:
-        >>> fixed = all_but("regression", ["learning_rate"], epochs=50)
+        >>> from studies.comparison.data import load
+        >>> fixed = all_but(load("friedman", seed=0), ["learning_rate"], epochs=50)
         >>> "learning_rate" in fixed, fixed["patience"]
         (False, 50)
     """
-    kept = {name: value for name, value in defaults(task).items() if name not in tuned}
+    kept = {name: value for name, value in defaults(data).items() if name not in tuned}
     return kept | {"epochs": epochs, "patience": epochs}

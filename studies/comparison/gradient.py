@@ -15,7 +15,6 @@ from optuna.trial import FrozenTrial
 import pandas as pd
 
 from optuna_nnhp import optimize
-from optuna_nnhp.study.policies.hypergradient import ADJUSTED
 from studies.comparison.data import Data
 from studies.comparison.effort import model_epochs
 from studies.comparison.fixed import all_but
@@ -27,10 +26,18 @@ RATES = (5e-4, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # of the sweep
 POOR = (1e-5, 1.0)
 WITHIN = 0.02  # of the best rate's loss
 ONLY, EVERYTHING = "the rate", "all it can"
+MOVED = (
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "l1",
+    "dropout",
+    "label_smoothing",
+)  # by default
 
 
 @dataclass(frozen=True)
-class AdamOnUnitScale:
+class GradientRun:
     """One run along the gradient, beside the sweep.
 
     Args:
@@ -94,11 +101,11 @@ class Tuned:
     """
 
     def __init__(self, data: Data, seed: int, epochs: int, names: Collection[str]) -> None:
-        known = defaults(data.task)
+        known = defaults(data)
         self._begins = {name: value for name, value in known.items() if name in names}
         self._call: dict[str, Any] = {
             **{"X": data.X, "y": data.y, "task": data.task, "metric": data.metric, "seed": seed},
-            **{"space": {"learning_rate": RANGE}, "fixed": all_but(data.task, names, epochs)},
+            **{"space": {"learning_rate": RANGE}, "fixed": all_but(data, names, epochs)},
             **{"pruner": optuna.pruners.NopPruner(), "study_name": "rates"},
             "storage": optuna.storages.InMemoryStorage(),
         }
@@ -120,7 +127,7 @@ class Tuned:
         return self.train(len(self._study.get_trials(deepcopy=False)), **options)[-1]
 
 
-def descents(data: Data, seed: int, epochs: int) -> list[AdamOnUnitScale]:
+def descents(data: Data, seed: int, epochs: int) -> list[GradientRun]:
     """A sweep over the learning rate, and the gradient from poor ones."""
     only = Tuned(data, seed, epochs, ["learning_rate"])
     swept = only.train(len(RATES), method="grid", levels={"learning_rate": RATES})
@@ -128,7 +135,7 @@ def descents(data: Data, seed: int, epochs: int) -> list[AdamOnUnitScale]:
     best = min(swept, key=_least)
     rate = best.params["learning_rate"]
     sweep = _least(best), rate, _least(only.add(rate, method="random"))
-    everything = Tuned(data, seed, epochs, ADJUSTED)
+    everything = Tuned(data, seed, epochs, MOVED)
     everything.train(1, method="random")
     found = []
     for moved, tuned in ((ONLY, only), (EVERYTHING, everything)):
@@ -137,7 +144,7 @@ def descents(data: Data, seed: int, epochs: int) -> list[AdamOnUnitScale]:
             spent = sum(model_epochs([trial]))
             reached = (_least(trial), _last_rate(trial))
             times = (spent, tuned.seconds, seconds)
-            found.append(AdamOnUnitScale(data.name, seed, start, moved, *reached, *sweep, *times))
+            found.append(GradientRun(data.name, seed, start, moved, *reached, *sweep, *times))
     return found
 
 
@@ -152,7 +159,7 @@ def _last_rate(trial: FrozenTrial) -> float:
     return float(values["learning_rate"])
 
 
-def table_of(found: list[AdamOnUnitScale]) -> pd.DataFrame:
+def table_of(found: list[GradientRun]) -> pd.DataFrame:
     """One row for each run."""
     rows = [
         {
@@ -166,7 +173,7 @@ def table_of(found: list[AdamOnUnitScale]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims(found: list[AdamOnUnitScale]) -> list[str]:
+def claims(found: list[GradientRun]) -> list[str]:
     """Whether the gradient's loss is within 2 % of the sweep's, by the median over the seeds."""
     lines = []
     for moved in (ONLY, EVERYTHING):

@@ -18,9 +18,9 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 
+from optuna_nnhp import METHODS
+from optuna_nnhp import clear_autotune_cache
 from optuna_nnhp import optimize
-from optuna_nnhp.search import METHODS
-from optuna_nnhp.study import autotune
 from studies.comparison.data import Data
 from studies.comparison.effort import Point
 from studies.comparison.effort import course_of
@@ -117,7 +117,7 @@ def nothing_measured() -> Iterator[None]:
     They are kept for each data set and split: the later of two studies would have them for free.
     """
     with TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"XDG_CACHE_HOME": folder}):
-        autotune._known.clear()
+        clear_autotune_cache()
         yield
 
 

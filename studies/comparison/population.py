@@ -7,7 +7,7 @@ from typing import Any
 import optuna
 import pandas as pd
 
-from optuna_nnhp.hyperparameters.catalogue import mutable_names
+from optuna_nnhp import catalogue
 from studies.comparison.data import Data
 from studies.comparison.fixed import all_but
 from studies.comparison.methods import Runs
@@ -27,9 +27,10 @@ def both(data: Data, seed: int, epochs: int) -> Runs:
     Only what can change while a network trains is tuned, all else has its default, and every
     network of random search trains to its end.
     """
-    generations = min(GENERATIONS, epochs)
+    generations, known = min(GENERATIONS, epochs), catalogue()
+    mutable = set(known["name"][known["mutable"]])
     usual: dict[str, Any] = {
-        "fixed": all_but(data.task, mutable_names(), epochs),
+        "fixed": all_but(data, mutable, epochs),
         "pruner": optuna.pruners.NopPruner(),
     }
     sizes = {"size": SIZE, "generations": generations}

@@ -25,6 +25,7 @@ import pytest
 from optuna_nnhp.inspect.dashboard import annotate
 from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
+from optuna_nnhp.storages.open_storage import open_existing_storage
 from optuna_nnhp.storages.open_storage import open_storage
 from tests.inspect.synthetic_study import make_study
 
@@ -188,7 +189,7 @@ def test_a_journal_with_a_torn_line_is_served(tmp_path: Path) -> None:
     path = tmp_path / "torn.journal"
     optuna.create_study(study_name="s", storage=open_storage(path))
     path.write_bytes(path.read_bytes() + b'{"op_code":0,"wor')
-    storage = load_serve().open_storage(str(path))
+    storage = open_existing_storage(str(path))
     assert [study.study_name for study in storage.get_all_studies()] == ["s"]
 
 
