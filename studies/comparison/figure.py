@@ -70,8 +70,6 @@ def figure_of(runs: Runs, timeout: float) -> go.Figure:
     heading = {"text": "Best value so far (validation)", "subtitle": {"text": subtitle}}
     height = 120 + 400 * len(sets)
     return figure.update_layout(title=heading, template="plotly_white", height=height)
-        title=heading, template="plotly_white", height=120 + 400 * len(sets)
-    )
 
 
 def value_range(values: Sequence[float], maximize: bool) -> tuple[float, float]:
