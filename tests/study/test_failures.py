@@ -234,7 +234,7 @@ def test_words_for_no_memory() -> None:
 REAL = """
 import resource
 import optuna
-from optuna_nnhp.templates import DNN
+from optuna_nnhp.templates import DNNTemplate
 from tests.tiny import TINY, numbers, trials, tune
 
 X, y = numbers(2000)
@@ -264,7 +264,7 @@ def test_a_trial_that_takes_too_long_ends_as_it_stands(train: Any) -> None:
     train(lambda cohort: time.sleep(0.02))
     fixed = TINY | {"epochs": 10**6, "patience": 10**6}
     result = plain(3, fixed=fixed, trial_timeout=0.3)
-    assert causes(result) == ["timeout"] * 3
+    assert causes(result) == ["trial timeout"] * 3
     assert len(trials(result)) == 3
     for trial in trials(result):
         assert trial.user_attrs["trial_timeout"] == 0.3
@@ -294,7 +294,7 @@ def test_a_trial_without_a_value_in_its_time_fails_and_counts() -> None:
         cohort_size=1,
     )
     assert [t.state for t in trials(result)] == [TrialState.FAIL] * 2
-    assert causes(result) == ["timeout"] * 2
+    assert causes(result) == ["trial timeout"] * 2
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, "1", True, float("nan")])

@@ -13,6 +13,7 @@ from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 import pytest
 
+from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.running_trial import suggest
 from optuna_nnhp.training.cohort import Member
@@ -38,7 +39,7 @@ def scores(value: float, done: int, best_round: int) -> Scores:
     """Those of two members of a cohort; the trial is the second."""
     losses = {"train_loss": [9.0, 0.1], "validation_loss": [9.0, 0.2]}
     rounds = {"rounds": [9, done], "best_round": [9, best_round]}
-    return Scores(places=[3, 5], value=[9.0, value], ended=[None, None], **losses, **rounds)
+    return Scores(indices=[3, 5], value=[9.0, value], ended=[None, None], **losses, **rounds)
 
 
 def test_suggested_values_have_the_distributions_of_the_space() -> None:
@@ -65,14 +66,14 @@ def test_curves(maximize: bool) -> None:
     trial.report()
     trial.report()
     assert study.trials[0].intermediate_values == {1: 0.5, 9: 0.7}  # NaN is nobody's value
-    trial.tell(study, TrialState.COMPLETE)
+    trial.tell(study.tell, TrialState.COMPLETE)
     assert study.trials[0].value == 0.7
 
 
 def test_a_trial_without_a_value_is_pruned() -> None:
     study, trial = running(maximize=True)
     trial.add_scores(scores(math.nan, 1, 0), 1)
-    trial.tell(study, TrialState.PRUNED)
+    trial.tell(study.tell, TrialState.PRUNED)
     assert study.trials[0].state == TrialState.PRUNED
     assert study.trials[0].intermediate_values == {}
 
@@ -110,11 +111,11 @@ def test_attributes() -> None:
 
     problem: Any = Problem()
     study, trial = running(maximize=True)
-    trial.describe(problem, 0, "killed")
+    trial.describe(problem, 0, TrialOutcome.KILLED)
     assert "best_value" not in study.trials[0].user_attrs
     trial.add_scores(scores(0.5, 1, 1), 1)
     trial.add_scores(scores(0.4, 3, 1), 1)
-    trial.describe(problem, iterations=12, cause="finished")
+    trial.describe(problem, iterations=12, outcome=TrialOutcome.FINISHED)
     attributes = study.trials[0].user_attrs
     assert attributes.pop("seconds") >= 0
     assert attributes == {

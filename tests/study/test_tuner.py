@@ -462,7 +462,7 @@ def test_only_the_first_round_counts_as_such(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tuner.Tuner, "run", run)
     tune(pruner=optuna.pruners.NopPruner(), n_trials=4, cohort_size=4)
     assert clock[0] > 1
-    assert seen[0].admission.first_round == 1
+    assert seen[0].policy.admission.first_round == 1
 
 
 def test_the_study_keeps_its_grid_sampler() -> None:
@@ -483,13 +483,13 @@ def test_only_a_study_with_nothing_to_do_says_so(log: pytest.LogCaptureFixture) 
 def joins(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
     """Every time that members join a cohort: the rounds that its own have done, and how many."""
     seen: list[tuple[list[int], int]] = []
-    join = Cohort.join
+    append = Cohort.append
 
     def spy(cohort: Cohort, members: Any) -> None:
         seen.append((list(cohort.rounds_done), len(members)))
-        join(cohort, members)
+        append(cohort, members)
 
-    monkeypatch.setattr(Cohort, "join", spy)
+    monkeypatch.setattr(Cohort, "append", spy)
     return seen
 
 
