@@ -88,7 +88,9 @@ def test_what_is_stale_is_made_anew(
     good.write_text("1\n", encoding="utf-8")
     old.write_text("1\n", encoding="utf-8")
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    monkeypatch.setattr(build, "made", lambda: {good: "1\n", old: "2\n", tmp_path / "new": "3\n"})
+    monkeypatch.setattr(
+        build, "generated_files", lambda: {good: "1\n", old: "2\n", tmp_path / "new": "3\n"}
+    )
     assert build.main() == 0
     assert capsys.readouterr().out == "old.py\nnew\n"
     assert old.read_text(encoding="utf-8") == "2\n"

@@ -1,4 +1,4 @@
-"""Evolution: CMA-ES where all is a number, a genetic algorithm where there are categories."""
+"""Evolutionary search: CMA-ES for numbers only, a genetic algorithm with categories."""
 
 from __future__ import annotations
 
@@ -24,34 +24,36 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.search._optuna_internals import all_trials
+from optuna_nnhp.search._optuna_internals import check_single_objective
 from optuna_nnhp.search.cma import SafeCmaEsSampler
 from optuna_nnhp.search.ordering import sort_key
 
-# Parents, and random trials before there are any; a generation of CMA-ES. Optuna's 50 are for
-# fronts of several objectives. Made studies of 512 trials over 18 parameters, 64 at once and
-# pruned, came with 12, 16, 20 and 24 parents to a mean cost of 3.5, 3.6, 4.0 and 4.6 over eight
-# seeds, random search to 8.4. Not the smallest, since that cost was smooth and networks' is not.
+# Optuna's 50 is meant for the fronts of several objectives. In synthetic studies of 512 trials
+# over 18 parameters, 64 at once and pruned, 12, 16, 20 and 24 parents reached a mean cost of 3.5,
+# 3.6, 4.0 and 4.6 over eight seeds, and random search 8.4. The smallest is not taken, because that
+# cost was smooth and the cost of networks is not.
 POPULATION_SIZE = 16
 FINISHED_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class EvolutionSampler(BaseSampler):
-    """Proposes offspring of the best trials: Optuna's evolutionary samplers, one of two.
+    """Propose offspring of the best trials, by one of Optuna's evolutionary samplers.
 
-    Where all parameters of the study's first trial are numbers, `optuna.samplers.CmaEsSampler`
-    proposes; else the genetic algorithm of `optuna.samplers.NSGAIISampler`. Optuna's own two
-    learn from COMPLETE trials only, of which successive halving leaves few; here pruned trials
-    count too, behind all COMPLETE ones and by how far they came.
+    If all parameters of the study's first trial are numbers, `optuna.samplers.CmaEsSampler`
+    proposes, else the genetic algorithm of `optuna.samplers.NSGAIISampler`. Optuna's samplers
+    learn from COMPLETE trials only, of which successive halving leaves few. Here pruned trials
+    count too: they rank behind all COMPLETE ones, by their last step.
 
     Args:
         seed:
-            Seed.
+            Seed of the random numbers.
         population_size:
-            Parents of the genetic algorithm, and its random trials before there are any; or a
-            generation of CMA-ES.
+            The number of parents of the genetic algorithm, and of its random trials before them;
+            or the size of a generation of CMA-ES.
 
     Raises:
-        ValueError: If ``population_size`` is under 2.
+        ValueError: If ``population_size`` is below 2.
 
     Example:
         >>> import optuna
@@ -71,9 +73,8 @@ class EvolutionSampler(BaseSampler):
         self._search_space = IntersectionSearchSpace(include_pruned=True)
         self._random_sampler = RandomSampler(seed=seed)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ExperimentalWarning
-            )  # users cannot do a thing about it
+            # The warning concerns Optuna's class, not a choice of the user.
+            warnings.simplefilter("ignore", ExperimentalWarning)
             crossover = _ClippedBLXAlphaCrossover()
         self._nsga2_sampler = _BestTrialsNSGAIISampler(
             population_size=population_size, seed=seed, crossover=crossover
@@ -83,29 +84,27 @@ class EvolutionSampler(BaseSampler):
         )
 
     def reseed_rng(self) -> None:
-        """Draw new random numbers from now on."""
+        """Reseed the random numbers of all samplers used here."""
         for sampler in (self._random_sampler, self._nsga2_sampler, self._cma_es_sampler):
             sampler.reseed_rng()
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """What all ended trials have in common and what can vary."""
+        """Return the parameters that all finished trials have and that can vary."""
         space = self._search_space.calculate(study, use_cache=True)
         return {name: d for name, d in space.items() if not d.single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Propose what one of the two samplers does.
+        """Propose values by CMA-ES or by the genetic algorithm.
 
         Raises:
             ValueError: If the study has several objectives.
         """
-        self._raise_error_if_multi_objective(study)
-        first = next(
-            iter(study._get_trials(deepcopy=False, states=FINISHED_STATES, use_cache=True)), None
-        )
+        check_single_objective(self, study)
+        first = next(iter(all_trials(study, FINISHED_STATES, cached=True)), None)
         if first is None or not search_space:
             return {}
         if _has_categories(first.distributions):
@@ -121,22 +120,22 @@ class EvolutionSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """A random value: of the first trials, of mutations, of what is not in all trials.
+        """Draw a random value: for first trials, mutations, and parameters not in all trials.
 
         Raises:
             ValueError: If the study has several objectives.
         """
-        self._raise_error_if_multi_objective(study)
+        check_single_objective(self, study)
         return self._random_sampler.sample_independent(
             study, trial, param_name, param_distribution
         )
 
 
 class _ClippedBLXAlphaCrossover(BLXAlphaCrossover):
-    """Numbers between those of the parents or a little outside, but never out of the space.
+    """BLX-alpha crossover whose children are clipped to the search space.
 
-    Optuna draws again until all of them lie inside, which with many parameters, "off" at the end
-    of their ranges, takes long.
+    Optuna draws again until a child lies inside. That takes long if many parameters of the parents
+    lie at the ends of their ranges, as parameters that are off do.
     """
 
     def crossover(
@@ -146,7 +145,7 @@ class _ClippedBLXAlphaCrossover(BLXAlphaCrossover):
         study: Study,
         search_space_bounds: NDArray[Any],
     ) -> NDArray[Any]:
-        """A child's numbers.
+        """Return the numbers of a child.
 
         Shape:
             - parents_params: ``(2, d)``; search_space_bounds: ``(d, 2)``; output: ``(d,)``.
@@ -158,32 +157,32 @@ class _ClippedBLXAlphaCrossover(BLXAlphaCrossover):
 
 
 class _BestTrialsNSGAIISampler(NSGAIISampler):
-    """Optuna's genetic algorithm, with the best of all ended trials as parents.
+    """Optuna's genetic algorithm with the best of all finished trials as parents.
 
-    Optuna's generations would fit neither pruning nor cohorts: they count COMPLETE trials, and
-    their parents are chosen once, when the next generation's first trial is asked. In a cohort
-    those that end first are the worst, and what the others come to would never be read. With one
-    objective the best of a generation and of its parents, and so on, are the best of all.
+    Optuna's generations fit neither pruning nor cohorts: they count COMPLETE trials, and their
+    parents are chosen once, when the next generation's first trial is asked. The trials of a
+    cohort that end first are the worst, so the results of the others would never be used. With one
+    objective, the best trials of a generation and its parents are the best of all trials.
     """
 
     def get_trial_generation(self, study: Study, trial: FrozenTrial) -> int:
-        """Whether a trial has parents yet: 0 or 1."""
-        ended = study._get_trials(deepcopy=False, states=FINISHED_STATES, use_cache=True)
+        """Return 1 if there are enough finished trials to be parents, else 0."""
+        ended = all_trials(study, FINISHED_STATES, cached=True)
         return int(len(ended) >= (self.population_size or 0))
 
     def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:
-        """The best trials."""
+        """Return the best finished trials."""
         if generation == 0:
             return []
-        ended = study._get_trials(deepcopy=False, states=FINISHED_STATES, use_cache=True)
+        ended = all_trials(study, FINISHED_STATES, cached=True)
         sign = _direction_sign(study)
         return nsmallest(self.population_size or 0, ended, key=lambda t: sort_key(t, sign))
 
 
 class _RankedStudyView:
-    """A study as CMA-ES is to see it: pruned trials are COMPLETE, and values are ranks.
+    """A view of a study for CMA-ES: pruned trials are COMPLETE, and values are ranks.
 
-    CMA-ES reads nothing of values but their order, so that nothing is lost by it.
+    CMA-ES uses only the order of values, so it loses nothing.
     """
 
     direction = StudyDirection.MINIMIZE
@@ -200,10 +199,8 @@ class _RankedStudyView:
         states: Container[TrialState] | None = None,
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
-        """The ended trials, in order of their numbers."""
-        ended = self._study._get_trials(
-            deepcopy=False, states=FINISHED_STATES, use_cache=use_cache
-        )
+        """Return the finished trials in the order of their numbers."""
+        ended = all_trials(self._study, FINISHED_STATES, cached=use_cache)
         sign = _direction_sign(self._study)
         seen: dict[int, FrozenTrial] = {}
         for place, trial in enumerate(sorted(ended, key=lambda t: sort_key(t, sign))):

@@ -1,4 +1,4 @@
-"""Followers: trials proposed to share the static values of a leader."""
+"""A sampler for followers: trials that share the static values of a leader."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ Pin = Callable[[str, Any], Any]
 
 
 class FollowerSampler(BaseSampler):
-    """Lets another sampler propose, then moves some values so that trials can be stacked.
+    """Propose values by another sampler, then change some so that trials can be stacked.
 
-    The search space that the other sampler sees is untouched, unlike with Optuna's
-    `PartialFixedSampler`, so its joint model and its population stay whole. What it learns from
-    are the values that were trained.
+    The other sampler sees the whole search space, unlike with Optuna's `PartialFixedSampler`, so
+    its joint model and its population stay complete. It learns from the values that were trained.
 
     Args:
         base:
-            Who proposes.
+            The sampler that proposes.
         pin:
-            ``pin(name, proposed)`` returns the value to use.
+            Function that maps a parameter's name and proposed value to the value to use.
 
     Example:
         >>> import optuna
@@ -40,19 +39,19 @@ class FollowerSampler(BaseSampler):
         self._base, self._pin = base, pin
 
     def reseed_rng(self) -> None:
-        """As the other sampler."""
+        """Reseed the other sampler."""
         self._base.reseed_rng()
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """As the other sampler."""
+        """Return the search space of the other sampler."""
         return self._base.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Let the other sampler propose the joint part, and pin it."""
+        """Propose the joint part by the other sampler, and pin it."""
         proposed = self._base.sample_relative(study, trial, search_space)
         return {name: self._pin(name, value) for name, value in proposed.items()}
 
@@ -63,16 +62,16 @@ class FollowerSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Let the other sampler propose one parameter, and pin it."""
+        """Propose one parameter by the other sampler, and pin it."""
         proposed = self._base.sample_independent(study, trial, param_name, param_distribution)
         return self._pin(param_name, proposed)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """As the other sampler."""
+        """Call the other sampler."""
         self._base.before_trial(study, trial)
 
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Any
     ) -> None:
-        """As the other sampler."""
+        """Call the other sampler."""
         self._base.after_trial(study, trial, state, values)

@@ -1,4 +1,4 @@
-"""Grids: the levels of a space, the points that differ in effect, an order that spreads them."""
+"""Grids: the values of a grid, its points that differ in effect, and an order of trying them."""
 
 from __future__ import annotations
 
@@ -32,27 +32,25 @@ from optuna_nnhp.hyperparameters.spec import is_in_distribution
 
 Point = dict[str, Value]
 
-MAX_GRID_POINTS = 100_000  # that are ever listed
-SOBOL_EXPONENT = 14  # two to this power: points drawn for the beginning of the order
-MAX_SOBOL_EXPONENT = 20  # the same where only the beginning of a huge grid is wanted
-MIN_VALUES_IN_RANGE = (
-    2  # of a record's levels must lie in a user's range, or its ends and middle are better
-)
+MAX_GRID_POINTS = 100_000  # the most points that are ever listed
+SOBOL_EXPONENT = 14  # 2 ** this many Sobol points are drawn for the beginning of the order
+MAX_SOBOL_EXPONENT = 20  # the same for a grid of more than `MAX_GRID_POINTS` points
+MIN_VALUES_IN_RANGE = 2  # if fewer of the catalogue's values lie in a range, its ends are used
 
 
 def default_grid_values(
     distribution: BaseDistribution, spec: Hyperparameter | None = None
 ) -> tuple[Value, ...]:
-    """The values that a grid visits where the user names none.
+    """Return the grid values of a parameter for which the user names none.
 
-    Those of the catalogue, as far as they lie in the range; all choices that a user gives
-    himself; and of another range its ends and its middle.
+    They are the catalogue's values that lie in the range, all choices that the user gives, or the
+    ends and the middle of any other range.
 
     Args:
         distribution:
-            The range.
+            The parameter's distribution.
         spec:
-            What the catalogue knows of the hyperparameter, if it does.
+            The catalogue's entry of the hyperparameter; None for the user's own parameters.
 
     Example:
         >>> (
@@ -83,15 +81,18 @@ def check_grid_values(
     space: Mapping[str, BaseDistribution],
     specs: Mapping[str, Hyperparameter],
 ) -> dict[str, tuple[Value, ...]]:
-    """Levels that a user names, as trials will hold them, each once.
+    """Check the grid values that a user names, and return them as trials will store them.
 
     Args:
         levels:
             Lists of values by name.
         space:
-            What is tuned.
+            The distributions of the tuned parameters.
         specs:
-            What the catalogue knows of it.
+            The catalogue's entries, by name.
+
+    Returns:
+        The values by name, each once.
 
     Raises:
         ValueError: If a name is not tuned, or a value does not lie in its range.
@@ -116,15 +117,15 @@ def check_grid_values(
                 f"{short_repr(values)}."
             )
         spec = specs.get(name)
-        held = [_checked(name, value, space[name], spec) for value in values]
-        checked[name] = _without_equivalents(held, spec)
+        stored = [_check_grid_value(name, value, space[name], spec) for value in values]
+        checked[name] = _without_equivalents(stored, spec)
     return checked
 
 
-def _checked(
+def _check_grid_value(
     name: str, value: Any, distribution: BaseDistribution, spec: Hyperparameter | None
 ) -> Value:
-    """One level as trials will hold it."""
+    """Check one grid value and return it as trials will store it."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(distribution, CategoricalDistribution):
         if value not in distribution.choices:
@@ -149,7 +150,7 @@ def _checked(
 def _equivalent_bound(
     value: Value, distribution: IntDistribution | FloatDistribution, spec: Hyperparameter
 ) -> Value:
-    """For a value such as 0, which is on no logarithmic range, the end that is "off" as well."""
+    """Return the end of the range with the same effect as a value outside, such as 0 for "off"."""
     for end in (distribution.low, distribution.high):
         if spec.effective_value(end) == spec.effective_value(value):
             return end
@@ -157,20 +158,20 @@ def _equivalent_bound(
 
 
 def to_stored_value(value: Value, distribution: BaseDistribution) -> Value:
-    """A value as the trials of a study hold it, so that equal points are found equal.
+    """Return a value as a study's trials store it, so that equal points compare equal.
 
     Example:
         >>> to_stored_value(1, FloatDistribution(0, 9))
         1.0
     """
-    held: Value = distribution.to_external_repr(distribution.to_internal_repr(value))
-    return held
+    stored: Value = distribution.to_external_repr(distribution.to_internal_repr(value))
+    return stored
 
 
 def _without_equivalents(
     values: Iterable[Value], spec: Hyperparameter | None
 ) -> tuple[Value, ...]:
-    """Values without those whose effect an earlier one has; of two that are "off" one is left."""
+    """Drop values that have the same effect as an earlier one, such as a second "off"."""
     by_effect: dict[str, Value] = {}
     for value in values:
         effect = value if spec is None else spec.effective_value(value)
@@ -180,19 +181,19 @@ def _without_equivalents(
 
 @dataclass(frozen=True)
 class Grid:
-    """All combinations of some levels that differ in effect.
+    """All combinations of grid values that differ in effect.
 
     Args:
         levels:
-            Values of what varies, by name.
+            The grid values of each parameter that varies, by name.
         other_values:
-            Values of all else that is tuned.
+            The values of all other tuned parameters.
         fixed:
-            Values of what is not tuned.
+            The values of what is not tuned.
         inactive_values:
-            Values of what varies, where they have no effect.
+            The value that a varying parameter takes where it has no effect.
         specs:
-            What the catalogue knows of the hyperparameters.
+            The catalogue's entries, by name.
 
     Example:
         >>> from optuna_nnhp.hyperparameters.catalogue import specs
@@ -217,82 +218,84 @@ class Grid:
 
     @cached_property
     def count(self) -> int:
-        """Number of points; not one of them is listed for it."""
-        return sum(math.prod(map(len, box.values())) for box in self._blocks())
+        """The number of points, computed without listing them."""
+        return sum(math.prod(map(len, block.values())) for block in self._blocks())
 
     @cached_property
     def _conditional_names(self) -> tuple[str, ...]:
-        """Names of those whose effect may depend on others; who rules others comes first."""
+        """Parameters whose effect depends on others; those that others depend on come first."""
         known = (name for name in self.levels if name in self.specs)
-        ruled = [n for n in known if self.specs[n].active_if or self.specs[n].inactive_if]
-        rulers = {other for name in ruled for other in self._conditions_of(name)}
-        return tuple(sorted(ruled, key=lambda name: name not in rulers))
+        conditional = [n for n in known if self.specs[n].active_if or self.specs[n].inactive_if]
+        conditions = {other for name in conditional for other in self._conditions_of(name)}
+        return tuple(sorted(conditional, key=lambda name: name not in conditions))
 
     @cached_property
     def _condition_names(self) -> tuple[str, ...]:
-        """Names of those that others' effects depend on."""
-        rulers = {other for name in self._conditional_names for other in self._conditions_of(name)}
-        return tuple(name for name in self.levels if name in rulers)
+        """Parameters that the effects of others depend on."""
+        conditions = {
+            other for name in self._conditional_names for other in self._conditions_of(name)
+        }
+        return tuple(name for name in self.levels if name in conditions)
 
     def _conditions_of(self, name: str) -> set[str]:
         return {*self.specs[name].active_if, *self.specs[name].inactive_if}
 
     def canonical(self, values: Mapping[str, Value]) -> Point:
-        """Some levels, those without effect beside the others at rest."""
+        """Replace the values that have no effect beside the others by their inactive values."""
         canonical = dict(values)
-        around = {**self.fixed, **self.other_values, **canonical}
+        context = {**self.fixed, **self.other_values, **canonical}
         for name in self._conditional_names:
-            if name in canonical and not self.specs[name].is_active(around):
-                canonical[name] = around[name] = self.inactive_values[name]
+            if name in canonical and not self.specs[name].is_active(context):
+                canonical[name] = context[name] = self.inactive_values[name]
         return canonical
 
     def _blocks(self) -> Iterator[dict[str, tuple[Value, ...]]]:
-        """The grid in parts, in each of which the same hyperparameters have an effect."""
+        """Yield parts of the grid in each of which the same hyperparameters have an effect."""
         known = set[str]()
         for values in itertools.product(*(self.levels[name] for name in self._condition_names)):
-            rulers = self.canonical(dict(zip(self._condition_names, values, strict=True)))
-            if repr(rulers) in known:
+            conditions = self.canonical(dict(zip(self._condition_names, values, strict=True)))
+            if repr(conditions) in known:
                 continue
-            known.add(repr(rulers))
-            around = {**self.fixed, **self.other_values, **rulers}
-            at_rest = {n for n in self._conditional_names if not self.specs[n].is_active(around)}
+            known.add(repr(conditions))
+            context = {**self.fixed, **self.other_values, **conditions}
+            inactive = {n for n in self._conditional_names if not self.specs[n].is_active(context)}
             yield {
-                name: (rulers[name],)
-                if name in rulers
+                name: (conditions[name],)
+                if name in conditions
                 else (self.inactive_values[name],)
-                if name in at_rest
+                if name in inactive
                 else levels
                 for name, levels in self.levels.items()
             }
 
     def contains(self, point: Mapping[str, Value]) -> bool:
-        """Whether a point is on the grid."""
+        """Return whether a point lies on the grid."""
         canonical = self.canonical({name: point[name] for name in self.levels})
-        around = {**self.fixed, **self.other_values, **canonical}
+        context = {**self.fixed, **self.other_values, **canonical}
         free = (
             n
             for n in self.levels
-            if n not in self._conditional_names or self.specs[n].is_active(around)
+            if n not in self._conditional_names or self.specs[n].is_active(context)
         )
         return all(canonical[name] in self.levels[name] for name in free)
 
     def points(self) -> Iterator[Point]:
-        """Every point once, the last name's level changing fastest."""
-        for box in self._blocks():
-            for values in itertools.product(*box.values()):
-                yield dict(zip(box, values, strict=True))
+        """Yield every point once; the last parameter changes fastest."""
+        for block in self._blocks():
+            for values in itertools.product(*block.values()):
+                yield dict(zip(block, values, strict=True))
 
     def sobol_order(self, seed: int, most: int = MAX_GRID_POINTS) -> list[Point]:
-        """Complete points, in an order whose beginning has the levels of each name alike.
+        """Return complete points in an order whose beginning covers each parameter evenly.
 
-        It is that in which scrambled Sobol points first fall on them; who comes after the last of
-        these is in a random order.
+        The points are ordered by when a sequence of scrambled Sobol points first falls on them;
+        those on which none falls come last, in a random order.
 
         Args:
             seed:
-                Of the scrambling.
+                Seed of the scrambling.
             most:
-                How many points are wanted.
+                The number of points wanted.
 
         Source:
             Owen 1998, "Scrambling Sobol' and Niederreiter-Xing points".
@@ -302,21 +305,21 @@ class Grid:
         for point in self._sobol_points(seed, MAX_SOBOL_EXPONENT if is_huge else SOBOL_EXPONENT):
             if len(order) == wanted:
                 break
-            order.setdefault(key(point), point)
+            order.setdefault(point_key(point), point)
         if len(order) < wanted and not is_huge:
-            others = [point for point in self.points() if key(point) not in order]
+            others = [point for point in self.points() if point_key(point) not in order]
             turns = np.random.default_rng(seed).permutation(len(others))
             late = (others[turn] for turn in turns[: wanted - len(order)])
             return [{**self.other_values, **point} for point in (*order.values(), *late)]
         return [{**self.other_values, **point} for point in order.values()]
 
     def _sobol_points(self, seed: int, power: int) -> Iterator[Point]:
-        """The points that Sobol numbers fall on, not all of them new."""
+        """Yield the points on which Sobol points fall, with repeats."""
         from scipy.stats.qmc import Sobol  # type: ignore[import-untyped]  # takes half a second
 
         names, sobol = list(self.levels), Sobol(len(self.levels), scramble=True, seed=seed)
         sizes = np.array([len(self.levels[name]) for name in names])
-        first = min(power, 10)  # few numbers at first: few may be wanted
+        first = min(power, 10)  # begin with few, because few may be wanted
         for exponent in (first, *range(first, power)):
             places = np.floor(sobol.random_base2(exponent) * sizes).astype(int).tolist()
             for row in places:
@@ -324,29 +327,29 @@ class Grid:
                 yield self.canonical(dict(zip(names, values, strict=True)))
 
 
-def key(point: Mapping[str, Value]) -> str:
-    """What equal points have in common, whatever the order of their names.
+def point_key(point: Mapping[str, Value]) -> str:
+    """Return a key that is the same for equal points, whatever the order of their names.
 
     Example:
-        >>> key({"a": 1, "b": 2.0}) == key({"b": 2.0, "a": 1})
+        >>> point_key({"a": 1, "b": 2.0}) == point_key({"b": 2.0, "a": 1})
         True
     """
     return repr(sorted(point.items()))
 
 
 class GridPointsSampler(BaseSampler):
-    """A grid's points, for a scheduler that enqueues them.
+    """The points of a grid, for a study that enqueues them; as a sampler it proposes at random.
 
-    Each is enqueued once, and asked for by whoever is free, so that several workers share a grid,
-    and one that was interrupted goes on. Asked as an ordinary sampler it proposes at random.
+    The study enqueues each point once. Any worker may take an enqueued point, so several workers
+    share a grid, and an interrupted study continues it.
 
     Args:
         points:
             Complete configurations, in the order in which they are tried.
         text:
-            Words on its size.
+            The size of the grid in words.
         is_part:
-            Whether it may end before it has been visited wholly.
+            Whether the study may end before all points have been tried.
 
     Example:
         >>> GridPointsSampler([{"depth": 1}, {"depth": 2}]).points[0]
@@ -361,19 +364,19 @@ class GridPointsSampler(BaseSampler):
         self._random = RandomSampler()
 
     def reseed_rng(self) -> None:
-        """As a random sampler."""
+        """Reseed the random numbers."""
         self._random.reseed_rng()
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Nothing: what is enqueued is asked of no sampler."""
+        """Return no space; the study enqueues the points."""
         return {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Nothing."""
+        """Return no values; the study enqueues the points."""
         return {}
 
     def sample_independent(
@@ -383,5 +386,5 @@ class GridPointsSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """As a random sampler."""
+        """Draw a random value."""
         return self._random.sample_independent(study, trial, param_name, param_distribution)

@@ -1,4 +1,4 @@
-"""Gradient-based search: values moved along the slope of what a trial comes to."""
+"""Gradient-based search: move values against the gradient of a trial's result."""
 
 from __future__ import annotations
 
@@ -18,26 +18,34 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.search._optuna_internals import all_trials
+from optuna_nnhp.search._optuna_internals import set_user_attr
+from optuna_nnhp.search._optuna_internals import trial_id
 from optuna_nnhp.search.unit_scale import from_unit
 from optuna_nnhp.search.unit_scale import is_in_distribution
 from optuna_nnhp.search.unit_scale import to_unit
 
-# Attributes of a trial: the slopes that the objective notes, and whose path it is on.
+# Attributes of a trial: the gradient that the objective stores, and the first trial of its path.
 HYPERGRADIENT, ORIGIN = "hypergradient", "origin"
-MAX_STEP = 0.05  # of a range: the longest step
-BETA1, BETA2 = 0.5, 0.8  # of what was known of slopes, that is kept at each step
+MAX_STEP = 0.05  # in widths of the range
+BETA1, BETA2 = 0.5, 0.8
 EPS = 1e-12
 
 
 @dataclass
 class AdamOnUnitScale:
-    """Adam on the unit scale of ranges, which are logarithmic where it matters.
+    """Adam on the unit scale of search ranges.
 
     Args:
         distributions:
-            What is moved, by name.
+            Distributions of the parameters that move, by name.
         rate:
-            Longest step, as a share of the range.
+            Longest step, in widths of the range.
+
+    Attributes:
+        steps: The number of steps so far.
+        exp_avg: Running averages of the gradients, by name.
+        exp_avg_sq: Running averages of their squares, by name.
 
     Example:
         >>> adam = AdamOnUnitScale({"x": FloatDistribution(0.0, 1.0)}, rate=0.1)
@@ -58,16 +66,16 @@ class AdamOnUnitScale:
     def step(
         self, values: Mapping[str, float], slopes: Mapping[str, float], scale: float = 1.0
     ) -> dict[str, float]:
-        """Values that should be better.
+        """Return the values after one step against the gradient.
 
         Args:
             values:
-                Those now.
+                The current values.
             slopes:
-                What is to be made small, by each of them on its unit scale; those without one, or
-                with NaN, stay.
+                Derivatives of what is minimized, by each value on its unit scale. Values without a
+                finite derivative stay.
             scale:
-                Factor of the rate.
+                Factor of the step length.
         """
         self.steps += 1
         moved = dict(values)
@@ -89,7 +97,7 @@ class AdamOnUnitScale:
 
 
 def slope_on_unit_scale(distribution: FloatDistribution, value: float, slope: float) -> float:
-    """A slope by a value as one by its place on the unit scale.
+    """Convert a derivative by a value into one by its position on the unit scale.
 
     Example:
         >>> slope_on_unit_scale(FloatDistribution(0.0, 4.0), 1.0, 0.5)
@@ -101,33 +109,33 @@ def slope_on_unit_scale(distribution: FloatDistribution, value: float, slope: fl
 
 
 class HypergradientSampler(BaseSampler):
-    """Moves continuous parameters against the slope that the objective function reports.
+    """Move continuous parameters against the gradient that the objective function stores.
 
-    There are ``starts`` paths. The first trial of each is proposed by another sampler; every next
-    one moves the continuous parameters by a step of gradient descent and keeps the others. The
-    objective function notes the derivative of its value by each continuous parameter, in the
-    parameter's own units, as the trial's attribute ``"hypergradient"``, a mapping; how it comes
-    to know it (autograd through training, forward mode, differences) is its own affair. Parameters
-    without a derivative stay as they are. A path whose trial is pruned or fails is given up, and
-    another one begins.
+    There are ``starts`` paths. Another sampler proposes the first trial of each. Every later trial
+    moves the continuous parameters by a step of gradient descent and keeps the others. The
+    objective function stores the derivative of its value by each continuous parameter, in the
+    parameter's own units, as the trial's user attribute ``"hypergradient"``, a mapping. It may
+    compute it in any way: autograd through training, forward mode, finite differences. Parameters
+    without a derivative keep their values. If a trial is pruned or fails, its path ends and a new
+    one begins.
 
-    Everything the sampler knows is in the trials, so a study can be continued, by several
-    workers too.
+    The trials hold all of the sampler's state, so a study can be continued, also by several
+    workers.
 
     Args:
         starts:
-            Paths, which take turns.
+            The number of paths, which take turns.
         base:
-            Proposes where they begin; random if None.
+            Sampler that proposes where they begin; random if None.
         names:
-            What is moved; all continuous parameters if None.
+            Names of the parameters to move; all continuous ones if None.
         rate:
-            Longest step, as a share of a parameter's range.
+            Longest step, in widths of a parameter's range.
         seed:
-            Seed.
+            Seed of the random numbers.
 
     Raises:
-        ValueError: If ``starts`` is under 1, or ``rate`` not above 0.
+        ValueError: If ``starts`` is below 1, or ``rate`` is not positive.
 
     Example:
         >>> import optuna
@@ -164,32 +172,31 @@ class HypergradientSampler(BaseSampler):
         self._values: dict[int, dict[str, Any]] = {}  # by trial id
 
     def reseed_rng(self) -> None:
-        """Draw other random numbers, as in a new thread."""
+        """Reseed the base sampler."""
         self._base.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Choose the trial's path, and note it as the trial's attribute ``origin``."""
+        """Choose the trial's path, and store it as the trial's attribute ``origin``."""
         self._base.before_trial(study, trial)
         path = self._finished_path(study, trial.number)
         origin = path[0].number if path else trial.number
-        study._storage.set_trial_user_attr(trial._trial_id, ORIGIN, origin)
-        trial.set_user_attr(ORIGIN, origin)  # what the objective function sees
+        set_user_attr(study, trial, ORIGIN, origin)
         if path:
-            self._values[trial._trial_id] = self._next_values(study, path)
+            self._values[trial_id(trial)] = self._next_values(study, path)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """The base's at the beginning of a path; nothing else is proposed jointly."""
-        if trial._trial_id in self._values:
+        """Return the base sampler's space for the first trial of a path, else no space."""
+        if trial_id(trial) in self._values:
             return {}
         return self._base.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The base's at the beginning of a path."""
-        if trial._trial_id in self._values:
+        """Propose by the base sampler for the first trial of a path, else nothing."""
+        if trial_id(trial) in self._values:
             return {}
         return self._base.sample_relative(study, trial, search_space)
 
@@ -200,8 +207,8 @@ class HypergradientSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """The path's value, or the base's proposal where it has none."""
-        values = self._values.get(trial._trial_id, {})
+        """Return the path's value, or the base sampler's proposal if there is none."""
+        values = self._values.get(trial_id(trial), {})
         if param_name in values and is_in_distribution(param_distribution, values[param_name]):
             return values[param_name]
         return self._base.sample_independent(study, trial, param_name, param_distribution)
@@ -209,15 +216,15 @@ class HypergradientSampler(BaseSampler):
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Any
     ) -> None:
-        """Forget the trial's values; they are its parameters."""
-        self._values.pop(trial._trial_id, None)
+        """Forget the trial's values, which are its parameters now."""
+        self._values.pop(trial_id(trial), None)
         self._base.after_trial(study, trial, state, values)
 
     def _finished_path(self, study: Study, number: int) -> list[FrozenTrial]:
-        """The finished trials of the path whose turn it is; empty for a new one."""
+        """Return the finished trials of the path whose turn it is; none for a new path."""
         paths: dict[int, list[FrozenTrial]] = {}
         busy, ended = set[int](), set[int]()
-        for trial in study._get_trials(deepcopy=False):
+        for trial in all_trials(study):
             origin = trial.user_attrs.get(ORIGIN)
             if origin is None or trial.number == number:
                 continue
@@ -226,7 +233,7 @@ class HypergradientSampler(BaseSampler):
                 busy.add(origin)
             elif trial.state == TrialState.COMPLETE:
                 path.append(trial)
-            else:  # without a slope it goes nowhere: another one begins
+            else:  # pruned or failed: there is no gradient to follow
                 ended.add(origin)
         live = {origin: path for origin, path in paths.items() if origin not in ended}
         free = {origin: path for origin, path in live.items() if origin not in busy and path}
@@ -235,7 +242,7 @@ class HypergradientSampler(BaseSampler):
         return min(free.values(), key=lambda path: (len(path), path[0].number), default=[])
 
     def _next_values(self, study: Study, path: list[FrozenTrial]) -> dict[str, Any]:
-        """The values after a path's last trial: Adam's state follows from all of them."""
+        """Return the values that follow a path's last trial; all its trials give Adam's state."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         adam, values = AdamOnUnitScale({}, self._rate), dict(path[0].params)
         for trial in path:

@@ -19,24 +19,24 @@ from optuna_nnhp.search.bounded_tpe import BoundedTPESampler
 from optuna_nnhp.search.evolution import EvolutionSampler
 from optuna_nnhp.search.zoom import ZoomSampler
 
-# Trials before Bayesian search learns: Optuna's own number, and one where trials are so long that
-# there are few. Those after the first then lie around it, and it is a good one.
+# Finished trials before Bayesian search learns from them: Optuna's own number, and 1 if trials are
+# so long that there are few. Later trials then lie around the first one, which is a good one.
 N_STARTUP, N_STARTUP_IF_FEW = 10, 1
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to tune.
+    """A tuning method: its sampler and its options.
 
     Args:
         sampler:
-            Makes what proposes, given the seed and the sampler's options. Where the study's own
-            loop proposes too (a grid's points, a population's children, steps along a gradient),
-            it proposes what that leaves to others.
+            Makes the sampler from the seed and its options. If the method's policy proposes
+            values too (points of a grid, children of a population, steps along a gradient), the
+            sampler proposes the other values.
         options:
-            What `method_options` may hold for the sampler.
+            Names of the sampler's options in `method_options`.
         loop_options:
-            The same for the study's loop.
+            Names of the policy's options in `method_options`.
     """
 
     sampler: Callable[..., BaseSampler]
@@ -46,23 +46,24 @@ class Method:
 
 def _make_sobol_sampler(seed: int | None) -> BaseSampler:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # a user cannot do anything about it
+        warnings.simplefilter("ignore", ExperimentalWarning)
         return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
-# What each does, for users, is in docs/guides/methods.md.
+# docs/guides/methods.md describes each method.
 METHODS: dict[str, Method] = {
-    # The catalogue's levels, or a user's, each combination once.
+    # Each combination of the catalogue's grid values, or of the user's, once.
     "grid": Method(RandomSampler, loop_options=("partial",)),
     "random": Method(RandomSampler),
     "quasi-random": Method(_make_sobol_sampler),
     "zoom": Method(ZoomSampler, ("round_size", "patience")),
     "bayes": Method(BoundedTPESampler, ("n_startup_trials",)),
     "bayes-gp": Method(lambda seed: GPSampler(seed=seed, warn_independent_sampling=False)),
-    # Rates and regularization follow the gradient of the validation loss; TPE proposes the rest.
+    # Learning rates and regularization follow the gradient of the validation loss; TPE proposes
+    # the other values.
     "gradient": Method(BoundedTPESampler, loop_options=("starts", "rate")),
     "evolution": Method(EvolutionSampler, ("population_size",)),
-    # Networks that do badly go on as copies of good ones; the first generation is random.
+    # Bad networks are replaced by copies of good ones; the first generation is random.
     "population": Method(RandomSampler, loop_options=("size", "generations")),
 }
 
@@ -70,7 +71,7 @@ METHODS: dict[str, Method] = {
 def make_sampler(
     method: str, seed: int | None, *, few: bool = False, options: Mapping[str, Any] | None = None
 ) -> BaseSampler:
-    """The Optuna sampler of a method.
+    """Return the sampler of a method.
 
     Args:
         method:
@@ -78,17 +79,17 @@ def make_sampler(
         seed:
             Seed of the sampler.
         few:
-            Whether trials are long, so that there will be few; ``"bayes"`` then learns from the
-            first on.
+            Whether trials are so long that there will be few; ``"bayes"`` then learns from the
+            first trial on.
         options:
-            Of the sampler.
+            Options of the sampler.
 
     Raises:
         ValueError: If there is no such method.
 
     Example:
         >>> type(make_sampler("bayes", seed=0)).__name__
-        'HistorySampler'
+        'BoundedTPESampler'
     """
     if not isinstance(method, str) or method not in METHODS:
         raise unknown_name("a method", method, METHODS)
@@ -101,7 +102,7 @@ def make_sampler(
 def split_options(
     method: str, options: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a user wants of a method: options of its sampler, and of the study's loop.
+    """Split a method's options into those of its sampler and those of its policy.
 
     Raises:
         ValueError: If there is no such method, or it has no such option.

@@ -1,4 +1,4 @@
-"""The order of a study's finished trials, pruned ones among them."""
+"""The order of a study's finished trials, including pruned ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from optuna.trial import TrialState
 
 
 def sort_key(trial: FrozenTrial, sign: float) -> tuple[int, float, float]:
-    """TPE's order: by value, then the pruned by how far they came, then the infeasible.
+    """Return a key that sorts trials as TPE does, the best first.
+
+    Complete trials come first, by value; then pruned ones, by their last step and its value; then
+    trials that violate constraints, by the violation.
 
     Args:
         trial:
-            A finished trial of a study of one objective, that has not failed.
+            A finished trial of a study with one objective; not a failed one.
         sign:
-            1 where small values are good, -1 where large ones are.
-
-    Returns:
-        A key to sort by, small for good trials.
+            1 if small values are good, -1 if large ones are.
 
     Example:
         >>> import optuna

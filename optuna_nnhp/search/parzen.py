@@ -1,4 +1,4 @@
-"""The densities of Optuna's TPE, computed on whole arrays."""
+"""The Parzen estimator of Optuna's TPE, computed on whole arrays."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
-from optuna.samplers._tpe.probability_distributions import _BatchedCategoricalDistributions
 import torch
+
+from optuna_nnhp.search._optuna_internals import ParzenEstimator
+from optuna_nnhp.search._optuna_internals import is_categorical_kernel
+from optuna_nnhp.search._optuna_internals import kernels_of
 
 Array = NDArray[Any]
 
 
-class VectorizedParzenEstimator(_ParzenEstimator):
-    """Optuna's mixture of one kernel for each known trial, with scipy's special functions.
+class VectorizedParzenEstimator(ParzenEstimator):
+    """Optuna's mixture of one kernel for each known trial, computed with scipy's functions.
 
-    Optuna fits it, and calls a Python function for every bound of every kernel of an integer;
-    this one draws the same numbers (to 1e-8: Optuna's quantiles are not more precise) and gives
-    the same densities, 15 times as fast.
+    Optuna's own class calls a Python function for every bound of every kernel of an integer. This
+    one is fitted by Optuna, draws the same numbers (to 1e-8, the precision of Optuna's quantiles)
+    and has the same densities, 15 times as fast.
 
     Shape:
         - One kernel for each of n observations and one for the prior, d numerical and c
@@ -28,17 +30,15 @@ class VectorizedParzenEstimator(_ParzenEstimator):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        mixture = self._mixture_distribution
-        self._weights = mixture.weights  # (n + 1,)
-        pairs = list(zip(self._search_space, mixture.distributions, strict=True))
+        self._weights, by_name = kernels_of(self)  # (n + 1,)
+        self._names = list(by_name)
         self._choice_weights = {
             name: kernels.weights  # (n + 1, choices)
-            for name, kernels in pairs
-            if isinstance(kernels, _BatchedCategoricalDistributions)
+            for name, kernels in by_name.items()
+            if is_categorical_kernel(kernels)
         }
-        numerical: list[tuple[str, Any]] = [p for p in pairs if p[0] not in self._choice_weights]
-        self._numerical = [name for name, _ in numerical]
-        kernels = [kernels for _, kernels in numerical]
+        self._numerical = [name for name in by_name if name not in self._choice_weights]
+        kernels = [by_name[name] for name in self._numerical]
         self._is_log = np.array([k.is_log for k in kernels], dtype=bool)  # (d,)
         self._step = np.array([k.step for k in kernels])
         self._bounds = np.array([(k.low, k.high) for k in kernels]).reshape(-1, 2).T  # (2, d)
@@ -47,20 +47,20 @@ class VectorizedParzenEstimator(_ParzenEstimator):
         shape = (len(kernels), len(self._weights))
         self._mu = np.array([k.mu for k in kernels]).reshape(shape).T  # (n + 1, d)
         self._sigma = np.array([k.sigma for k in kernels]).reshape(shape).T
-        # Of integers, by parameter and value: a density serves for several proposals.
+        # Log masses of integers, by parameter and value: a density serves several proposals.
         self._log_mass_cache: dict[int, dict[float, Array]] = defaultdict(dict)
 
     def sample(self, rng: np.random.RandomState, size: int) -> dict[str, Array]:
-        """Draw from the mixture.
+        """Draw samples from the mixture.
 
         Args:
             rng:
-                Random numbers, used in the order in which Optuna uses them.
+                Source of random numbers, which are drawn in Optuna's order.
             size:
-                Samples.
+                The number of samples.
 
         Returns:
-            Internal values, by name.
+            Internal values, by parameter name.
 
         Shape:
             - Of each value: ``(size,)``.
@@ -78,15 +78,15 @@ class VectorizedParzenEstimator(_ParzenEstimator):
                 self._mu[kernel], self._sigma[kernel], uniform
             )
             drawn |= dict(zip(self._numerical, numbers.T, strict=True))
-        return {name: drawn[name] for name in self._search_space}
+        return {name: drawn[name] for name in self._names}
 
     def _truncated_normal_quantiles(self, mu: Array, sigma: Array, uniform: Array) -> Array:
-        """Quantiles of truncated normal distributions, on the grid of those that have a step."""
+        """Return quantiles of truncated normal distributions, rounded to steps of the range."""
         from scipy.special import log_ndtr  # type: ignore[import-untyped]  # slow to import
         from scipy.special import ndtri_exp
 
         left, right = (self._low - mu) / sigma, (self._high - mu) / sigma
-        flip = left > 0  # the left tail has all the digits
+        flip = left > 0  # the left tail is computed without loss of digits
         lowest = np.where(flip, -right, left)
         share = np.log(np.where(flip, 1.0 - uniform, uniform))
         normal = ndtri_exp(np.logaddexp(log_ndtr(lowest), share + _log_normal_mass(left, right)))
@@ -101,11 +101,11 @@ class VectorizedParzenEstimator(_ParzenEstimator):
         return numbers
 
     def log_pdf(self, samples_dict: dict[str, Array]) -> Array:
-        """Logarithm of the density at samples.
+        """Return the logarithm of the density at samples.
 
         Args:
             samples_dict:
-                Internal values, by name.
+                Internal values, by parameter name.
 
         Shape:
             - Of each value and of the result: ``(s,)``.
@@ -124,7 +124,7 @@ class VectorizedParzenEstimator(_ParzenEstimator):
         return logarithm
 
     def _log_pdf_numerical(self, x: Array) -> Array:
-        """Sum over the numerical parameters of every kernel's log density: ``(s, n + 1)``."""
+        """Return every kernel's log density, summed over numerical parameters: ``(s, n + 1)``."""
         mu, sigma, stepped = self._mu, self._sigma, self._step > 0
         constant = -_log_normal_mass((self._low - mu) / sigma, (self._high - mu) / sigma).sum(
             axis=1
@@ -135,25 +135,25 @@ class VectorizedParzenEstimator(_ParzenEstimator):
         total: Array = constant - 0.5 * _squared_distances(
             logs[:, smooth], mu[:, smooth], sigma[:, smooth]
         )
-        # What is too far away to count beside the prior need not be exact, unless all is far.
+        # Kernels far away need not be exact beside the prior, unless all kernels are far away.
         is_near = bool(((mu >= self._low) & (mu <= self._high)).all())
         log_mass = _fast_log_normal_mass if is_near else _log_normal_mass
-        for place in np.flatnonzero(stepped).tolist():
-            values, inverse = np.unique(x[:, place], return_inverse=True)
-            known = self._log_mass_cache[place]
+        for i in np.flatnonzero(stepped).tolist():
+            values, inverse = np.unique(x[:, i], return_inverse=True)
+            known = self._log_mass_cache[i]
             new = np.array([value for value in values.tolist() if value not in known])
-            half = self._step[place] / 2
+            half = self._step[i] / 2
             ends = np.array([new - half, new + half])
-            ends = np.log(ends) if self._is_log[place] else ends
-            left, right = (ends[:, :, None] - mu[:, place]) / sigma[:, place]
+            ends = np.log(ends) if self._is_log[i] else ends
+            left, right = (ends[:, :, None] - mu[:, i]) / sigma[:, i]
             known.update(zip(new.tolist(), log_mass(left, right), strict=True))
             total += np.array([known[value] for value in values.tolist()])[inverse]
         return total
 
 
 def _squared_distances(x: Array, mu: Array, sigma: Array) -> Array:
-    """Sum over d of ((x - mu) / sigma)²: ``(s, d), (n, d), (n, d) -> (s, n)``."""
-    center = mu.mean(axis=0) if len(mu) else 0.0  # so that little cancels in the products
+    """Return the sum over d of ((x - mu) / sigma)²: ``(s, d), (n, d), (n, d) -> (s, n)``."""
+    center = mu.mean(axis=0) if len(mu) else 0.0  # reduces cancellation in the products
     x, mu, precision = x - center, mu - center, sigma**-2.0
     products: Array = x**2 @ precision.T - 2 * x @ (mu * precision).T
     products += (mu**2 * precision).sum(axis=1)
@@ -161,8 +161,8 @@ def _squared_distances(x: Array, mu: Array, sigma: Array) -> Array:
 
 
 def _normal_mass(left: Array, right: Array) -> Array:
-    """The standard normal's mass between bounds; torch's erfc is 7 times as fast as scipy's."""
-    flip = right < 0  # the tails have all the digits on the right
+    """Return the standard normal's mass between bounds; torch's erfc is 7 times scipy's speed."""
+    flip = right < 0  # the right tail is computed without loss of digits
     bounds = np.array([np.where(flip, -right, left), np.where(flip, -left, right)]) / np.sqrt(2)
     low, high = torch.special.erfc(torch.from_numpy(bounds)).numpy()
     mass: Array = 0.5 * (low - high)
@@ -170,14 +170,14 @@ def _normal_mass(left: Array, right: Array) -> Array:
 
 
 def _fast_log_normal_mass(left: Array, right: Array) -> Array:
-    """As `_log_normal_mass`, but minus infinity where the mass is under 1e-300."""
+    """Return `_log_normal_mass`, but minus infinity where the mass is below 1e-300."""
     with np.errstate(divide="ignore"):
         logarithm: Array = np.log(_normal_mass(left, right))
     return logarithm
 
 
 def _log_normal_mass(left: Array, right: Array) -> Array:
-    """Logarithm of the standard normal's mass between bounds, however far they are.
+    """Return the log of the standard normal's mass between bounds, however far out they are.
 
     Example:
         >>> _log_normal_mass(np.array([-1.0, 40.0]), np.array([1.0, 41.0])).round(4).tolist()

@@ -1,4 +1,4 @@
-"""Population-based training: trials that go on from better ones, with values of their own."""
+"""Population-based training: trials that continue from the state of better ones."""
 
 from __future__ import annotations
 
@@ -14,33 +14,36 @@ from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.samplers import RandomSampler
-from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.search._optuna_internals import LazyRandomState
+from optuna_nnhp.search._optuna_internals import all_trials
+from optuna_nnhp.search._optuna_internals import set_user_attr
+from optuna_nnhp.search._optuna_internals import trial_id
 from optuna_nnhp.search.unit_scale import from_unit
 from optuna_nnhp.search.unit_scale import is_in_distribution
 from optuna_nnhp.search.unit_scale import to_unit
 
 # Attributes of every trial of a population.
 GENERATION, SLOT, PARENT, POPULATION = "generation", "slot", "parent", "population"
-RESAMPLE_PROBABILITY = 0.25  # of the choices of a child that are drawn anew
+RESAMPLE_PROBABILITY = 0.25  # that a choice is drawn again when a child is perturbed
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a trial stands in its population.
+    """A trial's place in its population.
 
     Args:
         slot:
-            Which of the members it goes on.
+            The member that the trial continues.
         generation:
-            How many trials of this member there were before.
+            The number of trials of this member before.
         parent:
-            Number of the trial whose state it goes on from; None in the first generation.
+            Number of the trial from whose state it continues; None in the first generation.
         is_copy:
-            Whether the parent is another member, which was better.
+            Whether the parent is a trial of another member, which was better.
     """
 
     slot: int
@@ -50,38 +53,38 @@ class Lineage:
 
 
 class PopulationSampler(BaseSampler):
-    """Chooses from which trial the next one goes on, and with which values.
+    """Choose the trial from which the next one continues, and its values.
 
-    A population has ``size`` members. Each trial is one member's training for a while: a
-    generation. When a member's turn comes again, it goes on from its own last state with the same
-    values; if it is among the worst of the population, it goes on from one of the best instead
-    (exploit), and moves the values a little (explore). The objective function must do so: the
-    number of the trial to go on from is ``trial.user_attrs["parent"]``, None in the first
-    generation, and it must keep its state (weights, optimizer) where the next ones find it.
+    A population has ``size`` members. A trial trains one member for one generation. A member then
+    continues from its own last state with the same values; if it is among the worst of the
+    population, it continues from one of the best instead (exploit) and perturbs the values
+    (explore). The objective function has to do the training: ``trial.user_attrs["parent"]`` is the
+    number of the trial to continue from, None in the first generation. It must store the trial's
+    state (weights, optimizer) where later trials find it.
 
-    Everything the sampler knows is in the trials' attributes ``generation``, ``slot`` and
-    ``parent``, so a study can be continued, by several workers too.
+    The trials' attributes ``generation``, ``slot`` and ``parent`` hold all of the sampler's state,
+    so a study can be continued, also by several workers.
 
     Args:
         size:
-            Members.
+            The number of members, at least 2.
         base:
-            Proposes the first generation; random if None.
+            Sampler that proposes the first generation; random if None.
         quantile:
-            Share of the population that is replaced, and share that is copied.
+            Share of the population that is replaced, and share that is copied, up to 0.5.
         factor:
-            By how much values move: logarithmic ranges by this factor up or down, others by as
-            large a part of their range as it is of a decade.
+            Size of a perturbation, above 1: values of logarithmic ranges are multiplied or divided
+            by it; others move by ``log10(factor)`` widths of their range.
         inherited:
-            Names of parameters that a child never moves, such as those of structure.
+            Names of parameters that a child never perturbs, such as structural ones.
         population:
-            Name of the population, if a study has several; trials of others are not looked at.
+            Name of the population, if a study has several; trials of others are ignored.
         seed:
-            Seed.
+            Seed of the random numbers.
 
     Raises:
-        ValueError: If ``size`` is under 2, ``quantile`` not between 0 and 0.5, or ``factor`` not
-            above 1.
+        ValueError: If ``size`` is below 2, ``quantile`` is not above 0 and at most 0.5, or
+            ``factor`` is not above 1.
 
     Example:
         >>> import optuna
@@ -124,26 +127,25 @@ class PopulationSampler(BaseSampler):
         self._lineages: dict[int, tuple[Lineage, dict[str, Any]]] = {}  # by trial id
 
     def reseed_rng(self) -> None:
-        """Draw other random numbers, as in a new thread."""
+        """Reseed the random numbers, and the base sampler."""
         self._rng.rng.seed()
         self._base.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Give the trial its place, and note it as the trial's attributes."""
+        """Choose the trial's place in the population, and store it as the trial's attributes."""
         self._base.before_trial(study, trial)
         lineage, params = self._next_lineage(study, trial.number)
-        self._lineages[trial._trial_id] = lineage, params
+        self._lineages[trial_id(trial)] = lineage, params
         for name, value in (
             *((GENERATION, lineage.generation), (SLOT, lineage.slot), (PARENT, lineage.parent)),
             *([(POPULATION, self._population)] if self._population else []),
         ):
-            study._storage.set_trial_user_attr(trial._trial_id, name, value)
-            trial.set_user_attr(name, value)  # what the objective function sees
+            set_user_attr(study, trial, name, value)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """The base's in the first generation; a child has its parent."""
+        """Return the base sampler's space in the first generation, else no space."""
         if self._lineage(trial).parent is not None:
             return {}
         return self._base.infer_relative_search_space(study, trial)
@@ -151,7 +153,7 @@ class PopulationSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The base's."""
+        """Propose by the base sampler in the first generation, else nothing."""
         if self._lineage(trial).parent is not None:
             return {}
         return self._base.sample_relative(study, trial, search_space)
@@ -163,8 +165,8 @@ class PopulationSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """The parent's value, moved if the parent is another member."""
-        lineage, params = self._lineages.get(trial._trial_id, (Lineage(0, 0), {}))
+        """Return the parent's value, perturbed if the parent is another member."""
+        lineage, params = self._lineages.get(trial_id(trial), (Lineage(0, 0), {}))
         if param_name not in params or not is_in_distribution(
             param_distribution, params[param_name]
         ):
@@ -177,19 +179,19 @@ class PopulationSampler(BaseSampler):
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Any
     ) -> None:
-        """Forget the place; it is in the trial's attributes."""
-        self._lineages.pop(trial._trial_id, None)
+        """Forget the trial's place, which is stored in its attributes."""
+        self._lineages.pop(trial_id(trial), None)
         self._base.after_trial(study, trial, state, values)
 
     def _lineage(self, trial: FrozenTrial) -> Lineage:
-        return self._lineages.get(trial._trial_id, (Lineage(0, 0), {}))[0]
+        return self._lineages.get(trial_id(trial), (Lineage(0, 0), {}))[0]
 
     def _next_lineage(self, study: Study, number: int) -> tuple[Lineage, dict[str, Any]]:
-        """The place of a new trial and its parent's values."""
-        last: dict[int, FrozenTrial] = {}  # of each member the last trial, if it has a value
+        """Return the place of a new trial, and its parent's values."""
+        last: dict[int, FrozenTrial] = {}  # the last trial of each member, if it is COMPLETE
         n_trials_of = dict.fromkeys(range(self.size), 0)
         running = set[int]()
-        for trial in study._get_trials(deepcopy=False):
+        for trial in all_trials(study):
             slot = trial.user_attrs.get(SLOT)
             mine = trial.user_attrs.get(POPULATION, "") == self._population
             if trial.number == number or slot not in n_trials_of or not mine:
@@ -201,7 +203,7 @@ class PopulationSampler(BaseSampler):
                 running.add(slot)
             elif trial.state == TrialState.COMPLETE:
                 last[slot] = trial
-            else:  # a state that was no good is not gone on from
+            else:  # pruned: its state is not continued
                 last.pop(slot, None)
         slot = min(n_trials_of, key=lambda s: (s in running, n_trials_of[s], s))
         if n_trials_of[slot] == 0 or not last:
@@ -212,7 +214,7 @@ class PopulationSampler(BaseSampler):
     def _choose_parent(
         self, study: Study, last: dict[int, FrozenTrial], slot: int
     ) -> tuple[FrozenTrial, bool]:
-        """Whom a member goes on from: itself, or one of the best if it is one of the worst."""
+        """Choose a member's parent: its last trial, or one of the best if it is a bad one."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         ranked = sorted(last.values(), key=lambda t: (sign * (t.value or 0.0), t.number))
         count = max(1, int(self._quantile * self.size))
@@ -223,7 +225,7 @@ class PopulationSampler(BaseSampler):
         return best[self._rng.rng.randint(len(best))], True
 
     def _perturb(self, distribution: BaseDistribution, value: Any) -> Any:
-        """A value near another one."""
+        """Return a value near another one."""
         rng = self._rng.rng
         if isinstance(distribution, CategoricalDistribution):
             if rng.rand() >= RESAMPLE_PROBABILITY:
@@ -237,7 +239,7 @@ class PopulationSampler(BaseSampler):
             part /= math.log10(distribution.high / distribution.low)
         unit, up = to_unit(distribution, value), bool(rng.rand() < 0.5)
         moved = from_unit(distribution, unit + (part if up else -part))
-        if moved == value:  # at an end, or the step is larger
+        if moved == value:  # at an end of the range, or less than one step
             step = (distribution.step or 0.0) * (1 if up else -1)
             if not distribution.low <= value + step <= distribution.high:
                 step = -step

@@ -1,4 +1,4 @@
-"""Numbers on the unit scale of their range, logarithmic where the range is."""
+"""Numbers on the unit scale of their range, which is logarithmic if the range is."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import functools
 from typing import Any
 
 import numpy as np
-from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
+from optuna_nnhp.search._optuna_internals import SearchSpaceTransform
+from optuna_nnhp.search._optuna_internals import contains
+
 Number = FloatDistribution | IntDistribution
 
 
 def to_unit(distribution: Number, value: float) -> float:
-    """Where a value lies between the ends of its range.
+    """Return where a value lies between the ends of its range, 0 to 1.
 
     Args:
         distribution:
             The range.
         value:
-            One of its values.
+            A value of the range.
 
     Example:
         >>> round(to_unit(FloatDistribution(1e-4, 1.0, log=True), 1e-2), 6)
@@ -32,13 +34,13 @@ def to_unit(distribution: Number, value: float) -> float:
 
 
 def from_unit(distribution: Number, unit: float) -> float | int:
-    """The value at a place of a range; beyond the ends it is the end's.
+    """Return the value at a position of a range; positions beyond an end give that end.
 
     Args:
         distribution:
             The range.
         unit:
-            0 for its lower end, 1 for its upper one.
+            The position: 0 for the lower end, 1 for the upper one.
 
     Example:
         >>> from_unit(IntDistribution(1, 9), 0.5), from_unit(FloatDistribution(0.0, 2.0), 3.0)
@@ -52,8 +54,8 @@ def from_unit(distribution: Number, unit: float) -> float | int:
 
 
 @functools.lru_cache(maxsize=256)
-def _transform(distribution: Number) -> _SearchSpaceTransform:
-    return _SearchSpaceTransform({"x": distribution}, transform_0_1=True)
+def _transform(distribution: Number) -> SearchSpaceTransform:
+    return SearchSpaceTransform({"x": distribution}, transform_0_1=True)
 
 
 def is_in_distribution(distribution: BaseDistribution, value: Any) -> bool:
@@ -70,4 +72,4 @@ def is_in_distribution(distribution: BaseDistribution, value: Any) -> bool:
     """
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
-    return isinstance(value, int | float) and distribution._contains(value)
+    return isinstance(value, int | float) and contains(distribution, value)

@@ -1,4 +1,4 @@
-"""Zooming in: random search in a box that closes in on the best trials, round by round."""
+"""Random search in a box that closes in on the best trials, round by round."""
 
 from __future__ import annotations
 
@@ -15,60 +15,65 @@ import optuna
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.search.boxes import NarrowingConfig
-from optuna_nnhp.search.boxes import ParameterAxis
-from optuna_nnhp.search.boxes import Region
-from optuna_nnhp.search.boxes import narrow
+from optuna_nnhp.search._optuna_internals import LazyRandomState
+from optuna_nnhp.search._optuna_internals import all_trials
+from optuna_nnhp.search._optuna_internals import check_single_objective
+from optuna_nnhp.search._optuna_internals import study_key
+from optuna_nnhp.search._optuna_internals import trial_id
+from optuna_nnhp.search.narrowing import NarrowingConfig
+from optuna_nnhp.search.narrowing import ParameterAxis
+from optuna_nnhp.search.narrowing import Region
+from optuna_nnhp.search.narrowing import narrow
 from optuna_nnhp.search.ordering import sort_key
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-ROUND_SIZE, PATIENCE = 16, 10  # with 5, studies of 24 parameters stopped after 145 to 609 trials
-ELITE_DIVISOR, MAX_ELITES, MIN_ELITES = 5, 12, 4  # one of five trials, within bounds
-EXPLORATION_PROBABILITY = 0.03  # of the values that are drawn from the whole range
-# With a chance of 0.05, as statistics would have it, boxes close in too slowly; a wrong cut is
-# mended by the values from the whole range.
+# Rounds; with a patience of 5, studies of 24 parameters stopped after 145 to 609 trials.
+ROUND_SIZE, PATIENCE = 16, 10
+ELITE_DIVISOR, MAX_ELITES, MIN_ELITES = 5, 12, 4  # one of five trials is an elite, within bounds
+EXPLORATION_PROBABILITY = 0.03  # that a value is drawn from the whole range
+# With the usual p-value of 0.05 boxes close in too slowly. Values drawn from the whole range
+# repair a wrong cut.
 NARROWING = NarrowingConfig(
     min_width_ratio=0.5, trim_fraction=0.2, cut_p_value=0.4, drop_p_value=0.05
 )
-N_RECENT_TRIALS = 500  # trials that tell what was tried: those of the last boxes
+N_RECENT_TRIALS = 500  # the trials whose values count as tried
 
 SortKey = tuple[int, float, float]
 Positions = dict[ParameterAxis, float]
 
 
 class ZoomSampler(BaseSampler):
-    """Draws values at random from a box that closes in on the best trials.
+    """Draw random values from a box that closes in on the best trials.
 
-    After each round of trials the box is drawn anew around the best of all trials so far. An
-    interval becomes at most half as wide, and only loses what was tried and is avoided by the
-    best; where the best trial lies on a bound of the box, the box grows beyond it. Choices are
-    dropped once none of the best trials has them and they rank clearly behind the others. One
-    value in thirty is drawn from its whole range, so that what was cut unluckily can come back.
+    After each round of trials, the box is computed again from the best of all trials so far. An
+    interval shrinks to half its width at most, and loses only values that were tried and that the
+    best trials do not have. If the best trial lies on a bound of the box, the box grows beyond it.
+    Choices are dropped if none of the best trials has them and they rank clearly behind the
+    others. One value in thirty is drawn from the whole range, so that a wrong cut can be undone.
 
-    A round is over when enough trials that began in it have ended, so many trials at a time
-    (several workers, cohorts) do not make it hurry. Pruned trials count, behind all COMPLETE ones
-    and by how far they came. The box follows from the finished trials alone: a study can be
-    continued, and several workers see the same box.
+    A round ends when ``round_size`` trials that began in it have finished, so that many trials at
+    a time (several workers, cohorts) do not shorten it. Pruned trials count; they rank behind all
+    COMPLETE ones, by their last step. The box depends on the finished trials alone: a study can be
+    continued, and several workers use the same box.
 
     Args:
         round_size:
-            Trials of a round.
+            The number of trials in a round, at least 5.
         patience:
-            Rounds without a better trial after which ``study.optimize`` stops. A round counts if
-            a trial ends COMPLETE in it that began after the best was known; pruned ones do not
-            tell how far those that run will come. None to go on for ever.
+            The number of rounds without a better trial after which ``study.optimize`` stops; None
+            for no such stop. A round counts if a trial ends COMPLETE in it that began after the
+            best one had ended; pruned trials do not show what running trials will reach.
         seed:
-            Seed.
+            Seed of the random numbers.
 
     Raises:
-        ValueError: If ``round_size`` is under 5 or ``patience`` under 1.
+        ValueError: If ``round_size`` is below 5 or ``patience`` below 1.
 
     Example:
         >>> import optuna
@@ -96,24 +101,24 @@ class ZoomSampler(BaseSampler):
         self._asked: tuple[int, RoundState] | None = None
 
     def reseed_rng(self) -> None:
-        """Draw other random numbers, as in a new thread."""
+        """Reseed the random numbers."""
         self._rng.rng.seed()
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Nothing: every value is drawn by itself, so that spaces may be conditional."""
+        """Return no space: values are drawn one by one, so that spaces may be conditional."""
         return {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Nothing, see `infer_relative_search_space`.
+        """Return no values; see `infer_relative_search_space`.
 
         Raises:
             ValueError: If the study has several objectives.
         """
-        self._raise_error_if_multi_objective(study)
+        check_single_objective(self, study)
         return {}
 
     def sample_independent(
@@ -123,15 +128,15 @@ class ZoomSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """A value of the box, seldom one of the whole range.
+        """Draw a value from the box, or sometimes from the whole range.
 
         Raises:
             ValueError: If the study has several objectives.
         """
-        self._raise_error_if_multi_objective(study)
+        check_single_objective(self, study)
         asked = self._asked
-        if asked is None or asked[0] != trial._trial_id:  # for all parameters of a trial once
-            asked = self._asked = trial._trial_id, self._round_history.refresh(study)
+        if asked is None or asked[0] != trial_id(trial):  # once for all parameters of a trial
+            asked = self._asked = trial_id(trial), self._round_history.refresh(study)
         axis = self._round_history.axis(param_name, param_distribution)
         whole, rng = axis.full_range(), self._rng.rng
         part = whole if rng.rand() < EXPLORATION_PROBABILITY else asked[1].box.get(axis, whole)
@@ -140,35 +145,35 @@ class ZoomSampler(BaseSampler):
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Any
     ) -> None:
-        """Stop the study if it has not got better for long; this trial counts with the next."""
-        if self._patience is None or study._is_multi_objective():
+        """Stop the study after `patience` rounds without a better trial, this one not included."""
+        if self._patience is None or len(study.directions) > 1:
             return
         if self._round_history.refresh(study).rounds_without_improvement < self._patience:
             return
-        with suppress(RuntimeError):  # outside of `optimize` there is nothing to stop
+        with suppress(RuntimeError):  # outside of `study.optimize`
             study.stop()
-            _logger.info(f"No better trial in {self._patience} rounds: the study stops.")
+            _logger.info(f"The study stops: no better trial in {self._patience} rounds.")
 
 
 @dataclass(frozen=True)
 class RoundState:
-    """What is known at the beginning of a round.
+    """The state of the search at the beginning of a round.
 
     Args:
         number:
-            How many rounds there were before.
+            The number of rounds before.
         n_finished:
-            How many finished trials there were.
+            The number of finished trials then.
         started_at:
             When the last of them ended; None in the first round.
         box:
-            What is left of each parameter's range; all of it where nothing is said.
+            The region of each parameter; one that is missing has its whole range.
         best:
-            Rank of the best trial.
+            Sort key of the best trial.
         improved_at:
-            When the round ended in which it got better; None before the first did.
+            When the last round with a better trial ended; None before the first did.
         rounds_without_improvement:
-            Rounds since then in which a trial that began later was trained to its end.
+            The number of rounds since then with a COMPLETE trial that began later.
     """
 
     number: int = 0
@@ -181,14 +186,14 @@ class RoundState:
 
 
 class RoundHistory:
-    """The rounds of one study, which follow from its finished trials alone. A copy is empty.
+    """The rounds of one study, computed from its finished trials alone. A copy of it is empty.
 
-    Trials are looked at in the order in which they ended. If one turns up late, such as another
-    worker's, the rounds since its end are gone through again.
+    Trials are processed in the order in which they ended. If one appears late, as another worker's
+    may, the rounds since its end are computed again.
 
     Args:
         size:
-            Trials of a round.
+            The number of trials in a round.
     """
 
     def __init__(self, size: int) -> None:
@@ -203,20 +208,20 @@ class RoundHistory:
     def _reset(self) -> None:
         self._axes: dict[str, list[ParameterAxis]] = {}
         self._trials: list[FrozenTrial] = []
-        self._unfinished: list[int] = []  # numbers of trials that had not ended
-        self._order: list[tuple[datetime, int]] = []  # end and number of those that had
+        self._unfinished: list[int] = []  # trial numbers
+        self._order: list[tuple[datetime, int]] = []  # end and number of finished trials
         self._positions: dict[int, Positions] = {}
         self._restart_from([RoundState()])
 
-    def _restart_from(self, stages: list[RoundState]) -> None:
-        """Go on from the last of some stages."""
-        self._round_states, self._at = stages, stages[-1].n_finished
+    def _restart_from(self, states: list[RoundState]) -> None:
+        """Continue from the last of some round states."""
+        self._round_states, self._n_processed = states, states[-1].n_finished
         self._n_new, self._has_evidence = 0, False
-        numbers = (number for _, number in self._order[: self._at])
+        numbers = (number for _, number in self._order[: self._n_processed])
         self._ranked = sorted((self._sort_key(number), number) for number in numbers)
 
     def axis(self, name: str, distribution: BaseDistribution) -> ParameterAxis:
-        """The axis of a parameter, the same for equal distributions."""
+        """Return the axis of a parameter, the same object for equal distributions."""
         with self._lock:
             axes = self._axes.setdefault(name, [])
             for axis in axes:
@@ -226,14 +231,14 @@ class RoundHistory:
             return axes[-1]
 
     def refresh(self, study: Study) -> RoundState:
-        """The stage after all trials that have ended by now."""
-        which = study._storage, study._study_id
+        """Process the trials that ended since the last call, and return the round's state."""
+        which = study_key(study)
         with self._lock:
             if self._study != which:
                 self._study = which
                 self._reset()
             seen = len(self._trials)
-            self._trials = study._get_trials(deepcopy=False)
+            self._trials = all_trials(study)
             self._sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
             self._unfinished += range(seen, len(self._trials))
             ended = [n for n in self._unfinished if self._trials[n].state.is_finished()]
@@ -245,7 +250,7 @@ class RoundHistory:
             return self._round_states[-1]
 
     def _insert(self, ended: list[int]) -> None:
-        """Put trials where they belong in the order, and go on from there."""
+        """Insert trials into the order of their ends, and process all trials from there on."""
         keys = []
         for number in ended:
             trial = self._trials[number]
@@ -257,44 +262,53 @@ class RoundHistory:
         first = bisect_left(self._order, min(keys))
         for key in keys:
             insort(self._order, key)
-        if first < self._at:
+        if first < self._n_processed:
             self._restart_from(
-                [stage for stage in self._round_states if stage.n_finished <= first]
+                [current for current in self._round_states if current.n_finished <= first]
             )
-        while self._at < len(self._order):
+        while self._n_processed < len(self._order):
             self._advance()
 
     def _advance(self) -> None:
-        """Look at the next trial, and end the round if it is the last."""
-        ended, number = self._order[self._at]
-        self._at += 1
+        """Process the next trial, and end the round if it is the round's last one."""
+        ended, number = self._order[self._n_processed]
+        self._n_processed += 1
         insort(self._ranked, (self._sort_key(number), number))
-        stage, trial = self._round_states[-1], self._trials[number]
+        current, trial = self._round_states[-1], self._trials[number]
         start = trial.datetime_start
-        self._n_new += _started_after(start, stage.started_at)
-        # Trials that were pruned early say nothing about where those that run will end.
-        if trial.state == TrialState.COMPLETE and _started_after(start, stage.improved_at):
+        self._n_new += _started_after(start, current.started_at)
+        # Pruned trials do not show what running trials will reach.
+        if trial.state == TrialState.COMPLETE and _started_after(start, current.improved_at):
             self._has_evidence = True
         if self._n_new >= self.size:
-            self._round_states.append(self._next(stage, ended))
+            self._round_states.append(self._next(current, ended))
             self._n_new, self._has_evidence = 0, False
 
-    def _next(self, stage: RoundState, ended: datetime) -> RoundState:
-        """The next round's stage."""
-        number, box, best = stage.number + 1, self._narrowed_box(stage.box), self._ranked[0][0]
-        if best != stage.best:
-            return RoundState(number, self._at, ended, box, best, improved_at=ended)
-        rounds_without_improvement = stage.rounds_without_improvement + self._has_evidence
+    def _next(self, current: RoundState, ended: datetime) -> RoundState:
+        """Return the state of the next round."""
+        number, box, best = current.number + 1, self._narrowed_box(current.box), self._ranked[0][0]
+        if best != current.best:
+            return RoundState(number, self._n_processed, ended, box, best, improved_at=ended)
+        rounds_without_improvement = current.rounds_without_improvement + self._has_evidence
         return RoundState(
-            number, self._at, ended, box, best, stage.improved_at, rounds_without_improvement
+            number,
+            self._n_processed,
+            ended,
+            box,
+            best,
+            current.improved_at,
+            rounds_without_improvement,
         )
 
     def _narrowed_box(self, old: dict[ParameterAxis, Region]) -> dict[ParameterAxis, Region]:
-        """The box around the best trials."""
-        count = min(max(self._at // ELITE_DIVISOR, MIN_ELITES), MAX_ELITES)
+        """Return the box around the best trials."""
+        count = min(max(self._n_processed // ELITE_DIVISOR, MIN_ELITES), MAX_ELITES)
         elites = [self._positions_of(number) for _, number in self._ranked[:count]]
         recent = {
-            number for _, number in self._order[max(0, self._at - N_RECENT_TRIALS) : self._at]
+            number
+            for _, number in self._order[
+                max(0, self._n_processed - N_RECENT_TRIALS) : self._n_processed
+            ]
         }
         tried = [self._positions_of(number) for _, number in self._ranked if number in recent]
         return {
@@ -312,7 +326,7 @@ class RoundHistory:
         return sort_key(self._trials[number], self._sign)
 
     def _positions_of(self, number: int) -> Positions:
-        """The places of a trial's values."""
+        """Return the positions of a trial's values."""
         if number not in self._positions:
             trial = self._trials[number]
             axes = {name: self.axis(name, d) for name, d in trial.distributions.items()}
@@ -323,5 +337,5 @@ class RoundHistory:
 
 
 def _started_after(start: datetime | None, moment: datetime | None) -> bool:
-    """Whether a trial began after a moment; one without a beginning is given the benefit."""
+    """Return whether a trial began after a moment; True if either is unknown."""
     return start is None or moment is None or start >= moment

@@ -1,4 +1,4 @@
-"""Zooming in by hand: the narrower space that a study's trials propose, with reasons."""
+"""Propose a narrower search space from a study's trials, with a reason for each range."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.search.boxes import Choices
-from optuna_nnhp.search.boxes import NarrowingConfig
-from optuna_nnhp.search.boxes import ParameterAxis
-from optuna_nnhp.search.boxes import narrow
-from optuna_nnhp.search.boxes import restrict_distribution
+from optuna_nnhp.search.narrowing import Choices
+from optuna_nnhp.search.narrowing import NarrowingConfig
+from optuna_nnhp.search.narrowing import ParameterAxis
+from optuna_nnhp.search.narrowing import narrow
+from optuna_nnhp.search.narrowing import restrict_distribution
 from optuna_nnhp.search.ordering import sort_key
 
-MIN_FINISHED_TRIALS = 10  # finished trials that say something
+MIN_FINISHED_TRIALS = 10
 BEST_DIVISOR, MAX_BEST = (
     5,
     25,
-)  # one of five trials is among the best, but no more than so many in all
-# Of ten bounds that do not matter one is cut by chance. With 0.05 three hundred trials of the
-# default space narrowed no range at all, not even that of the learning rate.
+)  # one of five trials is among the best, 25 at most
+# Of ten bounds that have no effect, one is cut by chance. With a p-value of 0.05, three hundred
+# trials of the default space narrowed no range, not even that of the learning rate.
 NARROWING = NarrowingConfig(
     min_width_ratio=0.25, trim_fraction=0.1, cut_p_value=0.1, drop_p_value=0.01
 )
 EDGE_DISTANCE, CROWD_DIVISOR = (
     0.1,
     3,
-)  # one of three of the best within a tenth of an end crowds there
-MAX_LISTED_CHOICES = 5  # choices that a line shows by name
-SPACE_ATTRIBUTE = "space"  # attribute of our studies
+)  # a third of the best trials within a tenth of an end
+MAX_LISTED_CHOICES = 5  # choices that `describe_distribution` names
+SPACE_ATTRIBUTE = "space"  # study attribute
 BY_HAND, NO_EFFECT = "set by hand", "no clear effect"
 
 
 class ZoomedSpace(dict[str, BaseDistribution]):
-    """A search space that was made of a study's: distributions by name, to be edited.
+    """A search space derived from a study: a dict of distributions, which can be edited.
 
     Args:
         space:
             The proposed distributions.
         old:
-            The study's.
+            The study's distributions.
         reasons:
-            Why each is as it is.
+            The reason for each proposal, by name.
         source:
             Name of the study.
         best:
-            Values of the study's best trial.
+            Parameters of the study's best trial.
 
     Attributes:
         old: The study's distributions.
-        reasons: A sentence for each parameter; what is assigned later is "set by hand".
+        reasons: The reason for each range; that of a range assigned later is "set by hand".
         source: Name of the study.
-        best: Values of the study's best trial.
+        best: Parameters of the study's best trial.
 
     Example:
         >>> old = {"depth": IntDistribution(1, 8)}
@@ -96,7 +96,7 @@ class ZoomedSpace(dict[str, BaseDistribution]):
         self.reasons[name] = BY_HAND
 
     def update(self, *args: Any, **kwargs: BaseDistribution) -> None:
-        """As of a dict; reasons too."""
+        """Update the distributions as a dict does, and their reasons."""
         for name, distribution in dict(*args, **kwargs).items():
             self[name] = distribution
 
@@ -110,7 +110,7 @@ class ZoomedSpace(dict[str, BaseDistribution]):
         return joined
 
     def copy(self) -> ZoomedSpace:
-        """The same space, with its lineage."""
+        """Return a copy with the same reasons and source."""
         return ZoomedSpace(self, self.old, self.reasons, self.source, self.best)
 
     def __repr__(self) -> str:
@@ -131,7 +131,7 @@ class ZoomedSpace(dict[str, BaseDistribution]):
 
 
 def describe_distribution(distribution: BaseDistribution) -> str:
-    """A distribution as a reader wants it.
+    """Return a distribution in words.
 
     Example:
         >>> (
@@ -157,20 +157,21 @@ def describe_distribution(distribution: BaseDistribution) -> str:
 
 
 def zoom(study: Study) -> ZoomedSpace:
-    """The narrower space that a study's trials propose, to go on in with a new study.
+    """Propose a narrower search space from a study's trials, for a new study.
 
-    A range is narrowed to where nearly all of the best trials lie (of a fifth, 25 at most), to a
-    quarter of its width (of its logarithm if it is logarithmic) at most; choices are dropped
-    that none of them has and whose trials rank clearly behind the others. Where the trials say
-    nothing, nothing changes. The result is a dict with reasons: print it, edit it, hand it on.
+    A range is narrowed to where nearly all of the best trials lie (the best fifth, 25 at most),
+    but not below a quarter of its width (of its logarithm if it is logarithmic). Choices are
+    dropped if none of the best trials has them and their trials rank clearly behind the others.
+    Ranges without a clear effect stay. The result is a dict with reasons, to be printed, edited,
+    and passed to `optimize` as ``space``.
 
     Args:
         study:
-            A study of one objective, sampled in any way. COMPLETE trials count first, then
-            pruned ones by how far they came.
+            A study of one objective, sampled in any way. COMPLETE trials rank first, then
+            pruned ones by their last step.
 
     Returns:
-        The space; the best trial lies within it.
+        The space, which contains the best trial.
 
     Raises:
         ValueError: If the study has several objectives, or fewer than ten finished trials.
@@ -211,7 +212,7 @@ def zoom(study: Study) -> ZoomedSpace:
 
 
 def _space_of_study(study: Study, trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
-    """The study's distributions: those it was started with, else the latest of its trials."""
+    """Return the distributions that the study was started with, or the latest of its trials."""
     noted = study.user_attrs.get(SPACE_ATTRIBUTE)
     if noted is not None:
         return {name: json_to_distribution(text) for name, text in noted.items()}
@@ -222,7 +223,7 @@ def _space_of_study(study: Study, trials: Sequence[FrozenTrial]) -> dict[str, Ba
 
 
 def _propose(axis: ParameterAxis, ranked: Sequence[FrozenTrial]) -> tuple[BaseDistribution, str]:
-    """One parameter's new distribution, and why."""
+    """Return a parameter's new distribution, and the reason."""
     positions = [
         axis.position(trial.params[axis.name])
         for trial in ranked
@@ -245,7 +246,7 @@ def _propose(axis: ParameterAxis, ranked: Sequence[FrozenTrial]) -> tuple[BaseDi
 
 
 def _explain_choices(axis: ParameterAxis, part: Choices, count: int) -> str:
-    """Which choices are dropped."""
+    """Return the reason for the choices that are left."""
     assert isinstance(axis.distribution, CategoricalDistribution)
     choices = axis.distribution.choices
     dropped = [str(choices[i]) for i in range(len(choices)) if i not in part.indices]
@@ -255,7 +256,7 @@ def _explain_choices(axis: ParameterAxis, part: Choices, count: int) -> str:
 
 
 def _edge_hint(axis: ParameterAxis, best: Sequence[float]) -> str:
-    """A hint if the best crowd at an end of the whole range."""
+    """Return a hint if many of the best trials lie near an end of the whole range."""
     for end, side in ((0.0, "lower"), (1.0, "upper")):
         crowd = sum(abs(position - end) <= EDGE_DISTANCE for position in best)
         if abs(best[0] - end) <= EDGE_DISTANCE and crowd * CROWD_DIVISOR >= len(best):

@@ -28,7 +28,7 @@ from optuna_nnhp.search.grid import GridPointsSampler
 from optuna_nnhp.search.grid import Point
 from optuna_nnhp.search.grid import check_grid_values
 from optuna_nnhp.search.grid import default_grid_values
-from optuna_nnhp.search.grid import key
+from optuna_nnhp.search.grid import point_key
 from optuna_nnhp.search.grid import to_stored_value
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.study._optuna_internals import grid_of
@@ -99,7 +99,9 @@ def make_grid(
         held := _held(defaults, problem.space)
     ):
         first = {**grid.other_values, **grid.canonical({name: held[name] for name in grid.levels})}
-        points = [first, *(point for point in points if key(point) != key(first))][:most]
+        points = [first, *(point for point in points if point_key(point) != point_key(first))][
+            :most
+        ]
     part = f"; {len(points):,} are tried, spread over it" if len(points) < grid.count else ""
     return GridPointsSampler(points, f"{grid}{part}", is_part=partial)
 
@@ -185,7 +187,7 @@ def as_levels(sampler: GridSampler | GridPointsSampler, problem: Problem) -> Gri
     points = grid.sobol_order(seed=0)
     first = points[0] | _held(problem.defaults(), problem.space)
     return GridPointsSampler(
-        [first, *(p for p in points if key(p) != key(first))], str(grid), is_part=True
+        [first, *(p for p in points if point_key(p) != point_key(first))], str(grid), is_part=True
     )
 
 
@@ -232,15 +234,17 @@ class GridQueue:
         """
         self._storage.refresh()
         trials = self._study.get_trials(deepcopy=False)
-        owners = {key(point_of(t)): t for t in reversed(trials) if not retries_grid_point(t)}
-        found = [(point, owners.get(key(point))) for point in plan.points]
+        owners = {point_key(point_of(t)): t for t in reversed(trials) if not retries_grid_point(t)}
+        found = [(point, owners.get(point_key(point))) for point in plan.points]
         missing = [point for point, owner in found if owner is None]
         begun = sum(o is not None and o.state != TrialState.WAITING for _, o in found)
         failed = {
-            key(point_of(t)) for t in trials if retries_grid_point(t) and counts(t, on_grid=True)
+            point_key(point_of(t))
+            for t in trials
+            if retries_grid_point(t) and counts(t, on_grid=True)
         }
-        missing.sort(key=lambda point: key(point) in failed)
-        fresh = [point for point in missing if key(point) not in failed]
+        missing.sort(key=lambda point: point_key(point) in failed)
+        fresh = [point for point in missing if point_key(point) not in failed]
         waiting = [point_of(t) for t in reversed(owners.values()) if t.state == TrialState.WAITING]
         ended = sum(t.state.is_finished() and counts(t, on_grid=True) for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in owners.values())
@@ -299,13 +303,13 @@ class GridQueue:
         """All trials; the new ones are noted by their point."""
         trials = self._study.get_trials(deepcopy=False)
         for trial in trials[self._known :]:
-            self._numbers[key(point_of(trial))].append(trial.number)
+            self._numbers[point_key(point_of(trial))].append(trial.number)
         self._known = len(trials)
         return trials
 
     def _is_duplicate(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
         """Whether a trial with a lower number has the point; all of those are known here."""
-        same = self._numbers[key(point_of(trial))]
+        same = self._numbers[point_key(point_of(trial))]
         return any(n < trial.number and not retries_grid_point(trials[n]) for n in same)
 
 

@@ -21,7 +21,7 @@ from optuna_nnhp.search.grid import Grid
 from optuna_nnhp.search.grid import GridPointsSampler
 from optuna_nnhp.search.grid import check_grid_values
 from optuna_nnhp.search.grid import default_grid_values
-from optuna_nnhp.search.grid import key
+from optuna_nnhp.search.grid import point_key
 
 BINARY, REGRESSION = specs("binary"), specs("regression")
 
@@ -138,15 +138,18 @@ def test_points_are_all_combinations_that_differ_in_effect(names: tuple[str, ...
     levels = {name: RULED[name] for name in names}
     combinations = [dict(zip(names, v, strict=True)) for v in product(*levels.values())]
     effects = {
-        key({n: v for n, v in c.items() if REGRESSION[n].is_active(c)}): c for c in combinations
+        point_key({n: v for n, v in c.items() if REGRESSION[n].is_active(c)}): c
+        for c in combinations
     }
     a_grid = grid("regression", levels)
     points = list(a_grid.points())
     assert a_grid.count == len(points) == len(effects) < len(combinations)
-    found = {key({n: v for n, v in p.items() if REGRESSION[n].is_active(p)}) for p in points}
+    found = {point_key({n: v for n, v in p.items() if REGRESSION[n].is_active(p)}) for p in points}
     assert found == set(effects)
     spread = a_grid.sobol_order(seed=0)
-    assert {key(point) for point in spread} == {key({**p, "rest": "rest"}) for p in points}
+    assert {point_key(point) for point in spread} == {
+        point_key({**p, "rest": "rest"}) for p in points
+    }
     assert len(spread) == len(points)
 
 
@@ -218,11 +221,11 @@ def test_late_points_are_none_of_the_early_ones(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "SPREAD", 5)
     a_grid = grid("regression", RULED)
     points = a_grid.sobol_order(seed=3)
-    assert len({key(point) for point in points}) == len(points) == a_grid.count
+    assert len({point_key(point) for point in points}) == len(points) == a_grid.count
     assert len(a_grid.sobol_order(seed=3, most=100)) == 100
     # In a random order: those who come late in the listing are not all late here.
-    listed = {key({**p, "rest": "rest"}): i for i, p in enumerate(a_grid.points())}
-    places = [listed[key(point)] for point in points[32:]]
+    listed = {point_key({**p, "rest": "rest"}): i for i, p in enumerate(a_grid.points())}
+    places = [listed[point_key(point)] for point in points[32:]]
     assert places != sorted(places)
 
 
@@ -235,7 +238,7 @@ def test_a_huge_grid_is_never_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     a_grid = grid("regression", levels)
     assert a_grid.count == 2 * 10**12
     points = a_grid.sobol_order(seed=0, most=3_000)
-    assert len({key(point) for point in points}) == len(points) == 3_000
+    assert len({point_key(point) for point in points}) == len(points) == 3_000
 
 
 def test_the_text_says_the_size() -> None:

@@ -20,9 +20,9 @@ from optuna.trial import create_trial
 import pytest
 
 from optuna_nnhp.samplers import ZoomSampler
-from optuna_nnhp.search.boxes import Choices
-from optuna_nnhp.search.boxes import Interval
-from optuna_nnhp.search.boxes import Region
+from optuna_nnhp.search.narrowing import Choices
+from optuna_nnhp.search.narrowing import Interval
+from optuna_nnhp.search.narrowing import Region
 from optuna_nnhp.search.zoom import RoundHistory
 from optuna_nnhp.search.zoom import RoundState
 

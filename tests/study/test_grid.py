@@ -25,7 +25,7 @@ from optuna_nnhp import Result
 from optuna_nnhp import optimize
 from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.search.grid import GridPointsSampler
-from optuna_nnhp.search.grid import key
+from optuna_nnhp.search.grid import point_key
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.study import grid
@@ -81,7 +81,7 @@ def ended(result: Result) -> dict[str, list[FrozenTrial]]:
     found: dict[str, list[FrozenTrial]] = {}
     for trial in trials(result):
         if trial.state.is_finished() and not grid.is_undone(trial):
-            found.setdefault(key(trial.params), []).append(trial)
+            found.setdefault(point_key(trial.params), []).append(trial)
     return found
 
 
@@ -233,7 +233,7 @@ def test_a_point_that_failed_is_tried_again_if_there_are_trials_left() -> None:
     study.tell(study.ask(), state=TrialState.FAIL)
     result = run(storage)  # its trials are those of the points but one: no fault
     assert len(trials(result)) == COUNT
-    assert key(failed) not in ended(result)
+    assert point_key(failed) not in ended(result)
     assert Counter(map(len, ended(run(storage, COUNT + 1)).values())) == {1: COUNT}
 
 
@@ -340,7 +340,7 @@ def test_bad_grids_of_optuna(levels: dict[str, list[Any]], message: str) -> None
 
 
 def test_a_huge_grid_of_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "MOST_POINTS", 5)
+    monkeypatch.setattr(grid, "MAX_GRID_POINTS", 5)
     with pytest.raises(ValueError, match="at most 5 points, but has 6"):
         check_grid(GridSampler({"x": range(6)}), {"x": IntDistribution(0, 9)})
 
@@ -467,5 +467,5 @@ def test_two_processes_cover_each_point_once(
     assert causes.pop("duplicate") == COUNT  # both had enqueued all
     assert sum(causes.values()) == COUNT
     done = [t for t in study.trials if t.state == TrialState.COMPLETE]
-    assert len({key(trial.params) for trial in done}) == len(done) == COUNT
+    assert len({point_key(trial.params) for trial in done}) == len(done) == COUNT
     assert not any(t.params for t in study.trials if t.user_attrs["cause"] == "duplicate")

@@ -9,13 +9,13 @@ from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 import pytest
 
-from optuna_nnhp.search.boxes import Choices
-from optuna_nnhp.search.boxes import Interval
-from optuna_nnhp.search.boxes import NarrowingConfig
-from optuna_nnhp.search.boxes import ParameterAxis
-from optuna_nnhp.search.boxes import Region
-from optuna_nnhp.search.boxes import narrow
-from optuna_nnhp.search.boxes import restrict_distribution
+from optuna_nnhp.search.narrowing import Choices
+from optuna_nnhp.search.narrowing import Interval
+from optuna_nnhp.search.narrowing import NarrowingConfig
+from optuna_nnhp.search.narrowing import ParameterAxis
+from optuna_nnhp.search.narrowing import Region
+from optuna_nnhp.search.narrowing import narrow
+from optuna_nnhp.search.narrowing import restrict_distribution
 
 NARROWING = NarrowingConfig(
     min_width_ratio=0.5, trim_fraction=0.2, cut_p_value=0.4, drop_p_value=0.05

@@ -1,4 +1,4 @@
-"""Boxes in a search space: per parameter an interval of its unit scale, or some of its choices."""
+"""Narrow a search space: to an interval of each number's range, and some choices of a category."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ import math
 from typing import Any
 
 import numpy as np
-from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
-MARGIN_RATIO = 0.1  # around the best trials, in widths of what they span
-EDGE_FRACTION = 0.1  # of an interval: whoever is nearer to an end lies on it
-MIN_TRIALS_PER_CHOICE = 4  # trials of a choice, before it can be dropped
-MIN_INTERVAL_WIDTH = 0.01  # width of an interval
-SIGNIFICANT_DIGITS = 3  # that the bounds of a proposed range have
+from optuna_nnhp.search._optuna_internals import SearchSpaceTransform
+
+MARGIN_RATIO = 0.1  # margin around the best trials, relative to the width that they span
+EDGE_FRACTION = 0.1  # a trial nearer to an end, in interval widths, lies on that end
+MIN_TRIALS_PER_CHOICE = 4  # before a choice can be dropped
+MIN_INTERVAL_WIDTH = 0.01  # on the unit scale
+SIGNIFICANT_DIGITS = 3  # of the bounds of a proposed range
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A part of a number's range, as places on its unit scale.
+    """A region of a number's range, on its unit scale.
 
     Args:
         low:
@@ -42,11 +43,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Choices:
-    """Some of the choices of a category.
+    """Some of the choices of a categorical parameter.
 
     Args:
         indices:
-            Their indices, ascending.
+            Indices of the choices, ascending.
     """
 
     indices: tuple[int, ...]
@@ -57,19 +58,19 @@ Region = Interval | Choices
 
 @dataclass(frozen=True, kw_only=True)
 class NarrowingConfig:
-    """How much it takes to cut.
+    """How much evidence narrowing needs, and how far it goes.
 
     Args:
         min_width_ratio:
-            An interval stays at least so many times as wide as it was.
+            The new interval's least width, relative to the old one.
         trim_fraction:
             Share of the best trials that may lie beyond each end of the new interval.
         cut_p_value:
-            An end is cut only where less likely than this so few of the best would lie there by
-            chance.
+            An end is cut only if the probability that so few of the best trials lie there by
+            chance is below this.
         drop_p_value:
-            A choice is dropped only where less likely than this its trials would rank so far
-            behind the others by chance.
+            A choice is dropped only if the probability that its trials rank so far behind the
+            others by chance is below this.
     """
 
     min_width_ratio: float
@@ -80,17 +81,17 @@ class NarrowingConfig:
 
 @dataclass(frozen=True, eq=False)
 class ParameterAxis:
-    """One parameter of a space, with places for its values.
+    """One parameter of a search space, with a position for each of its values.
 
-    The place of a number is where it lies between the ends of its range, 0 to 1, on a logarithmic
-    scale if the range is logarithmic; whole numbers and steps lie in the middle of equal shares.
-    The place of a choice is its index.
+    The position of a number lies between 0 and 1, the ends of its range, on a logarithmic scale
+    if the range is logarithmic. Integers and steps lie in the middle of equal shares. The position
+    of a choice is its index.
 
     Args:
         name:
-            The parameter.
+            The parameter's name.
         distribution:
-            Its range.
+            The parameter's distribution.
 
     Example:
         >>> axis = ParameterAxis("rate", FloatDistribution(1e-4, 1.0, log=True))
@@ -102,8 +103,8 @@ class ParameterAxis:
     distribution: BaseDistribution
 
     @cached_property
-    def _transform(self) -> _SearchSpaceTransform:
-        return _SearchSpaceTransform({self.name: self.distribution})
+    def _transform(self) -> SearchSpaceTransform:
+        return SearchSpaceTransform({self.name: self.distribution})
 
     @cached_property
     def _transformed_bounds(self) -> tuple[float, float]:
@@ -111,7 +112,7 @@ class ParameterAxis:
         return float(low), float(high)
 
     def position(self, value: Any) -> float:
-        """Where a value lies."""
+        """Return the position of a value."""
         distribution = self.distribution
         if isinstance(distribution, CategoricalDistribution):
             return float(distribution.to_internal_repr(value))
@@ -122,7 +123,7 @@ class ParameterAxis:
         return ((math.log(value) if distribution.log else value) - low) / (high - low)
 
     def value(self, position: float) -> Any:
-        """The value at a place."""
+        """Return the value at a position."""
         distribution = self.distribution
         if isinstance(distribution, CategoricalDistribution):
             return distribution.choices[int(position)]
@@ -133,26 +134,26 @@ class ParameterAxis:
         return min(max(value, distribution.low), distribution.high)
 
     def full_range(self) -> Region:
-        """All of the range."""
+        """Return the region that holds all values."""
         if isinstance(self.distribution, CategoricalDistribution):
             return Choices(tuple(range(len(self.distribution.choices))))
         return Interval()
 
-    def sample(self, part: Region, rng: np.random.RandomState) -> Any:
-        """A random value of a part of the range.
+    def sample(self, region: Region, rng: np.random.RandomState) -> Any:
+        """Draw a value of a region uniformly.
 
         Args:
-            part:
-                The part.
+            region:
+                The region.
             rng:
-                Where random numbers come from.
+                Source of random numbers.
         """
-        if isinstance(part, Choices):
-            return self.value(part.indices[rng.randint(len(part.indices))])
-        return self.value(rng.uniform(part.low, part.high))
+        if isinstance(region, Choices):
+            return self.value(region.indices[rng.randint(len(region.indices))])
+        return self.value(rng.uniform(region.low, region.high))
 
     def neighbours(self, position: float) -> tuple[float, float]:
-        """The places of the values one step below and above; the place itself without steps.
+        """Return the positions one step below and above; the position itself without steps.
 
         Example:
             >>> ParameterAxis("depth", IntDistribution(1, 4)).neighbours(0.125)
@@ -170,58 +171,57 @@ class ParameterAxis:
 
 def narrow(
     axis: ParameterAxis,
-    part: Region,
+    region: Region,
     best: Sequence[float],
     ranked: Sequence[float],
     config: NarrowingConfig,
 ) -> Region:
-    """What is left of a part of a range after a look at trials.
+    """Narrow a region of a parameter's range to where the best trials are.
 
-    Only what was tried and found worse is cut: values that no trial had, such as those of
-    followers in a cohort, stay.
+    Only values that were tried and found worse are cut. Values that no trial had, such as those
+    that followers of a cohort never get, stay.
 
     Args:
         axis:
             The parameter.
-        part:
-            What there was.
+        region:
+            The region so far.
         best:
-            Places of the best trials, the best one first.
+            Positions of the best trials, the best one first.
         ranked:
-            Places of what was tried lately, from the best to the worst.
+            Positions of recent trials, from the best to the worst.
         config:
-            How much it takes to cut.
+            How much evidence is needed.
 
     Returns:
-        A part that holds the best trial's value. It may reach beyond the old one.
+        A region that holds the best trial's value. It may reach beyond the old one.
 
     Example:
         >>> axis = ParameterAxis("x", FloatDistribution(0.0, 1.0))
         >>> tried = [(7 * i % 20) / 20 for i in range(20)]
         >>> ranked = sorted(tried, key=lambda x: abs(x - 0.3))
         >>> config = NarrowingConfig(0.5, 0.0, 0.1, 0.05)
-        >>> part = narrow(axis, Interval(), ranked[:6], ranked, config)
-        >>> part.low < 0.3 < part.high, round(part.high - part.low, 3)
+        >>> region = narrow(axis, Interval(), ranked[:6], ranked, config)
+        >>> region.low < 0.3 < region.high, round(region.high - region.low, 3)
         (True, 0.5)
     """
     if not best:
-        return part
-    if isinstance(part, Choices):
-        return _narrow_choices(part, best, ranked, config.drop_p_value)
-    return _narrow_interval(axis, part, best, ranked, config)
+        return region
+    if isinstance(region, Choices):
+        return _narrow_choices(region, best, ranked, config.drop_p_value)
+    return _narrow_interval(axis, region, best, ranked, config)
 
 
 def _narrow_choices(
-    part: Choices, best: Sequence[float], ranked: Sequence[float], worse: float
+    region: Choices, best: Sequence[float], ranked: Sequence[float], worse: float
 ) -> Choices:
-    """The choices of the best trials, and those that are not clearly worse."""
+    """Keep the choices of the best trials, and those that are not clearly worse."""
     from scipy.stats import mannwhitneyu  # type: ignore[import-untyped]  # takes half a second
 
     positions = np.array(ranked)
     order = np.arange(len(positions))
-    was_active = np.isin(
-        positions, part.indices
-    )  # what was dropped is tried rarely, and was long ago
+    # Trials of dropped choices are rare and old.
+    was_active = np.isin(positions, region.indices)
 
     def is_clearly_worse(choice: int) -> bool:
         mine, others = order[positions == choice], order[was_active & (positions != choice)]
@@ -231,18 +231,18 @@ def _narrow_choices(
         return bool(test.pvalue < worse)
 
     of_the_best = {int(position) for position in best}
-    kept = of_the_best | {c for c in part.indices if c in of_the_best or not is_clearly_worse(c)}
+    kept = of_the_best | {c for c in region.indices if c in of_the_best or not is_clearly_worse(c)}
     return Choices(tuple(sorted(kept)))
 
 
 def _narrow_interval(
     axis: ParameterAxis,
-    part: Interval,
+    region: Interval,
     best: Sequence[float],
     ranked: Sequence[float],
     config: NarrowingConfig,
 ) -> Interval:
-    """What the best trials span, with a margin, where there is evidence."""
+    """Return the interval that the best trials span, with a margin, if there is evidence."""
     from scipy.special import bdtr  # type: ignore[import-untyped]  # slow to import
 
     positions, first = sorted(best), best[0]
@@ -250,20 +250,19 @@ def _narrow_interval(
     low, high = min(positions[trimmed], first), max(positions[count - 1 - trimmed], first)
     margin = MARGIN_RATIO * (high - low)
     low, high = low - margin, high + margin
-    inside = [position for position in ranked if part.low <= position <= part.high]
+    inside = [position for position in ranked if region.low <= position <= region.high]
     below = sum(position < low for position in inside) / max(1, len(inside))
     above = sum(position > high for position in inside) / max(1, len(inside))
-    # How likely it is that so few of the best lie there, if being there is no worse.
-    if low > part.low and bdtr(trimmed, count, below) >= config.cut_p_value:
-        low = part.low
-    if high < part.high and bdtr(trimmed, count, above) >= config.cut_p_value:
-        high = part.high
-    width = part.high - part.low
-    if (
-        first - part.low < EDGE_FRACTION * width
-    ):  # on the bound: what is beyond may be better still
+    # The probability that so few of the best trials lie there if that region is no worse.
+    if low > region.low and bdtr(trimmed, count, below) >= config.cut_p_value:
+        low = region.low
+    if high < region.high and bdtr(trimmed, count, above) >= config.cut_p_value:
+        high = region.high
+    width = region.high - region.low
+    # If the best trial lies on a bound, values beyond it may be better still.
+    if first - region.low < EDGE_FRACTION * width:
         low = min(low, first - width / 2)
-    if part.high - first < EDGE_FRACTION * width:
+    if region.high - first < EDGE_FRACTION * width:
         high = max(high, first + width / 2)
     below_first, above_first = axis.neighbours(first)
     low, high = min(low, below_first), max(high, above_first)
@@ -271,7 +270,7 @@ def _narrow_interval(
 
 
 def _widen(low: float, high: float, least: float) -> Interval:
-    """An interval of at least some width, around the same middle, within 0 to 1."""
+    """Widen an interval to at least some width, around the same middle, within 0 and 1."""
     lacking = max(0.0, least - (high - low)) / 2
     low, high = low - lacking, high + lacking
     if low < 0:
@@ -281,14 +280,14 @@ def _widen(low: float, high: float, least: float) -> Interval:
     return Interval(low, high)
 
 
-def restrict_distribution(axis: ParameterAxis, part: Region) -> BaseDistribution:
-    """The distribution of a part of a range: of the same kind, with bounds that read well.
+def restrict_distribution(axis: ParameterAxis, region: Region) -> BaseDistribution:
+    """Return a distribution of the same kind for a region, with bounds of few digits.
 
     Args:
         axis:
             The parameter.
-        part:
-            What is left of it.
+        region:
+            The region.
 
     Example:
         >>> axis = ParameterAxis("rate", FloatDistribution(1e-4, 1.0, log=True))
@@ -300,12 +299,12 @@ def restrict_distribution(axis: ParameterAxis, part: Region) -> BaseDistribution
         CategoricalDistribution(choices=('a', 'c'))
     """
     distribution = axis.distribution
-    if part == axis.full_range():
+    if region == axis.full_range():
         return distribution
-    if isinstance(part, Choices):
+    if isinstance(region, Choices):
         assert isinstance(distribution, CategoricalDistribution)
-        return CategoricalDistribution([distribution.choices[i] for i in part.indices])
-    low, high = axis.value(part.low), axis.value(part.high)
+        return CategoricalDistribution([distribution.choices[i] for i in region.indices])
+    low, high = axis.value(region.low), axis.value(region.high)
     if isinstance(distribution, IntDistribution):
         return IntDistribution(low, high, log=distribution.log, step=distribution.step)
     assert isinstance(distribution, FloatDistribution)
@@ -320,7 +319,7 @@ def restrict_distribution(axis: ParameterAxis, part: Region) -> BaseDistribution
 
 
 def _round_significant(value: float, *, up: bool) -> float:
-    """A value with few digits, not above it, or not below it.
+    """Round a value to few significant digits, up or down.
 
     Example:
         >>> (
@@ -330,7 +329,7 @@ def _round_significant(value: float, *, up: bool) -> float:
         ... )
         (0.00123, -0.00124, 0.0)
     """
-    number = Decimal(f"{value:.12g}")  # the noise of exp(log(x)) is nothing to round up for
+    number = Decimal(f"{value:.12g}")  # rounding errors of exp(log(x)) must not count
     if number == 0:
         return 0.0
     exponent = Decimal(1).scaleb(number.adjusted() - SIGNIFICANT_DIGITS + 1)
@@ -338,7 +337,7 @@ def _round_significant(value: float, *, up: bool) -> float:
 
 
 def _snap_to_step(value: float, low: float, step: float) -> float:
-    """A value of a grid without the errors of binary fractions, which Optuna warns of.
+    """Return the nearest step without binary rounding errors, which Optuna warns about.
 
     Example:
         >>> _snap_to_step(0.1 + 0.1 + 0.1, 0.0, 0.1)
