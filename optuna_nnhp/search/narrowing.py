@@ -200,7 +200,9 @@ def narrow(
         >>> axis = ParameterAxis("x", FloatDistribution(0.0, 1.0))
         >>> tried = [(7 * i % 20) / 20 for i in range(20)]
         >>> ranked = sorted(tried, key=lambda x: abs(x - 0.3))
-        >>> config = NarrowingConfig(0.5, 0.0, 0.1, 0.05)
+        >>> config = NarrowingConfig(
+        ...     min_width_ratio=0.5, trim_fraction=0.0, cut_p_value=0.1, drop_p_value=0.05
+        ... )
         >>> region = narrow(axis, Interval(), ranked[:6], ranked, config)
         >>> region.low < 0.3 < region.high, round(region.high - region.low, 3)
         (True, 0.5)

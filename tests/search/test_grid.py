@@ -218,7 +218,7 @@ def test_the_order_follows_from_the_seed() -> None:
 
 
 def test_late_points_are_none_of_the_early_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SPREAD", 5)
+    monkeypatch.setattr(module, "SOBOL_EXPONENT", 5)
     a_grid = grid("regression", RULED)
     points = a_grid.sobol_order(seed=3)
     assert len({point_key(point) for point in points}) == len(points) == a_grid.count

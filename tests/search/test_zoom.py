@@ -212,7 +212,7 @@ def test_a_trial_that_turns_up_late_is_put_where_it_belongs(
     late.state = TrialState.RUNNING  # as another worker sees it for a while
     seen = [*trials[:5], late, *trials[6:]]
     with monkeypatch.context() as patch:
-        patch.setattr(study, "_get_trials", lambda deepcopy: seen)
+        patch.setattr(study, "_get_trials", lambda **_: seen)
         early = rounds.refresh(study)
     stage, again = rounds.refresh(study), RoundHistory(16).refresh(study)
     assert early.n_finished != stage.n_finished or early.started_at != stage.started_at
@@ -320,7 +320,7 @@ def test_work_on_a_long_study_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         looked_at.append(number)
         return sort_key(number)
 
-    monkeypatch.setattr(rounds, "_rank", noted)
+    monkeypatch.setattr(rounds, "_sort_key", noted)
     for _ in range(3):
         study.tell(study.ask({"x": X}), 1.0)
         rounds.refresh(study)

@@ -215,7 +215,7 @@ class PopulationSampler(BaseSampler):
     def _choose_parent(
         self, study: Study, last: dict[int, FrozenTrial], slot: int
     ) -> tuple[FrozenTrial, bool]:
-        """Choose a member's parent: its last trial, or one of the best if it is a bad one."""
+        """Choose a member's parent: its last trial, or one of the best if that is bad."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         ranked = sorted(last.values(), key=lambda t: (sign * (t.value or 0.0), t.number))
         count = max(1, int(self._quantile * self.size))
