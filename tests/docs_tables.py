@@ -8,6 +8,7 @@ import re
 
 import optuna_nnhp
 from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
+from optuna_nnhp.study.outcomes import outcome_table
 
 DOCS = Path(__file__).parent.parent / "docs"
 TASKS = {
@@ -50,7 +51,13 @@ def activation_table() -> str:
     return markdown_table(("activation", "for it", "against it"), rows)
 
 
+def outcomes_table() -> str:
+    """Return how a trial can end."""
+    return "\n".join(outcome_table()) + "\n"
+
+
 TABLES = {
+    "trials.md": {"outcomes": outcomes_table},
     "catalogue.md": {"catalogue": catalogue_tables, "activations": activation_table},
 }
 
