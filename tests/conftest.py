@@ -1,13 +1,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import importlib.util
+import os
 from pathlib import Path
 
 import optuna
 import pytest
 
+from optuna_nnhp.engine.library import ENGINE_VARIABLE
 from tests.postgresql import postgresql as postgresql
 from tests.postgresql import postgresql_server as postgresql_server
+
+
+@pytest.fixture(params=["c", "torch"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The engine that computes networks on the CPU: the test runs once with each."""
+    name: str = request.param
+    if name == "c" and not is_engine_built() and "CI" not in os.environ:
+        pytest.skip("the compiled engine has not been built")
+    monkeypatch.setenv(ENGINE_VARIABLE, name)
+    return name
+
+
+def is_engine_built() -> bool:
+    """Return whether the compiled engine is there."""
+    return importlib.util.find_spec("optuna_nnhp.engine._mlp_engine") is not None
 
 
 @pytest.fixture

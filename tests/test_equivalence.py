@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from optuna_nnhp.data.splits import batch_order
-from optuna_nnhp.engine.mlp import CompiledMLP
-from optuna_nnhp.engine.mlp import load_library
 from optuna_nnhp.hyperparameters import width
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.networks import mlp
@@ -32,21 +30,15 @@ NORMALIZATIONS = ("none", "batch", "layer")
 K = 9  # every activation occurs
 
 
+pytestmark = pytest.mark.usefixtures("engine")  # everything holds for both engines
+
+
 @pytest.fixture(autouse=True)
 def precision() -> Iterator[None]:
     """Float64, so that a wrong formula cannot hide behind rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything holds for the compiled engine and for torch's operations."""
-    if request.param == "torch":
-        monkeypatch.setattr(CompiledMLP, "supports", lambda *_: False)
-    elif load_library() is None:
-        pytest.skip("there was no C compiler")
 
 
 class Curves(defaultdict[int, list[tuple[float, float, float]]]):

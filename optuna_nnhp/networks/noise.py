@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The same numbers stand in machines.h, and the hash in functions.h: the engines compute the noise
-# of a unit where it is used.
+# The same numbers stand in engine/csrc/instruction_sets.h, and the hash in elementwise.h: the
+# compiled engine computes the noise of a unit where it is used.
 ROW_KEY, UNIT_KEY = 0x9E3779B1, 0x85EBCA77
 STEP_KEY, DRAW_KEY = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
 UNIFORM_BITS = 23  # of a number: exact in float32

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import os
 from typing import Any
 
-import optuna
 import pytest
 import torch
 from torch import Tensor
@@ -177,27 +176,42 @@ def test_fewer_threads_than_there_was_memory_for(monkeypatch: pytest.MonkeyPatch
     flat.allocate_grads(by_autograd=False)
     engine, losses = CompiledGPT(network, flat, tokens[:-1], tokens[1:], 4), []
     for threads in (1, 3, 2):
-        monkeypatch.setattr(gpt, "full_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(gpt, "available_threads", lambda threads=threads: threads)
         losses.append(float(engine.backward(rows, make_noise(1))))
     assert len(set(losses)) == 1
 
 
-def test_an_engine_of_another_version_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(gpt, "_Stack", gpt._Task)
-    optuna.logging.enable_propagation()
-    try:
-        assert load_library.__wrapped__() is None
-    finally:
-        optuna.logging.disable_propagation()
-    assert "of another version" in caplog.text
+def test_wrong_token_ids_and_positions_do_not_reach_the_c_code() -> None:
+    network = stack(2)
+    tokens, flat, rows = text(network), FlatParameters(network), places(network, 4)
+    flat.allocate_grads(by_autograd=False)
+    for wrong in (-1, network.architecture.vocabulary):
+        broken = tokens.clone()
+        broken[7] = wrong
+        message = f"All token ids must be from 0 to 10, but got {wrong}."
+        with pytest.raises(ValueError, match=message):
+            CompiledGPT(network, flat, broken[:-1], tokens[1:], 4)
+        with pytest.raises(ValueError, match=message):
+            CompiledGPT(network, flat, tokens[:-1], broken[1:], 4)
+        engine = CompiledGPT(network, flat, tokens[:-1], tokens[1:], 4)
+        with pytest.raises(ValueError, match=message):
+            engine.total_nats(broken, [0])
+    with pytest.raises(ValueError, match="`y` must have 399 tokens as `x` has, but got 398"):
+        CompiledGPT(network, flat, tokens[:-1], tokens[2:], 4)
+    with pytest.raises(ValueError, match=r"must be int64, but got torch.int32"):
+        CompiledGPT(network, flat, tokens[:-1].int(), tokens[1:], 4)
+    for start in (-1, TEXT - network.architecture.context):
+        with pytest.raises(IndexError, match="first positions must be from 0 to 391, but got"):
+            engine.backward(rows - rows[:, :1] + start, make_noise(2))
+    with pytest.raises(ValueError, match=r"must end in the dimensions \(4, 8\)"):
+        engine.backward(rows[:3], make_noise(2))
+    assert torch.isfinite(engine.backward(rows, make_noise(2))).all()
 
 
 def test_threads_and_mates_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = places(stack(3), 5)
     losses, grads = by_engine(stack(3), rows, make_noise(3))
-    monkeypatch.setattr(gpt, "full_threads", lambda: 1)
+    monkeypatch.setattr(gpt, "available_threads", lambda: 1)
     alone = stack(3)
     alone.select(torch.tensor([1]))
     loss, grad = by_engine(alone, rows, make_noise(1))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-import importlib.util
-import logging
+from collections.abc import Sequence
+import dataclasses
 import os
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from optuna_nnhp.engine import mlp
+from optuna_nnhp.engine.gpt import CompiledGPTSubset
+from optuna_nnhp.engine.library import ENGINE_VARIABLE
 from optuna_nnhp.engine.mlp import CompiledMLP
 from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
 from optuna_nnhp.networks.noise import DropoutNoise
@@ -20,6 +22,7 @@ from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Task
 from tests.members import PLAIN
+from tests.members import ROWS
 from tests.members import task
 from tests.members import varied
 from tests.tolerance import EXACT
@@ -54,13 +57,21 @@ def curves(cohort: Cohort, rounds: int) -> dict[int, Curve]:
     return found
 
 
+def evaluate(cohort: Cohort, indices: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    """Outputs of some members by the engine that the cohort uses."""
+    apply = cohort.apply(torch.tensor(list(indices)))
+    assert not isinstance(apply, CompiledGPTSubset)
+    with torch.no_grad():
+        return apply(x)
+
+
 def with_and_without_engine(
     members: list[Member], chosen: Task, monkeypatch: pytest.MonkeyPatch
 ) -> list[Cohort]:
     """The same cohort with the engine and without."""
     cohorts = [Cohort(members, chosen)]
     assert cohorts[0].compiled_mlp is not None
-    monkeypatch.setattr(CompiledMLP, "supports", lambda *_: False)
+    monkeypatch.setenv(ENGINE_VARIABLE, "torch")
     cohorts.append(Cohort(members, chosen))
     assert cohorts[1].compiled_mlp is None
     return cohorts
@@ -153,7 +164,7 @@ def test_activations_are_exact_to_rounding(name: str) -> None:
     chosen = Task(arrays, build, plain.loss, lambda out: out.mean((1, 2)), False, 0)
     cohort = Cohort([Member(0, 0, params)], chosen)
     assert cohort.compiled_mlp is not None
-    out = cohort.compiled_mlp.evaluate(x[:, None], [0])[0, :, 0]
+    out = evaluate(cohort, [0], x[:, None])[0, :, 0]
     assert_close(out, ACTIVATIONS[name].module()(x), ROUNDING)
 
 
@@ -232,7 +243,7 @@ def test_networks_with_normalization_are_not_shared(
     assert not cohort.compiled_mlp._is_team(cohort.compiled_mlp._network, 1)
 
 
-def test_training_stops_when_time_is_out() -> None:
+def test_training_stops_when_time_is_out(engine: str) -> None:
     asked: list[int] = []
 
     def out_of_time() -> bool:
@@ -244,19 +255,17 @@ def test_training_stops_when_time_is_out() -> None:
     assert 0 < cohort.iterations[0] < 8000
 
 
-def test_some_members_are_evaluated_as_all_are() -> None:
+def test_some_members_are_evaluated_as_all_are(engine: str) -> None:
     cohort = Cohort(varied(5), task())
-    assert cohort.compiled_mlp is not None
     x = cohort.task.arrays.valid_x
-    everyone = cohort.compiled_mlp.evaluate(x, range(5))
-    assert_close(cohort.compiled_mlp.evaluate(x, [3, 1]), everyone[[3, 1]], EXACT)
+    everyone, some = evaluate(cohort, range(5), x), evaluate(cohort, [3, 1], x)
+    assert_close(some, everyone[[3, 1]], EXACT if engine == "c" else FLOAT32)
 
 
-def test_a_long_evaluation_comes_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_longer_than_a_slice_of_training_is_complete(engine: str) -> None:
     cohort = Cohort([Member(i, i, PLAIN | {"width": 256}) for i in range(8)], task())
-    assert cohort.compiled_mlp is not None
-    x = torch.randn(20_000, 6)  # longer than any slice of training
-    outputs = cohort.compiled_mlp.evaluate(x, range(8))
+    x = torch.randn(20_000, 6)
+    outputs = evaluate(cohort, range(8), x)
     assert_close(outputs[5], cohort.network.member(5)(x), FLOAT32)
 
 
@@ -275,14 +284,45 @@ def test_what_it_cannot_do_is_left_to_torch() -> None:
     assert not CompiledMLP.supports(torch.nn.Linear(6, 3), x, y)  # type: ignore[arg-type]
 
 
-def test_without_the_engine_a_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
-    with caplog.at_level(logging.INFO):
-        assert mlp.load_library.__wrapped__() is None
-    assert "compiled engine is missing" in caplog.text
+def test_wrong_labels_and_row_numbers_do_not_reach_the_c_code() -> None:
+    chosen = task()
+    arrays = chosen.arrays
+    for wrong in (-1, 3):
+        labels = arrays.train_y.clone()
+        labels[5] = wrong
+        broken = dataclasses.replace(arrays, train_y=labels)
+        cohort = Cohort(varied(2), dataclasses.replace(chosen, arrays=broken))
+        with pytest.raises(ValueError, match=f"All labels must be from 0 to 2, but got {wrong}."):
+            cohort.train_round()
+    cohort = Cohort(varied(2), chosen)
+    engine, size = cohort.compiled_mlp, cohort.batches.size
+    assert engine is not None
+    order, rates = torch.arange(ROWS), torch.zeros(-(-ROWS // size), 2, dtype=torch.float64)
+
+    def train(x: torch.Tensor, y: torch.Tensor, rows: list[torch.Tensor]) -> None:
+        engine.train(x, y, rows, size, [1, 2], rates, lambda: False)
+
+    for row in (-1, ROWS):
+        wrong_order = torch.cat([order[:-1], torch.tensor([row])])
+        with pytest.raises(IndexError, match=f"row numbers must be from 0 to 99, but got {row}"):
+            train(arrays.train_x, arrays.train_y, [order, wrong_order])
+    with pytest.raises(ValueError, match=r"`x` must be torch.float32 of shape \(100, 6\)"):
+        train(arrays.train_x[:, :5], arrays.train_y, [order, order])
+    with pytest.raises(ValueError, match="must have the same number of examples"):
+        train(arrays.train_x, arrays.train_y[:-1], [order, order])
+    with pytest.raises(ValueError, match=r"`rates` must be float64 of shape \(6, 2\)"):
+        train(arrays.train_x, arrays.train_y, [order[:90], order[:90]])
+    with pytest.raises(ValueError, match=r"`x` must be torch\.float32"):
+        engine.evaluate(arrays.valid_x.double(), [0])
+    train(arrays.train_x, arrays.train_y, [order, order])
+
+
+def test_targets_of_a_regression_must_be_floating_point_numbers() -> None:
+    chosen = task(regression=True)
+    arrays = dataclasses.replace(chosen.arrays, train_y=chosen.arrays.train_y.long())
+    cohort = Cohort(varied(2, regression=True), dataclasses.replace(chosen, arrays=arrays))
+    with pytest.raises(ValueError, match=r"Targets must be torch\.float32, but got torch\.int64"):
+        cohort.train_round()
 
 
 def test_noise_is_uniform_and_unrelated() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from optuna_nnhp import Objective
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
-from optuna_nnhp.engine.mlp import CompiledMLP
+from optuna_nnhp.engine.library import ENGINE_VARIABLE
 from optuna_nnhp.engine.mlp import load_library
 from optuna_nnhp.study import trial_finisher
 from tests.templates.test_custom_network import convolutional
@@ -82,7 +82,7 @@ def test_networks_of_one_s_own_come_again_exactly(name: str) -> None:
 def test_perceptrons_by_torch_come_again_exactly(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CompiledMLP, "supports", lambda *_: False)
+    monkeypatch.setenv(ENGINE_VARIABLE, "torch")
     result = tune(*numbers(), n_trials=8, cohort_size=4, **options)
     for trial in trials(result):
         assert result.replay(trial.number).is_exact

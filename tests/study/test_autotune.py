@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from optuna_nnhp.engine.mlp import CompiledMLP
+from optuna_nnhp.engine.library import ENGINE_VARIABLE
 from optuna_nnhp.engine.mlp import load_library
 from optuna_nnhp.study import autotune
 from optuna_nnhp.study.autotune import Throughput
@@ -40,7 +40,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is left out, where a test does not want it back."""
-    monkeypatch.setattr(CompiledMLP, "supports", lambda *_: False)
+    monkeypatch.setenv(ENGINE_VARIABLE, "torch")
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, step: dict[int, float]) -> list[int]:
@@ -85,13 +85,13 @@ def test_the_smallest_stack_that_is_about_the_fastest(
 @pytest.fixture
 def engine_on_three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is back, and nothing is read or written."""
+    monkeypatch.undo()
     if load_library() is None:
         pytest.skip("there was no C compiler")
-    monkeypatch.undo()
     monkeypatch.setattr(autotune, "_known", {})
     monkeypatch.setattr(autotune, "_write", lambda known: None)
     monkeypatch.setattr(autotune, "_read", dict)
-    monkeypatch.setattr(autotune, "full_threads", lambda: 3)
+    monkeypatch.setattr(autotune, "available_threads", lambda: 3)
 
 
 def test_the_engine_has_members_for_all_its_threads(

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from optuna_nnhp import rng
-from optuna_nnhp.engine.gpt import CompiledGPT
 from optuna_nnhp.engine.gpt import load_library
+from optuna_nnhp.engine.library import ENGINE_VARIABLE
 from optuna_nnhp.hyperparameters.catalogue import effective_params
 from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
@@ -19,7 +19,6 @@ from optuna_nnhp.hyperparameters.muon import shape_rate_factor
 from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.transformer import Architecture
-from optuna_nnhp.training import param_groups
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
@@ -132,8 +131,7 @@ def test_both_engines_take_the_same_course(
     courses = []
     for is_compiled in (True, False):
         if not is_compiled:
-            monkeypatch.setattr(CompiledGPT, "supports", lambda *_: False)
-            monkeypatch.setattr(param_groups, "supports_tensors", lambda *_: False)
+            monkeypatch.setenv(ENGINE_VARIABLE, "torch")
         cohort = Cohort(members(3, **wishes), task(iterations=25, **wishes))
         assert (cohort.engine is not None) == (is_compiled and load_library() is not None)
         first = cohort.train_round()

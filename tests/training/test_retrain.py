@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from optuna_nnhp.engine.mlp import CompiledMLP
 from optuna_nnhp.engine.mlp import load_library
 from optuna_nnhp.templates import DNNTemplate
 from optuna_nnhp.training.cohort import Cohort
@@ -40,15 +39,6 @@ NETWORKS: list[Any] = [
         for p in LIFTED
     ),
 ]
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(CompiledMLP, "supports", lambda *_: False)
-    elif load_library() is None:
-        pytest.skip("there was no C compiler")
-    return str(request.param)
 
 
 def make(chosen: Task) -> Callable[[Sequence[Member]], Cohort]:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from optuna_nnhp import optimize
-from optuna_nnhp.engine.gpt import CompiledGPT
-from optuna_nnhp.engine.mlp import CompiledMLP
+from optuna_nnhp.engine.library import ENGINE_VARIABLE
 from optuna_nnhp.networks.noise import DropoutNoise
 from optuna_nnhp.templates import CustomNetworkTemplate
 from optuna_nnhp.templates import DNNTemplate
@@ -84,8 +83,7 @@ def test_all_kinds_of_stacks_can_be_compiled(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(CompiledGPT, "supports", lambda *_: False)
-    monkeypatch.setattr(CompiledMLP, "supports", lambda *_: False)
+    monkeypatch.setenv(ENGINE_VARIABLE, "torch")
     values = []
     for compile in (True, False):
         wishes: dict[str, Any] = {"storage": None, "n_trials": 3, "compile": compile}
@@ -112,7 +110,7 @@ def test_code_is_made_for_every_number_of_members(monkeypatch: pytest.MonkeyPatc
 
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr(CompiledMLP, "supports", lambda *_: False)
+    monkeypatch.setenv(ENGINE_VARIABLE, "torch")
     problem = DNNTemplate(*classes(), fixed={"epochs": 20} | SHAPE, compile=True)
     cohort = problem.cohort([problem.member(i, problem.defaults()) for i in range(12)])
     counts = []

@@ -1,19 +1,19 @@
-/* PARTS in both precisions, for the instruction set MACHINE. */
+/* Includes the code in TEMPLATE twice, for float and for double, for one INSTRUCTION_SET. */
 #define PRECISION float
 #define REAL float
-#define EXP NAME(fast_exp)
-#define TANH NAME(fast_tanh)
-#define ERF NAME(fast_erf)
+#define EXP SUFFIXED(fast_exp)
+#define TANH SUFFIXED(fast_tanh)
+#define ERF SUFFIXED(fast_erf)
 #define LOG logf
 #define EXPM1 expm1f
 #define POW powf
 #define SQRT sqrtf
 #define FABS fabsf
 #define REAL_BYTES 4
-#include "products.h"
-#include "functions.h"
-#include PARTS
-#undef EACH
+#include "matmul.h"
+#include "elementwise.h"
+#include TEMPLATE
+#undef FOR_EACH
 #undef PRECISION
 #undef REAL
 #undef REAL_BYTES
@@ -37,10 +37,10 @@
 #define SQRT sqrt
 #define FABS fabs
 #define REAL_BYTES 8
-#include "products.h"
-#include "functions.h"
-#include PARTS
-#undef EACH
+#include "matmul.h"
+#include "elementwise.h"
+#include TEMPLATE
+#undef FOR_EACH
 #undef PRECISION
 #undef REAL
 #undef REAL_BYTES

@@ -1,0 +1,266 @@
+"""Load the compiled engines, check their memory layout, and run them on several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
+import ctypes
+from ctypes import POINTER
+from ctypes import Structure
+from ctypes import c_char_p
+from ctypes import c_int64
+import functools
+import importlib.util
+import logging
+import os
+from typing import Any
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_logger = logging.getLogger(f"optuna.{__name__}")
+
+ENGINE_VARIABLE = "OPTUNA_NNHP_ENGINE"
+HOW_TO_BUILD = "Install optuna_nnhp where there is a C compiler to build it"
+
+
+class CStructure(Structure):
+    """A structure that C code reads.
+
+    Subclasses set ``__slots__`` too, so that assigning to a field that they lack is an error.
+    """
+
+    __slots__ = ()
+
+
+class _FieldLayout(CStructure):
+    __slots__ = ()
+    _fields_ = (
+        *((name, c_char_p) for name in ("structure", "field")),
+        *((name, c_int64) for name in ("offset", "size")),
+    )
+
+
+class CFunction(NamedTuple):
+    """The types of a C function."""
+
+    name: str
+    restype: Any
+    argtypes: tuple[Any, ...]
+
+
+def load_engine(
+    name: str, structures: tuple[type[CStructure], ...], functions: tuple[CFunction, ...]
+) -> ctypes.CDLL | None:
+    """Load a compiled engine.
+
+    The environment variable ``OPTUNA_NNHP_ENGINE`` chooses what computes: ``c`` requires the
+    compiled engine, ``torch`` turns it off. If the variable is not set, the compiled engine
+    computes if it has been built.
+
+    Args:
+        name:
+            ``"mlp"`` or ``"gpt"``.
+        structures:
+            The structures that it shares with Python. The C structure has the name of the Python
+            class without leading underscore.
+        functions:
+            Its functions.
+
+    Returns:
+        The library, or None if torch computes instead.
+
+    Raises:
+        ValueError: If the environment variable has another value.
+        RuntimeError: If the variable is ``c`` and the engine is missing, or if the engine was
+            built from C code that does not match this Python code.
+
+    Example:
+        >>> import os
+        >>> os.environ["OPTUNA_NNHP_ENGINE"] = "torch"
+        >>> load_engine("mlp", (), ()) is None
+        True
+        >>> del os.environ["OPTUNA_NNHP_ENGINE"]
+    """
+    choice = os.environ.get(ENGINE_VARIABLE)
+    if choice not in (None, "c", "torch"):
+        raise ValueError(f"`{ENGINE_VARIABLE}` must be `c` or `torch`, but got {choice!r}.")
+    if choice == "torch":
+        return None
+    library = _load(name, structures, functions)
+    if library is None and choice == "c":
+        raise RuntimeError(
+            f"`{ENGINE_VARIABLE}` must be `torch` without the compiled engine, but got 'c'. "
+            f"{HOW_TO_BUILD}."
+        )
+    return library
+
+
+@functools.cache
+def _load(
+    name: str, structures: tuple[type[CStructure], ...], functions: tuple[CFunction, ...]
+) -> ctypes.CDLL | None:
+    found = importlib.util.find_spec(f"optuna_nnhp.engine._{name}_engine")
+    if found is None or found.origin is None:
+        _logger.info(
+            "The compiled engine is missing: training with torch's operations, which is slower. "
+            f"{HOW_TO_BUILD}."
+        )
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError as error:
+        _logger.warning(f"The compiled engine cannot be loaded, training with torch: {error}")
+        return None
+    check_layout(library, name, structures)
+    for function in functions:
+        declared = getattr(library, function.name)
+        declared.restype, declared.argtypes = function.restype, function.argtypes
+    getattr(library, f"{name}_select_instruction_set")()
+    return library
+
+
+def check_layout(library: ctypes.CDLL, name: str, structures: Sequence[type[CStructure]]) -> None:
+    """Compare the structures' fields in Python and in C.
+
+    Args:
+        library:
+            A compiled engine.
+        name:
+            ``"mlp"`` or ``"gpt"``.
+        structures:
+            The structures that it shares with Python.
+
+    Raises:
+        RuntimeError: If a field is missing on one side, or has another offset or size.
+    """
+    in_python = {key: place for s in structures for key, place in _fields_of(s)}
+    in_c = dict(_fields_in_c(library, name))
+    for structure, field in {**in_python, **in_c}:
+        ours, theirs = in_python.get((structure, field)), in_c.get((structure, field))
+        if ours != theirs:
+            what = f"field `{structure}.{field}`" if field else f"structure `{structure}`"
+            raise RuntimeError(
+                f"The compiled {name} engine does not match this version of optuna_nnhp: {what} "
+                f"is {_in_words(theirs)} in C and {_in_words(ours)} in Python. Rebuild "
+                f"the engine (`python setup.py build_ext --inplace`, or install optuna_nnhp "
+                f"again), or set {ENGINE_VARIABLE}=torch."
+            )
+
+
+def _fields_of(structure: type[CStructure]) -> Iterator[tuple[tuple[str, str], tuple[int, int]]]:
+    name = structure.__name__.removeprefix("_")
+    yield (name, ""), (0, ctypes.sizeof(structure))
+    for field, *_ in structure._fields_:
+        descriptor = getattr(structure, field)
+        yield (name, field), (descriptor.offset, descriptor.size)
+
+
+def _fields_in_c(
+    library: ctypes.CDLL, name: str
+) -> Iterator[tuple[tuple[str, str], tuple[int, int]]]:
+    describe = getattr(library, f"{name}_layout", None)
+    if describe is None:  # built before engines described themselves
+        return
+    describe.restype = POINTER(_FieldLayout)
+    for entry in describe():
+        if entry.structure is None:
+            return
+        yield (entry.structure.decode(), entry.field.decode()), (entry.offset, entry.size)
+
+
+def _in_words(place: tuple[int, int] | None) -> str:
+    return "missing" if place is None else f"at byte {place[0]} with {place[1]} bytes"
+
+
+def check_range(values: Tensor, end: int, name: str, error: type[Exception] = ValueError) -> None:
+    """Check integers by which C code will index memory.
+
+    Args:
+        values:
+            The integers, of any shape.
+        end:
+            They must be less than this.
+        name:
+            What they are, in the plural, for the error message.
+        error:
+            The type of the exception.
+
+    Raises:
+        Exception: One of type ``error``, if a value is negative or too large.
+
+    Example:
+        >>> check_range(torch.tensor([0, 3]), 3, "labels")
+        Traceback (most recent call last):
+        ...
+        ValueError: All labels must be from 0 to 2, but got 3.
+    """
+    if values.dtype != torch.int64:
+        raise error(f"All {name} must be int64, but got {values.dtype}.")
+    if not values.numel():
+        return
+    low, high = (int(value) for value in torch.aminmax(values))
+    if low < 0 or high >= end:
+        wrong = low if low < 0 else high
+        raise error(f"All {name} must be from 0 to {end - 1}, but got {wrong}.")
+
+
+@functools.cache
+def thread_pool(count: int, purpose: str) -> ThreadPoolExecutor:
+    """Return a pool of threads that stays for the life of the process.
+
+    Args:
+        count:
+            The number of threads.
+        purpose:
+            Calls with another purpose get other threads.
+    """
+    return ThreadPoolExecutor(count, f"optuna_nnhp-{purpose}")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=thread_pool.cache_clear)
+
+
+def run_on_threads(
+    count: int,
+    work: Callable[[int], None],
+    purpose: str = "engine",
+    on_error: Callable[[], None] = lambda: None,
+) -> None:
+    """Call a function on several threads at once, one of which is the calling thread.
+
+    Args:
+        count:
+            The number of threads.
+        work:
+            The function. Its argument is the thread's number, 0 for the calling thread.
+        purpose:
+            The pool that the other threads come from, see `thread_pool`.
+        on_error:
+            Called if the calling thread fails, before waiting for the others.
+
+    Example:
+        >>> seen = []
+        >>> run_on_threads(3, seen.append)
+        >>> sorted(seen)
+        [0, 1, 2]
+    """
+    futures: list[Future[None]] = []
+    try:
+        if count > 1:
+            pool = thread_pool(count - 1, purpose)
+            futures += [pool.submit(work, number) for number in range(1, count)]
+        work(0)
+    except BaseException:
+        on_error()
+        raise
+    finally:  # no thread may still use memory that the caller frees afterwards
+        wait(futures)
+    for future in futures:
+        future.result()
