@@ -37,7 +37,14 @@ def catalogue_tables() -> str:
     tables = []
     for task, title in TASKS.items():
         rows = (
-            (f"**{h.name}**" + (" (static)" if h.static else ""), *h[3:6], h.tuned, h.help)
+            (
+                f"**{h.name}**" + (" (static)" if h.static else ""),
+                h.range,
+                h.default,
+                h.grid_values,
+                h.tuned,
+                h.help,
+            )
             for h in frame[frame["task"] == task].itertuples()
         )
         head = ("name", "range", "default", "grid", "tuned", "effect")

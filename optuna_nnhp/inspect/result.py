@@ -115,15 +115,17 @@ class Result:
 
     @property
     def best_value(self) -> float:
-        """The best trial's metric on the validation part, in the study: what `model` has."""
+        """Return the best trial's metric on the validation part, which is the value of `model`."""
         value = self.best_trial.value
         assert value is not None
         return value
 
     @property
     def model(self) -> nn.Module:
-        """The best trial's network at its best epoch: from features to logits, or to standardized
-        numbers for a regression; from token ids to logits for a language model.
+        """Return the best trial's network, as it was at its best epoch.
+
+        It maps features to logits, or to standardized numbers for a regression; and token ids to
+        logits for a language model.
 
         Shape:
             - Input: ``(rows, features)``; output: ``(rows, classes)`` or ``(rows, 1)``.
