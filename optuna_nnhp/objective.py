@@ -1,9 +1,10 @@
-"""Plain Optuna: the same networks and space as an objective function."""
+"""Provide an objective function for plain Optuna studies: the class `Objective`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import operator
 import threading
 from typing import Any
 from typing import Literal
@@ -25,45 +26,47 @@ from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.running_trial import suggest
 from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.retrain import evaluate_best
 from optuna_nnhp.training.run_to_end import run_to_end
 
 Direction = Literal["maximize", "minimize"]
-Kept = WeakKeyDictionary[BaseStorage, dict[int, tuple[float, BestWeights]]]
+# Best value and weights by study id, by storage.
+BestByStudy = dict[int, tuple[float, BestWeights]]
 
 
 class Objective:
     """An objective function for `optuna.Study.optimize`.
 
-    Each trial is a cohort of one: the same space, networks and training as in `optimize`, one
-    after the other, with whatever sampler, pruner, storage, callbacks and ``n_jobs`` the study
-    has. A pruner is asked after every evaluation. `defaults` is the configuration
-    that `optimize` would try first: ``study.enqueue_trial(objective.defaults)``.
+    Each trial is trained alone, with the same search space and networks as in `optimize`. Any
+    sampler, pruner, storage, callbacks and ``n_jobs`` of the study can be used. The pruner is
+    asked after each evaluation. `defaults` is the configuration that `optimize` tries first:
+    ``study.enqueue_trial(objective.defaults)``.
 
     Args:
         template:
-            As in `optimize`, like all the others.
+            As in `optimize`, like all other arguments.
         X:
             The table.
         y:
-            What to predict.
+            Target to predict.
         network:
-            A function of your own from parameters to a network, instead of ``template``.
+            A function of your own from parameters to a network; replaces ``template``.
         options:
             Any of ``target``, ``task``, ``validation``, ``metric``, ``direction``, ``space``,
-            ``fixed``, ``seed``, ``device`` and ``compile``. The sampler has its own seed.
+            ``fixed``, ``seed``, ``device`` and ``compile``. The sampler has a seed of its own.
 
     Attributes:
-        direction: ``"maximize"`` or ``"minimize"``: what to create the study with.
-        space: What is tuned.
-        defaults: The catalogue's default configuration, as far as it lies in the space.
+        direction: ``"maximize"`` or ``"minimize"``; the study must have this direction.
+        space: The search space, distributions by name.
+        defaults: The catalogue's default values of the parameters in the space.
 
     Shape:
         - X: ``(rows, columns)``; y: ``(rows,)``.
 
     Raises:
-        ValueError: If anything in the data or the arguments makes no sense.
-        optuna.TrialPruned: When called, if the study's pruner ends the trial.
+        ValueError: If the data or an argument is not valid.
+        optuna.TrialPruned: When called, if the study's pruner prunes the trial or it diverges.
 
     Example:
         >>> from sklearn.datasets import load_iris
@@ -88,15 +91,15 @@ class Objective:
         self.space = dict(self._problem.space)
         self.defaults = self._problem.defaults()
         self._lock = threading.Lock()
-        # Of each study the best so far: by its storage, since names may be the same in others.
-        self._kept: Kept = WeakKeyDictionary()
+        # By storage too, since study ids are unique only within a storage.
+        self._best = WeakKeyDictionary[BaseStorage, BestByStudy]()
 
     def __call__(self, trial: Trial) -> float:
         """Train one trial and return its best value."""
         problem = self._problem
         self._check_direction(trial.study)
         member = problem.member(trial.number, suggest(trial, problem.space))
-        problem.signature(member)  # raises what keeps it from being trained
+        problem.signature(member)  # raises an error if the member cannot be trained
         trial.set_user_attr(ENVIRONMENT, record_environment(trial.study, problem))
         running = RunningTrial(trial, member, problem.maximize)
         cohort = problem.cohort([member])
@@ -117,24 +120,35 @@ class Objective:
         if ends_early:
             raise optuna.TrialPruned(f"Trial {trial.number}: {outcome.value}.")
         assert running.best is not None
-        with self._lock:
-            kept = self._kept.setdefault(trial.study._storage, {})
-            before = kept.get(trial.study._study_id)
-            if before is None or running.is_better(running.best, before[0]):
-                weights = BestWeights(None)
-                weights.save(trial.number, cohort.best_network(0))
-                kept[trial.study._study_id] = running.best, weights
+        self._keep_if_best(trial, running.best, cohort)
         return running.best
 
+    def _keep_if_best(self, trial: Trial, value: float, cohort: Cohort) -> None:
+        """Keep the weights of a trial if it is the best of its study so far."""
+        with self._lock:
+            best = self._best.setdefault(trial.study._storage, {})
+            study_id = trial.study._study_id
+            is_better = operator.gt if self._problem.maximize else operator.lt
+            if study_id not in best or is_better(value, best[study_id][0]):
+                weights = BestWeights(None)
+                weights.save(trial.number, cohort.best_network(0))
+                best[study_id] = value, weights
+
     def result(self, study: Study) -> Result:
-        """The study's best trial as a model, as `optimize` returns it."""
-        kept = self._kept.get(study._storage, {})
-        _, weights = kept.get(study._study_id, (0.0, BestWeights(None)))
+        """Return the best trial of a study as a model, like `optimize`.
+
+        Args:
+            study:
+                A study that this object was the objective of.
+        """
+        best = self._best.get(study._storage, {})
+        _, weights = best.get(study._study_id, (0.0, BestWeights(None)))
         return Result(study, self._problem, weights)
 
     def _check_direction(self, study: Study) -> None:
+        """Raise unless a study has the direction of the metric."""
         if study.direction.name.lower() != self.direction:
             raise ValueError(
                 f"The study's direction must be {self.direction!r} for "
-                f"{self._problem.metric.name}, but is {study.direction.name.lower()!r}."
+                f"{self._problem.metric.name}, but got {study.direction.name.lower()!r}."
             )

@@ -1,4 +1,4 @@
-"""The public call: tune a network on data."""
+"""Tune a network on data: the function `optimize`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.pruners import NopPruner
@@ -20,12 +21,12 @@ from optuna.storages import BaseStorage
 import torch
 from torch import nn
 
-from optuna_nnhp import rng
 from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.errors import short_repr
 from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp.inspect.generated_text import store_generated_text
 from optuna_nnhp.inspect.result import Result
-from optuna_nnhp.inspect.sample import store_generated_text
+from optuna_nnhp.rng import check_seed
 from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.storages.paths import DEFAULT_STORAGE
@@ -44,11 +45,11 @@ from optuna_nnhp.study.trial_finisher import Callback
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.workers.config import WorkerConfig
 from optuna_nnhp.workers.launch import check_workers
-from optuna_nnhp.workers.launch import delete_other_weights
+from optuna_nnhp.workers.launch import keep_best_weights
 from optuna_nnhp.workers.launch import run_workers
 from optuna_nnhp.workers.study_metadata import store_search_config
-from optuna_nnhp.workers.worker import WorkerConfig
 from optuna_nnhp.workers.worker import build_problem
 from optuna_nnhp.workers.worker import build_problem_on_free_device
 from optuna_nnhp.workers.worker import run_tuner
@@ -93,117 +94,122 @@ def optimize(
     workers: int = 1,
     executor: Executor | None = None,
 ) -> Result:
-    """Tune a network on data, many trials at once.
+    """Tune a network on data, training many trials at once.
 
-    The first trial is the catalogue's default configuration; for a text it depends on the text's
-    size and the trial's budget, and may be a preset's. The same call again continues the
-    same study, and does nothing more once it has its ``n_trials``.
+    The first trial is the catalogue's default configuration. For a text, the default depends on
+    the size of the text and the budget of a trial, and may come from a preset. The same call
+    again resumes the same study; it does nothing once the study has ``n_trials`` trials.
 
     Args:
         template:
             ``"dnn"``: a multilayer perceptron on a table; ``"gpt"``: a small language model on a
             text.
         X:
-            For ``"gpt"`` a text, or the path of a file or folder, or a list of them; Python's own
-            documentation if None. Else a numpy array, pandas frame or torch tensor, or the path
-            of a CSV file. With ``network``, an array or tensor is used as it is, whatever its
-            dimensions.
+            For ``"gpt"`` a text, the path of a file or folder, or a list of these; Python's own
+            documentation if None. Otherwise a numpy array, pandas frame, torch tensor, or the
+            path of a CSV file. With ``network``, an array or tensor of any number of dimensions
+            is used as it is.
         y:
-            What to predict; with a CSV file, give ``target`` instead.
+            Target to predict. For a CSV file, pass ``target`` instead.
         network:
-            A function of your own from parameters, a mapping, to a `torch.nn.Module`, instead of
-            ``template``; ``space`` then names your parameters too. See
+            A function of your own from a mapping of parameters to a `torch.nn.Module`; replaces
+            ``template``. ``space`` then also contains your parameters. See
             `templates.CustomNetworkTemplate`.
         target:
-            Column of the CSV file that is to be predicted.
+            Column of the CSV file to predict.
         task:
             ``"classification"``, ``"binary"``, ``"multiclass"`` or ``"regression"``; inferred
             from the target if None.
         validation:
-            Share of the rows that judges trials (stratified for classes; a fifth if None), or
-            ``(X, y)``. Of a text the share at its end (a tenth if None), or another text or path.
+            Fraction of the rows on which trials are evaluated (stratified for classes; 0.2 if
+            None), or ``(X, y)``. For a text, the fraction at its end (0.1 if None), or another
+            text or path.
         metric:
             ``"accuracy"`` (default for classes), ``"balanced_accuracy"``, ``"roc_auc"``,
             ``"log_loss"``, ``"f1"``; ``"rmse"`` (default for numbers), ``"mae"``, ``"r2"``; or a
-            function ``f(y_true, y_pred)``, whose greater value is better unless ``direction``
-            says otherwise.
+            function ``f(y_true, y_pred)``, which is maximized unless ``direction`` says
+            otherwise. Language models are always evaluated by bits per byte.
         direction:
-            ``"maximize"`` or ``"minimize"``; follows from the metric if None. Language models are
-            judged by bits per byte, always.
+            ``"maximize"`` or ``"minimize"``; that of the metric if None.
         errors:
-            What becomes of bytes of a text file that are not UTF-8: ``"strict"`` (an error),
+            How bytes of a text file that are not UTF-8 are handled: ``"strict"`` (an error),
             ``"replace"`` or ``"ignore"``.
         preset:
-            A published GPT to begin with, at the size of a CPU; see `preset`.
+            A published GPT to start from, scaled to a CPU; see `preset`.
         space:
-            Distributions that replace the catalogue's, by name; and those of your own parameters.
-            Of `zoom`: the study begins with the other one's best configuration.
+            Distributions by name. They replace those of the catalogue, or add your own
+            parameters. A space from `zoom` also starts the study with the source study's best
+            configuration.
         fixed:
-            Values that are not to be tuned, by name.
+            Values by name that are not tuned.
         n_trials:
-            Trials of the whole study, those of earlier calls included.
+            Number of trials of the whole study, including those of earlier calls.
         timeout:
-            Seconds of this call; trials are stopped within a training step of it.
+            Seconds that this call may take. Running trials stop within one training step.
         method:
             ``"grid"``, ``"random"``, ``"quasi-random"``, ``"zoom"``, ``"bayes"``, ``"bayes-gp"``,
             ``"gradient"``, ``"evolution"`` or ``"population"``, see `search.methods.METHODS`; or
             an Optuna sampler.
         method_options:
-            Of the method: ``partial`` (grid: take the part that fits into the budget);
+            Options of the method: ``partial`` (grid: try the part that fits into the budget);
             ``round_size``, ``patience`` (zoom); ``n_startup_trials`` (bayes); ``starts``,
             ``rate`` (gradient); ``population_size`` (evolution); ``size``, ``generations``
             (population).
         levels:
-            For a grid, values by name; all else keeps its default. The catalogue's levels of all
-            that is tuned if None.
+            Values by name for a grid; parameters without values keep their default. If None, the
+            catalogue's values of all tuned parameters.
         replicates:
-            How often the best five configurations are trained again with other seeds, as
-            cohorts and within the timeout; the best trial is then the one with the best mean,
-            see `Result.replicates`. None for no replicates.
+            How often each of the best five configurations is retrained with other seeds, within
+            the timeout. The best trial is then the one with the best mean, see
+            `Result.replicates`. None for no replicates.
         sampler:
-            An Optuna sampler, the same as giving it as ``method``; with ``"gradient"`` and
-            ``"population"`` it proposes what these leave to others.
+            An Optuna sampler; the same as passing it as ``method``. With ``"gradient"`` and
+            ``"population"`` it proposes the parameters that these methods do not set.
         pruner:
-            An Optuna pruner, asked trial by trial after every evaluation; successive halving over
-            whole cohorts if None, no pruning with `optuna.pruners.NopPruner`. Not with
-            ``"gradient"`` and ``"population"``, which prune nothing.
+            An Optuna pruner, which is asked after each evaluation of a trial. If None,
+            successive halving of whole cohorts; `optuna.pruners.NopPruner` for no pruning. Not
+            allowed with ``"gradient"`` and ``"population"``, which do not prune.
         storage:
-            The path of a journal file, a URL (``"sqlite:///study.db"``), an Optuna storage, or
-            None to keep the study in memory only. Other processes see running trials at most two
-            seconds late.
+            Path of a journal file, URL (``"sqlite:///study.db"``), Optuna storage, or None to
+            keep the study in memory. Other processes see running trials with a delay of at most
+            two seconds.
         study_name:
             Name of the study; made of the template, the metric and the data if None.
         callbacks:
-            Called with the study and the trial after each trial, as in Optuna. After
-            ``study.stop()`` the trials that are running finish first.
+            Functions called with the study and the trial after each trial, as in Optuna. After
+            ``study.stop()`` the running trials still finish.
         show_progress_bar:
             Whether to show a progress bar.
         cohort_size:
-            Trials that are trained at once; if None as many as pays, which is measured once for
-            each shape of network, within half of the free memory.
+            Number of trials trained at once. If None, the fastest number that fits into half of
+            the free memory; it is measured once per network shape.
         seed:
-            Seed of everything. With one worker the same seed and ``n_trials`` give the same
-            study, if the sizes of cohorts are known or given: they are measured once on each
-            machine.
+            Seed of all random numbers. With one worker, the same seed and ``n_trials`` give the
+            same study if the cohort sizes are the same. Measured sizes can differ between
+            machines.
         device:
-            Where to train; CUDA if there is any, else the CPU, if None.
+            Device to train on; if None a CUDA GPU if there is one, else the CPU.
         compile:
-            Whether `torch.compile` makes the networks' code, which takes seconds to minutes once
-            for each shape. It pays for long trials of large networks; the compiled engine's
-            networks (the templates' on a CPU) are not touched by it.
+            Whether to use `torch.compile`, which takes seconds to minutes per network shape. It
+            pays off for long trials of large networks. It has no effect on the templates'
+            networks on a CPU, which the compiled engine trains.
         checkpoint_every:
-            Seconds between checkpoints of the running trials, beside the study's file: the same
-            call goes on with them after a kill. They take 2 % of the time at most; None for none.
+            Seconds between checkpoints of the running trials, which are stored beside the
+            study's file: after a kill, the same call resumes them. Checkpoints take at most 2 %
+            of the time. None for no checkpoints.
         trial_timeout:
-            Seconds of training that each trial may take, with its cohort; it then ends as it
-            stands. Looked at after each evaluation, and at each step of what torch trains.
+            Seconds of training that a trial may take, together with its cohort; it then ends with
+            its current value. Checked after each evaluation, and at each step of networks that
+            torch trains.
         workers:
-            Processes that work on the study, on this machine unless there is an ``executor``; they
-            divide torch's threads. A process that dies is replaced, and its trials go on.
+            Number of processes that work on the study, on this machine unless there is an
+            ``executor``. They share torch's threads. A worker that dies is replaced and its
+            trials are resumed.
         executor:
-            Where the workers run: whatever has ``submit`` as in PEP 3148, such as those of
-            concurrent.futures, Dask, submitit or mpi4py. Each worker's ``timeout`` begins when it
-            does, and ``callbacks`` are called in it. See the guide on many workers.
+            Where the workers run: any object with ``submit`` as in PEP 3148, such as the
+            executors of concurrent.futures, Dask, submitit or mpi4py. The ``timeout`` of a worker
+            begins when the worker starts, and ``callbacks`` are called in it. See the guide
+            on many workers.
 
     Returns:
         The best model and the study.
@@ -212,9 +218,8 @@ def optimize(
         - X: ``(rows, columns)``, or with ``network`` ``(rows, ...)``; y: ``(rows,)``.
 
     Raises:
-        ValueError: If anything in the data or the arguments makes no sense; nothing has been
-            trained then.
-        FileNotFoundError: If there is no such file.
+        ValueError: If the data or an argument is not valid; nothing has been trained then.
+        FileNotFoundError: If a file does not exist.
 
     Example:
         >>> from sklearn.datasets import load_iris
@@ -224,25 +229,18 @@ def optimize(
         >>> len(result.study.trials)
         3
     """
-    _check_budget(n_trials, timeout, cohort_size)
-    if study_name is not None and not isinstance(study_name, str):
-        raise ValueError(f"`study_name` must be a text, but got {short_repr(study_name)}.")
-    if callbacks is not None and not isinstance(callbacks, Sequence):
-        raise ValueError(
-            f"`callbacks` must be a list of functions, but got {short_repr(callbacks)}."
-        )
-    _check_seconds(checkpoint_every=checkpoint_every, trial_timeout=trial_timeout)
-    rng.check_seed(seed)
+    _check_counts(n_trials=n_trials, cohort_size=cohort_size)
+    _check_seconds(timeout=timeout, checkpoint_every=checkpoint_every, trial_timeout=trial_timeout)
+    _check_study_arguments(n_trials, timeout, study_name, callbacks, pruner)
+    check_seed(seed)
     check_workers(workers, executor, storage)
-    budget, count = Budget(n_trials, timeout), check_replicates(replicates)
+    replicates = check_replicates(replicates)
     method_config = parse_method(method, sampler, method_options, levels, seed)
     method_config.reject_options(
         pruner=None if isinstance(pruner, NopPruner) else pruner,
         cohort_size=cohort_size,
         trial_timeout=trial_timeout,
     )
-    if pruner is not None:
-        _check_pruner(pruner)
     problem_spec = ProblemSpec(
         template,
         X,
@@ -262,6 +260,12 @@ def optimize(
         device=device,
         compile=compile,
     )
+    tuner_options = {
+        "cohort_size": cohort_size,
+        "kept": MAX_CONFIGURATIONS if replicates else 1,
+        "checkpoint_every": checkpoint_every,
+        "trial_timeout": trial_timeout,
+    }
     config = WorkerConfig(
         problem_spec,
         storage,
@@ -269,16 +273,11 @@ def optimize(
         method_config,
         pruner,
         n_trials,
-        options={
-            "cohort_size": cohort_size,
-            "kept": MAX_CONFIGURATIONS if count else 1,
-            "checkpoint_every": checkpoint_every,
-            "trial_timeout": trial_timeout,
-        },
+        tuner_options=tuner_options,
         callbacks=tuple(callbacks or ()),
-        workers=workers,
+        n_workers=workers,
     )
-    return _run_study(config, budget, count, executor, show_progress_bar)
+    return _run_study(config, Budget(n_trials, timeout), replicates, executor, show_progress_bar)
 
 
 def _run_study(
@@ -288,79 +287,82 @@ def _run_study(
     executor: Executor | None,
     show_progress_bar: bool,
 ) -> Result:
-    """Open the study and run it: here, or by a crew of workers."""
+    """Open the study and run it in this process or by workers."""
     problem, space = build_problem(config.problem_spec), config.problem_spec.space
     config.method_config.check(problem, budget)
-    pruner = config.pruner or CohortHalvingPruner(min_resource=problem.min_resource)
-    study, weights = _open_study_and_weights(
-        problem, config.storage, config.study_name, config.method_config.sampler, pruner
-    )
+    study, weights = _open_study_and_weights(problem, config)
     enqueue_source_best(study, space, problem)
     study.sampler = config.method_config.sampler_for(study, few=problem.sequential)
-    config = replace(config, study_name=study.study_name, folder=weights.folder)
+    config = replace(config, study_name=study.study_name, weights_folder=weights.folder)
     store_search_config(study, config)
-    replication = ReplicateTrainer(problem, replicates, budget) if replicates else None
-    is_crew = executor is not None or config.workers > 1
-    if is_crew:
+    trainer = ReplicateTrainer(problem, replicates, budget) if replicates else None
+    uses_workers = executor is not None or config.n_workers > 1
+    if uses_workers:
         run_workers(config, study, problem, budget, executor, show_progress_bar=show_progress_bar)
-        delete_other_weights(
-            study, BestWeights(weights.folder), config.options["kept"], problem.maximize
-        )
+        # A new object, since the workers have written files to the folder.
+        all_weights = BestWeights(weights.folder)
+        keep_best_weights(study, all_weights, config.tuner_options["kept"], problem.maximize)
     problem = build_problem_on_free_device(config.problem_spec, study, problem)
     callbacks = config.callbacks
-    if replication is not None:
-        replication.problem, callbacks = problem, (*callbacks, replication)
-    if not is_crew:
+    if trainer is not None:
+        trainer.problem, callbacks = problem, (*callbacks, trainer)
+    if not uses_workers:
         run_tuner(
             config, study, problem, budget, weights, callbacks, show_progress_bar=show_progress_bar
         )
-    if replication is not None:
-        replication.run(study, is_late=executor is not None)
+    if trainer is not None:
+        trainer.run(study, is_late=executor is not None)
     result = Result(without_cache(study), problem, weights)
     store_generated_text(result)
     return result
 
 
-def _open_study_and_weights(
-    problem: Template,
-    storage: str | Path | BaseStorage | None,
-    study_name: str,
-    sampler: BaseSampler,
-    pruner: BasePruner,
-) -> tuple[optuna.Study, BestWeights]:
-    """The study, created or continued, and the weights of its best trials."""
+def _open_study_and_weights(problem: Template, config: WorkerConfig) -> tuple[Study, BestWeights]:
+    """Create or load the study, and return it with the weights of its best trials."""
+    storage = config.storage
     opened = open_storage(storage)
-    study = open_study(problem, opened, study_name, sampler, pruner)
-    named = isinstance(storage, str | Path)
+    pruner = config.pruner or CohortHalvingPruner(min_resource=problem.min_resource)
+    study = open_study(problem, opened, config.study_name, config.method_config.sampler, pruner)
     if storage is not None:
-        where = hide_passwords(str(storage), storage) if named else "its storage"
-        _logger.info(f"The study {study.study_name!r} is kept in {where}.")
+        is_named = isinstance(storage, str | Path)
+        location = hide_passwords(str(storage), storage) if is_named else "the given storage"
+        _logger.info(f"Storing the study {study.study_name!r} in {location}.")
     folder = models_folder(opened, None if isinstance(storage, BaseStorage) else storage)
     return study, BestWeights(folder / study.user_attrs[MODELS] if folder else None)
 
 
-def _check_budget(n_trials: Any, timeout: Any, cohort_size: Any) -> None:
-    if n_trials is None and timeout is None:
-        raise ValueError("`n_trials` or `timeout` must be given, but both are None.")
-    for name, count in (("n_trials", n_trials), ("cohort_size", cohort_size)):
+def _check_counts(**counts: Any) -> None:
+    """Raise unless each number is None or a positive integer."""
+    for name, count in counts.items():
         if count is not None and (not _is_number(count, Integral) or count < 1):
             raise ValueError(f"`{name}` must be at least 1, but got {short_repr(count)}.")
-    _check_seconds(timeout=timeout)
 
 
-def _check_seconds(**given: Any) -> None:
-    for name, seconds in given.items():
+def _check_seconds(**durations: Any) -> None:
+    """Raise unless each duration is None or positive."""
+    for name, seconds in durations.items():
         if seconds is not None and not (_is_number(seconds, Real) and seconds > 0):
             raise ValueError(
                 f"`{name}` must be more than 0 seconds, but got {short_repr(seconds)}."
             )
 
 
-def _is_number(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _check_pruner(pruner: object) -> BasePruner:
-    if not isinstance(pruner, BasePruner):
+def _check_study_arguments(
+    n_trials: Any, timeout: Any, study_name: Any, callbacks: Any, pruner: Any
+) -> None:
+    """Raise if the study has no limit, or an argument of Optuna's has the wrong type."""
+    if n_trials is None and timeout is None:
+        raise ValueError("`n_trials` or `timeout` must be given, but both are None.")
+    if study_name is not None and not isinstance(study_name, str):
+        raise ValueError(f"`study_name` must be a text, but got {short_repr(study_name)}.")
+    if callbacks is not None and not isinstance(callbacks, Sequence):
+        raise ValueError(
+            f"`callbacks` must be a list of functions, but got {short_repr(callbacks)}."
+        )
+    if pruner is not None and not isinstance(pruner, BasePruner):
         raise ValueError(f"`pruner` must be an Optuna pruner, but got {short_repr(pruner)}.")
-    return pruner
+
+
+def _is_number(value: object, kind: type) -> bool:
+    """Return whether a value is a number of some kind; a bool is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Whatever is wrong is said in one line, before anything is trained or kept."""
+"""Test that invalid input raises an error of one line, before anything is trained or stored."""
 
 from __future__ import annotations
 
@@ -345,7 +345,9 @@ def files(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("row", TABLE)
-def test_bad_input(row: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_input_is_rejected_before_training(
+    row: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forbidden(*arguments: Any) -> None:
         raise AssertionError("Something was trained.")
 
@@ -368,13 +370,13 @@ def test_bad_input(row: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> No
         pytest.param(lambda: CategoricalDistribution(()), id="no choices"),
     ],
 )
-def test_optuna_itself_forbids_reversed_bounds(make: Callable[[], Any]) -> None:
+def test_optuna_rejects_reversed_bounds(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=r"low <= high|must contain one or more") as error:
         make()
     assert "\n" not in str(error.value)
 
 
-def test_another_study_of_the_same_name_is_not_touched(folder: Path) -> None:
+def test_other_study_with_the_same_name_is_not_changed(folder: Path) -> None:
     def run(**wishes: Any) -> list[Any]:
         usual: dict[str, Any] = {"study_name": "s", "n_trials": 2, "fixed": TINY}
         return optimize("dnn", X, **({"y": LABELS} | usual | wishes)).study.trials

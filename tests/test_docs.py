@@ -21,7 +21,7 @@ import pytest
 from sklearn.datasets import load_iris
 
 import optuna_nnhp
-from optuna_nnhp.__main__ import parse_arguments
+from optuna_nnhp.workers.command_line import parse_arguments
 from tests.docs_tables import DOCS
 from tests.docs_tables import TABLES
 from tests.docs_tables import with_tables

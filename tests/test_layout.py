@@ -15,7 +15,7 @@ ROOT = Path(optuna_nnhp.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 500, 55
 
-# Lowest first; rooms of one layer do not know each other.
+# Lowest first; packages of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "rng"),
     ("hyperparameters", "data"),
@@ -96,7 +96,7 @@ def breaches(source: str, module: str) -> list[str]:
         ("hyperparameters.depth", "from optuna_nnhp.data.supervised import prepare", 1),
         ("data.tabular", "from optuna_nnhp.hyperparameters.width import WIDTH", 1),
         ("objective", "from optuna_nnhp.optimize import optimize", 1),
-        ("rng", "from optuna_nnhp.errors import unknown", 1),
+        ("rng", "from optuna_nnhp.errors import unknown_name", 1),
         ("training.cohort", "import optuna", 1),
         ("training.cohort", "from optuna.distributions import IntDistribution", 1),
         ("training.cohort", "from optuna_nnhp.networks.mlp import StackedMLP", 0),

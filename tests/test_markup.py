@@ -1,4 +1,4 @@
-"""Names and values of users are shown as they are, whatever markup they hold, and never run."""
+"""Test that markup in names and values of users is shown as text and never run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from optuna_nnhp.inspect.dashboard import annotate
 from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
 from optuna_nnhp.inspect.figures import figures
-from optuna_nnhp.inspect.figures import save_html
 from optuna_nnhp.inspect.html_page import index_html
+from optuna_nnhp.inspect.html_page import save_html
 
 ROOT = Path(optuna_nnhp.__file__).parents[1]
 CHROMIUM_OPTIONS = [
@@ -59,7 +59,7 @@ def metric(truth: Any, predicted: Any) -> float:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
-    """A study of which every name and every text is an attack, and its journal."""
+    """Tune a study in which all names and texts are attacks; return result and journal."""
     source, rows = np.random.default_rng(0), 80
     X = pd.DataFrame({SCRIPT: source.normal(size=rows)})
     X[IMAGE], X[LINK] = source.choice(EVIL, rows), source.choice(EVIL[:2], rows)
@@ -85,7 +85,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     )
     study, best = result.study, result.best_trial
     study.set_user_attr(SCRIPT, IMAGE)
-    study.set_user_attr("sample", {"trial": best.number, "text": "\n".join(EVIL)})
+    study.set_user_attr("generated_text", {"trial": best.number, "text": "\n".join(EVIL)})
     attributes = {**best.user_attrs, SCRIPT: IMAGE, "cause": IMAGE}
     moved = [[0, best.params, False], [1, {**best.params, SCRIPT: QUOTE, FORMULA: 0.5}, True]]
     study.add_trial(
@@ -103,7 +103,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
 
 
 def texts(value: Any) -> Iterator[str]:
-    """All texts in what JSON can hold."""
+    """Return all texts in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -116,7 +116,7 @@ def texts(value: Any) -> Iterator[str]:
 
 def test_figures_escape_all_texts(tuned: tuple[Result, Path]) -> None:
     drawn = figures(tuned[0].study)
-    assert {"courses", "slice", "parallel_coordinate", "param_importances"} <= set(drawn)
+    assert {"schedules", "slice", "parallel_coordinate", "param_importances"} <= set(drawn)
     allowed = re.compile(r"</?b>|<br>|<extra></extra>|</?span[^<>]*>")
     seen = set[str]()
     for figure in drawn.values():
@@ -129,7 +129,7 @@ def test_figures_escape_all_texts(tuned: tuple[Result, Path]) -> None:
 def test_notes_escape_all_texts(tuned: tuple[Result, Path]) -> None:
     study = tuned[0].study
     note = study_note(study) + "\n" + trial_note(study, study.best_trial)
-    assert "What it writes" not in trial_note(study, study.best_trial)
+    assert "Generated text" not in trial_note(study, study.best_trial)
     for line in note.splitlines():
         if not line.startswith("    "):  # a block of code
             bare = re.sub(r"\\[\\`*_\[\]<>|$~&#!]", "", line).replace("&emsp;", "")
@@ -139,7 +139,7 @@ def test_notes_escape_all_texts(tuned: tuple[Result, Path]) -> None:
     assert r"\<script\>alert(1)\</script\>" in note and r"\[x\](javascript:alert(1))" in note
 
 
-def test_the_page_escapes_names_of_figures_too() -> None:
+def test_html_page_escapes_names_of_figures() -> None:
     study = optuna.create_study(study_name=SCRIPT)
     study.set_user_attr("fixed", {IMAGE: QUOTE})
     page = index_html(study, {QUOTE: figures(study)["learning_rate"]})
@@ -150,7 +150,7 @@ def test_the_page_escapes_names_of_figures_too() -> None:
 
 @contextmanager
 def watched() -> Iterator[tuple[Any, list[str]]]:
-    """A page of headless Chromium, and the dialogs and errors that came up in it."""
+    """Open a page in headless Chromium, and collect dialogs and errors."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium")
@@ -189,7 +189,7 @@ for (const plot of document.querySelectorAll('.js-plotly-plot'))
 
 
 @pytest.mark.browser
-def test_pages_with_figures_run_nothing(tuned: tuple[Result, Path]) -> None:
+def test_html_pages_run_no_code_from_names(tuned: tuple[Result, Path]) -> None:
     folder = tuned[1].with_suffix(".figures")
     with watched() as (page, events):
         for path in sorted(folder.glob("*.html")):
@@ -209,7 +209,7 @@ def test_pages_with_figures_run_nothing(tuned: tuple[Result, Path]) -> None:
 
 
 def visited(url: str) -> list[str]:
-    """What came up on the pages of the dashboard."""
+    """Return the dialogs and errors on the pages of the dashboard."""
     from playwright.sync_api import expect
 
     expect.set_options(timeout=30_000)
@@ -232,7 +232,7 @@ def visited(url: str) -> list[str]:
 
 
 @pytest.mark.browser
-def test_the_dashboard_runs_nothing(tuned: tuple[Result, Path]) -> None:
+def test_dashboard_runs_no_code_from_names(tuned: tuple[Result, Path]) -> None:
     command = [sys.executable, str(ROOT / "dashboards/serve.py"), str(tuned[1]), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:

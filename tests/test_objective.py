@@ -1,4 +1,4 @@
-"""The same networks in plain Optuna."""
+"""Test `Objective`: the same networks in plain Optuna studies."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ from tests.tiny import tune
 X, Y = numbers()
 
 
-def study_of(objective: Objective, **wishes: Any) -> optuna.Study:
-    wishes = {"sampler": optuna.samplers.RandomSampler(seed=0)} | wishes
-    return optuna.create_study(direction=objective.direction, **wishes)
+def study_of(objective: Objective, **options: Any) -> optuna.Study:
+    options = {"sampler": optuna.samplers.RandomSampler(seed=0)} | options
+    return optuna.create_study(direction=objective.direction, **options)
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
-def test_everything_of_optuna_at_once(n_jobs: int, folder: Any) -> None:
+def test_objective_works_with_pruner_storage_callbacks_and_n_jobs(
+    n_jobs: int, folder: Any
+) -> None:
     held_out = numbers(60, seed=1)
     objective = Objective("dnn", X, Y, validation=held_out, fixed=TINY)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2)
     study = study_of(objective, storage="sqlite:///s.db", pruner=pruner)
     calls: list[int] = []
 
-    def note(study: optuna.Study, trial: FrozenTrial) -> None:
+    def record(study: optuna.Study, trial: FrozenTrial) -> None:
         calls.append(trial.number)
 
-    study.optimize(objective, n_trials=9, n_jobs=n_jobs, callbacks=[note])
+    study.optimize(objective, n_trials=9, n_jobs=n_jobs, callbacks=[record])
     assert sorted(calls) == list(range(9))
     states = [t.state for t in study.trials]
     assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
@@ -60,7 +62,7 @@ def test_everything_of_optuna_at_once(n_jobs: int, folder: Any) -> None:
 
 
 @pytest.mark.parametrize(("make", "direction"), [(classes, "maximize"), (numbers, "minimize")])
-def test_the_space_is_that_of_optimize(make: Any, direction: str) -> None:
+def test_space_and_direction_are_those_of_optimize(make: Any, direction: str) -> None:
     space = {"learning_rate": FloatDistribution(0.01, 0.1), "hidden_layers": IntDistribution(1, 2)}
     fixed = {name: value for name, value in TINY.items() if name not in space}
     objective = Objective("dnn", *make(), space=space, fixed=fixed)
@@ -71,7 +73,7 @@ def test_the_space_is_that_of_optimize(make: Any, direction: str) -> None:
     assert study.trials[0].distributions == trials(other)[0].distributions == objective.space
 
 
-def test_a_trial_is_the_same_as_in_optimize() -> None:
+def test_trial_has_the_same_values_as_in_optimize() -> None:
     objective = Objective("dnn", X, Y, fixed=TINY)
     study = study_of(objective)
     study.enqueue_trial(objective.defaults)
@@ -82,7 +84,7 @@ def test_a_trial_is_the_same_as_in_optimize() -> None:
     assert study.trials[0].intermediate_values == other.intermediate_values
 
 
-def test_weights_that_are_not_here_are_trained_again() -> None:
+def test_missing_weights_are_retrained() -> None:
     first = Objective("dnn", X, Y, fixed=TINY)
     study = study_of(first)
     study.optimize(first, n_trials=4)
@@ -92,7 +94,7 @@ def test_weights_that_are_not_here_are_trained_again() -> None:
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
-def test_halving_works_in_plain_optuna(n_jobs: int) -> None:
+def test_halving_pruner_works_in_plain_optuna(n_jobs: int) -> None:
     objective = Objective("dnn", X, Y, fixed=TINY)
     study = study_of(objective, pruner=CohortHalvingPruner())
     study.optimize(objective, n_trials=10, n_jobs=n_jobs)
@@ -102,7 +104,7 @@ def test_halving_works_in_plain_optuna(n_jobs: int) -> None:
     assert {t.user_attrs["cause"] for t in pruned} == {"pruned"}
 
 
-def test_early_stopping_completes() -> None:
+def test_early_stopped_trials_are_complete() -> None:
     objective = Objective("dnn", X, Y, fixed=SHAPE | {"epochs": 60, "patience": 2})
     study = study_of(objective)
     study.optimize(objective, n_trials=4)
@@ -111,7 +113,7 @@ def test_early_stopping_completes() -> None:
     assert all(t.state == TrialState.COMPLETE for t in stopped)
 
 
-def test_a_diverging_trial_is_pruned() -> None:
+def test_diverged_trials_are_pruned() -> None:
     objective = Objective("dnn", X, Y, fixed=DIVERGING)
     study = study_of(objective)
     study.optimize(objective, n_trials=2)
@@ -121,15 +123,15 @@ def test_a_diverging_trial_is_pruned() -> None:
         _ = objective.result(study).best_params
 
 
-def test_the_direction_must_be_the_metrics() -> None:
+def test_study_must_have_the_direction_of_the_metric() -> None:
     objective = Objective("dnn", X, Y, fixed=TINY)
     study = optuna.create_study(direction="maximize")
-    message = "The study's direction must be 'minimize' for rmse, but is 'maximize'"
+    message = "The study's direction must be 'minimize' for rmse, but got 'maximize'"
     with pytest.raises(ValueError, match=message):
         study.optimize(objective, n_trials=1)
 
 
-def test_unknown_templates_and_bad_data() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     with pytest.raises(ValueError, match="'dn' is not a template; did you mean 'dnn'"):
         Objective("dn", X, Y)
     with pytest.raises(ValueError, match="must have the same number of rows"):
@@ -138,7 +140,7 @@ def test_unknown_templates_and_bad_data() -> None:
         Objective("dnn", X, Y, n_trials=3)
 
 
-def test_studies_of_one_name_in_two_storages_have_their_own_networks() -> None:
+def test_studies_with_the_same_name_have_separate_weights() -> None:
     fixed, space = {"epochs": 2, "hidden_layers": 1}, {"width": IntDistribution(16, 32)}
     objective = Objective("dnn", X, Y, fixed=fixed, space=space)
     studies = []
@@ -151,7 +153,7 @@ def test_studies_of_one_name_in_two_storages_have_their_own_networks() -> None:
     assert all(result.replay().is_exact for result in results)
 
 
-def test_one_objective_serves_two_studies() -> None:
+def test_one_objective_can_serve_two_studies() -> None:
     fixed, space = {"epochs": 2, "hidden_layers": 1}, {"width": IntDistribution(16, 32)}
     objective = Objective("dnn", X, Y, fixed=fixed, space=space)
     studies = [study_of(objective) for _ in range(2)]
@@ -161,5 +163,5 @@ def test_one_objective_serves_two_studies() -> None:
     widths = [objective.result(s).model[0].out_features for s in studies]  # type: ignore[index]
     assert widths == [17, 30]
     other = study_of(objective)
-    other.add_trials(studies[0].get_trials())  # whose weights are nowhere: trained again
+    other.add_trials(studies[0].get_trials())  # its weights are missing, so it is retrained
     assert objective.result(other).model[0].out_features == 17  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The public call on every kind of data, metric and wish."""
+"""Test `optimize` with all kinds of data, metrics and arguments."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ from tests.tiny import tune
         pytest.param(lambda X, y: (torch.tensor(X), torch.tensor(y)), id="torch"),
     ],
 )
-def test_the_kind_of_table_makes_no_difference(convert: Callable[[Array, Array], Any]) -> None:
+def test_arrays_frames_and_tensors_give_the_same_study(
+    convert: Callable[[Array, Array], Any],
+) -> None:
     X, y = numbers()
     expected, result = tune(X, y, n_trials=2), tune(*convert(X, y), n_trials=2)
     # A list of Python floats is float64: the last bits of the features differ.
@@ -54,7 +56,7 @@ def test_the_kind_of_table_makes_no_difference(convert: Callable[[Array, Array],
     np.testing.assert_allclose(result.predict(X), expected.predict(X), rtol=1e-4)
 
 
-def test_a_csv_file_is_its_frame(folder: Path) -> None:
+def test_csv_file_gives_the_same_study_as_its_frame(folder: Path) -> None:
     X, y = numbers()
     frame = pd.DataFrame(X.astype(np.float64), columns=["a", "b", "c"]).assign(price=y)
     frame.to_csv("homes.csv", index=False)
@@ -78,7 +80,9 @@ def test_a_csv_file_is_its_frame(folder: Path) -> None:
         ([0.5, 1.5, 2.5], None, "regression"),
     ],
 )
-def test_task(labels: list[Any], task: str | None, expected: str) -> None:
+def test_task_is_inferred_from_the_labels(
+    labels: list[Any], task: str | None, expected: str
+) -> None:
     X, _ = classes()
     y = [labels[i % len(labels)] for i in range(len(X))]
     result = tune(X, y, task=task, n_trials=1)
@@ -92,7 +96,7 @@ def test_task(labels: list[Any], task: str | None, expected: str) -> None:
         assert {type(label) for label in predicted.tolist()} == {type(labels[0])}
 
 
-def test_labels_that_are_texts_come_back_as_texts() -> None:
+def test_text_labels_are_predicted_as_texts() -> None:
     X, y = classes()
     result = tune(n_trials=2, fixed=TINY | {"epochs": 40})
     predicted = result.predict(X)
@@ -105,7 +109,7 @@ def test_labels_that_are_texts_come_back_as_texts() -> None:
     assert winners.tolist() == predicted.tolist()
 
 
-def test_a_mixed_frame() -> None:
+def test_frame_with_numeric_and_categorical_columns() -> None:
     X, y = classes(120)
     source = np.random.default_rng(1)
     frame = pd.DataFrame(
@@ -129,7 +133,7 @@ def test_a_mixed_frame() -> None:
     assert set(result.predict(strange).tolist()) <= {"down", "up"}
 
 
-def test_a_column_of_names_is_bounded_and_said(log: pytest.LogCaptureFixture) -> None:
+def test_column_with_many_texts_is_limited_and_logged(log: pytest.LogCaptureFixture) -> None:
     X, y = classes(500)
     frame = pd.DataFrame({"x": X[:, 0], "name": [f"customer {i}" for i in range(500)]})
     result = tune(frame, y, n_trials=1)
@@ -138,7 +142,7 @@ def test_a_column_of_names_is_bounded_and_said(log: pytest.LogCaptureFixture) ->
     assert result.predictor.model.get_parameter("0.weight").shape[1] < 130
 
 
-def test_the_validation_share() -> None:
+def test_validation_fraction_sets_the_number_of_rows() -> None:
     X, y = classes()
     result = tune(X, y, validation=0.5, n_trials=1)
     assert "40 training and 40 validation rows" in result.study.user_attrs["data"]
@@ -147,7 +151,7 @@ def test_the_validation_share() -> None:
 @pytest.mark.parametrize(
     "metric", ["accuracy", "balanced_accuracy", "roc_auc", "log_loss", "f1", "rmse", "mae", "r2"]
 )
-def test_the_best_value_is_that_of_the_stored_weights(metric: str, folder: Path) -> None:
+def test_stored_weights_have_the_best_value(metric: str, folder: Path) -> None:
     make = numbers if metric in ("rmse", "mae", "r2") else classes
     X, y = make()
     held_out = make(60, seed=1)
@@ -162,14 +166,14 @@ def test_the_best_value_is_that_of_the_stored_weights(metric: str, folder: Path)
     assert result.score(*held_out) == pytest.approx(result.best_value, rel=tolerance)
 
 
-def test_the_metric_follows_from_the_task() -> None:
+def test_default_metric_depends_on_the_task() -> None:
     assert tune(n_trials=1).study.user_attrs["metric"] == "accuracy"
     result = tune(*numbers(), n_trials=1)
     assert result.study.user_attrs["metric"] == "rmse"
     assert result.study.direction == optuna.study.StudyDirection.MINIMIZE
 
 
-def test_a_function_as_the_metric() -> None:
+def test_metric_can_be_a_function() -> None:
     def balanced(y_true: Array, y_pred: Array) -> float:
         assert set(y_true.tolist()) | set(y_pred.tolist()) <= {"down", "up"}
         return float(balanced_accuracy_score(y_true, y_pred, adjusted=False))
@@ -182,7 +186,7 @@ def test_a_function_as_the_metric() -> None:
     assert own.best_value == named.best_value == own.score(*held_out)
 
 
-def test_a_function_to_be_minimized() -> None:
+def test_metric_function_can_be_minimized() -> None:
     def worst(y_true: Array, y_pred: Array) -> float:
         return float(np.abs(y_true - y_pred).max())
 
@@ -193,7 +197,7 @@ def test_a_function_to_be_minimized() -> None:
     assert result.best_value == pytest.approx(worst(truth, predicted), rel=1e-4)
 
 
-def test_an_error_of_the_users_metric_is_raised_and_leaves_nothing_running() -> None:
+def test_error_of_a_user_metric_is_raised_and_leaves_no_running_trial() -> None:
     def broken(y_true: Array, y_pred: Array) -> float:
         raise ZeroDivisionError("of the user")
 
@@ -207,7 +211,7 @@ def test_an_error_of_the_users_metric_is_raised_and_leaves_nothing_running() -> 
 
 @pytest.mark.parametrize(("make", "task"), [(classes, "binary"), (numbers, "regression")])
 @pytest.mark.parametrize("method", ["bayes", "bayes-gp", "random", "quasi-random"])
-def test_the_first_trial_is_the_default_configuration(
+def test_first_trial_is_the_default_configuration(
     make: Callable[[], tuple[Array, Array]], task: str, method: str
 ) -> None:
     result = tune(*make(), method=method, fixed={"epochs": 1})
@@ -217,7 +221,7 @@ def test_the_first_trial_is_the_default_configuration(
     assert trials(result)[1].params != trials(result)[0].params
 
 
-def test_defaults_outside_the_space_are_moved_or_left_to_the_sampler() -> None:
+def test_defaults_outside_the_space_are_clipped_or_sampled() -> None:
     space = {
         "learning_rate": FloatDistribution(0.01, 0.1, log=True),
         "dropout": FloatDistribution(0.0, 0.6, step=0.15),
@@ -229,7 +233,7 @@ def test_defaults_outside_the_space_are_moved_or_left_to_the_sampler() -> None:
     assert params["optimizer"] in ("sgd", "adam")
 
 
-def test_space_and_fixed_are_kept_in_every_trial() -> None:
+def test_all_trials_respect_space_and_fixed() -> None:
     space = {
         "width": CategoricalDistribution((16, 40, 200)),
         "hidden_layers": IntDistribution(1, 2),
@@ -246,13 +250,13 @@ def test_space_and_fixed_are_kept_in_every_trial() -> None:
     assert result.study.user_attrs["fixed"]["dropout"] == 0.0
 
 
-def test_every_parameter_has_one_range_in_all_trials() -> None:
+def test_each_parameter_has_the_same_distribution_in_all_trials() -> None:
     result = tune(n_trials=6, fixed={"epochs": 1}, cohort_size=3)
     first = trials(result)[0].distributions
     assert all(t.distributions == first for t in trials(result))
 
 
-def test_what_a_trial_tells() -> None:
+def test_trials_have_all_user_attributes() -> None:
     trial = trials(tune(n_trials=1))[0]
     attributes = trial.user_attrs
     assert attributes["epochs"] == 4
@@ -274,7 +278,7 @@ def test_iterations_count_the_last_smaller_batch(batch_size: int, per_epoch: int
 
 
 @pytest.mark.parametrize(("iterations", "epochs"), [(30, 15), (7, 4), (1, 1)])
-def test_iterations_as_the_budget(iterations: int, epochs: int) -> None:
+def test_iterations_can_be_the_budget(iterations: int, epochs: int) -> None:
     fixed = SHAPE | {"iterations": iterations, "patience": 100}
     result = tune(fixed=fixed, cohort_size=2)
     for trial in trials(result):
@@ -283,7 +287,7 @@ def test_iterations_as_the_budget(iterations: int, epochs: int) -> None:
         assert trial.state == TrialState.COMPLETE
 
 
-def test_early_stopping_completes_a_trial_with_its_best_value() -> None:
+def test_early_stopped_trial_is_complete_with_its_best_value() -> None:
     fixed = SHAPE | {"epochs": 60, "patience": 3}
     result = tune(*numbers(), fixed=fixed, n_trials=8, method="random")
     stopped = [t for t in trials(result) if t.user_attrs["cause"] == "early stopping"]
@@ -297,7 +301,7 @@ def test_early_stopping_completes_a_trial_with_its_best_value() -> None:
 
 
 @pytest.mark.parametrize("cohort_size", [None, 1, 4])
-def test_the_same_seed_is_the_same_study(cohort_size: int | None) -> None:
+def test_same_seed_gives_the_same_study(cohort_size: int | None) -> None:
     wishes: dict[str, Any] = {"n_trials": 6, "pruner": None, "cohort_size": cohort_size}
     first, second = tune(**wishes, seed=5), tune(**wishes, seed=5)
     assert courses(first) == courses(second)
@@ -309,7 +313,7 @@ def test_the_same_seed_is_the_same_study(cohort_size: int | None) -> None:
     assert trials(other)[1].params != trials(first)[1].params
 
 
-def test_global_generators_make_no_difference() -> None:
+def test_global_random_generators_have_no_effect() -> None:
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
@@ -336,7 +340,7 @@ def test_callbacks_are_called_once_per_trial() -> None:
 @pytest.mark.parametrize(
     ("budget", "unit"), [({"n_trials": 2}, "trials"), ({"timeout": 0.3}, "s")]
 )
-def test_the_progress_bar(
+def test_progress_bar_shows_trials_and_best_value(
     budget: dict[str, float], unit: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tune(**({"n_trials": None} | budget), show_progress_bar=True)
@@ -347,26 +351,28 @@ def test_the_progress_bar(
     assert "trials done" not in capsys.readouterr().err
 
 
-def test_a_timeout_alone_ends_a_study() -> None:
+def test_timeout_alone_ends_a_study() -> None:
     result = tune(n_trials=None, timeout=1)
     assert len(trials(result)) > 3
     assert TrialState.RUNNING not in states(result)  # what never began may wait for another call
 
 
-def test_the_device_is_used() -> None:
+def test_networks_are_on_the_given_device() -> None:
     result = tune(n_trials=1, device=torch.device("cpu"))
     assert next(result.model.parameters()).device.type == "cpu"
 
 
-def test_study_name_and_log(folder: Path, log: pytest.LogCaptureFixture) -> None:
+def test_study_has_the_given_name_and_its_storage_is_logged(
+    folder: Path, log: pytest.LogCaptureFixture
+) -> None:
     result = tune(storage="a.journal", study_name="weather", n_trials=1)
     assert result.study.study_name == "weather"
-    assert any("'weather' is kept in a.journal" in line for line in log.messages)
+    assert any("Storing the study 'weather' in a.journal." in line for line in log.messages)
     names = [p.name for p in folder.iterdir()]
     assert sorted(names) == ["a.journal", "a.models"]
 
 
-def test_diverging_trials_are_pruned_and_the_study_goes_on() -> None:
+def test_diverged_trials_are_pruned_and_the_study_continues() -> None:
     space = {"learning_rate": CategoricalDistribution((0.002, 100.0))}
     fixed = {name: value for name, value in DIVERGING.items() if name != "learning_rate"}
     result = tune(*numbers(), space=space, fixed=fixed, n_trials=12, method="random")
@@ -380,7 +386,7 @@ def test_diverging_trials_are_pruned_and_the_study_goes_on() -> None:
     assert math.isfinite(result.best_value)
 
 
-def test_a_study_in_which_every_trial_diverges_ends() -> None:
+def test_study_ends_even_if_all_trials_diverge() -> None:
     result = tune(*numbers(), fixed=DIVERGING)
     assert states(result) == [TrialState.PRUNED] * 3
     assert causes(result) == ["diverged"] * 3
@@ -388,7 +394,7 @@ def test_a_study_in_which_every_trial_diverges_ends() -> None:
         _ = result.best_params
 
 
-def test_the_default_template_and_storage(folder: Path) -> None:
+def test_default_template_and_storage(folder: Path) -> None:
     X, y = classes()
     result = optimize(X=X, y=y, n_trials=2, fixed=TINY)
     assert sorted(p.name for p in folder.iterdir()) == [

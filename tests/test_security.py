@@ -1,4 +1,4 @@
-"""Nobody gets in: addresses, passwords, names of files, markup, and what is read from files."""
+"""Test security: addresses, passwords, file names, markup, and data read from files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def script(path: Path) -> ModuleType:
         (["--host", ""], "", True),
     ],
 )
-def test_dashboards_are_for_this_machine_unless_asked(
+def test_dashboard_listens_on_localhost_by_default(
     path: Path,
     options: list[str],
     host: str,
@@ -91,7 +91,7 @@ def test_dashboards_are_for_this_machine_unless_asked(
 
 @contextmanager
 def served(path: Path, *options: str) -> Iterator[str]:
-    """The address of a dashboard that serves a journal."""
+    """Start a dashboard for a journal and yield its address."""
     command = [sys.executable, str(ROOT / "dashboards/serve.py"), str(path), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -112,7 +112,7 @@ def answer(url: str, name: str) -> int:
         return error.code
 
 
-def test_pages_of_other_sites_do_not_reach_the_dashboard(folder: Path) -> None:
+def test_dashboard_rejects_requests_from_other_sites(folder: Path) -> None:
     tune(storage="s.journal", n_trials=1)
     with served(folder / "s.journal", "--allow", "Tuner.example:8080") as url:
         api = url.replace("/dashboard/", "/api/studies")
@@ -145,7 +145,7 @@ PIECES = ("hunt", "hünt", "er2")
 
 
 def said(error: BaseException | None) -> Iterator[str]:
-    """The text of an error, and of all that a traceback would show above it."""
+    """Return the messages of an error and of its causes."""
     while error is not None:
         yield str(error)
         error = error.__cause__ or error.__context__
@@ -166,7 +166,7 @@ def said(error: BaseException | None) -> Iterator[str]:
         "mssql+pyodbc:///?odbc_connect=SERVER%3Dx%3BPWD%3D{}",
     ],
 )
-def test_a_storage_that_fails_does_not_say_its_password(url: str, password: str) -> None:
+def test_storage_errors_do_not_contain_the_password(url: str, password: str) -> None:
     for written in {password, quote(password, safe="")}:
         # Without an @ before it, one in it is where the host begins; an & ends a query's entry.
         if (url.endswith("me:{}") and "@" in written) or ("=" in url and "&" in written):
@@ -207,7 +207,7 @@ def test_a_storage_that_fails_does_not_say_its_password(url: str, password: str)
         ("study.journal", "study.journal", "study.journal"),
     ],
 )
-def test_what_is_hidden_in_texts(text: str, url: str, expected: str) -> None:
+def test_passwords_are_hidden_in_texts(text: str, url: str, expected: str) -> None:
     assert hide_passwords(text, url) == expected
     assert hide_passwords(expected, url) == expected
 
@@ -215,7 +215,9 @@ def test_what_is_hidden_in_texts(text: str, url: str, expected: str) -> None:
 SECRET_URL = "sqlite:///file:s.db?uri=true&password=hunter2"  # which SQLite does not read
 
 
-def test_a_study_keeps_and_logs_no_password(folder: Path, log: pytest.LogCaptureFixture) -> None:
+def test_passwords_are_neither_stored_nor_logged(
+    folder: Path, log: pytest.LogCaptureFixture
+) -> None:
     log.set_level(logging.DEBUG, logger="optuna")
     secret = tune(storage=SECRET_URL, n_trials=2)
     study, storage = secret.study, secret.study._storage
@@ -269,7 +271,7 @@ def test_scripts_hide_passwords_in_errors_of_drivers(
     assert capsys.readouterr().err == "error: no answer from ***@localhost\n"
 
 
-def test_a_dashboard_does_not_print_passwords(
+def test_dashboard_does_not_print_passwords(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve = script(ROOT / "dashboards/serve.py")
@@ -299,7 +301,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_any_text_becomes_a_name_inside_a_folder(name: str, tmp_path: Path) -> None:
+def test_any_text_becomes_a_file_name_inside_a_folder(name: str, tmp_path: Path) -> None:
     found = safe_join(tmp_path, safe_file_name(name))
     found.mkdir()
     assert found.resolve().parent == tmp_path.resolve()
@@ -308,13 +310,13 @@ def test_any_text_becomes_a_name_inside_a_folder(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", [*NAMES[:8], "", None, 3, ["a"], "a b", "a\n"], ids=ascii)
-def test_a_name_from_a_storage_cannot_leave_its_folder(name: Any, tmp_path: Path) -> None:
+def test_stored_folder_name_cannot_leave_its_folder(name: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="A folder that a study names must be of letters"):
         safe_join(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["../../up", "/up", "x" * 400, "ü" * 300, "..", "a\0b", "a/b\\c"])
-def test_a_study_of_any_name_keeps_its_files_together(name: str, folder: Path) -> None:
+def test_study_with_any_name_keeps_its_files_in_one_folder(name: str, folder: Path) -> None:
     home = folder / "in" / "here"
     home.mkdir(parents=True)
     result = tune(storage=home / "s.journal", study_name=name, n_trials=1)
@@ -326,7 +328,7 @@ def test_a_study_of_any_name_keeps_its_files_together(name: str, folder: Path) -
     assert [path.name for path in folder.iterdir()] == ["in"]
 
 
-def test_a_study_that_was_tampered_with_writes_nowhere_else(folder: Path) -> None:
+def test_study_with_a_changed_folder_name_is_rejected(folder: Path) -> None:
     tune(storage="s.journal", study_name="s", n_trials=1)
     study = optuna.load_study(study_name="s", storage=open_storage("s.journal"))
     study.set_user_attr(MODELS, "../../up")
@@ -334,7 +336,7 @@ def test_a_study_that_was_tampered_with_writes_nowhere_else(folder: Path) -> Non
         tune(storage="s.journal", study_name="s", n_trials=2)
 
 
-def test_names_of_columns_are_no_names_of_files(folder: Path) -> None:
+def test_column_names_are_not_used_as_file_names(folder: Path) -> None:
     X, y = classes()
     frame = pd.DataFrame(X, columns=["../a", "/b", "c\0"])
     result = tune(frame, y, storage="s.journal", n_trials=2)
@@ -356,12 +358,15 @@ LOADERS = {
     *("pd.read_pickle", "np.load", "numpy.load", "runpy.run_path", "imp.load_source"),
 }
 
-# What a process sends to its own workers, and a try of whether it can be sent: no files.
-MESSAGES = {"optuna_nnhp/workers/worker.py": ["cloudpickle.loads"] * 2}
+# What a process sends to its own workers, and the check that an error can be sent: no files.
+MESSAGES = {
+    "optuna_nnhp/workers/config.py": ["cloudpickle.loads"],
+    "optuna_nnhp/workers/worker.py": ["cloudpickle.loads"],
+}
 
 
 def code_from_files(source: str) -> list[str]:
-    """Calls and imports that run what a file or a text says."""
+    """Return the calls and imports that run code from a file or text."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -390,18 +395,18 @@ def code_from_files(source: str) -> list[str]:
         ("re.compile('x'); model.eval(); json.load(file)", []),
     ],
 )
-def test_code_from_files_is_found(source: str, expected: list[str]) -> None:
+def test_checker_finds_calls_that_run_code(source: str, expected: list[str]) -> None:
     assert code_from_files(source) == expected
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_that_a_file_holds_is_run(path: Path) -> None:
+def test_package_does_not_run_code_from_files(path: Path) -> None:
     passed = MESSAGES.get(path.relative_to(ROOT).as_posix(), [])
     assert code_from_files(path.read_text(encoding="utf-8")) == passed
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
-def test_a_pickle_in_the_place_of_a_model_is_refused(name: str, folder: Path) -> None:
+def test_pickle_in_place_of_a_model_is_rejected(name: str, folder: Path) -> None:
     result = tune(n_trials=1)
     result.save("model")
     file = Path("model", name)

@@ -87,7 +87,7 @@ def test_gpt_text(run: Run, sums: Path, tmp_path: Path) -> None:
     line = ("gpt_text", str(sums), "--timeout", "8", "--seconds", "1", "--n-trials", "2")
     code, output, errors = run(*line, "--prompt", "12 and")
     assert code == 0, errors
-    assert output.startswith("12 and") and "perplexity" in output and "tokens a second" in output
+    assert output.startswith("12 and") and "perplexity" in output and "tokens per second" in output
     assert "dashboards/serve.py sums.journal" in output.splitlines()[-1]
     assert optuna_nnhp.load(tmp_path / "sums-model").generate("12", tokens=3).startswith("12")
 

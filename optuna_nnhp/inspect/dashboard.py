@@ -1,7 +1,7 @@
-"""Notes and figures for optuna-dashboard, kept in the study itself.
+"""Write notes and figures for optuna-dashboard, which are stored in the study.
 
-optuna-dashboard has no pages of one's own: what it shows beyond its plots are Markdown notes and
-plotly figures that are stored as attributes of the study.
+optuna-dashboard has no custom pages: besides its own plots it shows Markdown notes and plotly
+figures that are stored as attributes of the study.
 https://optuna-dashboard.readthedocs.io/en/stable/api.html
 """
 
@@ -19,11 +19,11 @@ from typing import cast
 import optuna
 from optuna.trial import FrozenTrial
 
-from optuna_nnhp.inspect.figures import learning_rate
 from optuna_nnhp.inspect.figures import plot_learning_curves
+from optuna_nnhp.inspect.figures import plot_learning_rate
 from optuna_nnhp.inspect.replicates import replicated_trials
 from optuna_nnhp.inspect.schedules import plot_schedules
-from optuna_nnhp.inspect.summary import SAMPLE
+from optuna_nnhp.inspect.summary import GENERATED_TEXT
 from optuna_nnhp.inspect.summary import find_best_trial
 from optuna_nnhp.inspect.summary import format_value
 from optuna_nnhp.inspect.summary import is_language
@@ -38,214 +38,21 @@ from optuna_nnhp.version import __version__
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-# Where the study remembers what was last written: a digest by part, and the best trial.
-_ATTRIBUTE = "optuna_nnhp:annotated"
-_OWN_NOTES = "*Your own notes: text below this line is kept.*"
-
-
-def _optuna_dashboard() -> ModuleType:
-    try:
-        import optuna_dashboard
-    except ModuleNotFoundError as error:
-        if error.name != "optuna_dashboard":
-            raise
-        raise ModuleNotFoundError(
-            "Notes and figures need optuna-dashboard, which is not installed: "
-            "pip install 'optuna-nnhp[dashboard]'",
-            name=error.name,
-        ) from error
-    return cast(ModuleType, optuna_dashboard)
-
-
-def _escape_markdown(value: object) -> str:
-    """Text that Markdown shows as it is: no emphasis, links, tables, HTML or formulas.
-
-    Example:
-        >>> print(_escape_markdown("a_b|<script>$x$"))
-        a\\_b\\|\\<script\\>\\$x\\$
-    """
-    return re.sub(r"([\\`*_\[\]<>|$~&#!])", r"\\\1", format_value(value))
-
-
-def _markdown_name(name: str) -> str:
-    # A code span shows its content as it is, but knows no escapes: plain names only.
-    return f"`{name}`" if re.fullmatch(r"[\w.:-]+", name) else _escape_markdown(name)
-
-
-def _markdown_table(rows: Mapping[str, object], heads: tuple[str, str]) -> str:
-    lines = [f"| {heads[0]} | {heads[1]} |", "| --- | --- |"]
-    # The dashboard's tables have no padding: the space keeps the columns apart.
-    lines += [
-        f"| {_markdown_name(name)}&emsp; | {_escape_markdown(value)} |"
-        for name, value in rows.items()
-    ]
-    return "\n".join(lines)
-
-
-def study_note(study: optuna.Study) -> str:
-    """The study in Markdown: what is tuned in which ranges, on what data, and the best so far.
-
-    Args:
-        study:
-            A study of one objective.
-
-    Example:
-        >>> study = optuna.create_study(study_name="digits")
-        >>> study.set_user_attr("metric", "loss")
-        >>> study.add_trial(optuna.trial.create_trial(value=0.25))
-        >>> "**loss 0.25** in trial 0" in study_note(study)
-        True
-    """
-    rows = summary(study)
-    parts = [f"## {_escape_markdown(rows.pop('study'))}"]
-    rows.pop("best")
-    rows.pop("other seeds", None)
-    parts.append(
-        "\n".join(
-            f"- **{_escape_markdown(k)}**: {_escape_markdown(text)}" for k, text in rows.items()
-        )
-    )
-    parts.append("### Best so far")
-    if best := find_best_trial(study):
-        value = f"{_escape_markdown(metric_name(study))} {format_value(best.value)}"
-        seeds = f"; {_escape_markdown(words)}" if (words := replicates_text(study)) else ""
-        parts.append(f"**{value}** in trial {best.number}{seeds}")
-        parts.append(_markdown_table(best.params, ("parameter", "value")))
-        parts += _generated_text(study, best)
-    else:
-        parts.append("No trial has completed yet.")
-    if space := {name: range_text(found) for name, found in search_space(study).items()}:
-        parts += ["### What is tuned", _markdown_table(space, ("parameter", "range"))]
-    if fixed := study.user_attrs.get("fixed"):
-        parts += ["### What is fixed", _markdown_table(fixed, ("parameter", "value"))]
-    return "\n\n".join(parts)
-
-
-def _generated_text(study: optuna.Study, trial: FrozenTrial) -> list[str]:
-    """What a language model writes, if it is the study's best."""
-    sample = study.user_attrs.get(SAMPLE, {})
-    if sample.get("trial") != trial.number:
-        return []
-    return ["### What it writes", _code_block(sample["text"])]
-
-
-def _code_block(text: str) -> str:
-    """A text as it stands: every line indented, which is Markdown's code."""
-    return "\n".join("    " + line for line in text.splitlines())
-
-
-def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
-    """The best trial in Markdown: how good, how long, which parameters, how to get it back.
-
-    Args:
-        study:
-            The trial's study, of one objective.
-        trial:
-            A trial with a value.
-
-    Example:
-        >>> study = optuna.create_study()
-        >>> study.add_trial(optuna.trial.create_trial(value=0.25))
-        >>> "`optuna_nnhp.load`" in trial_note(study, study.best_trial)
-        True
-    """
-    attrs = trial.user_attrs
-    facts = {
-        "other seeds": _replicates_text(study, trial),
-        "best epoch": attrs.get("best_epoch"),
-        "epochs": attrs.get("epochs"),
-        "iterations": attrs.get("iterations"),
-        "weights": attrs.get("weights"),
-        "seconds": attrs.get("seconds"),
-        **language_model_rows(trial),
-        "ended by": attrs.get("cause"),
-        "its values": schedule_changes_text(trial),
-    }
-    known = [
-        f"- **{label}**: {_escape_markdown(fact)}"
-        for label, fact in facts.items()
-        if fact is not None
-    ]
-    use = "generate" if is_language(study) else "predict"
-    parts = [
-        f"## Best trial: {_escape_markdown(metric_name(study))} {format_value(trial.value)}",
-        "\n".join(known),
-        *_generated_text(study, trial),
-        _markdown_table(trial.params, ("parameter", "value")) if trial.params else "",
-        "### The network",
-        "In the program that ran the study, `result.model` is this trial's network at its best "
-        f"epoch, and `result.{use}` uses it; elsewhere `optuna_nnhp.load` reads what "
-        "`result.save` wrote.",
-    ]
-    return "\n\n".join(filter(None, parts))
-
-
-def _replicates_text(study: optuna.Study, trial: FrozenTrial) -> str | None:
-    """What a trial came to with other seeds."""
-    return next((r.words for r in replicated_trials(study) if r.number == trial.number), None)
-
-
-def _fingerprint(study: optuna.Study) -> str:
-    """A digest of all that the notes and figures are made of; running trials count by state."""
-    trials = [
-        (trial.number, trial.state.name, trial.values, len(trial.user_attrs))
-        for trial in study.get_trials(deepcopy=False)
-    ]
-    return _digest(
-        json.dumps([__version__, study.study_name, study.user_attrs, trials], default=str)
-    )
-
-
-def _digest(text: str) -> str:
-    return sha256(text.encode()).hexdigest()[:32]
-
-
-def _merge_notes(own: str, old: str) -> str:
-    """Our text, then what a person wrote: below our line or, without one, all there was."""
-    _, line, kept = old.partition(_OWN_NOTES)
-    kept = kept if line else f"\n\n{old}" if old.strip() else ""
-    return f"{own}\n\n---\n\n{_OWN_NOTES}{kept}"
-
-
-def _write_note(target: optuna.Study | optuna.Trial, body: str) -> None:
-    dashboard = _optuna_dashboard()
-    if dashboard.get_note(target) != body:
-        dashboard.save_note(target, body)
-
-
-def _note_target(study: optuna.Study, number: int) -> optuna.Trial:
-    # `optuna.Trial(...)` would call the sampler's `before_trial`, which may write; the notes need
-    # these three attributes only.
-    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
-    target = SimpleNamespace(study=study, storage=study._storage, _trial_id=trial_id)
-    return cast(optuna.Trial, target)
-
-
-def _write_best_trial_note(study: optuna.Study, before: int | None) -> int | None:
-    """Write the note of the best trial, take ours off the trial that was best before."""
-    dashboard = _optuna_dashboard()
-    leader = find_best_trial(study)
-    best = leader.number if leader else None
-    if before is not None and before != best:
-        target = _note_target(study, before)
-        _write_note(target, dashboard.get_note(target).partition(_OWN_NOTES)[2].strip())
-    if leader is not None:
-        target = _note_target(study, leader.number)
-        own = trial_note(study, leader)
-        _write_note(target, _merge_notes(own, dashboard.get_note(target)))
-    return best
+# System attribute of a study: digests of what was last written, and the number of the best trial.
+_ANNOTATED_KEY = "optuna_nnhp:annotated"
+_USER_NOTES_MARK = "*Your own notes: text below this line is kept.*"
 
 
 def annotate(study: optuna.Study) -> bool:
     """Write notes on the study and its best trial, and figures, for optuna-dashboard.
 
-    The figures are kept small, about 20 kB each, since the dashboard stores them in pieces of
-    2045 characters and sends them again at every poll. Text that a person added to a note below
-    our line is kept. Nothing is written where no trial started or ended since the last call.
+    The figures are small, about 20 kB each, since the dashboard stores them in pieces of 2045
+    characters and sends them again at every poll. Text that a person added to a note below our
+    line is kept. Nothing is written if no trial has started or ended since the last call.
 
     Args:
         study:
-            A study of one objective, in any storage.
+            A study with one objective, in any storage.
 
     Returns:
         Whether anything was written.
@@ -260,25 +67,229 @@ def annotate(study: optuna.Study) -> bool:
     """
     dashboard = _optuna_dashboard()
     storage, study_id = study._storage, study._study_id
-    last: dict[str, Any] = storage.get_study_system_attrs(study_id).get(_ATTRIBUTE, {})
+    last: dict[str, Any] = storage.get_study_system_attrs(study_id).get(_ANNOTATED_KEY, {})
     fingerprint = _fingerprint(study)
     if last.get("study") == fingerprint:
         return False
     _write_note(study, _merge_notes(study_note(study), dashboard.get_note(study)))
-    now: dict[str, Any] = {
-        "study": fingerprint,
-        "best": _write_best_trial_note(study, last.get("best")),
-    }
+    best = _write_best_trial_note(study, last.get("best"))
+    now: dict[str, Any] = {"study": fingerprint, "best": best}
     figures = {
-        "learning_curves": plot_learning_curves(study, points=50),
-        "learning_rate": learning_rate(study, most=100, details=False),
+        "learning_curves": plot_learning_curves(study, max_points=50),
+        "learning_rate": plot_learning_rate(study, max_trials=100, details=False),
     }
-    if (moved := plot_schedules(study, best=3, small=True)).data:
-        figures["courses"] = moved
+    if (schedules := plot_schedules(study, n_best=3, compact=True)).data:
+        figures["schedules"] = schedules
     for name, figure in figures.items():
         now[name] = _digest(figure.to_json())
         if last.get(name) != now[name]:
             dashboard.save_plotly_graph_object(study, figure, graph_object_id=name)
-    storage.set_study_system_attr(study_id, _ATTRIBUTE, now)
+    storage.set_study_system_attr(study_id, _ANNOTATED_KEY, now)
     _logger.debug(f"Annotated study {study.study_name!r} for optuna-dashboard.")
     return True
+
+
+def study_note(study: optuna.Study) -> str:
+    """Describe a study in Markdown: data, best trial, tuned and fixed parameters.
+
+    Args:
+        study:
+            A study with one objective.
+
+    Example:
+        >>> study = optuna.create_study(study_name="digits")
+        >>> study.set_user_attr("metric", "loss")
+        >>> study.add_trial(optuna.trial.create_trial(value=0.25))
+        >>> "**loss 0.25** in trial 0" in study_note(study)
+        True
+    """
+    rows = summary(study)
+    parts = [f"## {_escape_markdown(rows.pop('study'))}"]
+    rows.pop("best")
+    rows.pop("other seeds", None)
+    parts.append(_markdown_list(rows))
+    parts.append("### Best so far")
+    if best := find_best_trial(study):
+        value = f"{_escape_markdown(metric_name(study))} {format_value(best.value)}"
+        seeds = f"; {_escape_markdown(text)}" if (text := replicates_text(study)) else ""
+        parts.append(f"**{value}** in trial {best.number}{seeds}")
+        parts.append(_markdown_table(best.params, ("parameter", "value")))
+        parts += _generated_text(study, best)
+    else:
+        parts.append("No trial has completed yet.")
+    if space := {name: range_text(found) for name, found in search_space(study).items()}:
+        parts += ["### Tuned parameters", _markdown_table(space, ("parameter", "range"))]
+    if fixed := study.user_attrs.get("fixed"):
+        parts += ["### Fixed parameters", _markdown_table(fixed, ("parameter", "value"))]
+    return "\n\n".join(parts)
+
+
+def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
+    """Describe the best trial in Markdown: value, duration, parameters, how to load its network.
+
+    Args:
+        study:
+            The trial's study, with one objective.
+        trial:
+            A trial with a value.
+
+    Example:
+        >>> study = optuna.create_study()
+        >>> study.add_trial(optuna.trial.create_trial(value=0.25))
+        >>> "`optuna_nnhp.load`" in trial_note(study, study.best_trial)
+        True
+    """
+    attrs = trial.user_attrs
+    rows = {
+        "other seeds": _replicates_text(study, trial),
+        "best epoch": attrs.get("best_epoch"),
+        "epochs": attrs.get("epochs"),
+        "iterations": attrs.get("iterations"),
+        "weights": attrs.get("weights"),
+        "seconds": attrs.get("seconds"),
+        **language_model_rows(trial),
+        "ended by": attrs.get("cause"),
+        "its values": schedule_changes_text(trial),
+    }
+    use = "generate" if is_language(study) else "predict"
+    parts = [
+        f"## Best trial: {_escape_markdown(metric_name(study))} {format_value(trial.value)}",
+        _markdown_list({label: value for label, value in rows.items() if value is not None}),
+        *_generated_text(study, trial),
+        _markdown_table(trial.params, ("parameter", "value")) if trial.params else "",
+        "### The network",
+        "In the program that ran the study, `result.model` is this trial's network at its best "
+        f"epoch, and `result.{use}` uses it. Elsewhere `optuna_nnhp.load` loads what "
+        "`result.save` has written.",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _optuna_dashboard() -> ModuleType:
+    """Import optuna-dashboard, which is an optional dependency."""
+    try:
+        import optuna_dashboard
+    except ModuleNotFoundError as error:
+        if error.name != "optuna_dashboard":
+            raise
+        raise ModuleNotFoundError(
+            "Notes and figures need optuna-dashboard, which is not installed: "
+            "pip install 'optuna-nnhp[dashboard]'",
+            name=error.name,
+        ) from error
+    return cast(ModuleType, optuna_dashboard)
+
+
+def _escape_markdown(value: object) -> str:
+    """Escape a value so that Markdown shows no emphasis, links, tables, HTML or formulas.
+
+    Example:
+        >>> print(_escape_markdown("a_b|<script>$x$"))
+        a\\_b\\|\\<script\\>\\$x\\$
+    """
+    return re.sub(r"([\\`*_\[\]<>|$~&#!])", r"\\\1", format_value(value))
+
+
+def _markdown_name(name: str) -> str:
+    """Format a parameter name: as a code span, which has no escapes, if it is a plain name."""
+    return f"`{name}`" if re.fullmatch(r"[\w.:-]+", name) else _escape_markdown(name)
+
+
+def _markdown_list(rows: Mapping[str, object]) -> str:
+    """Return a list of labels and values."""
+    return "\n".join(
+        f"- **{_escape_markdown(label)}**: {_escape_markdown(value)}"
+        for label, value in rows.items()
+    )
+
+
+def _markdown_table(rows: Mapping[str, object], heads: tuple[str, str]) -> str:
+    """Return a table with two columns."""
+    lines = [f"| {heads[0]} | {heads[1]} |", "| --- | --- |"]
+    # The dashboard's tables have no padding; the space separates the columns.
+    lines += [
+        f"| {_markdown_name(name)}&emsp; | {_escape_markdown(value)} |"
+        for name, value in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def _generated_text(study: optuna.Study, trial: FrozenTrial) -> list[str]:
+    """Return a section with the text that the best language model generated, if there is one."""
+    stored = study.user_attrs.get(GENERATED_TEXT, {})
+    if stored.get("trial") != trial.number:
+        return []
+    return ["### Generated text", _code_block(stored["text"])]
+
+
+def _code_block(text: str) -> str:
+    """Indent a text, so that Markdown shows it as code, without any markup."""
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def _replicates_text(study: optuna.Study, trial: FrozenTrial) -> str | None:
+    """Describe a trial's values with other seeds; None if it has no replicates."""
+    return next((r.text for r in replicated_trials(study) if r.number == trial.number), None)
+
+
+def _fingerprint(study: optuna.Study) -> str:
+    """Return a digest of what notes and figures show; of running trials only the state."""
+    trials = [
+        (trial.number, trial.state.name, trial.values, len(trial.user_attrs))
+        for trial in study.get_trials(deepcopy=False)
+    ]
+    return _digest(
+        json.dumps([__version__, study.study_name, study.user_attrs, trials], default=str)
+    )
+
+
+def _digest(text: str) -> str:
+    """Return a digest of a text."""
+    return sha256(text.encode()).hexdigest()[:32]
+
+
+def _merge_notes(generated: str, old: str) -> str:
+    """Append what a person wrote to the generated note.
+
+    That is the text below our line, or the whole note if it has no such line.
+    """
+    _, mark, kept = old.partition(_USER_NOTES_MARK)
+    kept = kept if mark else f"\n\n{old}" if old.strip() else ""
+    return f"{generated}\n\n---\n\n{_USER_NOTES_MARK}{kept}"
+
+
+def _write_note(target: optuna.Study | optuna.Trial, body: str) -> None:
+    """Write the note of a study or trial if it has changed."""
+    dashboard = _optuna_dashboard()
+    if dashboard.get_note(target) != body:
+        dashboard.save_note(target, body)
+
+
+def _note_target(study: optuna.Study, number: int) -> optuna.Trial:
+    """Return an object by which optuna-dashboard finds a trial.
+
+    `optuna.Trial(...)` would call the sampler's `before_trial`, which may write to the storage;
+    notes need only these three attributes.
+    """
+    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
+    target = SimpleNamespace(study=study, storage=study._storage, _trial_id=trial_id)
+    return cast(optuna.Trial, target)
+
+
+def _write_best_trial_note(study: optuna.Study, old_best: int | None) -> int | None:
+    """Write the note of the best trial, and remove ours from the trial that was best before.
+
+    Returns:
+        Number of the best trial; None if there is none.
+    """
+    dashboard = _optuna_dashboard()
+    best = find_best_trial(study)
+    number = best.number if best else None
+    if old_best is not None and old_best != number:
+        target = _note_target(study, old_best)
+        _write_note(target, dashboard.get_note(target).partition(_USER_NOTES_MARK)[2].strip())
+    if best is not None:
+        target = _note_target(study, best.number)
+        note = trial_note(study, best)
+        _write_note(target, _merge_notes(note, dashboard.get_note(target)))
+    return number

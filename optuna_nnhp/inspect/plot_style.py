@@ -1,4 +1,4 @@
-"""The look that all figures share, and the numbers and texts that go into them."""
+"""Style all figures alike, and format the numbers and texts in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from optuna_nnhp.inspect.summary import format_value
 
-# Okabe and Ito's colours for colour-blind readers, without yellow and black.
+# Okabe and Ito's colors for color-blind readers, without yellow and black.
 # https://jfly.uni-koeln.de/color/
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d46")
 GREY = "#b8bec6"
@@ -19,23 +19,23 @@ TEXT_COLOR = "#2b2f36"
 
 
 def escape_markup(value: object) -> str:
-    """A value as text for a plotly figure, where markup shows as it is written.
+    """Format a value as text for a plotly figure that shows markup as written.
 
     Example:
         >>> escape_markup("<b>")
         '&lt;b&gt;'
     """
-    # plotly reads <b>, <a> and the like in every text; it decodes &lt; but not &quot;.
+    # plotly interprets <b>, <a> and the like in every text; it decodes &lt; but not &quot;.
     return html.escape(format_value(value), quote=False)
 
 
-def template() -> go.layout.Template:
-    """The look that all figures share: white, thin grid lines, colours for every eye.
+def plot_template() -> go.layout.Template:
+    """Return the plotly template of all figures: white, with thin grid lines.
 
-    It is small on purpose: plotly's own template adds 7 kB to every saved figure.
+    It is short on purpose: plotly's own template adds 7 kB to every saved figure.
 
     Example:
-        >>> template().layout.plot_bgcolor
+        >>> plot_template().layout.plot_bgcolor
         'white'
     """
     axis = {
@@ -64,23 +64,36 @@ def template() -> go.layout.Template:
 
 
 def apply_style(figure: go.Figure, title: str, subtitle: str = "", **layout: Any) -> go.Figure:
-    """The figure with the common look, a title and a line under it; both hold escaped text.
+    """Apply the common style to a figure, with a title and a line under it.
+
+    Args:
+        figure:
+            The figure, which is changed in place.
+        title:
+            Title, with escaped markup.
+        subtitle:
+            Line under the title, with escaped markup.
+        layout:
+            More options of plotly's layout.
+
+    Returns:
+        The figure.
 
     Example:
         >>> apply_style(go.Figure(), "Learning curves").layout.title.text
         '<b>Learning curves</b>'
     """
-    # The subtitle is part of the title, since older plotly.js have no title.subtitle.
+    # The subtitle is part of the title because older versions of plotly.js lack title.subtitle.
     small = f'<br><span style="font-size:12px;color:#6b7280">{subtitle}</span>'
     text = f"<b>{title}</b>" + (small if subtitle else "")
     position = {"text": text, "x": 0, "xref": "container", "y": None, "yref": "container"}
-    figure.update_layout(template=template(), title=position, **layout)
+    figure.update_layout(template=plot_template(), title=position, **layout)
     figure.update_layout(title={"yanchor": "auto"})
     return figure
 
 
 def round_to_five_digits(value: float) -> float:
-    """A number with five digits: more than a screen shows, and a third of the size in JSON.
+    """Round a number to five digits, which saves two thirds of its size in JSON.
 
     Example:
         >>> round_to_five_digits(0.123456789)
@@ -90,10 +103,16 @@ def round_to_five_digits(value: float) -> float:
 
 
 def robust_range(values: Sequence[float], maximized: bool) -> tuple[float, float]:
-    """A y-range from the best value to far beyond the median, so that outliers do not flatten it.
+    """Return a range for the y axis that outliers do not stretch.
 
-    The bad side ends at four times the distance from best to median; half of the trials may be
-    outliers before the median is one. Where the worst is not far beyond that, all is shown.
+    It ends on the good side at the best value, and on the bad side at four times the distance
+    from the best to the median. It covers all values if the worst is not far beyond that.
+
+    Args:
+        values:
+            The values to show.
+        maximized:
+            Whether larger values are better.
 
     Example:
         >>> robust_range([1.0, 1.1, 1.2, 900.0], maximized=False)
@@ -101,9 +120,9 @@ def robust_range(values: Sequence[float], maximized: bool) -> tuple[float, float
     """
     sign = -1.0 if maximized else 1.0
     costs = sign * np.asarray(values, dtype=float)
-    best, middle, worst = float(costs.min()), float(np.median(costs)), float(costs.max())
-    reach = best + 4.0 * (middle - best)
-    limit = worst if middle == best or worst - best <= 2.0 * (reach - best) else reach
+    best, median, worst = float(costs.min()), float(np.median(costs)), float(costs.max())
+    far = best + 4.0 * (median - best)
+    limit = worst if median == best or worst - best <= 2.0 * (far - best) else far
     margin = 0.05 * (limit - best) or 0.05 * abs(best) or 0.05
     low, high = sorted((sign * (best - margin), sign * (limit + margin)))
     return round_to_five_digits(low), round_to_five_digits(high)

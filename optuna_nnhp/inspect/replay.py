@@ -1,8 +1,9 @@
-"""Whether a trial gives its value again: from its stored weights, and trained anew."""
+"""Replay a trial: score its stored weights, retrain it, and compare with the recorded values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -19,50 +20,51 @@ import optuna
 from optuna import Study
 from optuna.storages import BaseStorage
 from optuna.storages import JournalStorage
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
 import torch
 from torch import nn
 
 from optuna_nnhp.engine.threads import single_threaded_blas
 from optuna_nnhp.errors import unknown_name
-from optuna_nnhp.inspect.retraining import get_trained_trial
-from optuna_nnhp.inspect.retraining import last_round
-from optuna_nnhp.inspect.retraining import recorded_value
-from optuna_nnhp.inspect.retraining import retrain_trial
-from optuna_nnhp.inspect.retraining import scored_round
-from optuna_nnhp.inspect.retraining import stored_value
-from optuna_nnhp.inspect.retraining import with_trial_seed
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.storages.paths import check_storage_exists
 from optuna_nnhp.storages.paths import models_folder
 from optuna_nnhp.storages.paths import safe_join
 from optuna_nnhp.study.environment import BY_COMPILER
+from optuna_nnhp.study.environment import SEED
 from optuna_nnhp.study.environment import Environment
 from optuna_nnhp.study.environment import describe_environment
 from optuna_nnhp.study.environment import differences
 from optuna_nnhp.study.environment import trial_environments
 from optuna_nnhp.study.open_study import MODELS
+from optuna_nnhp.study.running_trial import params_for_retraining
+from optuna_nnhp.study.running_trial import schedule_of
 from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.templates.supervised import SupervisedTemplate
 from optuna_nnhp.templates.supervised import Template
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.device import resolve_device
+from optuna_nnhp.training.numerics_context import NUMERICS_CONTEXT_KEY
+from optuna_nnhp.training.retrain import RetrainResult
+from optuna_nnhp.training.retrain import evaluate_network
+from optuna_nnhp.training.retrain import retrain
+from optuna_nnhp.training.segments import Segment
 from optuna_nnhp.training.torch_compile import check_compile
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-# How far a value may be from the recorded one where sums are rounded otherwise, on other machines
-# or by other versions: a share of the value; and where examples are counted, so many of them.
-RELATIVE_TOLERANCE, EXAMPLE_TOLERANCE = 1e-3, 2
-ABSOLUTE_TOLERANCE = 1e-6  # of values near 0
-CLASS_TASKS, METRICS_WITHOUT_COUNTS = (
-    ("binary", "multiclass"),
-    ("log_loss",),
-)  # tasks that count; and what does not
+# Largest accepted difference from a recorded value. Other machines and versions round sums
+# differently. Relative to the value, absolute for values near 0, and in examples of the
+# validation part for metrics that count examples.
+RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE, EXAMPLE_TOLERANCE = 1e-3, 1e-6, 2
+CLASS_TASKS = ("binary", "multiclass")
+METRICS_WITHOUT_COUNTS = ("log_loss",)  # metrics for classes that do not count examples
 
 
 class Deviation(NamedTuple):
-    """Where a curve leaves another one.
+    """The first step at which two learning curves differ.
 
     Args:
         step:
@@ -70,7 +72,7 @@ class Deviation(NamedTuple):
         recorded:
             Value in the study.
         retrained:
-            Value now.
+            Value of the retrained network.
     """
 
     step: int
@@ -80,40 +82,40 @@ class Deviation(NamedTuple):
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of a trial that was judged and trained again.
+    """The result of replaying a trial.
 
     Args:
         number:
-            The trial's.
+            Number of the trial.
         best_value:
-            What the study has recorded; None for a trial that has no value.
+            Value recorded in the study; None if the trial has no value.
         stored_value:
-            That of the stored weights; None if there are none.
+            Value of the stored weights; None if there are none.
         retrained_value:
-            That of the network trained again, at the same step; NaN if it has none.
+            Value of the retrained network at the same step; NaN if it has none.
         tolerance:
-            How far that may be away: a thousandth of the value, and two examples where a metric
-            counts them.
+            Largest accepted difference of the retrained value: 0.1 % of the value, and for
+            metrics that count examples at least two examples.
         is_exact:
-            Whether the stored weights have the recorded value to the last bit; where there are
-            none, whether the retrained network has.
+            Whether the stored weights have the recorded value to the last bit; without stored
+            weights, whether the retrained network has.
         is_reproduced:
-            Whether the retrained network has it within the tolerance.
+            Whether the retrained network has the recorded value within the tolerance.
         first_difference:
-            Where the curve leaves the recorded one, if it does; None if all values are equal.
+            First step at which the learning curves differ; None if all values are equal.
         differences:
-            What differs between where the trial was trained and here.
+            Differences between the environment of the trial and this one.
         steps:
-            Values of the curve that were compared.
+            Number of compared values of the learning curve.
         seconds:
-            How long it took.
+            Duration of the replay in seconds.
 
     Example:
         >>> print(Replay(3, 0.9, 0.9, 0.9, 9e-4, True, True, None, [], 12, 0.5))
         Trial 3 has the value 0.9.
         Stored weights: 0.9, exactly.
-        Trained again: 0.9, exactly; all 12 values of the curve are equal (0.5 s).
-        Where it was trained: versions and machine as here.
+        Retrained: 0.9, exactly; all 12 values of the learning curve are equal (0.5 s).
+        Environment: the same versions and machine.
     """
 
     number: int
@@ -129,34 +131,39 @@ class Replay:
     seconds: float
 
     def __str__(self) -> str:
-        """A few lines for a person."""
+        """Summarize the replay in four lines."""
         value = "no value" if self.best_value is None else f"the value {self.best_value:.7g}"
-        stored, there = "none", "versions and machine as here"
+        stored, environment = "none", "the same versions and machine"
         if self.stored_value is not None:
             stored = f"{self.stored_value:.7g}, {'' if self.is_exact else 'NOT '}exactly"
         if self.differences:
-            there = f"{'; '.join(self.differences)}. Values may differ"
+            environment = f"{'; '.join(self.differences)}. Values may differ"
         return (
             f"Trial {self.number} has {value}.\n"
             f"Stored weights: {stored}.\n"
-            f"Trained again: {self._retrained()}; {self._curve()} ({self.seconds:.1f} s).\n"
-            f"Where it was trained: {there}."
+            f"Retrained: {self._retrained_text()}; {self._curve_text()} ({self.seconds:.1f} s).\n"
+            f"Environment: {environment}."
         )
 
-    def _retrained(self) -> str:
+    def _retrained_text(self) -> str:
+        """Describe the value of the retrained network."""
         if self.best_value is None:
-            return "no value again" if self.is_reproduced else f"{self.retrained_value:.7g}"
+            return "again no value" if self.is_reproduced else f"{self.retrained_value:.7g}"
         if self.retrained_value == self.best_value:
             return f"{self.retrained_value:.7g}, exactly"
         within = "within" if self.is_reproduced else "NOT within"
         return f"{self.retrained_value:.7g}, {within} {self.tolerance:.2g}"
 
-    def _curve(self) -> str:
+    def _curve_text(self) -> str:
+        """Describe where the learning curves differ."""
         if self.first_difference is None:
-            return f"all {self.steps} values of the curve are equal"
+            return f"all {self.steps} values of the learning curve are equal"
         step, recorded, retrained = self.first_difference
-        far = f"{abs(recorded - retrained):.1e}"
-        return f"the curve differs from step {step} on, where {recorded:.7g} is {far} away"
+        distance = f"{abs(recorded - retrained):.1e}"
+        return (
+            f"the learning curve differs from step {step} on, where {recorded:.7g} is {distance} "
+            "away"
+        )
 
 
 def replay(
@@ -170,83 +177,85 @@ def replay(
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> Replay:
-    """Judge and train a finished trial again, alone, and compare with what its study recorded.
+    """Score the stored weights of a finished trial, retrain it alone, and compare the values.
 
-    Any trial that has been evaluated: complete, pruned, diverged or stopped. It is trained to the
-    round that it reached.
+    The trial may be complete, pruned, diverged or stopped, as long as it has been trained. It is
+    retrained up to its last evaluation.
 
     Args:
         study:
-            A study that `optimize` made, or its storage (a path, URL or Optuna storage) and name.
+            A study that `optimize` created, or its storage (a path, URL or Optuna storage) and
+            name.
         trial_number:
-            The trial's number.
+            Number of the trial.
         data:
-            The study's data: a text (or its path), ``(X, y)``, or the path of a CSV file; None
-            if the study was given a path, where the same is still found.
+            The study's data: a text (or its path), ``(X, y)``, or the path of a CSV file. None if
+            the study was given a path that still exists.
         network:
-            The function that makes networks, if it was your own.
+            The function that builds networks, if it was your own.
         validation:
             The validation part, if it was given as data.
         metric:
             The metric, if it was a function.
         weights:
-            The folder with the study's weights, ``trial-<number>.safetensors``; found beside the
+            Folder of the study's weights, ``trial-<number>.safetensors``; searched beside the
             storage if None.
         device:
-            Where to train; where the trial was, if None.
+            Device to train on; that of the trial if None.
 
     Raises:
-        ValueError: If the data are not the study's, there is no such trial, it was not trained, or
-            a file is damaged.
-        FileNotFoundError: If there is no such file or folder.
+        ValueError: If the data are not the study's, the trial does not exist or was not trained,
+            or a file is damaged.
+        FileNotFoundError: If a file or folder does not exist.
 
     Example:
         >>> from optuna_nnhp import optimize
         >>> X, y = [[float(i)] for i in range(40)], [i > 9 for i in range(40)]
         >>> result = optimize("dnn", X, y, n_trials=2, storage=None, fixed={"epochs": 2})
-        >>> again = replay(result.study, 1, (X, y))
-        >>> again.is_reproduced, again.differences
+        >>> replayed = replay(result.study, 1, (X, y))
+        >>> replayed.is_reproduced, replayed.differences
         (True, [])
     """
     study = study if isinstance(study, Study) else _load_study(*study)
     trial = get_trained_trial(study, trial_number)
     X, y = _split_data(data, study.user_attrs.get("template"))
-    place = _device_and_compile(trial_environments(study, trial), device)
+    options = _device_and_compile(trial_environments(study, trial), device)
     problem = ProblemSpec.from_study(
-        study, X, y, network=network, validation=validation, metric=metric, **place
+        study, X, y, network=network, validation=validation, metric=metric, **options
     ).problem()
     folder = _weights_folder(study) if weights is None else Path(weights)
     if weights is not None and not Path(weights).is_dir():
-        raise FileNotFoundError(f"`weights` must be a folder, but there is none: {weights}")
+        raise FileNotFoundError(f"`weights` must be an existing folder, but got {weights}")
     return replay_trial(study, problem, BestWeights(folder), trial_number)
 
 
 def replay_trial(study: Study, problem: Template, weights: BestWeights, number: int) -> Replay:
-    """The same, of a trial whose problem and weights are at hand.
+    """Replay a trial whose problem and weights are already loaded.
 
     Args:
         study:
             The study.
         problem:
-            What was tuned, with the data.
+            The study's problem, with the data.
         weights:
-            The best trials' weights.
+            The weights of the best trials.
         number:
-            The trial's number.
+            Number of the trial.
 
     Raises:
-        ValueError: If there is no such trial, it was not trained, or its weights are damaged.
+        ValueError: If the trial does not exist, was not trained, or its weights are damaged.
     """
     started, trial = time.monotonic(), get_trained_trial(study, number)
-    problem, values = with_trial_seed(study, problem, trial), trial.intermediate_values
-    known, recorded = trial_environments(study, trial), recorded_value(trial)
-    with _threads_of_trial(known), single_threaded_blas:
-        stored = stored_value(problem, trial, weights) if number in weights else None
-        again = retrain_trial(problem, trial, last_round(problem, trial), values)
+    problem, curve = with_trial_seed(study, problem, trial), trial.intermediate_values
+    environments, recorded = trial_environments(study, trial), recorded_value(trial)
+    with _threads_of_trial(environments), single_threaded_blas:
+        stored = _score_stored_weights(problem, trial, weights) if number in weights else None
+        result = retrain_trial(problem, trial, _last_round(problem, trial), curve)
         here = describe_environment(problem)
-    # The best trials' values were judged alone, those of others among their mates.
-    among = again.values.get(scored_round(problem, trial), math.nan)
-    retrained = again.value if again.value == recorded or math.isnan(among) else among
+    # The study evaluated the best trials alone, and others together with their cohort.
+    in_cohort = result.values.get(_scored_round(problem, trial), math.nan)
+    is_alone = result.value == recorded or math.isnan(in_cohort)
+    retrained = result.value if is_alone else in_cohort
     tolerance = _tolerance(problem, recorded)
     if recorded is None:
         is_reproduced = is_exact = not math.isfinite(retrained)
@@ -261,30 +270,147 @@ def replay_trial(study: Study, problem: Template, weights: BestWeights, number: 
         tolerance=tolerance,
         is_exact=is_exact,
         is_reproduced=is_reproduced,
-        first_difference=_first_difference(values, again.values),
-        differences=_environment_differences(known, here),
-        steps=len(values),
+        first_difference=_first_difference(curve, result.values),
+        differences=_environment_differences(environments, here),
+        steps=len(curve),
         seconds=time.monotonic() - started,
     )
 
 
-def _first_difference(then: Mapping[int, float], now: Mapping[int, float]) -> Deviation | None:
-    """Where two curves part; None if they do not."""
-    for step, value in sorted(then.items()):
-        if (again := now.get(step, math.nan)) != value:
-            return Deviation(step, value, again)
+def get_trained_trial(study: Study, number: int) -> FrozenTrial:
+    """Return a trial that can be retrained.
+
+    Args:
+        study:
+            The study.
+        number:
+            Number of the trial.
+
+    Raises:
+        ValueError: If the trial does not exist, has not finished, or was not trained.
+
+    Example:
+        >>> get_trained_trial(optuna.create_study(), 0)
+        Traceback (most recent call last):
+        ValueError: The trial number must be below 0, the number of trials, but got 0.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if isinstance(number, bool) or number not in range(len(trials)):
+        raise ValueError(
+            f"The trial number must be below {len(trials)}, the number of trials, but got "
+            f"{number!r}."
+        )
+    trial = trials[number]
+    if not trial.state.is_finished():
+        raise ValueError(
+            f"A trial must be finished to be retrained, but trial {number} is {trial.state.name}."
+        )
+    if not trial.intermediate_values and not trial.user_attrs.get("epochs"):
+        reason = trial.user_attrs.get("error") or trial.user_attrs.get("cause", "unknown")
+        raise ValueError(
+            f"A trial must have been trained to be retrained, but trial {number} was not: "
+            f"{trial.state.name}, {reason}."
+        )
+    return trial
+
+
+def with_trial_seed(study: Study, problem: Template, trial: FrozenTrial) -> Template:
+    """Return the problem with the seed of a trial: a study can be resumed with another seed."""
+    seed = trial.user_attrs.get(SEED, study.user_attrs.get(SEED, problem.seed))
+    return problem if seed == problem.seed else problem.with_seed(seed)
+
+
+def recorded_value(trial: FrozenTrial) -> float | None:
+    """Return the best value of a trial; None if it has none.
+
+    Optuna's value of a pruned trial is its last one. It is returned only if the trial was never
+    evaluated on the whole validation part.
+    """
+    if trial.state == TrialState.COMPLETE:
+        return trial.value
+    value = trial.user_attrs.get("best_value", trial.value)
+    return None if value is None else float(value)
+
+
+def retrain_trial(
+    problem: Template, trial: FrozenTrial, rounds: int, evaluation_rounds: Iterable[int] = ()
+) -> RetrainResult:
+    """Retrain a trial alone, with the same parameters, seed and hyperparameter schedule.
+
+    Args:
+        problem:
+            The study's problem, with the data and the trial's seed.
+        trial:
+            The trial.
+        rounds:
+            Number of rounds to train.
+        evaluation_rounds:
+            Rounds after which the trial was evaluated, if its parameters changed during training.
+    """
+    return retrain(
+        problem.cohort,
+        _segments(problem, trial),
+        rounds,
+        best_round(problem, trial),
+        trial.user_attrs.get(NUMERICS_CONTEXT_KEY, ()),
+        evaluation_rounds if schedule_of(problem, trial) else None,
+    )
+
+
+def best_round(problem: Template, trial: FrozenTrial) -> int:
+    """Return the round of a trial's best value; 0 if it has none."""
+    return _to_rounds(problem, trial.user_attrs.get("best_epoch", 0))
+
+
+def _scored_round(problem: Template, trial: FrozenTrial) -> int:
+    """Return the round of `recorded_value`; 0 if there is none."""
+    return best_round(problem, trial) or max(trial.intermediate_values, default=0)
+
+
+def _last_round(problem: Template, trial: FrozenTrial) -> int:
+    """Return the round of a trial's last evaluation."""
+    done = _to_rounds(problem, trial.user_attrs.get("epochs", 0))
+    return max(done, *trial.intermediate_values, 0)
+
+
+def _to_rounds(problem: Template, epochs: float) -> int:
+    """Convert epochs to rounds."""
+    return round(epochs * problem.rounds_per_epoch)
+
+
+def _score_stored_weights(problem: Template, trial: FrozenTrial, weights: BestWeights) -> float:
+    """Return the metric of a trial's stored weights, computed as the study did."""
+    end = max(best_round(problem, trial), 1)
+    segment = [segment for segment in _segments(problem, trial) if segment.begin < end][-1]
+    network = weights.load_into(trial.number, problem.network(segment.member))
+    return evaluate_network(problem.cohort, segment.member, network)
+
+
+def _segments(problem: Template, trial: FrozenTrial) -> list[Segment]:
+    """Return the segments of a trial's schedule; one if its parameters did not change."""
+    segments = schedule_of(problem, trial)
+    return segments or [Segment(0, problem.member(trial.number, params_for_retraining(trial)))]
+
+
+def _first_difference(
+    recorded: Mapping[int, float], retrained: Mapping[int, float]
+) -> Deviation | None:
+    """Return the first step at which two learning curves differ; None if there is none."""
+    for step, value in sorted(recorded.items()):
+        if (new_value := retrained.get(step, math.nan)) != value:
+            return Deviation(step, value, new_value)
     return None
 
 
-def _environment_differences(known: Sequence[Environment], here: Environment) -> list[str]:
-    """What differs between here and where a trial was, which may be several places."""
-    if not known:
-        return ["where it was trained is not known"]
-    return list(dict.fromkeys(text for then in known for text in differences(then, here)))
+def _environment_differences(environments: Sequence[Environment], here: Environment) -> list[str]:
+    """Return the differences between this environment and those in which a trial was trained."""
+    if not environments:
+        return ["the trial's environment is unknown"]
+    return list(dict.fromkeys(text for then in environments for text in differences(then, here)))
 
 
 def _tolerance(problem: Template, value: float | None) -> float:
-    """How far a value may be away from the recorded one."""
+    """Return the largest accepted difference from a recorded value."""
     if value is None:
         return 0.0
     tolerance = max(RELATIVE_TOLERANCE * abs(value), ABSOLUTE_TOLERANCE)
@@ -296,12 +422,15 @@ def _tolerance(problem: Template, value: float | None) -> float:
 
 
 @contextmanager
-def _threads_of_trial(known: Sequence[Environment]) -> Iterator[None]:
-    """Within, torch has as many threads as it had when a trial was trained, if there are so many
-    cores: they decide in which order it sums."""
-    before, then = torch.get_num_threads(), int(known[0].get("threads", 0)) if known else 0
-    if 0 < then <= (os.cpu_count() or 1):
-        torch.set_num_threads(then)
+def _threads_of_trial(environments: Sequence[Environment]) -> Iterator[None]:
+    """Set torch's number of threads to that of a trial, if this machine has enough cores.
+
+    The number of threads decides in which order torch adds numbers.
+    """
+    before = torch.get_num_threads()
+    threads = int(environments[0].get("threads", 0)) if environments else 0
+    if 0 < threads <= (os.cpu_count() or 1):
+        torch.set_num_threads(threads)
     try:
         yield
     finally:
@@ -309,7 +438,7 @@ def _threads_of_trial(known: Sequence[Environment]) -> Iterator[None]:
 
 
 def _load_study(storage: str | Path | BaseStorage, name: str) -> Study:
-    """A study by its storage and name."""
+    """Load a study by its storage and name."""
     if not isinstance(storage, BaseStorage):
         check_storage_exists(storage)
     opened = open_storage(storage)
@@ -320,22 +449,22 @@ def _load_study(storage: str | Path | BaseStorage, name: str) -> Study:
 
 
 def _weights_folder(study: Study) -> Path | None:
-    """Where a study's best weights are, as far as its storage tells."""
+    """Return the folder of a study's best weights; None if it is not found."""
     storage, name = study._storage, study.user_attrs.get(MODELS)
     if isinstance(storage, BufferedStorage):
         storage = storage.backend
     if name is None:
         return None
     folders = [models_folder(storage, None)]
-    if isinstance(storage, JournalStorage):  # which a path was, or the user's own object
+    if isinstance(storage, JournalStorage):  # opened from a path, or an object of the user's
         path = getattr(storage._backend, "_file_path", None)
         folders.insert(0, models_folder(storage, path))
-    found = [safe_join(folder, name) for folder in folders if folder is not None]
-    return next((folder for folder in found if folder.is_dir()), None)
+    candidates = [safe_join(folder, name) for folder in folders if folder is not None]
+    return next((folder for folder in candidates if folder.is_dir()), None)
 
 
 def _split_data(data: Any, template: str | None) -> tuple[Any, Any]:
-    """The data as examples and what is to be predicted."""
+    """Split the data into examples and target."""
     if template == "gpt" or data is None or isinstance(data, str | Path):
         return data, None
     if not isinstance(data, tuple) or len(data) != 2:
@@ -345,18 +474,18 @@ def _split_data(data: Any, template: str | None) -> tuple[Any, Any]:
 
 
 def _device_and_compile(
-    known: Sequence[Environment], device: str | torch.device | None
+    environments: Sequence[Environment], device: str | torch.device | None
 ) -> dict[str, Any]:
-    """Device and compiler: those that a trial had, where they are not said and can be had."""
-    then = known[0] if known else {}
+    """Return the device and whether to compile: as the trial had it, where that is possible."""
+    environment = environments[0] if environments else {}
     if device is None:
-        kind = str(then.get("device", "")).partition(":")[0]
+        kind = str(environment.get("device", "")).partition(":")[0]
         device = None if kind == "cuda" and not torch.cuda.is_available() else kind or None
-    compiles = then.get("engine") == BY_COMPILER
-    if compiles:
+    use_compile = environment.get("engine") == BY_COMPILER
+    if use_compile:
         try:
-            check_compile(compiles, resolve_device(device))
+            check_compile(use_compile, resolve_device(device))
         except ValueError as error:
-            _logger.warning(f"The trial is trained without torch.compile: {error}")
-            compiles = False
-    return {"device": device, "compile": compiles}
+            _logger.warning(f"Retraining without torch.compile: {error}")
+            use_compile = False
+    return {"device": device, "compile": use_compile}

@@ -1,4 +1,4 @@
-"""What a study found."""
+"""The result of a study: its best trial as a model, tables, and replays."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from numpy.typing import NDArray
 import optuna
 from optuna import Study
 from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
 import pandas as pd
 from torch import nn
 
 from optuna_nnhp.inspect.replay import ABSOLUTE_TOLERANCE
 from optuna_nnhp.inspect.replay import RELATIVE_TOLERANCE
 from optuna_nnhp.inspect.replay import Replay
+from optuna_nnhp.inspect.replay import best_round
 from optuna_nnhp.inspect.replay import replay_trial
-from optuna_nnhp.inspect.replicates import best_replicated_trial
+from optuna_nnhp.inspect.replay import retrain_trial
+from optuna_nnhp.inspect.replay import with_trial_seed
 from optuna_nnhp.inspect.replicates import replicates_dataframe
-from optuna_nnhp.inspect.retraining import best_round
-from optuna_nnhp.inspect.retraining import retrain_trial
-from optuna_nnhp.inspect.retraining import with_trial_seed
+from optuna_nnhp.inspect.summary import find_best_trial
 from optuna_nnhp.study.running_trial import member_at_best_round
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.predictor import Predictor
@@ -33,15 +32,15 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 
 class Result:
-    """A study's best trial as a model, and the study itself.
+    """The best trial of a study as a model, and the study itself.
 
     Args:
         study:
             The Optuna study.
         problem:
-            What was tuned.
+            The problem that was tuned.
         weights:
-            The best trials' weights.
+            The weights of the best trials.
 
     Example:
         >>> import numpy as np
@@ -63,35 +62,46 @@ class Result:
 
     @property
     def best_trial(self) -> FrozenTrial:
-        """The best trial; of equal ones the first.
+        """The best complete trial; among equal ones the first.
 
-        With replicates that with the best mean over the other seeds, as far as there are as many
-        of it as of any other, or one less. Its value is then not always the study's best one.
+        With replicates it is the trial with the best mean over the other seeds, among those with
+        the largest number of replicates or one less. Its value is then not always the best one.
+
+        Raises:
+            RuntimeError: If no trial is complete.
         """
-        if (chosen := best_replicated_trial(self.study)) is not None:
-            return self.study.get_trials(deepcopy=False)[chosen.number]
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if not complete:
+        trial = find_best_trial(self.study)
+        if trial is None:
             raise RuntimeError(
                 "A best trial must have finished, but none of the study's "
                 f"{len(self.study.get_trials(deepcopy=False))} has: give it more time or trials."
             )
-        sign = 1 if self._problem.maximize else -1
-        return max(complete, key=lambda t: (sign * (t.value or 0.0), -t.number))
+        return trial
 
     @property
     def best_params(self) -> dict[str, Any]:
-        """What was tuned, as the best trial had it; if it changed, see `schedule`."""
+        """The tuned parameters of the best trial; if they changed during training, the last ones.
+
+        See `schedule` for all of them.
+        """
         return dict(self.best_trial.params)
 
     @property
-    def schedule(self) -> pd.DataFrame:
-        """The values that the best trial had over its training, one row per stage.
+    def best_value(self) -> float:
+        """The metric of the best trial on the validation part."""
+        value = self.best_trial.value
+        assert value is not None
+        return value
 
-        Column ``epoch`` says when the stage began (for language models as a share of the budget),
-        the others are what was tuned. One row at epoch 0, unless the method changes values while
-        a trial trains (``"population"``, ``"gradient"``). The weights are those of the trial's
-        attribute ``best_epoch``: later stages did not form them.
+    @property
+    def schedule(self) -> pd.DataFrame:
+        """The best trial's parameters during training, one row per segment.
+
+        The column ``epoch`` is the epoch at which the segment began (for language models the
+        share of the budget); the others are the tuned parameters. There is one row at epoch 0
+        unless the method changes parameters during training (``"population"``, ``"gradient"``).
+        The weights are those of the trial's attribute ``best_epoch``: later segments did not
+        affect them.
 
         Example:
             >>> from optuna_nnhp import optimize
@@ -114,18 +124,43 @@ class Result:
         return schedule_dataframe(self.study, self.best_trial)
 
     @property
-    def best_value(self) -> float:
-        """Return the best trial's metric on the validation part, which is the value of `model`."""
-        value = self.best_trial.value
-        assert value is not None
-        return value
+    def replicates(self) -> pd.DataFrame:
+        """The values of the best configurations with other seeds, best mean first.
+
+        One row per configuration: the ``number`` of its trial, the trial's ``value`` in the
+        study, and over ``n`` other seeds the ``mean`` and the standard deviation ``std``. If
+        ``diverged`` of them have no value, the mean is the worst possible value, infinity. There
+        are no rows without replicates.
+
+        Example:
+            >>> from optuna_nnhp import optimize
+            >>> X = [[float(i)] for i in range(40)]
+            >>> result = optimize(
+            ...     "dnn", X, [i[0] > 9 for i in X], n_trials=1, storage=None, fixed={"epochs": 2}
+            ... )
+            >>> len(result.replicates)
+            0
+        """
+        return replicates_dataframe(self.study)
+
+    def trials_dataframe(self) -> pd.DataFrame:
+        """Return one row per trial: value, parameters, learning curves and all attributes."""
+        return self.study.trials_dataframe()
+
+    @property
+    def predictor(self) -> Predictor | LanguageModel:
+        """The best trial's network with everything that it needs for data like the study's."""
+        number = self.best_trial.number
+        if number not in self._predictors:
+            self._predictors = {number: self._load_predictor(number)}
+        return self._predictors[number]
 
     @property
     def model(self) -> nn.Module:
-        """Return the best trial's network, as it was at its best epoch.
+        """The best trial's network at its best epoch.
 
-        It maps features to logits, or to standardized numbers for a regression; and token ids to
-        logits for a language model.
+        It maps features to logits, or to standardized numbers for a regression; for a language
+        model, token ids to logits.
 
         Shape:
             - Input: ``(rows, features)``; output: ``(rows, classes)`` or ``(rows, 1)``.
@@ -133,19 +168,19 @@ class Result:
         return self.predictor.model
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Predicted labels, or numbers in the target's units; see `Predictor`."""
-        return self._of_table("predict").predict(X)
+        """Predict labels, or numbers in the target's units; see `Predictor`."""
+        return self._table_predictor("predict").predict(X)
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
-        """Predicted probability of each class, ``(rows, classes)``."""
-        return self._of_table("predict_proba").predict_proba(X)
+        """Predict the probability of each class, ``(rows, classes)``."""
+        return self._table_predictor("predict_proba").predict_proba(X)
 
     def score(self, X: Any, y: Any) -> float:
-        """The study's metric on other data."""
-        return self._of_table("score").score(X, y)
+        """Compute the study's metric on other data."""
+        return self._table_predictor("score").score(X, y)
 
     def generate(self, prompt: str | None = None, tokens: int = 200, **options: Any) -> str:
-        """Continue a text by the best language model; see `LanguageModel.generate`.
+        """Continue a text with the best language model; see `LanguageModel.generate`.
 
         Example:
             >>> from optuna_nnhp import optimize
@@ -160,19 +195,22 @@ class Result:
             raise TypeError("`generate` must be called for language models, not for tables.")
         return predictor.generate(prompt, tokens, **options)
 
-    def _of_table(self, name: str) -> Predictor:
-        predictor = self.predictor
-        if not isinstance(predictor, Predictor):
-            raise TypeError(f"`{name}` must be called for tables; language models `generate`.")
-        return predictor
+    def save(self, folder: str | Path) -> Path:
+        """Write the model to a folder (safetensors and JSON) for `optuna_nnhp.load`."""
+        return self.predictor.save(folder)
 
-    @property
-    def replicates(self) -> pd.DataFrame:
-        """What the best configurations came to with other seeds, that with the best mean first.
+    def replay(self, number: int | None = None) -> Replay:
+        """Score a trial's stored weights, retrain it alone, and compare with the recorded values.
 
-        One row for each: the trial's ``number``, its ``value`` in the study, and of ``n`` fresh
-        seeds the ``mean`` and the standard deviation ``std``. If ``diverged`` of them have no
-        value, the mean is infinite, on the bad side. No rows in a study without replicates.
+        Stored weights have exactly the trial's value. Retraining reproduces it within the
+        returned tolerance, and exactly with the same versions on the same machine.
+
+        Args:
+            number:
+                Number of the trial; that of the best one if None.
+
+        Raises:
+            ValueError: If the trial does not exist, was not trained, or its weights are damaged.
 
         Example:
             >>> from optuna_nnhp import optimize
@@ -180,28 +218,22 @@ class Result:
             >>> result = optimize(
             ...     "dnn", X, [i[0] > 9 for i in X], n_trials=1, storage=None, fixed={"epochs": 2}
             ... )
-            >>> len(result.replicates)
-            0
+            >>> replayed = result.replay()
+            >>> replayed.stored_value == replayed.retrained_value == result.best_value
+            True
         """
-        return replicates_dataframe(self.study)
+        number = self.best_trial.number if number is None else number
+        return replay_trial(self.study, self._problem, self._weights, number)
 
-    def trials_dataframe(self) -> pd.DataFrame:
-        """One row per trial: value, parameters, curves and all attributes."""
-        return self.study.trials_dataframe()
+    def _table_predictor(self, method: str) -> Predictor:
+        """Return the predictor for tables; an error names the method that was called."""
+        predictor = self.predictor
+        if not isinstance(predictor, Predictor):
+            raise TypeError(f"`{method}` must be called for tables; language models `generate`.")
+        return predictor
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the model to a folder (safetensors and JSON) for `optuna_nnhp.load`."""
-        return self.predictor.save(folder)
-
-    @property
-    def predictor(self) -> Predictor | LanguageModel:
-        """The best trial as something that predicts from data like the study's."""
-        number = self.best_trial.number
-        if number not in self._predictors:
-            self._predictors = {number: self._predictor(number)}
-        return self._predictors[number]
-
-    def _predictor(self, number: int) -> Predictor | LanguageModel:
+    def _load_predictor(self, number: int) -> Predictor | LanguageModel:
+        """Load the weights of a trial, or retrain it if they are missing."""
         trial = self.study.get_trials(deepcopy=False)[number]
         member = member_at_best_round(self._problem, trial)
         if number in self._weights:
@@ -210,43 +242,22 @@ class Result:
             network = self._retrain(trial)
         return self._problem.predictor(network, member, dict(trial.params), trial.value or 0.0)
 
-    def replay(self, number: int | None = None) -> Replay:
-        """Judge and train a trial again, alone, and compare with what the study recorded.
-
-        Stored weights have the trial's value exactly; training gives it within a tolerance that
-        the answer states, and on the same machine and versions exactly.
-
-        Args:
-            number:
-                The trial's number; that of the best one if None.
-
-        Raises:
-            ValueError: If there is no such trial, it was not trained, or its weights are damaged.
-
-        Example:
-            >>> from optuna_nnhp import optimize
-            >>> X = [[float(i)] for i in range(40)]
-            >>> result = optimize(
-            ...     "dnn", X, [i[0] > 9 for i in X], n_trials=1, storage=None, fixed={"epochs": 2}
-            ... )
-            >>> again = result.replay()
-            >>> again.stored_value == again.retrained_value == result.best_value
-            True
-        """
-        number = self.best_trial.number if number is None else number
-        return replay_trial(self.study, self._problem, self._weights, number)
-
     def _retrain(self, trial: FrozenTrial) -> nn.Module:
-        """Train a trial again, whose weights are not here: same seed, same data, same course."""
-        _logger.warning(f"The weights of trial {trial.number} are not here: training it again.")
+        """Retrain a trial with the same seed, data and schedule, and keep its network."""
+        _logger.warning(f"The weights of trial {trial.number} are missing: retraining it.")
         problem = with_trial_seed(self.study, self._problem, trial)
-        again = retrain_trial(problem, trial, best_round(problem, trial))
-        assert again.network is not None
-        if not math.isclose(
-            again.value, trial.value or 0.0, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE
-        ):
-            _logger.warning(  # another machine
-                f"Trial {trial.number} reached {trial.value:.6g}, but {again.value:.6g} this time."
+        result = retrain_trial(problem, trial, best_round(problem, trial))
+        assert result.network is not None
+        is_close = math.isclose(
+            result.value,
+            trial.value or 0.0,
+            rel_tol=RELATIVE_TOLERANCE,
+            abs_tol=ABSOLUTE_TOLERANCE,
+        )
+        if not is_close:  # as on another machine
+            _logger.warning(
+                f"Retrained trial {trial.number} has the value {result.value:.6g}, but its "
+                f"recorded value is {trial.value:.6g}."
             )
-        self._weights.save(trial.number, again.network)
-        return again.network
+        self._weights.save(trial.number, result.network)
+        return result.network

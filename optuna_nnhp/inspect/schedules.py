@@ -1,4 +1,4 @@
-"""The course of each hyperparameter through a training: as a table, and as a figure."""
+"""Show how hyperparameters changed during training: as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -20,59 +20,50 @@ from optuna_nnhp.inspect.plot_style import COLORS
 from optuna_nnhp.inspect.plot_style import apply_style
 from optuna_nnhp.inspect.plot_style import escape_markup
 from optuna_nnhp.inspect.plot_style import round_to_five_digits
+from optuna_nnhp.inspect.summary import epoch_axis_title
 from optuna_nnhp.inspect.summary import format_value
-from optuna_nnhp.inspect.summary import is_language
 from optuna_nnhp.inspect.summary import metric_name
 from optuna_nnhp.inspect.summary import ranked_trials
 from optuna_nnhp.inspect.summary import search_space
 from optuna_nnhp.study.running_trial import SCHEDULE
 from optuna_nnhp.training.rounds import epochs
 
-PANEL_COLUMNS, PANEL_HEIGHT = 3, 190  # panels side by side; height of one in pixels
-TOP_MARGIN, BOTTOM_MARGIN, ROW_GAP = (
-    110,
-    60,
-    62,
-)  # pixels above, below and between the rows of panels
-COMPACT_HEIGHT, COMPACT_ROW_GAP = (
-    450,
-    26,
-)  # pixels that optuna-dashboard gives a figure, and between its rows
-MIN_RATIO_FOR_DECADE_TICKS = (
-    30.0  # ratio of the largest to the smallest value, from which on only decades have ticks
-)
-RESTART_LABEL = "begins anew"
+PANEL_COLUMNS, PANEL_HEIGHT = 3, 190  # panels side by side; height of a panel in pixels
+TOP_MARGIN, BOTTOM_MARGIN, ROW_GAP = 110, 60, 62  # in pixels
+COMPACT_HEIGHT, COMPACT_ROW_GAP = 450, 26  # in pixels; optuna-dashboard's figures are that high
+MIN_RATIO_FOR_DECADE_TICKS = 30.0  # of the largest to the smallest value of a logarithmic axis
+RESTART_LABEL = "restarts from its initial weights"
 
 
 @dataclass(frozen=True)
 class HyperparameterSchedule:
-    """What values a trial had while it trained.
+    """The hyperparameter values of a trial during training.
 
     Args:
         trial:
             The trial.
         begins:
-            From which epoch on it had which; the first is 0.
+            Epochs at which the segments of the schedule begin; the first is 0.
         values:
-            Of all parameters, one for each beginning.
-        fresh:
-            Beginnings at which it went back to its first weights.
+            Values of all hyperparameters, one mapping per segment.
+        restarts:
+            Those of ``begins`` at which the trial restarted from its initial weights.
     """
 
     trial: FrozenTrial
     begins: Sequence[float]
     values: Sequence[dict[str, Any]]
-    fresh: Sequence[float]
+    restarts: Sequence[float]
 
     @cached_property
-    def stages(self) -> list[tuple[float, dict[str, Any]]]:
-        """Beginnings and values."""
+    def segments(self) -> list[tuple[float, dict[str, Any]]]:
+        """Begin and values of each segment."""
         return list(zip(self.begins, self.values, strict=True))
 
     def line(self, name: str) -> tuple[list[float], list[Any]]:
-        """Epochs and values of one parameter, where it changes and at the end."""
+        """Return the points of a hyperparameter's step line: epochs and values."""
         x, y = list[float](), list[Any]()
-        for begin, values in self.stages:
+        for begin, values in self.segments:
             if not y or values[name] != y[-1]:
                 x.append(begin)
                 y.append(values[name])
@@ -81,7 +72,7 @@ class HyperparameterSchedule:
 
 
 def schedule_of(study: optuna.Study, trial: FrozenTrial) -> HyperparameterSchedule:
-    """The course of a trial; where its values did not change it has one stage.
+    """Return the schedule of a trial; it has one segment if no value changed.
 
     Args:
         study:
@@ -92,25 +83,26 @@ def schedule_of(study: optuna.Study, trial: FrozenTrial) -> HyperparameterSchedu
     Example:
         >>> study = optuna.create_study()
         >>> study.set_user_attr("rounds_per_epoch", 3)
-        >>> course = [[0, {"dropout": 0.1}, False], [6, {"dropout": 0.2}, True]]
-        >>> study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={"schedule": course}))
-        >>> found = schedule_of(study, study.best_trial)
-        >>> found.stages, found.fresh
+        >>> stored = [[0, {"dropout": 0.1}, False], [6, {"dropout": 0.2}, True]]
+        >>> attributes = {"schedule": stored}
+        >>> study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=attributes))
+        >>> schedule = schedule_of(study, study.best_trial)
+        >>> schedule.segments, schedule.restarts
         ([(0, {'dropout': 0.1}), (2, {'dropout': 0.2})], [2])
     """
     rounds = study.user_attrs.get("rounds_per_epoch", 1)
-    noted = trial.user_attrs.get(SCHEDULE) or [[0, {}, False]]
-    begins = [epochs(begin, rounds) for begin, _, _ in noted]
+    stored = trial.user_attrs.get(SCHEDULE) or [[0, {}, False]]
+    begins = [epochs(begin, rounds) for begin, _, _ in stored]
     return HyperparameterSchedule(
         trial,
         begins,
-        [{**trial.params, **changed} for _, changed, _ in noted],
-        [begin for begin, (_, _, from_scratch) in zip(begins, noted, strict=True) if from_scratch],
+        [{**trial.params, **changed} for _, changed, _ in stored],
+        [begin for begin, (_, _, restarts) in zip(begins, stored, strict=True) if restarts],
     )
 
 
 def schedule_dataframe(study: optuna.Study, trial: FrozenTrial) -> pd.DataFrame:
-    """A trial's values over its training: one row per stage, with the epoch it begins at.
+    """Return one row per segment of a trial's schedule, with the epoch at which it begins.
 
     Args:
         study:
@@ -124,119 +116,116 @@ def schedule_dataframe(study: optuna.Study, trial: FrozenTrial) -> pd.DataFrame:
         >>> schedule_dataframe(study, study.best_trial).to_dict("records")
         [{'epoch': 0}]
     """
-    stages = schedule_of(study, trial).stages
-    return pd.DataFrame([{"epoch": begin, **values} for begin, values in stages])
+    segments = schedule_of(study, trial).segments
+    return pd.DataFrame([{"epoch": begin, **values} for begin, values in segments])
 
 
-def plot_schedules(study: optuna.Study, best: int = 5, *, small: bool = False) -> go.Figure:
-    """Each hyperparameter's value against the epoch, of the best trials whose values moved.
+def plot_schedules(study: optuna.Study, n_best: int = 5, *, compact: bool = False) -> go.Figure:
+    """Plot the hyperparameter values against the epoch, for the best trials whose values changed.
 
-    One panel for each parameter that moved, with one step line per trial. A trial whose whole
-    course is the beginning of a better one's, as in a population its parent's may be, is left
-    out.
+    There is one panel per hyperparameter that changed, with one step line per trial. A trial is
+    left out if its whole schedule is the beginning of a better trial's, as in a population, where
+    trials copy each other.
 
     Args:
         study:
-            A study of one objective, tuned by ``method="population"`` or ``"gradient"``.
-        best:
-            How many trials to show, best first, each in its colour.
-        small:
-            Whether all has to fit into the space that optuna-dashboard gives a figure.
+            A study with one objective, tuned with ``method="population"`` or ``"gradient"``.
+        n_best:
+            Number of trials to show, best first, each in its own color.
+        compact:
+            Whether the figure has to fit into the space that optuna-dashboard gives a figure.
 
     Returns:
-        The figure; where no values have moved it has no data, and its title says so.
+        The figure. If no values changed it has no data, and its title says so.
 
     Raises:
-        ValueError: If ``best`` is below 1.
+        ValueError: If ``n_best`` is below 1.
 
     Example:
         >>> study = optuna.create_study()
-        >>> course = [[0, {"dropout": 0.1}, False], [2, {"dropout": 0.2}, False]]
-        >>> attributes = {"schedule": course, "epochs": 4}
+        >>> stored = [[0, {"dropout": 0.1}, False], [2, {"dropout": 0.2}, False]]
+        >>> attributes = {"schedule": stored, "epochs": 4}
         >>> study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=attributes))
         >>> (line,) = plot_schedules(study).data
         >>> line.x, line.y
         ((0, 2, 4), (0.1, 0.2, 0.2))
     """
-    if best < 1:
-        raise ValueError(f"`best` must be at least 1, but got {best}.")
-    found, title = _best_schedules(study, best), f"Courses: {escape_markup(metric_name(study))}"
-    names = _changed_parameters(found)
+    if n_best < 1:
+        raise ValueError(f"`n_best` must be at least 1, but got {n_best}.")
+    schedules = _best_schedules(study, n_best)
+    title = f"Hyperparameter schedules: {escape_markup(metric_name(study))}"
+    names = _changed_parameters(schedules)
     if not names:
-        return apply_style(go.Figure(), title, "no values have moved while a trial trained")
-    figure = _empty_panels(study, found, names, small)
-    # The best is drawn last, on top of the others, and comes first in the legend.
-    for place, course in reversed(list(enumerate(found))):
-        _draw_schedule(figure, course, names, place)
-    apply_style(figure, title, _subtitle(found))
-    return _compact_layout(figure) if small else figure
+        return apply_style(go.Figure(), title, "no values changed during training")
+    figure = _empty_panels(study, schedules, names, compact)
+    # The best trial is drawn last, on top of the others, and comes first in the legend.
+    for rank, schedule in reversed(list(enumerate(schedules))):
+        _draw_schedule(figure, schedule, names, rank)
+    apply_style(figure, title, _subtitle(schedules))
+    return _compact_layout(figure) if compact else figure
 
 
-def _best_schedules(study: optuna.Study, best: int) -> list[HyperparameterSchedule]:
-    """The best trials with courses of their own."""
-    found: list[HyperparameterSchedule] = []
+def _best_schedules(study: optuna.Study, n_best: int) -> list[HyperparameterSchedule]:
+    """Return the schedules of the best trials that are not the beginning of a better one's."""
+    best: list[HyperparameterSchedule] = []
     for trial in ranked_trials(study):
-        if len(found) == best:
+        if len(best) == n_best:
             break
         if SCHEDULE in trial.user_attrs:
-            course = schedule_of(study, trial)
-            count = len(course.stages)
-            if all(better.stages[:count] != course.stages for better in found):
-                found.append(course)
-    return found
+            schedule = schedule_of(study, trial)
+            n = len(schedule.segments)
+            if all(better.segments[:n] != schedule.segments for better in best):
+                best.append(schedule)
+    return best
 
 
-def _changed_parameters(found: Sequence[HyperparameterSchedule]) -> list[str]:
-    """The parameters that changed in one of the courses."""
-    names = dict.fromkeys(name for course in found for name in course.values[0])
+def _changed_parameters(schedules: Sequence[HyperparameterSchedule]) -> list[str]:
+    """Return the names of the hyperparameters that changed in any of the schedules."""
+    names = dict.fromkeys(name for schedule in schedules for name in schedule.values[0])
     return [
         name
         for name in names
         if any(
-            values.get(name) != course.values[0].get(name)
-            for course in found
-            for values in course.values
+            values.get(name) != schedule.values[0].get(name)
+            for schedule in schedules
+            for values in schedule.values
         )
     ]
 
 
 def _empty_panels(
-    study: optuna.Study, found: Sequence[HyperparameterSchedule], names: Sequence[str], small: bool
+    study: optuna.Study,
+    schedules: Sequence[HyperparameterSchedule],
+    names: Sequence[str],
+    compact: bool,
 ) -> go.Figure:
-    """The empty figure, with a panel for each name."""
+    """Return a figure with one empty panel per name."""
     columns = min(PANEL_COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)
-    gap = COMPACT_ROW_GAP if small else ROW_GAP
-    inner = (
-        COMPACT_HEIGHT - TOP_MARGIN - BOTTOM_MARGIN
-        if small
-        else rows * PANEL_HEIGHT + (rows - 1) * gap
-    )
+    gap, margins = COMPACT_ROW_GAP if compact else ROW_GAP, TOP_MARGIN + BOTTOM_MARGIN
+    height = COMPACT_HEIGHT - margins if compact else rows * PANEL_HEIGHT + (rows - 1) * gap
     figure = make_subplots(
         rows,
         columns,
         subplot_titles=[escape_markup(name) for name in names],
         horizontal_spacing=0.08,
-        vertical_spacing=gap / inner,
+        vertical_spacing=gap / height,
     )
-    figure.update_layout(
-        height=inner + TOP_MARGIN + BOTTOM_MARGIN, margin={"t": TOP_MARGIN, "b": BOTTOM_MARGIN}
-    )
+    figure.update_layout(height=height + margins, margin={"t": TOP_MARGIN, "b": BOTTOM_MARGIN})
     figure.update_annotations(font_size=13)
     figure.update_xaxes(matches="x", rangemode="tozero")
-    for place, name in enumerate(names):
-        row, column = _panel_position(place, columns)
-        figure.update_yaxes(_axis_options(study, found, name), row=row, col=column)
-        if place + columns >= len(names):  # nothing is below it
-            title = "share of the budget" if is_language(study) else "epoch"
-            figure.update_xaxes(title_text=title, row=row, col=column)
-        elif small:
+    for index, name in enumerate(names):
+        row, column = _panel_position(index, columns)
+        figure.update_yaxes(_axis_options(study, schedules, name), row=row, col=column)
+        if index + columns >= len(names):  # the lowest panel of its column
+            figure.update_xaxes(title_text=epoch_axis_title(study), row=row, col=column)
+        elif compact:
             figure.update_xaxes(showticklabels=False, row=row, col=column)
     return figure
 
 
 def _compact_layout(figure: go.Figure) -> go.Figure:
-    """The figure with small texts, and the legend where there is room."""
+    """Shrink the texts, and move the legend to the free space at the bottom."""
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "yref": "container", "y": 0.01}
     figure.update_annotations(font_size=11)
     figure.update_xaxes(title={"font_size": 11, "standoff": 2})
@@ -244,59 +233,59 @@ def _compact_layout(figure: go.Figure) -> go.Figure:
 
 
 def _axis_options(
-    study: optuna.Study, found: Sequence[HyperparameterSchedule], name: str
+    study: optuna.Study, schedules: Sequence[HyperparameterSchedule], name: str
 ) -> dict[str, Any]:
-    """A parameter's axis, logarithmic where its range is."""
+    """Return the options of a hyperparameter's axis: logarithmic if its distribution is."""
     distribution = search_space(study).get(name)
     if not isinstance(distribution, FloatDistribution | IntDistribution) or not distribution.log:
         return {}
-    values = [v[name] for course in found for v in course.values if name in v]
-    ticks = (
-        {"dtick": 1} if max(values) > MIN_RATIO_FOR_DECADE_TICKS * min(values) else {"nticks": 4}
-    )
+    values = [v[name] for schedule in schedules for v in schedule.values if name in v]
+    has_decades = max(values) > MIN_RATIO_FOR_DECADE_TICKS * min(values)
+    ticks = {"dtick": 1} if has_decades else {"nticks": 4}
     return {"type": "log", "exponentformat": "power", **ticks}
 
 
-def _panel_position(place: int, columns: int) -> tuple[int, int]:
-    return place // columns + 1, place % columns + 1
+def _panel_position(index: int, columns: int) -> tuple[int, int]:
+    """Return row and column of a panel, both counted from 1."""
+    return index // columns + 1, index % columns + 1
 
 
 def _draw_schedule(
-    figure: go.Figure, course: HyperparameterSchedule, names: Sequence[str], rank: int
+    figure: go.Figure, schedule: HyperparameterSchedule, names: Sequence[str], rank: int
 ) -> None:
-    """A trial's lines in all panels, and marks where it began anew."""
-    number, columns = course.trial.number, min(PANEL_COLUMNS, len(names))
-    color, drawn = COLORS[rank % len(COLORS)], False
-    for place, name in enumerate(names):
-        if name not in course.values[0]:
+    """Add the lines of a trial to all panels, with markers where it restarted."""
+    number, columns = schedule.trial.number, min(PANEL_COLUMNS, len(names))
+    color, has_legend_entry = COLORS[rank % len(COLORS)], False
+    for index, name in enumerate(names):
+        if name not in schedule.values[0]:
             continue
-        row, column = _panel_position(place, columns)
-        x, y = course.line(name)
+        row, column = _panel_position(index, columns)
+        x, y = schedule.line(name)
         line = {"color": color, "shape": "hv", "width": 3 if rank == 0 else 1.5}
         trace = go.Scatter(
             x=x,
             y=y,
             mode="lines",
             line=line,
-            name=f"trial {number}: {format_value(course.trial.value)}",
+            name=f"trial {number}: {format_value(schedule.trial.value)}",
             legendgroup=str(number),
             legendrank=rank + 1,
-            showlegend=not drawn,
+            showlegend=not has_legend_entry,
             hovertemplate=f"<b>trial {number}</b><br>epoch %{{x}}: <b>%{{y}}</b><extra></extra>",
         )
         figure.add_trace(trace, row=row, col=column)
-        if course.fresh:
-            figure.add_trace(_restart_markers(course, name, color), row=row, col=column)
-        drawn = True
+        if schedule.restarts:
+            figure.add_trace(_restart_markers(schedule, name, color), row=row, col=column)
+        has_legend_entry = True
 
 
-def _restart_markers(course: HyperparameterSchedule, name: str, color: str) -> go.Scatter:
-    """Where a trial went back to its first weights."""
-    values = dict(course.stages)
-    number = course.trial.number
+def _restart_markers(schedule: HyperparameterSchedule, name: str, color: str) -> go.Scatter:
+    """Return markers where a trial restarted from its initial weights."""
+    values = dict(schedule.segments)
+    number = schedule.trial.number
     return go.Scatter(
-        x=list(course.fresh),
-        y=[_plot_value(values[begin][name]) for begin in course.fresh],
+        x=list(schedule.restarts),
+        y=[_plot_value(values[begin][name]) for begin in schedule.restarts],
         mode="markers",
         marker={"symbol": "diamond-open", "size": 8, "color": color},
         name=RESTART_LABEL,
@@ -306,16 +295,17 @@ def _restart_markers(course: HyperparameterSchedule, name: str, color: str) -> g
     )
 
 
-def _subtitle(found: Sequence[HyperparameterSchedule]) -> str:
-    """Which trials are shown, and what the marks are."""
-    if len(found) == 1:
-        said = "the best trial"
+def _subtitle(schedules: Sequence[HyperparameterSchedule]) -> str:
+    """Describe which trials are shown, and what the markers mean."""
+    if len(schedules) == 1:
+        text = "the best trial"
     else:
-        said = f"the best {len(found)} trials with courses of their own, thick: the best"
-    return said + ("; diamonds: back to the first weights" if any(c.fresh for c in found) else "")
+        text = f"the best {len(schedules)} trials with different schedules, thick: the best"
+    has_restarts = any(schedule.restarts for schedule in schedules)
+    return text + (f"; diamonds: {RESTART_LABEL}" if has_restarts else "")
 
 
 def _plot_value(value: Any) -> Any:
-    """A value as a point of a figure."""
+    """Convert a hyperparameter's value to a value that plotly can draw."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return round_to_five_digits(value) if is_number else escape_markup(value)

@@ -1,7 +1,7 @@
-"""What a study says about itself, as plain text rows.
+"""Summarize a study as plain text rows.
 
-The figures, the HTML page and the notes for optuna-dashboard all show these rows; each
-escapes them for its own medium. Only the study is read: no torch, no training.
+The figures, the HTML page and the notes for optuna-dashboard show these rows; each escapes them
+for its own format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from optuna_nnhp.inspect.replicates import best_replicated_trial
 from optuna_nnhp.study.running_trial import SCHEDULE
 
-# What a short label of a trial shows first; what else the study tunes fills the rest.
+# These parameters come first in a short description of a trial.
 MAIN_PARAMETERS = (
     "learning_rate",
     "optimizer",
@@ -40,32 +40,26 @@ MAIN_PARAMETERS = (
     "dropout",
     "weight_decay",
 )
-
-
-SAMPLE = "sample"  # attribute of a study of language models: what its best one writes
+# Attribute of a study of language models: a text that its best model generated, and its trial.
+GENERATED_TEXT = "generated_text"
+MAX_EXPONENT = 700.0  # larger arguments overflow math.exp
 
 
 def format_value(value: object) -> str:
-    """A value as a reader wants it: floats with four digits, everything else as ``str``.
+    """Format a value as one line of text, floats with four digits.
 
     Example:
-        >>> (
-        ...     format_value(0.0123456),
-        ...     format_value(1e-05),
-        ...     format_value(64),
-        ...     format_value("adam"),
-        ...     format_value(None),
-        ... )
-        ('0.01235', '1e-05', '64', 'adam', 'None')
+        >>> format_value(0.0123456), format_value(1e-05), format_value(64), format_value("adam")
+        ('0.01235', '1e-05', '64', 'adam')
     """
     return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
 def is_maximized(study: optuna.Study) -> bool:
-    """Whether larger values are better.
+    """Return whether larger values are better.
 
     Raises:
-        RuntimeError: If the study has several objectives (from Optuna).
+        RuntimeError: If the study has several objectives (raised by Optuna).
 
     Example:
         >>> is_maximized(optuna.create_study(direction="maximize"))
@@ -75,7 +69,7 @@ def is_maximized(study: optuna.Study) -> bool:
 
 
 def is_language(study: optuna.Study) -> bool:
-    """Whether language models are tuned.
+    """Return whether the study tunes language models.
 
     Example:
         >>> is_language(optuna.create_study())
@@ -84,30 +78,40 @@ def is_language(study: optuna.Study) -> bool:
     return study.user_attrs.get("task") == "language"
 
 
+def epoch_axis_title(study: optuna.Study) -> str:
+    """Return the title of an axis that shows epochs; language models have no epochs.
+
+    Example:
+        >>> epoch_axis_title(optuna.create_study())
+        'epoch'
+    """
+    return "share of the budget" if is_language(study) else "epoch"
+
+
 def language_model_rows(trial: FrozenTrial) -> dict[str, str]:
-    """What one wants to know of a language model besides bits per byte; nothing of others.
+    """Return more figures of a trial that trained a language model; empty for other trials.
 
     Example:
         >>> attrs = {"tokens_per_step": 768, "iterations": 100, "validation_loss": [2.0, 1.0]}
         >>> trial = optuna.trial.create_trial(value=1.4, user_attrs=attrs | {"seconds": 2.0})
         >>> language_model_rows(trial)["perplexity"], language_model_rows(trial)["speed"]
-        ('2.718 a token', '38,400 tokens a second')
+        ('2.718 per token', '38,400 tokens per second')
     """
     attrs = trial.user_attrs
     if "tokens_per_step" not in attrs or not attrs.get("validation_loss"):
         return {}
     tokens = attrs["tokens_per_step"] * attrs["iterations"]
-    nats = attrs["validation_loss"][-1]
+    loss = attrs["validation_loss"][-1]
     return {
-        "perplexity": f"{format_value(math.exp(min(nats, 700.0)))} a token",
-        "loss": f"{format_value(nats)} nats a token",
+        "perplexity": f"{format_value(math.exp(min(loss, MAX_EXPONENT)))} per token",
+        "loss": f"{format_value(loss)} nats per token",
         "trained on": f"{tokens:,} tokens in {attrs['iterations']:,} steps",
-        "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens a second",
+        "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens per second",
     }
 
 
 def metric_name(study: optuna.Study) -> str:
-    """The name of what is optimized, or ``"value"`` where the study does not say.
+    """Return the name of the metric, or ``"value"`` if the study has none.
 
     Example:
         >>> study = optuna.create_study()
@@ -120,9 +124,7 @@ def metric_name(study: optuna.Study) -> str:
 
 
 def finite_reports(trial: FrozenTrial) -> dict[int, float]:
-    """The finite values that a trial reported, by epoch, in order of the epochs.
-
-    A diverged trial reports NaN or infinity; those are left out.
+    """Return the finite values that a trial reported, by step, in the order of the steps.
 
     Example:
         >>> trial = optuna.trial.create_trial(
@@ -136,11 +138,17 @@ def finite_reports(trial: FrozenTrial) -> dict[int, float]:
 
 
 def best_value(trial: FrozenTrial, maximized: bool) -> float | None:
-    """The best value a trial reached: also of a pruned one, whose ``value`` is only its last.
+    """Return the best value of a trial; Optuna's ``value`` of a pruned trial is only its last.
+
+    Args:
+        trial:
+            The trial.
+        maximized:
+            Whether larger values are better.
 
     Returns:
-        For complete trials their value; for others the attribute ``best_value``, else the
-        best reported value. None where there is no finite one.
+        The value of a complete trial; for others the attribute ``best_value``, or else the best
+        reported value. None if there is no finite value.
 
     Example:
         >>> pruned = optuna.trial.create_trial(
@@ -153,17 +161,17 @@ def best_value(trial: FrozenTrial, maximized: bool) -> float | None:
         value = trial.value
     else:
         values = finite_reports(trial).values()
-        found = (max if maximized else min)(values) if values else None
-        value = trial.user_attrs.get("best_value", found)
+        best_report = (max if maximized else min)(values) if values else None
+        value = trial.user_attrs.get("best_value", best_report)
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def ranked_trials(
     study: optuna.Study, state: TrialState = TrialState.COMPLETE
 ) -> list[FrozenTrial]:
-    """The trials of one state that reached a value, best first.
+    """Return the trials of one state that have a value, best first.
 
-    Trials that break a constraint are left out, as in ``study.best_trial``.
+    Trials that violate a constraint are left out, as in ``study.best_trial``.
 
     Example:
         >>> study = optuna.create_study(direction="maximize")
@@ -172,18 +180,21 @@ def ranked_trials(
         [0.9, 0.7, 0.5]
     """
     maximized = is_maximized(study)
-    found = [
+    with_value = [
         (value, trial)
         for trial in study.get_trials(deepcopy=False, states=(state,))
         if (value := best_value(trial, maximized)) is not None
         and all(constraint <= 0.0 for constraint in trial.constraints.values())
     ]
     sign = -1.0 if maximized else 1.0
-    return [trial for _, trial in sorted(found, key=lambda it: (sign * it[0], it[1].number))]
+    return [trial for _, trial in sorted(with_value, key=lambda it: (sign * it[0], it[1].number))]
 
 
 def find_best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """What the study's result is: its best trial, with replicates that with the best mean.
+    """Return the best trial; in a study with replicates that with the best mean over the seeds.
+
+    Returns:
+        The trial; None if no trial is complete.
 
     Example:
         >>> study = optuna.create_study()
@@ -191,13 +202,13 @@ def find_best_trial(study: optuna.Study) -> FrozenTrial | None:
         >>> find_best_trial(study).number
         1
     """
-    if (chosen := best_replicated_trial(study)) is not None:
-        return study.get_trials(deepcopy=False)[chosen.number]
+    if (replicated := best_replicated_trial(study)) is not None:
+        return study.get_trials(deepcopy=False)[replicated.number]
     return next(iter(ranked_trials(study)), None)
 
 
 def replicates_text(study: optuna.Study) -> str:
-    """What the best trial came to with other seeds, in words; empty without replicates.
+    """Describe the best trial's values with other seeds; empty without replicates.
 
     Example:
         >>> study = optuna.create_study()
@@ -207,29 +218,28 @@ def replicates_text(study: optuna.Study) -> str:
         >>> replicates_text(study)
         '0.27 ± 0.02 over 3 seeds'
     """
-    chosen = best_replicated_trial(study)
-    return "" if chosen is None else chosen.words
+    replicated = best_replicated_trial(study)
+    return "" if replicated is None else replicated.text
 
 
 def schedule_changes_text(trial: FrozenTrial) -> str | None:
-    """How often a trial's values changed while it trained, in words; None if they did not.
+    """Describe how often a trial's hyperparameters changed; None if they did not.
 
     Example:
-        >>> course = [[0, {"dropout": 0.1}, False], [2, {"dropout": 0.2}, False]]
-        >>> schedule_changes_text(
-        ...     optuna.trial.create_trial(value=1.0, user_attrs={"schedule": course})
-        ... )
-        'changed once while it trained, as the figure of courses shows'
+        >>> stored = [[0, {"dropout": 0.1}, False], [2, {"dropout": 0.2}, False]]
+        >>> trial = optuna.trial.create_trial(value=1.0, user_attrs={"schedule": stored})
+        >>> schedule_changes_text(trial)
+        'changed once during training, see the figure of schedules'
     """
     count = len(trial.user_attrs.get(SCHEDULE, ())) - 1
     if count < 1:
         return None
-    often = "once" if count == 1 else f"{count} times"
-    return f"changed {often} while it trained, as the figure of courses shows"
+    times = "once" if count == 1 else f"{count} times"
+    return f"changed {times} during training, see the figure of schedules"
 
 
 def main_parameters(params: Mapping[str, Any], count: int = 8) -> dict[str, Any]:
-    """The first ``count`` parameters, those of :data:`MAIN_PARAMETERS` before all others.
+    """Return the first ``count`` parameters, those of :data:`MAIN_PARAMETERS` first.
 
     Example:
         >>> main_parameters({"l1": 0.0, "width": 64, "learning_rate": 0.1}, count=2)
@@ -241,7 +251,7 @@ def main_parameters(params: Mapping[str, Any], count: int = 8) -> dict[str, Any]
 
 
 def range_text(distribution: BaseDistribution) -> str:
-    """What a parameter may be, in words.
+    """Describe the values that a distribution allows.
 
     Example:
         >>> range_text(FloatDistribution(1e-5, 0.1, log=True)), range_text(IntDistribution(1, 4))
@@ -261,7 +271,7 @@ def range_text(distribution: BaseDistribution) -> str:
 
 
 def search_space(study: optuna.Study) -> dict[str, BaseDistribution]:
-    """The distributions of the study: those it was started with, else those of its trials.
+    """Return the distributions of a study: as it was created, or else those of its trials.
 
     Example:
         >>> study = optuna.create_study()
@@ -273,18 +283,19 @@ def search_space(study: optuna.Study) -> dict[str, BaseDistribution]:
     if "space" in study.user_attrs:
         space = study.user_attrs["space"]
         return {name: json_to_distribution(text) for name, text in space.items()}
-    found: dict[str, BaseDistribution] = {}
+    distributions: dict[str, BaseDistribution] = {}
     for trial in study.get_trials(deepcopy=False):
-        found |= trial.distributions
-    return found
+        distributions |= trial.distributions
+    return distributions
 
 
-def _counts(counter: Counter[str]) -> str:
+def _counts_text(counter: Counter[str]) -> str:
+    """Format counts, largest first."""
     return ", ".join(f"{count} {name}" for name, count in counter.most_common())
 
 
-def _timing(timing: Mapping[str, float] | None) -> str | None:
-    """Where the time of the last call went, as the scheduler noted it."""
+def _timing_text(timing: Mapping[str, float] | None) -> str | None:
+    """Describe how the last call spent its time."""
     if timing is None:
         return None
     shares = [
@@ -298,10 +309,10 @@ def _timing(timing: Mapping[str, float] | None) -> str | None:
 
 
 def summary(study: optuna.Study) -> dict[str, str]:
-    """What is tuned, on what, for how long, and how far it got; plain text, not escaped.
+    """Summarize what is tuned, on what data, for how long, and the best value; not escaped.
 
     Returns:
-        Label -> text, in the order to show; what the study does not say is left out.
+        Text by label, in the order to show. Labels without information are left out.
 
     Example:
         >>> study = optuna.create_study(direction="maximize", study_name="digits")
@@ -314,8 +325,8 @@ def summary(study: optuna.Study) -> dict[str, str]:
     trials = study.get_trials(deepcopy=False)
     states = Counter(trial.state.name.lower().replace("fail", "failed") for trial in trials)
     causes = Counter(str(t.user_attrs["cause"]) for t in trials if "cause" in t.user_attrs)
-    leader, metric = find_best_trial(study), metric_name(study)
-    best = f"{metric} {format_value(leader.value)} in trial {leader.number}" if leader else ""
+    best, metric = find_best_trial(study), metric_name(study)
+    best_text = f"{metric} {format_value(best.value)} in trial {best.number}" if best else ""
     rows = {
         "study": study.study_name,
         "template": attrs.get("template"),
@@ -325,12 +336,12 @@ def summary(study: optuna.Study) -> dict[str, str]:
         "budget": attrs.get("budget"),
         "seed": attrs.get("seed"),
         "optuna_nnhp": attrs.get("version"),
-        "best": best or "no trial has completed yet",
+        "best": best_text or "no trial has completed yet",
         "other seeds": replicates_text(study) or None,
-        "best trial's values": schedule_changes_text(leader) if leader else None,
-        **(language_model_rows(leader) if leader else {}),
-        "trials": f"{len(trials)} in all" + (f": {_counts(states)}" if trials else ""),
-        "ended by": _counts(causes) or None,
-        "last call": _timing(attrs.get("timing")),
+        "best trial's values": schedule_changes_text(best) if best else None,
+        **(language_model_rows(best) if best else {}),
+        "trials": f"{len(trials)} in all" + (f": {_counts_text(states)}" if trials else ""),
+        "ended by": _counts_text(causes) or None,
+        "last call": _timing_text(attrs.get("timing")),
     }
     return {label: format_value(text) for label, text in rows.items() if text is not None}

@@ -1,4 +1,4 @@
-"""What all workers of a study are told, and how each comes to know that it shall end."""
+"""Send control messages to all workers of a study, and stop a worker when it must end."""
 
 from __future__ import annotations
 
@@ -16,58 +16,58 @@ from optuna_nnhp.study.budget import Budget
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-CONTROL_KEY = (
-    "optuna_nnhp:control"  # system attribute of a study: the last thing its workers are told
-)
+CONTROL_KEY = "optuna_nnhp:control"  # system attribute of a study: the last control message
 STOP, INTERRUPT, RELEASE = "stop", "interrupt", "release"
-PARENT_CHECK_INTERVAL = 1.0  # seconds: how often a worker looks whether its parent is there
-# How often it reads what it is told: seconds, and more for each worker, since all of them read.
+PARENT_CHECK_INTERVAL = 1.0  # seconds between two checks whether the parent process exists
+# Seconds between two reads of the control message. Every worker reads, so it grows with each one.
 MESSAGE_CHECK_INTERVAL, MESSAGE_CHECK_INTERVAL_PER_WORKER = 2.0, 0.02
 
 
-def send_control_message(study: Study, what: str) -> str:
-    """Tell all workers of a study something; the mark by which they know it from what was before.
+def send_control_message(study: Study, command: str) -> str:
+    """Send a command to all workers of a study.
 
     Args:
         study:
             The study.
-        what:
-            `STOP`: no more trials. `INTERRUPT` or `RELEASE`: as on SIGINT or SIGTERM.
+        command:
+            `STOP`: start no more trials. `INTERRUPT` or `RELEASE`: end as on SIGINT or SIGTERM.
+
+    Returns:
+        The message's id, by which workers tell it from earlier messages.
     """
-    mark = uuid4().hex
-    study._storage.set_study_system_attr(
-        study._study_id, CONTROL_KEY, {"what": what, "mark": mark}
-    )
-    return mark
+    message = {"command": command, "id": uuid4().hex}
+    study._storage.set_study_system_attr(study._study_id, CONTROL_KEY, message)
+    return message["id"]
 
 
 def last_control_message_id(study: Study) -> str | None:
-    """The mark of the last thing that a study's workers were told."""
-    return dict(_read(study)).get("mark")
+    """Return the id of the last control message of a study; None if there is none."""
+    return _read_control_message(study).get("id")
 
 
-def _read(study: Study) -> Mapping[str, str]:
+def _read_control_message(study: Study) -> Mapping[str, str]:
+    """Return the last control message of a study; empty if there is none."""
     attributes = study._storage.get_study_system_attrs(study._study_id)
     return dict(attributes.get(CONTROL_KEY, {}))
 
 
 class ShutdownWatcher:
-    """Sees to it that a worker ends when it should.
+    """Ends a worker when its parent process is gone or a control message tells it to.
 
-    That is when its parent is gone, or when all workers are told so, which it does itself when
-    the study is stopped here: it is a callback.
+    It is also a callback of the study: when the study is stopped in this process, it sends a
+    `STOP` message to the other workers.
 
     Args:
         study:
             The opened study.
         budget:
-            How long.
+            Budget of this worker, through which it ends.
         last_message_id:
-            What workers had been told before, see `last_control_message_id`.
-        workers:
-            How many there are.
+            Id of the last message before this worker started, see `last_control_message_id`.
+        n_workers:
+            Number of workers of the study.
         parent:
-            Number of the process without which it ends, if there is one.
+            Process id of the parent; None if the worker does not depend on one.
     """
 
     def __init__(
@@ -75,57 +75,58 @@ class ShutdownWatcher:
         study: Study,
         budget: Budget,
         last_message_id: str | None = None,
-        workers: int = 1,
+        n_workers: int = 1,
         parent: int | None = None,
     ) -> None:
-        self._study, self._budget, self._last_message_id = study, budget, last_message_id
-        self._message_check_interval, self._parent = (
-            MESSAGE_CHECK_INTERVAL + MESSAGE_CHECK_INTERVAL_PER_WORKER * workers,
-            parent,
-        )
+        self._study, self._budget, self._parent = study, budget, parent
+        self._last_message_id = last_message_id
+        self._interval = MESSAGE_CHECK_INTERVAL + MESSAGE_CHECK_INTERVAL_PER_WORKER * n_workers
         self._is_stopped = False
-        self._over = threading.Event()
+        self._exiting = threading.Event()
+        self._thread = threading.Thread(
+            target=self._watch, name="optuna_nnhp-shutdown-watcher", daemon=True
+        )
 
     def __enter__(self) -> ShutdownWatcher:
-        self._check()
-        self._thread = threading.Thread(target=self._poll, name="optuna_nnhp-watch", daemon=True)
+        self._check_message()
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
+        self._exiting.set()
         self._thread.join()
 
     def __call__(self, study: Study, trial: FrozenTrial) -> None:
-        """Tell the others that the study is stopped; a callback of it."""
+        """Send `STOP` to the other workers once the study is stopped here."""
         if study._stop_flag and not self._is_stopped:
             self._is_stopped = True
             self._last_message_id = send_control_message(study, STOP)
 
-    def _poll(self) -> None:
-        due = time.monotonic() + self._message_check_interval
-        while not self._over.wait(PARENT_CHECK_INTERVAL):
+    def _watch(self) -> None:
+        """Check the parent process and the control message until the worker ends."""
+        next_check = time.monotonic() + self._interval
+        while not self._exiting.wait(PARENT_CHECK_INTERVAL):
             if self._parent is not None and os.getppid() != self._parent:
                 self._budget.released = True
-            if self._is_stopped:  # a loop that has just begun may have forgotten it
+            if self._is_stopped:  # a tuner that starts after the message resets the flag
                 self._study._stop_flag = True
-            if time.monotonic() >= due:
-                self._check()
-                due = time.monotonic() + self._message_check_interval
+            if time.monotonic() >= next_check:
+                self._check_message()
+                next_check = time.monotonic() + self._interval
 
-    def _check(self) -> None:
-        """Read what all workers are told."""
+    def _check_message(self) -> None:
+        """Read the control message and obey it if it is new."""
         try:
-            said = _read(self._study)
-        except Exception as error:  # drivers raise types of their own, and a storage comes back
-            _logger.debug(f"What workers are told could not be read: {type(error).__name__}")
+            message = _read_control_message(self._study)
+        except Exception as error:  # drivers raise their own types; the storage may come back
+            _logger.debug(f"Could not read the control message: {type(error).__name__}")
             return
-        if not said or said["mark"] == self._last_message_id:
+        if not message or message["id"] == self._last_message_id:
             return
-        self._last_message_id, what = said["mark"], said["what"]
-        if what == STOP:
+        self._last_message_id = message["id"]
+        if message["command"] == STOP:
             self._is_stopped = self._study._stop_flag = True
-        elif what == INTERRUPT:
+        elif message["command"] == INTERRUPT:
             self._budget.interrupted = True
         else:
             self._budget.released = True

@@ -1,11 +1,15 @@
-"""Sharing a study among several workers: whether it can be, how it begins, and what is left."""
+"""Share a study among several workers: check the arguments, start the workers, clean up."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields
 from dataclasses import replace
+import functools
 from numbers import Integral
 import os
 from pathlib import Path
@@ -16,40 +20,48 @@ from typing import Any
 import cloudpickle
 import optuna
 from optuna import Study
+from optuna.samplers import BaseSampler
+from optuna.samplers import GridSampler
 from optuna.storages import BaseStorage
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 import torch
 
 from optuna_nnhp.errors import hide_passwords
+from optuna_nnhp.search.grid import GridPointsSampler
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.lease import machine_id
 from optuna_nnhp.storages.lease import process_id
 from optuna_nnhp.study.budget import Budget
+from optuna_nnhp.study.budget import ProgressBar
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.templates import Template
 from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.workers.config import WorkerConfig
 from optuna_nnhp.workers.control import last_control_message_id
-from optuna_nnhp.workers.worker import WorkerConfig
+from optuna_nnhp.workers.control import send_control_message
 from optuna_nnhp.workers.worker_pool import Executor
+from optuna_nnhp.workers.worker_pool import LocalExecutor
 from optuna_nnhp.workers.worker_pool import WorkerPool
+
+PROGRESS_INTERVAL = 1.0  # seconds between two reads of the storage for the progress bar
 
 
 def check_workers(
     workers: Any, executor: object, storage: str | Path | BaseStorage | None
 ) -> None:
-    """Raise unless workers can be had, and share the study.
+    """Raise unless the workers can run and can share the study.
 
     Args:
         workers:
-            How many.
+            Number of workers.
         executor:
             Where they run; None for this machine.
         storage:
-            As the user named it.
+            Storage as the user gave it.
 
     Raises:
-        ValueError: If the number, the executor or the storage makes no sense.
+        ValueError: If the number, the executor or the storage is not valid.
 
     Example:
         >>> check_workers(2, None, None)
@@ -63,17 +75,17 @@ got None.
         _check_executor(executor)
     if (workers == 1 and executor is None) or not _is_in_memory(storage):
         return
-    given = hide_passwords(storage if isinstance(storage, str) else repr(storage), storage)
+    shown = hide_passwords(storage if isinstance(storage, str) else repr(storage), storage)
     raise ValueError(
-        f"`storage` must be one that several processes can open, a path or a URL, but got {given}."
+        f"`storage` must be one that several processes can open, a path or a URL, but got {shown}."
     )
 
 
 def _is_in_memory(storage: str | Path | BaseStorage | None) -> bool:
-    """Whether only this process can see a storage."""
+    """Return whether only this process can read a storage."""
     if isinstance(storage, BufferedStorage):
         storage = storage.backend
-    storage = getattr(storage, "_backend", storage)  # Optuna caches databases
+    storage = getattr(storage, "_backend", storage)  # Optuna wraps databases in a cache
     if isinstance(storage, RDBStorage):
         storage = storage.url
     if isinstance(storage, str):
@@ -82,6 +94,7 @@ def _is_in_memory(storage: str | Path | BaseStorage | None) -> bool:
 
 
 def _check_executor(executor: object) -> None:
+    """Raise unless an executor starts new processes."""
     if not callable(getattr(executor, "submit", None)):
         raise ValueError(
             "`executor` must have a method `submit`, as those of concurrent.futures do, but got "
@@ -89,24 +102,21 @@ def _check_executor(executor: object) -> None:
         )
     if isinstance(executor, ThreadPoolExecutor):
         raise ValueError(
-            "`executor` must run its calls in other processes, but got a ThreadPoolExecutor: "
-            "threads of one process would only wait for each other."
+            "`executor` must run its calls in other processes, but got a ThreadPoolExecutor, "
+            "whose threads would only wait for each other."
         )
-    context = getattr(executor, "_mp_context", None)
-    if isinstance(executor, ProcessPoolExecutor) and context and _uses_fork(context):
+    context: Any = getattr(executor, "_mp_context", None)
+    uses_fork = context is not None and context.get_start_method() == "fork"
+    if isinstance(executor, ProcessPoolExecutor) and uses_fork:
         raise ValueError(
             "`executor` must start new processes, but this ProcessPoolExecutor forks the caller, "
-            "whose threads a copy has not: give it "
+            "whose threads are missing in the copy: give it "
             "`mp_context=multiprocessing.get_context('spawn')`."
         )
 
 
-def _uses_fork(context: Any) -> bool:
-    return bool(context.get_start_method() == "fork")
-
-
 def absolute_storage(storage: str | Path | BaseStorage) -> str | Path | BaseStorage:
-    """A storage by a name that means the same in every folder of a machine.
+    """Return a storage with an absolute path, so that it is the same from every folder.
 
     Example:
         >>> absolute_storage("postgresql://host/db")
@@ -114,7 +124,7 @@ def absolute_storage(storage: str | Path | BaseStorage) -> str | Path | BaseStor
         >>> absolute_storage("sqlite:///study.db") == f"sqlite:///{os.path.abspath('study.db')}"
         True
     """
-    if isinstance(storage, BufferedStorage):  # each process has its own around the same one
+    if isinstance(storage, BufferedStorage):  # each process wraps the backend in a buffer itself
         return storage.backend
     if isinstance(storage, BaseStorage):
         return storage
@@ -133,41 +143,110 @@ def run_workers(
     *,
     show_progress_bar: bool = False,
 ) -> None:
-    """Run a study by several workers, until all have ended.
+    """Run a study by several workers until all of them have ended.
 
     Args:
         config:
-            What each of them does.
+            Configuration of the workers, without what differs between them.
         study:
             The opened study, with the sampler of a single worker.
         problem:
-            What is tuned.
+            Problem to tune.
         budget:
-            How long; signals to this process are noted in it.
+            Limits on trials and time; signals to this process set its flags.
         executor:
-            Where they run; None for this machine.
+            Where the workers run; None for this machine.
         show_progress_bar:
-            Whether to show how far all of them have come.
+            Whether to show the progress of all workers together.
 
     Raises:
         ValueError: If something cannot be sent to another process.
-        Exception: What a worker of this machine ended with, or all workers elsewhere.
-        RuntimeError: If all workers died, again and again.
+        Exception: The error of a worker of this machine, or of a remote one if none finished.
+        RuntimeError: If all workers died and none could be replaced.
     """
     config = _complete_config(config, study, budget, executor)
     _check_picklable(config)
-    crew = WorkerPool(config, study, problem, budget, executor)
+
+    def make_config(worker: int, is_replacement: bool) -> WorkerConfig:
+        sampler = study.sampler  # the first worker proposes what a single one would
+        if worker or is_replacement:
+            method = config.method_config
+            sampler = method.sampler_for(study, few=problem.sequential, worker=worker)
+        return replace(config, worker=worker, sampler=without_grid_points(sampler))
+
+    pool = WorkerPool(
+        make_config,
+        config.n_workers,
+        budget,
+        LocalExecutor(config.threads or 1) if executor is None else executor,
+        functools.partial(send_control_message, study),
+    )
     _enqueue_initial_trials(config, study, problem, budget)
-    crew.run(show_progress_bar=show_progress_bar)
+    if not show_progress_bar:
+        pool.run()
+        return
+    with _progress_bar(study, problem, budget) as show_progress:
+        pool.run(show_progress)
+
+
+def without_grid_points(sampler: BaseSampler) -> BaseSampler:
+    """Return the sampler of a worker: of a grid only the trials that are enqueued already."""
+    if isinstance(sampler, GridSampler | GridPointsSampler):
+        return GridPointsSampler([], "enqueued trials", is_part=True)
+    return sampler
+
+
+def _complete_config(
+    config: WorkerConfig, study: Study, budget: Budget, executor: Executor | None
+) -> WorkerConfig:
+    """Add what only the process that starts the workers knows."""
+    is_local = executor is None
+    shares_cores = is_local or isinstance(executor, ProcessPoolExecutor)
+    has_deadline = budget.timeout is not None and is_local
+    folder = config.weights_folder
+    return replace(
+        config,
+        storage=None if config.storage is None else absolute_storage(config.storage),
+        weights_folder=None if folder is None else folder.resolve(),
+        timeout=budget.timeout,
+        threads=max(1, torch.get_num_threads() // config.n_workers) if shares_cores else None,
+        deadline=time.time() + budget.seconds_left if has_deadline else None,
+        parent=os.getpid() if is_local else None,
+        caller_process=(machine_id(), process_id()),
+        last_message_id=last_control_message_id(study),
+        verbosity=optuna.logging.get_verbosity(),
+    )
+
+
+def _check_picklable(config: WorkerConfig) -> None:
+    """Raise if a configuration cannot be sent to another process, and name the argument."""
+    try:
+        cloudpickle.dumps(config)
+        return
+    except Exception as error:  # pickling calls methods of users' classes
+        cause = error
+    for owner in (config, config.problem_spec):
+        for name in (field.name for field in fields(owner)):
+            try:
+                cloudpickle.dumps(getattr(owner, name))
+            except Exception as error:
+                if name == "problem_spec":  # its own fields are checked next
+                    continue
+                raise ValueError(
+                    f"`{name}` must be something that can be sent to another process, but: {error}"
+                ) from error
+    raise ValueError(
+        f"All arguments must be something that can be sent to another process, but: {cause}"
+    ) from cause
 
 
 def _enqueue_initial_trials(
     config: WorkerConfig, study: Study, problem: Template, budget: Budget
 ) -> None:
-    """Enqueue what comes first in a study: once, before there are workers."""
+    """Enqueue the first trials of a study once, before workers start."""
     storage = study._storage
     assert isinstance(storage, BufferedStorage)
-    timeout = None if budget.timeout is None else budget.timeout * config.workers
+    timeout = None if budget.timeout is None else budget.timeout * config.n_workers
     source = TrialSource(study, problem, Budget(budget.n_trials, timeout), storage)
     try:
         source.begin(with_portfolio=config.method_config.uses_portfolio)
@@ -175,63 +254,47 @@ def _enqueue_initial_trials(
         storage.flush()
 
 
-def _complete_config(
-    config: WorkerConfig, study: Study, budget: Budget, executor: Executor | None
-) -> WorkerConfig:
-    """A job with what only the workers' caller knows."""
-    is_here = executor is None
-    is_near = is_here or isinstance(executor, ProcessPoolExecutor)
-    timed = budget.timeout is not None and is_here
-    return replace(
-        config,
-        storage=None if config.storage is None else absolute_storage(config.storage),
-        folder=None if config.folder is None else config.folder.resolve(),
-        timeout=budget.timeout,
-        threads=max(1, torch.get_num_threads() // config.workers) if is_near else None,
-        deadline=time.time() + budget.seconds_left if timed else None,
-        parent=os.getpid() if is_here else None,
-        caller_process=(machine_id(), process_id()),
-        last_message_id=last_control_message_id(study),
-        verbosity=optuna.logging.get_verbosity(),
-    )
+@contextmanager
+def _progress_bar(
+    study: Study, problem: Template, budget: Budget
+) -> Iterator[Callable[[bool], None]]:
+    """Yield a function that shows the progress of all workers, at most once per second."""
+    storage, last_shown = study._storage, 0.0
+    assert isinstance(storage, BufferedStorage)
+
+    def show_progress(is_running: bool) -> None:
+        nonlocal last_shown
+        if is_running and time.monotonic() - last_shown < PROGRESS_INTERVAL:
+            return
+        storage.refresh()
+        trials = study.get_trials(deepcopy=False)
+        complete = [t for t in trials if t.state == TrialState.COMPLETE]
+        values = [t.value for t in complete if t.value is not None]
+        best = (max if problem.maximize else min)(values, default=None)
+        n_running = sum(trial.state == TrialState.RUNNING for trial in trials)
+        bar.show(sum(t.state.is_finished() for t in trials), n_running, best)
+        last_shown = time.monotonic()
+
+    with ProgressBar(True, budget, 0) as bar:
+        yield show_progress
 
 
-def delete_other_weights(study: Study, weights: BestWeights, count: int, maximize: bool) -> None:
-    """Forget all weights but those of the best trials, and of trials that have not ended.
+def keep_best_weights(study: Study, weights: BestWeights, n_best: int, maximize: bool) -> None:
+    """Delete all weights except those of the best trials and of unfinished ones.
 
     Args:
         study:
             The study.
         weights:
-            What all workers kept.
-        count:
-            How many are the best.
+            The weights of all workers.
+        n_best:
+            Number of best trials to keep.
         maximize:
-            Whether a greater value is better.
+            Whether a larger value is better.
     """
     trials = study.get_trials(deepcopy=False)
     sign = -1.0 if maximize else 1.0
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     complete.sort(key=lambda t: (sign * (t.value or 0.0), t.number))
-    running = [t.number for t in trials if not t.state.is_finished()]
-    weights.delete_others([*(t.number for t in complete[:count]), *running])
-
-
-def _check_picklable(config: WorkerConfig) -> None:
-    """Raise if another process cannot have something, and say what."""
-    try:
-        cloudpickle.dumps(config)
-        return
-    except Exception as error:  # whatever a type raises
-        cause = error
-    for owner in (config, config.problem_spec):
-        for name in (f.name for f in fields(owner)):
-            try:
-                cloudpickle.dumps(getattr(owner, name))
-            except Exception as error:
-                if name == "problem_spec":
-                    continue
-                raise ValueError(
-                    f"`{name}` must be something that can be sent to another process, but: {error}"
-                ) from error
-    raise ValueError("All must be something that can be sent to another process.") from cause
+    unfinished = [t.number for t in trials if not t.state.is_finished()]
+    weights.delete_others([*(t.number for t in complete[:n_best]), *unfinished])

@@ -1,4 +1,4 @@
-"""Joining a study from any shell: what it notes of its method, and the job that follows."""
+"""Store in a study how it is tuned, for workers that join it from the command line."""
 
 from __future__ import annotations
 
@@ -12,109 +12,117 @@ from optuna_nnhp.study.method_config import MethodConfig
 from optuna_nnhp.study.method_config import parse_method
 from optuna_nnhp.templates.problem_spec import NOT_SAVED
 from optuna_nnhp.templates.problem_spec import PROBLEM_SPEC
-from optuna_nnhp.workers.worker import WorkerConfig
+from optuna_nnhp.workers.config import WorkerConfig
 
-SEARCH_KEY = "search"  # study attribute: method, options, pruner, trials and loop of its last call
+SEARCH_KEY = "search"  # study attribute: how the last call of `optimize` tuned the study
 HALVING, NO_PRUNER = "halving", "none"
 
 
 def store_search_config(study: Study, config: WorkerConfig) -> None:
-    """Note on a study how its problem is made and how it is tuned, for those who join it.
+    """Store in a study how its problem is built and how it is tuned.
 
     Args:
         study:
             The opened study.
         config:
-            What is done for it.
+            Configuration of its workers.
     """
     if PROBLEM_SPEC not in study.user_attrs:
         study.set_user_attr(PROBLEM_SPEC, config.problem_spec.attributes())
-    method_config, pruner = config.method_config, config.pruner
+    method = config.method_config
     search = {
-        "method": {NOT_SAVED: type(method_config.sampler).__name__}
-        if method_config.is_user_sampler
-        else method_config.method,
-        "options": {**method_config.options, **method_config.policy_options},
-        "pruner": _pruner_metadata(pruner),
+        "method": {NOT_SAVED: type(method.sampler).__name__}
+        if method.is_user_sampler
+        else method.method,
+        "options": {**method.options, **method.policy_options},
+        "pruner": _pruner_metadata(config.pruner),
         "n_trials": config.n_trials,
-        "loop": dict(config.options),
+        "tuner_options": dict(config.tuner_options),
     }
     if study.user_attrs.get(SEARCH_KEY) != search:
         study.set_user_attr(SEARCH_KEY, search)
 
 
-def _pruner_metadata(pruner: BasePruner | None) -> Any:
+def _pruner_metadata(pruner: BasePruner | None) -> str | dict[str, str]:
+    """Return what is stored of a pruner: of a user's own only its name."""
     if isinstance(pruner, NopPruner):
         return NO_PRUNER
     return HALVING if pruner is None else {NOT_SAVED: type(pruner).__name__}
 
 
 def stored_method_config(study: Study, method: str | None, seed: int) -> MethodConfig:
-    """How a study is tuned.
+    """Return the search method of a study.
 
     Args:
         study:
-            A study that `optimize` made.
+            A study that `optimize` created.
         method:
-            Another method; None for the study's.
+            Another method to use instead; None for the study's.
         seed:
-            Of the sampler.
+            Seed of the sampler.
 
     Raises:
-        ValueError: If it is not noted.
+        ValueError: If the study was tuned with a user's sampler, or only one of the two methods
+            is a grid.
     """
-    noted = _stored_search_config(study)
-    if method == "grid" != noted["method"]:
+    search = _stored_search_config(study)
+    stored = search["method"]
+    if method == "grid" != stored:
         raise ValueError(
-            "`method` must be 'grid' from a study's beginning, when its points are laid out, but "
-            "this one's was another."
+            "`method` must be 'grid' from the beginning of a study, when the points of the grid "
+            "are enqueued, but this study began with another method."
         )
-    if method is not None:
-        options = noted["options"] if method == noted["method"] else None
-        return parse_method(method, None, options, None, seed)
-    if isinstance(noted["method"], dict):
+    if method is None and isinstance(stored, dict):
         raise ValueError(
-            f"The method must be given: the study's sampler, {noted['method'][NOT_SAVED]}, is not "
-            "kept with it."
+            f"`method` must be given, but is missing: the study's sampler, {stored[NOT_SAVED]}, "
+            "is not stored in it."
         )
-    return parse_method(noted["method"], None, noted["options"], None, seed)
+    is_stored = method is None or method == stored
+    return parse_method(
+        stored if method is None else method,
+        None,
+        search["options"] if is_stored else None,
+        None,
+        seed,
+    )
 
 
 def stored_pruner(study: Study) -> BasePruner | None:
-    """What ends a study's trials; None for halving of whole cohorts.
+    """Return the pruner of a study; None for successive halving of whole cohorts.
 
     Args:
         study:
-            A study that `optimize` made.
+            A study that `optimize` created.
 
     Raises:
-        ValueError: If it is a user's own.
+        ValueError: If the pruner is a user's own.
     """
     pruner = _stored_search_config(study)["pruner"]
     if isinstance(pruner, dict):
         raise ValueError(
             f"The study's pruner must be the default one or none, but it is {pruner[NOT_SAVED]}, "
-            "which is not kept with it: give `optimize` an `executor` instead."
+            "which is not stored in it: give `optimize` an `executor` instead."
         )
     return NopPruner() if pruner == NO_PRUNER else None
 
 
 def stored_n_trials(study: Study) -> int | None:
-    """How many trials a study shall have."""
+    """Return the number of trials that a study should have; None if there is no limit."""
     count = _stored_search_config(study)["n_trials"]
     return None if count is None else int(count)
 
 
 def stored_tuner_options(study: Study) -> dict[str, Any]:
-    """Options of a study's loop, such as ``trial_timeout``; none if they are not noted."""
-    return dict(_stored_search_config(study).get("loop", {}))
+    """Return the tuner options of a study, such as ``trial_timeout``."""
+    return dict(_stored_search_config(study)["tuner_options"])
 
 
 def _stored_search_config(study: Study) -> dict[str, Any]:
+    """Return what `store_search_config` stored, or raise if there is nothing."""
     search = study.user_attrs.get(SEARCH_KEY)
     if search is None:
         raise ValueError(
-            "The study must be one that `optimize` began, which notes how it is tuned, but "
+            "The study must be one that `optimize` began, which stores how it is tuned, but "
             f"{study.study_name!r} does not."
         )
     return dict(search)

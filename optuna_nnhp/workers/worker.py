@@ -1,13 +1,10 @@
-"""What one worker of a study does, in whatever process it finds itself."""
+"""Run one worker of a study, in any process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
 from dataclasses import replace
 import os
 from pathlib import Path
@@ -15,14 +12,10 @@ import signal
 import threading
 import time
 import traceback
-from typing import Any
 
 import cloudpickle
 import optuna
 from optuna import Study
-from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
 import torch
 
 from optuna_nnhp.search.halving import CohortHalvingPruner
@@ -31,7 +24,6 @@ from optuna_nnhp.storages.lease import process_id
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import graceful_shutdown
-from optuna_nnhp.study.method_config import MethodConfig
 from optuna_nnhp.study.open_study import MODELS
 from optuna_nnhp.study.open_study import open_study
 from optuna_nnhp.study.trial_finisher import Callback
@@ -41,6 +33,8 @@ from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.gpu_locks import claim_device
 from optuna_nnhp.training.gpu_locks import gpu_uuids
+from optuna_nnhp.workers.config import WorkerConfig
+from optuna_nnhp.workers.config import WorkerResult
 from optuna_nnhp.workers.control import INTERRUPT
 from optuna_nnhp.workers.control import PARENT_CHECK_INTERVAL
 from optuna_nnhp.workers.control import RELEASE
@@ -48,118 +42,26 @@ from optuna_nnhp.workers.control import ShutdownWatcher
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@dataclass(frozen=True, eq=False)
-class WorkerConfig:
-    """All that a worker must know; it can be sent to any process.
-
-    Args:
-        problem_spec:
-            How the problem is made.
-        storage:
-            Where the study is.
-        study_name:
-            Its name; empty for the problem's, as long as the study is not opened.
-        method_config:
-            How to tune.
-        pruner:
-            What ends trials; halving of whole cohorts if None.
-        n_trials:
-            Trials of the whole study; None for no bound.
-        timeout:
-            Seconds from this worker's start; None for no bound.
-        sampler:
-            What proposes here; that of the wish if None.
-        options:
-            Of the study's loop, such as ``cohort_size``.
-        callbacks:
-            Called after every trial that this worker ends.
-        folder:
-            Where the best trials' weights are kept; None for memory.
-        worker:
-            Its place among the workers.
-        workers:
-            How many there are, at most.
-        threads:
-            Of this worker; as many as its process has if None.
-        deadline:
-            Time of day, in seconds, when the study ends; instead of ``timeout`` on one machine.
-        parent:
-            Number of the process without which it ends, if it is one of this machine.
-        caller_process:
-            Machine and process that must not do the work; see `storages.lease`.
-        last_message_id:
-            What workers had been told before.
-        verbosity:
-            Of Optuna's log; as its process has it if None.
-    """
-
-    problem_spec: ProblemSpec
-    storage: str | Path | BaseStorage | None = field(repr=False)
-    study_name: str
-    method_config: MethodConfig
-    pruner: BasePruner | None = None
-    n_trials: int | None = None
-    timeout: float | None = None
-    sampler: BaseSampler | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    callbacks: tuple[Callback, ...] = ()
-    folder: Path | None = None
-    worker: int = 0
-    workers: int = 1
-    threads: int | None = None
-    deadline: float | None = None
-    parent: int | None = None
-    caller_process: tuple[str, str] | None = None
-    last_message_id: str | None = None
-    verbosity: int | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Functions of scripts and notebooks too, whatever pickle the executor uses.
-        return _unpickle_config, (cloudpickle.dumps(vars(self)),)
-
-
-@dataclass(frozen=True)
-class WorkerResult:
-    """How a worker's work ended.
-
-    Args:
-        worker:
-            Its place among the workers.
-        error:
-            What kept it from going on.
-        ended:
-            `INTERRUPT` or `RELEASE` if somebody told this process, or all workers.
-    """
-
-    worker: int
-    error: Exception | None = None
-    ended: str | None = None
-
-
-def _unpickle_config(data: bytes) -> WorkerConfig:
-    return WorkerConfig(**cloudpickle.loads(data))
+SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_worker(config: WorkerConfig, problem: Template | None = None) -> WorkerResult:
-    """Train trials of a study until there are no more, time is over, or somebody says so.
+    """Train trials of a study until it is complete, the time is over, or a shutdown is asked for.
 
-    Whatever goes wrong is in the outcome: what this function raises comes from elsewhere, and
-    means that its process is no more.
+    Errors are returned in the result. If a call in another process raises an error instead, the
+    error comes from the executor, and the worker's process has died.
 
     Args:
         config:
-            What to do.
+            Configuration of the worker.
         problem:
-            What is tuned, if it is here already.
+            Problem to tune, if this process has already built it.
     """
     try:
         with _exit_with_parent(config.parent), _worker_settings(config):
-            return WorkerResult(config.worker, ended=_train_until_stopped(config, problem))
+            return WorkerResult(config.worker, stopped_by=_train_until_stopped(config, problem))
     except KeyboardInterrupt:
-        return WorkerResult(config.worker, ended=INTERRUPT)
+        return WorkerResult(config.worker, stopped_by=INTERRUPT)
     except Exception as error:
         return WorkerResult(config.worker, _picklable_error(error))
 
@@ -174,23 +76,23 @@ def run_tuner(
     *,
     show_progress_bar: bool = False,
 ) -> None:
-    """Run a study's loop here.
+    """Run the tuner in this process.
 
     Args:
         config:
-            Its method and options.
+            Configuration with the method and the tuner's options.
         study:
             The opened study.
         problem:
-            What is tuned.
+            Problem to tune.
         budget:
-            How long.
+            Limits on trials and time.
         weights:
-            Where the best trials' weights go.
+            Receives the weights of the best trials.
         callbacks:
-            Called after every trial.
+            Functions called after each trial.
         show_progress_bar:
-            Whether to draw one.
+            Whether to show a progress bar.
     """
     Tuner(
         study,
@@ -201,33 +103,36 @@ def run_tuner(
         uses_portfolio=config.method_config.uses_portfolio,
         callbacks=callbacks,
         show_progress_bar=show_progress_bar,
-        **config.options,
+        **config.tuner_options,
     ).run()
 
 
 def build_problem(problem_spec: ProblemSpec) -> Template:
-    """A problem before it is known where it will be trained, which its study decides.
+    """Build a problem before its study is open, without claiming a GPU.
 
     Args:
         problem_spec:
-            How it is made.
+            Specification of the problem.
+
+    Returns:
+        The problem, on the CPU if the specification leaves the device open and there are GPUs.
     """
-    is_open = problem_spec.device is None and gpu_uuids()
-    return (replace(problem_spec, device="cpu") if is_open else problem_spec).problem()
+    has_free_choice = problem_spec.device is None and gpu_uuids()
+    return (replace(problem_spec, device="cpu") if has_free_choice else problem_spec).problem()
 
 
 def build_problem_on_free_device(
     problem_spec: ProblemSpec, study: Study, problem: Template | None = None
 ) -> Template:
-    """A problem on the device where this process trains it: no worker of a study has its GPU.
+    """Build a problem on a device that no other worker of its study uses.
 
     Args:
         problem_spec:
-            How it is made.
+            Specification of the problem.
         study:
             The opened study.
         problem:
-            The same, on another device perhaps.
+            The same problem, possibly on another device; it is reused if the device fits.
     """
     if problem_spec.device is None and gpu_uuids():
         problem_spec = replace(problem_spec, device=claim_device(study.user_attrs[MODELS]))
@@ -236,35 +141,29 @@ def build_problem_on_free_device(
     return problem or problem_spec.problem()
 
 
-@contextmanager
-def warnings_only_log() -> Iterator[None]:
-    """Within, Optuna's log has warnings only: what else there is to say has been said."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
 def _train_until_stopped(config: WorkerConfig, problem: Template | None) -> str | None:
-    """Join the study and train; what ended it before its time."""
+    """Open the study and run its tuner.
+
+    Returns:
+        `INTERRUPT` or `RELEASE` if a signal or a control message ended it early, else None.
+    """
     if config.caller_process == (machine_id(), process_id()):
         raise ValueError(
-            "`executor` must run its calls in other processes, but this one is the caller's: "
-            "threads of one process would only wait for each other."
+            "`executor` must run its calls in other processes, but this one runs them in the "
+            "caller's, where threads would only wait for each other."
         )
     timeout = config.timeout if config.deadline is None else config.deadline - time.time()
-    budget = Budget(config.n_trials, timeout, workers=config.workers)
-    with _deferred_signals(config, budget):
-        with warnings_only_log():
+    budget = Budget(config.n_trials, timeout, workers=config.n_workers)
+    with _unblocked_signals(config, budget):
+        with _only_warnings():
             study, problem = _open_study_and_problem(config, problem)
-        weights = _WorkerWeights(config.folder)
-        with ShutdownWatcher(
-            study, budget, config.last_message_id, config.workers, config.parent
-        ) as watch:
+        weights = _WorkerWeights(config.weights_folder)
+        watcher = ShutdownWatcher(
+            study, budget, config.last_message_id, config.n_workers, config.parent
+        )
+        with watcher:
             if not budget.is_over():
-                run_tuner(config, study, problem, budget, weights, [*config.callbacks, watch])
+                run_tuner(config, study, problem, budget, weights, [*config.callbacks, watcher])
     if budget.interrupted:
         return INTERRUPT
     return RELEASE if budget.released else None
@@ -273,7 +172,7 @@ def _train_until_stopped(config: WorkerConfig, problem: Template | None) -> str 
 def _open_study_and_problem(
     config: WorkerConfig, problem: Template | None
 ) -> tuple[Study, Template]:
-    """The study, which exists, and its problem, with a GPU of this process's own."""
+    """Open the study, which must exist, and build its problem on a free device."""
     storage = open_storage(config.storage)
     study = optuna.load_study(study_name=config.study_name, storage=storage)
     problem = problem or build_problem_on_free_device(config.problem_spec, study)
@@ -283,27 +182,43 @@ def _open_study_and_problem(
 
 
 @contextmanager
+def _only_warnings() -> Iterator[None]:
+    """Limit Optuna's log to warnings: the caller has logged everything else already."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(verbosity, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def _exit_with_parent(parent: int | None) -> Iterator[None]:
-    """Afterwards this process ends if its parent is gone: it would wait for work for ever."""
+    """Exit this process once its parent is gone and the block has ended.
+
+    Without this an idle process would wait for new calls forever.
+    """
     if parent is None:
         yield
         return
-    at_work = threading.Lock()
+    working = threading.Lock()
 
-    def end() -> None:
+    def exit_when_orphaned() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_CHECK_INTERVAL)
-        with at_work:
+        with working:
             os._exit(0)
 
-    with at_work:
-        threading.Thread(target=end, name="optuna_nnhp-orphan", daemon=True).start()
+    with working:
+        threading.Thread(
+            target=exit_when_orphaned, name="optuna_nnhp-parent-check", daemon=True
+        ).start()
         yield
 
 
 @contextmanager
 def _worker_settings(config: WorkerConfig) -> Iterator[None]:
-    """Within, this process has the job's threads and verbosity."""
+    """Set the number of threads and the log level of the configuration."""
     threads, verbosity = torch.get_num_threads(), optuna.logging.get_verbosity()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -317,30 +232,33 @@ def _worker_settings(config: WorkerConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _deferred_signals(config: WorkerConfig, budget: Budget) -> Iterator[None]:
-    """Within, signals end the work tidily; those that came while it was being prepared too."""
+def _unblocked_signals(config: WorkerConfig, budget: Budget) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM, also those that arrived while the process started."""
     with graceful_shutdown(budget):
         if config.parent is not None and hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SHUTDOWN_SIGNALS)
         yield
 
 
 def _picklable_error(error: Exception) -> Exception:
-    """An error that another process can show, with where it was raised."""
+    """Return an error that can be sent to another process, with its traceback as a note."""
     trace = "".join(traceback.format_exception(error))
     for candidate in (error, RuntimeError(f"{type(error).__name__}: {error}")):
         try:
             cloudpickle.loads(cloudpickle.dumps(candidate))
-        except Exception as reason:  # whatever a user's type raises
-            _logger.debug(f"{type(candidate).__name__} cannot be sent: {reason}")
+        except Exception as reason:  # the class of a user's error can raise anything
+            _logger.debug(f"{type(candidate).__name__} cannot be pickled: {reason}")
             continue
         candidate.add_note(f"It was raised in a worker:\n{trace}")
         return candidate
-    raise AssertionError("a RuntimeError of one text can be sent")
+    raise AssertionError("a RuntimeError with a text can be pickled")
 
 
 class _WorkerWeights(BestWeights):
-    """Forgets what this process kept only: what lies there may be another worker's best."""
+    """Best weights that delete only files of this process.
+
+    Other files in the folder may be the best weights of another worker.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         super().__init__(folder)

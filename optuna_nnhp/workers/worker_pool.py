@@ -1,15 +1,11 @@
-"""A study's crew: starts its workers, watches over them, and replaces those that die."""
+"""Start the workers of a study, wait for them, and replace those that die."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
 import math
 import os
 import signal
@@ -19,59 +15,42 @@ from typing import Protocol
 
 from joblib.externals import loky
 import optuna
-from optuna import Study
-from optuna.samplers import BaseSampler
-from optuna.samplers import GridSampler
-from optuna.trial import TrialState
 
 from optuna_nnhp.errors import first_line
-from optuna_nnhp.search.grid import GridPointsSampler
-from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.study.budget import Budget
-from optuna_nnhp.study.budget import ProgressBar
 from optuna_nnhp.study.budget import graceful_shutdown
-from optuna_nnhp.templates import Template
+from optuna_nnhp.workers.config import WorkerConfig
+from optuna_nnhp.workers.config import WorkerResult
 from optuna_nnhp.workers.control import INTERRUPT
 from optuna_nnhp.workers.control import RELEASE
-from optuna_nnhp.workers.control import send_control_message
-from optuna_nnhp.workers.worker import SIGNALS
-from optuna_nnhp.workers.worker import WorkerConfig
-from optuna_nnhp.workers.worker import WorkerResult
+from optuna_nnhp.workers.worker import SHUTDOWN_SIGNALS
 from optuna_nnhp.workers.worker import run_worker
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-MAX_WORKER_DEATHS = 3  # of one worker, before nobody takes its place any more
-POLL_INTERVAL = 0.1  # seconds between two looks at the workers
-PROGRESS_INTERVAL = 1.0  # seconds between two readings of the storage for the progress bar
-SHUTDOWN_TIMEOUT = 120.0  # seconds for workers elsewhere to end after they were told so
-# Read by the libraries of a new process, before anybody could say it to them.
+MAX_WORKER_DEATHS = 3  # of one worker; after one more it is not replaced
+POLL_INTERVAL = 0.1  # seconds between two checks of the workers
+SHUTDOWN_TIMEOUT = 120.0  # seconds that remote workers have to end after a shutdown message
+# Numerical libraries read these when they are imported, before `torch.set_num_threads`.
 THREAD_COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Executor(Protocol):
-    """What runs calls elsewhere, as PEP 3148 has it."""
+    """Runs calls in other processes, as PEP 3148 describes."""
 
     def submit(self, function: Any, /, *args: Any) -> Any:
-        """Begin a call; what is returned has ``done()`` and ``result()``."""
-
-
-def without_grid_points(sampler: BaseSampler) -> BaseSampler:
-    """What a worker asks in a study whose plan is enqueued: nobody, if the plan is a grid."""
-    if isinstance(sampler, GridSampler | GridPointsSampler):
-        return GridPointsSampler([], "what was enqueued", is_part=True)
-    return sampler
+        """Start a call and return its future, which has ``done()`` and ``result()``."""
 
 
 class LocalExecutor:
-    """An executor for processes of this machine, each alone in a pool of its own.
+    """Runs each call in a new process of this machine.
 
-    So the death of one is nobody else's. They are not in the terminal's group of processes:
-    Ctrl-C reaches them only through `send`.
+    Each process has a pool of its own, so the death of one does not affect the others. The
+    processes are not in the terminal's process group: Ctrl-C reaches them only through `send`.
 
     Args:
         threads:
-            Of each.
+            CPU threads of each process.
     """
 
     def __init__(self, threads: int) -> None:
@@ -79,214 +58,204 @@ class LocalExecutor:
         self._pools: list[tuple[Any, Future[int], Future[Any]]] = []
 
     def submit(self, function: Any, /, *args: Any) -> Future[Any]:
-        """Run a call in a new process."""
+        """Start a call in a new process and return its future."""
         pool = loky.ProcessPoolExecutor(1, env=self._environment)
         if hasattr(os, "setpgrp"):
             pool.submit(os.setpgrp)
-        if hasattr(signal, "pthread_sigmask"):  # they wait until somebody can take them
-            pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS)
-        number = pool.submit(os.getpid)
+        if hasattr(signal, "pthread_sigmask"):  # blocked until the worker handles them
+            pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, SHUTDOWN_SIGNALS)
+        process_id = pool.submit(os.getpid)
         future: Future[Any] = pool.submit(function, *args)
-        self._pools.append((pool, number, future))
+        self._pools.append((pool, process_id, future))
         return future
 
-    def send(self, what: signal.Signals) -> None:
-        """Send a signal to all that are at work."""
-        for _, number, future in self._pools:
+    def send(self, signal_number: signal.Signals) -> None:
+        """Send a signal to all processes whose call still runs."""
+        for _, process_id, future in self._pools:
             if future.done():
                 continue
             try:
-                os.kill(number.result(), what)
+                os.kill(process_id.result(), signal_number)
             except (OSError, loky.BrokenProcessPool):
-                _logger.debug("A worker is gone already.")
+                _logger.debug("A worker process ended before the signal reached it.")
 
     def close(self, *, kill: bool) -> None:
-        """Give the processes back, those at work too if they are to be killed."""
+        """Shut down all processes.
+
+        Args:
+            kill:
+                Whether to kill processes whose call still runs instead of waiting for them.
+        """
         for pool, _, _ in self._pools:
             pool.shutdown(wait=not kill, kill_workers=kill)
         self._pools = []
 
 
-@dataclass
-class _WorkerSlot:
-    """A worker's place, which another one takes if it dies."""
+@dataclass(frozen=True)
+class _RunningWorker:
+    """A worker that has been started.
+
+    Args:
+        config:
+            Its configuration.
+        future:
+            Future of its result.
+        deaths:
+            How often a worker of this number has died before.
+    """
 
     config: WorkerConfig
     future: Any
     deaths: int = 0
 
 
-@dataclass
 class WorkerPool:
-    """Starts a study's workers, and waits for them.
+    """Starts the workers of a study, waits for them, and replaces those that die.
 
     Args:
-        config:
-            What the first of them does.
-        study:
-            The opened study.
-        problem:
-            What is tuned.
+        make_config:
+            Returns the configuration of a worker, from its number and whether it replaces one.
+        n_workers:
+            Number of workers.
         budget:
-            The caller's; signals are noted in it.
+            Budget of the caller; its signal handlers set the flags that end the workers.
         executor:
-            Where they run; None for this machine.
-
-    Attributes:
-        errors: What some of them ended with.
+            Where workers run: a `LocalExecutor`, or an executor for other processes or machines.
+        send_message:
+            Sends `INTERRUPT` or `RELEASE` to all workers that are not run by a `LocalExecutor`.
     """
 
-    config: WorkerConfig
-    study: Study
-    problem: Template
-    budget: Budget
-    executor: Executor | None
-    errors: list[Exception] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._slots = list[_WorkerSlot]()
-        self._local = (
-            None if self.executor is not None else LocalExecutor(self.config.threads or 1)
-        )
-        self._is_ending, self._ended = False, 0
-        self._shutdown_deadline = math.inf
+    def __init__(
+        self,
+        make_config: Callable[[int, bool], WorkerConfig],
+        n_workers: int,
+        budget: Budget,
+        executor: Executor,
+        send_message: Callable[[str], object],
+    ) -> None:
+        self._make_config, self._n_workers, self._budget = make_config, n_workers, budget
+        self._executor, self._send_message = executor, send_message
+        self._local = executor if isinstance(executor, LocalExecutor) else None
+        self._running: list[_RunningWorker] = []
+        self._errors: list[Exception] = []
         self._last_death: Exception | None = None
+        self._n_finished = 0
+        self._is_shutting_down = False
+        self._shutdown_deadline = math.inf
 
-    def run(self, *, show_progress_bar: bool = False) -> None:
-        """Run all workers to their end.
+    def run(self, on_poll: Callable[[bool], None] = lambda is_running: None) -> None:
+        """Run all workers until they end.
+
+        Args:
+            on_poll:
+                Called after each check of the workers with whether any of them still runs.
 
         Raises:
-            Exception: What a worker of this machine ended with, or all workers elsewhere.
-            RuntimeError: If all workers died, again and again.
+            Exception: The error of a local worker, or of a remote one if no worker finished.
+            RuntimeError: If all workers died and none could be replaced.
         """
-        is_killed = True
+        completed = False
         try:
-            with graceful_shutdown(self.budget), self._progress(show_progress_bar) as show:
-                for worker in range(self.config.workers):
-                    config = self._config_of_worker(worker)
-                    self._slots.append(_WorkerSlot(config, self._submit(config)))
-                while self._slots:
+            with graceful_shutdown(self._budget):
+                for worker in range(self._n_workers):
+                    self._start(self._make_config(worker, False))
+                while self._running:
                     time.sleep(POLL_INTERVAL)
-                    self._check()
-                    show(bool(self._slots))
-            is_killed = False
+                    self._check_workers()
+                    on_poll(bool(self._running))
+            completed = True
         finally:
             if self._local is not None:
-                self._local.close(kill=is_killed)
-        if self.errors and (self._local is not None or not self._ended):
-            raise self.errors[0]
-        if not (self._ended or self._is_shutting_down()):
+                self._local.close(kill=not completed)
+        if self._errors and (self._local is not None or not self._n_finished):
+            raise self._errors[0]
+        if not self._n_finished and not self._is_ending():
             raise RuntimeError(
-                "A worker must come to its end, but all have died; the log says of what. The "
-                "same call again goes on with the study."
+                "At least one worker must finish, but all have died; the log says why. The same "
+                "call again resumes the study."
             ) from self._last_death
 
-    def _config_of_worker(self, worker: int, *, is_first: bool = True) -> WorkerConfig:
-        """The job of one worker, with random numbers of its own; the first has the study's."""
-        sampler = self.study.sampler
-        if worker or not is_first:
-            few = self.problem.sequential
-            sampler = self.config.method_config.sampler_for(self.study, few=few, worker=worker)
-        return replace(self.config, worker=worker, sampler=without_grid_points(sampler))
+    def _start(self, config: WorkerConfig, deaths: int = 0) -> None:
+        """Start a worker."""
+        future = self._executor.submit(run_worker, config)
+        self._running.append(_RunningWorker(config, future, deaths))
 
-    def _submit(self, config: WorkerConfig) -> Any:
-        executor = self._local or self.executor
-        assert executor is not None
-        return executor.submit(run_worker, config)
-
-    def _check(self) -> None:
-        """Take in who has ended, and tell the others if they are to end too."""
-        for place in [place for place in self._slots if place.future.done()]:
-            self._slots.remove(place)
-            self._handle_finished(place)
-        if self.budget.interrupted or self.budget.released:
-            self._request_shutdown(signal.SIGINT if self.budget.interrupted else signal.SIGTERM)
+    def _check_workers(self) -> None:
+        """Handle workers that have ended, and shut down the others if the budget asks for it."""
+        for worker in [worker for worker in self._running if worker.future.done()]:
+            self._running.remove(worker)
+            self._handle_ended(worker)
+        if self._budget.interrupted or self._budget.released:
+            self._shut_down(INTERRUPT if self._budget.interrupted else RELEASE)
         if time.monotonic() > self._shutdown_deadline:
-            _logger.warning(f"{len(self._slots)} workers have not ended, nobody waits for them.")
-            for place in self._slots:
-                place.future.cancel()
-            self._slots.clear()
+            _logger.warning(
+                f"Stopped waiting for {len(self._running)} workers, which have not ended within "
+                f"{SHUTDOWN_TIMEOUT:.0f} s."
+            )
+            for worker in self._running:
+                worker.future.cancel()
+            self._running.clear()
 
-    def _handle_finished(self, place: _WorkerSlot) -> None:
-        """Note how a worker ended; if it died, another one takes its place."""
+    def _handle_ended(self, worker: _RunningWorker) -> None:
+        """Record how a worker ended, and replace it if it died or its machine was taken away."""
+        number = worker.config.worker
         try:
-            outcome: WorkerResult = place.future.result()
+            result: WorkerResult = worker.future.result()
         except CancelledError:
             return
-        except Exception as error:  # each executor has types of its own for a death
+        except Exception as error:  # each executor has its own exception for a dead process
             self._last_death = error
-            self._replace(place, f"died: {first_line(error, self.config.storage)}")
+            self._replace(worker, f"died: {first_line(error, worker.config.storage)}")
             return
-        if outcome.error is not None:
-            self.errors.append(outcome.error)
+        if result.error is not None:
+            self._errors.append(result.error)
             if self._local is not None:
-                self._request_shutdown(signal.SIGTERM)
-            elif self._slots:
-                _logger.warning(f"Worker {outcome.worker} cannot go on: {outcome.error}")
-        elif outcome.ended is not None and not self._is_ending:
-            self._replace(place, "was told to end")  # a machine that somebody else needs
+                self._shut_down(RELEASE)
+            elif self._running:
+                _logger.warning(f"Worker {number} failed, the others continue: {result.error}")
+        elif result.stopped_by is not None and not self._is_shutting_down:
+            self._replace(worker, "was shut down")  # as by a cluster that needs the machine
         else:
-            self._ended += 1
+            self._n_finished += 1
 
-    def _replace(self, place: _WorkerSlot, reason: str) -> None:
-        """Have another worker take the place of one that is no more."""
-        worker, deaths = place.config.worker, place.deaths + 1
-        text = f"Worker {worker} {reason}"
-        if self._is_shutting_down():
+    def _replace(self, worker: _RunningWorker, reason: str) -> None:
+        """Start a new worker in place of one that has ended early."""
+        number, deaths = worker.config.worker, worker.deaths + 1
+        text = f"Worker {number} {reason}"
+        if self._is_ending():
             _logger.warning(text)
             return
         if deaths > MAX_WORKER_DEATHS:
-            _logger.warning(f"{text} (the {deaths}th time: nobody takes its place)")
+            _logger.warning(f"{text} (not replaced: this was its death number {deaths})")
             return
-        _logger.warning(f"{text} (another one takes its place, and its trials)")
-        config = self._config_of_worker(worker, is_first=False)
+        _logger.warning(f"{text} (a new worker takes over its trials)")
         try:
-            self._slots.append(_WorkerSlot(config, self._submit(config), deaths))
-        except Exception as refusal:  # a pool of concurrent.futures never recovers
-            _logger.warning(f"No other worker can take its place: {refusal}")
+            self._start(self._make_config(number, True), deaths)
+        except Exception as error:  # a broken pool of concurrent.futures refuses new calls
+            _logger.warning(f"Worker {number} could not be replaced: {error}")
 
-    def _is_shutting_down(self) -> bool:
-        """Whether no worker is to come to its end any more."""
-        if self._is_ending or self.budget.interrupted or self.budget.released:
+    def _is_ending(self) -> bool:
+        """Return whether workers that end are not replaced any more."""
+        if self._is_shutting_down or self._budget.interrupted or self._budget.released:
             return True
-        # Elsewhere each worker's time begins when it does, which nobody here knows.
-        return self._local is not None and self.budget.out_of_time()
+        # The time of remote workers begins when they start, which is not known here.
+        return self._local is not None and self._budget.out_of_time()
 
-    def _request_shutdown(self, what: signal.Signals) -> None:
-        """Have all workers end tidily, once."""
-        if self._is_ending:
+    def _shut_down(self, command: str) -> None:
+        """Tell all workers to end, once.
+
+        Args:
+            command:
+                `INTERRUPT` or `RELEASE`.
+        """
+        if self._is_shutting_down:
             return
-        self._is_ending = True
+        self._is_shutting_down = True
         if self._local is not None:
-            self._local.send(what)
+            self._local.send(signal.SIGINT if command == INTERRUPT else signal.SIGTERM)
             return
-        send_control_message(self.study, INTERRUPT if what == signal.SIGINT else RELEASE)
-        for place in self._slots:
-            if isinstance(place.future, Future):  # only those that have not begun
-                place.future.cancel()
+        self._send_message(command)
+        for worker in self._running:
+            if isinstance(worker.future, Future):  # this cancels only calls that have not begun
+                worker.future.cancel()
         self._shutdown_deadline = time.monotonic() + SHUTDOWN_TIMEOUT
-
-    @contextmanager
-    def _progress(self, is_shown: bool) -> Iterator[Callable[[bool], None]]:
-        """Within, what shows how far all workers have come: now and then while they work."""
-        if not is_shown:
-            yield lambda is_going_on: None
-            return
-        storage, shown = self.study._storage, 0.0
-        assert isinstance(storage, BufferedStorage)
-
-        def show(is_going_on: bool) -> None:
-            nonlocal shown
-            if is_going_on and time.monotonic() - shown < PROGRESS_INTERVAL:
-                return
-            storage.refresh()
-            trials = self.study.get_trials(deepcopy=False)
-            complete = [t for t in trials if t.state == TrialState.COMPLETE]
-            values = [t.value for t in complete if t.value is not None]
-            best = (max if self.problem.maximize else min)(values, default=None)
-            running = sum(trial.state == TrialState.RUNNING for trial in trials)
-            bar.show(sum(t.state.is_finished() for t in trials), running, best)
-            shown = time.monotonic()
-
-        with ProgressBar(True, self.budget, 0) as bar:
-            yield show

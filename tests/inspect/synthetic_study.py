@@ -1,4 +1,4 @@
-"""A study as the engine writes it, without training anything."""
+"""Make studies with the attributes that the tuner writes, without training."""
 
 from __future__ import annotations
 

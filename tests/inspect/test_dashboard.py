@@ -1,3 +1,5 @@
+"""Test the notes and figures for optuna-dashboard, and `dashboards/serve.py`."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -46,7 +48,7 @@ def journal(path: Path) -> JournalStorage:
 
 
 def figure_texts(study: optuna.Study) -> dict[str, str]:
-    """The saved figures as the dashboard puts them together."""
+    """Return the stored figures by name, joined from their pieces."""
     attrs = study._storage.get_study_system_attrs(study._study_id)
     parts: dict[str, dict[int, str]] = {}
     for key, text in attrs.items():
@@ -70,7 +72,7 @@ def load_serve() -> ModuleType:
     return module
 
 
-def test_the_study_note_says_what_is_tuned_and_how_far_it_is() -> None:
+def test_study_note_describes_data_parameters_and_best_trial() -> None:
     study = make_study(12, 20, failed=2)
     note = study_note(study)
     best = study.best_trial
@@ -91,7 +93,7 @@ def test_the_study_note_says_what_is_tuned_and_how_far_it_is() -> None:
         assert text in note
 
 
-def test_the_note_of_the_best_trial_says_how_to_get_it_back() -> None:
+def test_trial_note_describes_the_trial_and_how_to_load_it() -> None:
     study = make_study(12, 20)
     best = study.best_trial
     note = trial_note(study, best)
@@ -109,7 +111,7 @@ def test_the_note_of_the_best_trial_says_how_to_get_it_back() -> None:
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 @pytest.mark.parametrize("complete", [0, 12])
-def test_annotate_writes_once(
+def test_annotate_writes_only_if_the_study_changed(
     tmp_path: Path, direction: Literal["maximize", "minimize"], complete: int
 ) -> None:
     path = tmp_path / "a.journal"
@@ -126,13 +128,13 @@ def test_annotate_writes_once(
     assert path.read_bytes() == content
 
 
-def test_figures_stay_small_in_large_studies() -> None:
+def test_figures_of_large_studies_are_small() -> None:
     study = make_study(200, 300)
     annotate(study)
     assert all(len(text) < 30_000 for text in figure_texts(study).values())
 
 
-def test_a_new_best_trial_takes_the_note_over() -> None:
+def test_note_moves_to_a_new_best_trial() -> None:
     study = make_study(5, 5)
     annotate(study)
     old = study.best_trial.number
@@ -146,7 +148,7 @@ def test_a_new_best_trial_takes_the_note_over() -> None:
     )
 
 
-def test_what_a_person_wrote_is_kept() -> None:
+def test_text_below_the_line_is_kept() -> None:
     study = make_study(5, 5)
     optuna_dashboard.save_note(study, "written before")
     annotate(study)
@@ -167,17 +169,17 @@ def test_markup_in_notes_is_escaped() -> None:
     assert head == f"## {expected}"
 
 
-def test_what_the_best_model_writes_stands_in_its_notes() -> None:
+def test_notes_contain_the_generated_text_of_the_best_trial() -> None:
     study = make_study(3, 0)
     best = study.best_trial
-    study.set_user_attr("sample", {"trial": best.number, "text": "ROMEO:\n<b>"})
+    study.set_user_attr("generated_text", {"trial": best.number, "text": "ROMEO:\n<b>"})
     for note in (study_note(study), trial_note(study, best)):
-        assert "### What it writes\n\n    ROMEO:\n    <b>" in note
-    study.set_user_attr("sample", {"trial": best.number + 1, "text": "ROMEO:"})
-    assert "What it writes" not in study_note(study) + trial_note(study, best)
+        assert "### Generated text\n\n    ROMEO:\n    <b>" in note
+    study.set_user_attr("generated_text", {"trial": best.number + 1, "text": "ROMEO:"})
+    assert "Generated text" not in study_note(study) + trial_note(study, best)
 
 
-def test_without_optuna_dashboard_the_error_says_how_to_install_it(
+def test_missing_optuna_dashboard_error_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
@@ -185,7 +187,7 @@ def test_without_optuna_dashboard_the_error_says_how_to_install_it(
         annotate(make_study(1, 0))
 
 
-def test_a_journal_with_a_torn_line_is_served(tmp_path: Path) -> None:
+def test_journal_with_an_incomplete_line_is_served(tmp_path: Path) -> None:
     path = tmp_path / "torn.journal"
     optuna.create_study(study_name="s", storage=open_storage(path))
     path.write_bytes(path.read_bytes() + b'{"op_code":0,"wor')
@@ -205,7 +207,7 @@ def test_a_journal_with_a_torn_line_is_served(tmp_path: Path) -> None:
         ("foo://me:se%40cret@host:5o/data?password=secret", "'5o'"),
     ],
 )
-def test_what_cannot_be_served_is_one_line_without_secrets(
+def test_storage_errors_are_one_line_without_passwords(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -224,16 +226,14 @@ def test_what_cannot_be_served_is_one_line_without_secrets(
     assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
-def test_a_study_that_is_not_there_is_said_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_study_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.journal"
     make_study(1, 0, storage=journal(path))
     assert load_serve().main([str(path), "--study-name", "other"]) == 2
     assert "it holds no study 'other'; it has 'digits'" in capsys.readouterr().err
 
 
-def test_a_taken_port_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_in_use_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.journal"
     make_study(1, 0, storage=journal(path))
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -242,7 +242,7 @@ def test_a_taken_port_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"127.0.0.1:{port} cannot be opened" in capsys.readouterr().err
 
 
-def test_studies_of_others_are_left_alone(tmp_path: Path) -> None:
+def test_studies_of_other_programs_are_not_annotated(tmp_path: Path) -> None:
     storage = journal(tmp_path / "a.journal")
     make_study(1, 0, storage=storage)
     optuna.create_study(study_name="other", storage=storage)
@@ -251,7 +251,7 @@ def test_studies_of_others_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of the dashboard on a synthetic study, and its process."""
+    """Start the dashboard on a synthetic study; yield its address and process."""
     make_study(12, 20, storage=journal(tmp_path / "optuna_nnhp.journal"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -270,7 +270,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process")
-def test_requests_are_answered_side_by_side_until_ctrl_c(
+def test_requests_are_answered_in_parallel_until_ctrl_c(
     served: tuple[str, subprocess.Popen[str]],
 ) -> None:
     url, process = served
@@ -288,7 +288,7 @@ def test_requests_are_answered_side_by_side_until_ctrl_c(
 
 
 @pytest.mark.browser
-def test_the_dashboard_shows_trials_curves_notes_and_our_figures(
+def test_dashboard_shows_trials_curves_notes_and_figures(
     served: tuple[str, subprocess.Popen[str]],
 ) -> None:
     from playwright.sync_api import expect
@@ -329,7 +329,7 @@ def test_the_dashboard_shows_trials_curves_notes_and_our_figures(
         browser.close()
 
 
-def test_refreshing_goes_on_after_an_error_and_says_it_once(
+def test_refresh_continues_after_an_error_and_logs_it_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve = load_serve()

@@ -1,3 +1,5 @@
+"""Test the figures of a study and the HTML page that shows them."""
+
 from __future__ import annotations
 
 from html import unescape
@@ -17,9 +19,9 @@ import plotly.graph_objects as go
 import pytest
 
 from optuna_nnhp.inspect.figures import figures
-from optuna_nnhp.inspect.figures import learning_rate
 from optuna_nnhp.inspect.figures import plot_learning_curves
-from optuna_nnhp.inspect.figures import save_html
+from optuna_nnhp.inspect.figures import plot_learning_rate
+from optuna_nnhp.inspect.html_page import save_html
 from optuna_nnhp.inspect.plot_style import robust_range
 from optuna_nnhp.inspect.summary import best_value
 from tests.inspect.synthetic_study import make_study
@@ -29,7 +31,7 @@ RATE: dict[str, BaseDistribution] = {"learning_rate": FloatDistribution(1e-6, 10
 
 
 def study_of(values: dict[float, float], direction: Direction = "minimize") -> optuna.Study:
-    """A study with a complete trial for each learning rate -> value."""
+    """Make a study with one complete trial per learning rate, from a mapping to values."""
     study = optuna.create_study(direction=direction)
     for rate, value in values.items():
         params = {"learning_rate": rate}
@@ -44,11 +46,11 @@ def named(figure: go.Figure, name: str) -> list[Any]:
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_curves_show_the_best_trials_and_their_best_epochs(direction: Direction) -> None:
     study = make_study(12, 20, direction=direction)
-    figure = plot_learning_curves(study, best=3, pruned=4)
+    figure = plot_learning_curves(study, n_best=3, n_pruned=4)
     complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
     complete.sort(key=lambda t: t.value or 0.0, reverse=direction == "maximize")
     names = [trace.name for trace in figure.data if trace.name.startswith("trial")]
-    # The best is the last to be drawn.
+    # The best trial is plotted last.
     assert [int(name.split()[1][:-1]) for name in names] == [t.number for t in complete[2::-1]]
     assert len(named(figure, "pruned")) == 4
     (stars,) = named(figure, "best epoch")
@@ -63,7 +65,7 @@ def test_curves_show_the_best_trials_and_their_best_epochs(direction: Direction)
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
-def test_the_pruned_trials_shown_are_those_that_came_closest(direction: Direction) -> None:
+def test_curves_show_the_pruned_trials_with_the_best_values(direction: Direction) -> None:
     study = make_study(2, 30, direction=direction)
     sign = 1.0 if direction == "maximize" else -1.0
     pruned = [t for t in study.trials if t.state == TrialState.PRUNED]
@@ -72,7 +74,7 @@ def test_the_pruned_trials_shown_are_those_that_came_closest(direction: Directio
     assert shown == [f"<b>trial {t.number}</b>, pruned" for t in pruned[19::-1]]
 
 
-def test_curves_leave_out_what_is_not_finite() -> None:
+def test_curves_leave_out_values_that_are_not_finite() -> None:
     study = optuna.create_study()
     values = {1: 1.0, 2: float("nan"), 3: 0.5, 4: float("inf")}
     study.add_trial(create_trial(value=0.5, intermediate_values=values))
@@ -84,27 +86,27 @@ def test_long_curves_are_thinned_and_keep_their_best_epoch() -> None:
     values = {epoch: abs(epoch - 777) + 1.0 for epoch in range(1, 2001)}
     study = optuna.create_study()
     study.add_trial(create_trial(value=1.0, intermediate_values=values))
-    trace = plot_learning_curves(study, points=50).data[0]
+    trace = plot_learning_curves(study, max_points=50).data[0]
     assert len(trace.x) <= 51 and {1, 777, 2000} <= set(trace.x)
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"best": -1}, "`best` must be at least 0, but got -1."),
-        ({"pruned": -2}, "`pruned` must be at least 0, but got -2."),
-        ({"points": 1}, "`points` must be at least 2, but got 1."),
+        ({"n_best": -1}, "`n_best` must be at least 0, but got -1."),
+        ({"n_pruned": -2}, "`n_pruned` must be at least 0, but got -2."),
+        ({"max_points": 1}, "`max_points` must be at least 2, but got 1."),
     ],
 )
-def test_curves_refuse_impossible_numbers(arguments: dict[str, int], text: str) -> None:
+def test_learning_curves_reject_numbers_out_of_range(arguments: dict[str, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         plot_learning_curves(make_study(1, 1), **arguments)
 
 
-def test_learning_rate_places_every_trial() -> None:
+def test_learning_rate_figure_shows_every_trial() -> None:
     study = make_study(15, 25, failed=3)
-    figure = learning_rate(study)
-    drawn = {
+    figure = plot_learning_rate(study)
+    plotted = {
         (state, rate)
         for trace in figure.data
         for rate in trace.x
@@ -114,7 +116,7 @@ def test_learning_rate_places_every_trial() -> None:
     states = (TrialState.COMPLETE, TrialState.PRUNED)
     trials = study.get_trials(states=states)
     expected = {(t.state.name.lower(), float(f"{t.params['learning_rate']:.5g}")) for t in trials}
-    assert drawn == expected
+    assert plotted == expected
     assert {t.name for t in figure.data} == {t.params["optimizer"] for t in trials} | {"diverged"}
     assert len(named(figure, "diverged")[0].x) == 3
     assert figure.layout.xaxis.type == "log"
@@ -122,7 +124,7 @@ def test_learning_rate_places_every_trial() -> None:
     assert sorted(shown) == sorted({t.params["optimizer"] for t in trials})
 
 
-def test_pruned_trials_are_placed_at_their_best_value_not_their_last() -> None:
+def test_learning_rate_figure_shows_the_best_value_of_pruned_trials() -> None:
     study = optuna.create_study(direction="maximize")
     study.add_trial(
         create_trial(
@@ -134,22 +136,22 @@ def test_pruned_trials_are_placed_at_their_best_value_not_their_last() -> None:
         )
     )
     assert best_value(study.trials[0], maximized=True) == 0.8
-    figure = learning_rate(study)
+    figure = plot_learning_rate(study)
     assert list(figure.data[0].y) == [0.8]
     assert "no trial has completed yet" in figure.layout.title.text
 
 
 @pytest.mark.parametrize(("direction", "sign"), [("minimize", 1.0), ("maximize", -1.0)])
-def test_outliers_do_not_flatten_the_figure(direction: Direction, sign: float) -> None:
+def test_outliers_do_not_stretch_the_y_axis(direction: Direction, sign: float) -> None:
     values = {0.01 * k: sign * (1.0 + 0.1 * k) for k in range(1, 10)} | {1.0: sign * 1e6}
-    figure = learning_rate(study_of(values, direction))
+    figure = plot_learning_rate(study_of(values, direction))
     low, high = figure.layout.yaxis.range
     assert high - low < 10.0
     (trace,) = figure.data
     assert sum(symbol.startswith("triangle") for symbol in trace.marker.symbol) == 1
     assert all(low <= y <= high for y in trace.y)
     assert any("1e+06" in text for text in trace.text)
-    assert "1 beyond the axis" in figure.layout.title.text
+    assert "1 outside the axis" in figure.layout.title.text
 
 
 @pytest.mark.parametrize(
@@ -161,21 +163,23 @@ def test_outliers_do_not_flatten_the_figure(direction: Direction, sign: float) -
         ([0.0], True, (-0.05, 0.05)),
     ],
 )
-def test_robust_range(values: list[float], maximized: bool, bounds: tuple[float, float]) -> None:
+def test_robust_range_excludes_outliers_only(
+    values: list[float], maximized: bool, bounds: tuple[float, float]
+) -> None:
     assert robust_range(values, maximized) == pytest.approx(bounds)
 
 
-def test_many_trials_are_thinned_by_rank_and_the_best_stays() -> None:
+def test_thinned_trials_include_the_best() -> None:
     study = study_of({1e-5 * k: float(k) for k in range(1, 301)})
-    (trace,) = learning_rate(study, most=20, details=False).data
+    (trace,) = plot_learning_rate(study, max_trials=20, details=False).data
     assert len(trace.x) == 20 and min(trace.y) == 1.0
 
 
-def test_learning_rate_that_is_fixed_is_said_so() -> None:
+def test_title_states_a_fixed_learning_rate() -> None:
     study = optuna.create_study()
     study.set_user_attr("fixed", {"learning_rate": 0.01})
     study.add_trial(create_trial(value=1.0))
-    assert "fixed at 0.01" in learning_rate(study).layout.title.text
+    assert "fixed at 0.01" in plot_learning_rate(study).layout.title.text
 
 
 @pytest.mark.parametrize(
@@ -198,17 +202,19 @@ def test_learning_rate_that_is_fixed_is_said_so() -> None:
     ],
 )
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
-def test_young_studies(complete: int, pruned: int, names: set[str], direction: Direction) -> None:
-    drawn = figures(make_study(complete, pruned, direction=direction))
-    assert set(drawn) == names
+def test_figures_depend_on_the_number_of_complete_trials(
+    complete: int, pruned: int, names: set[str], direction: Direction
+) -> None:
+    plotted = figures(make_study(complete, pruned, direction=direction))
+    assert set(plotted) == names
     empty = "no trial has completed yet"
     for name in ("learning_curves", "learning_rate"):
-        assert (empty in drawn[name].layout.title.text) == (complete == 0)
+        assert (empty in plotted[name].layout.title.text) == (complete == 0)
 
 
-def test_grown_studies_have_every_figure_in_one_look() -> None:
-    drawn = figures(make_study(40, 10))
-    assert set(drawn) == {
+def test_large_studies_have_all_figures_in_the_common_style() -> None:
+    plotted = figures(make_study(40, 10))
+    assert set(plotted) == {
         "learning_curves",
         "learning_rate",
         "optimization_history",
@@ -216,8 +222,8 @@ def test_grown_studies_have_every_figure_in_one_look() -> None:
         "slice",
         "parallel_coordinate",
     }
-    assert {figure.layout.template.layout.plot_bgcolor for figure in drawn.values()} == {"white"}
-    assert all(figure.layout.title.text.startswith("<b>") for figure in drawn.values())
+    assert {figure.layout.template.layout.plot_bgcolor for figure in plotted.values()} == {"white"}
+    assert all(figure.layout.title.text.startswith("<b>") for figure in plotted.values())
 
 
 def test_figures_do_not_change_the_study() -> None:
@@ -242,7 +248,7 @@ def evil_study(complete: int = 20) -> optuna.Study:
 
 
 def texts(value: object) -> list[str]:
-    """All strings of a figure's JSON."""
+    """Return all strings in the JSON of a figure."""
     if isinstance(value, dict):
         return [text for part in value.values() for text in texts(part)]
     if isinstance(value, list):
@@ -274,7 +280,7 @@ def test_saved_pages_are_escaped_and_work_offline(tmp_path: Path) -> None:
     assert all(f'href="{path.name}"' in index for path in paths[1:])
 
 
-def test_saving_into_a_file_is_refused(tmp_path: Path) -> None:
+def test_save_html_rejects_a_file_as_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="`folder` must be a folder"):
         save_html(make_study(1, 0), tmp_path / "file")

@@ -1,4 +1,4 @@
-"""best_params gives best_value: every trial again, from its weights and from its record."""
+"""Test replays: stored weights and retraining reproduce the values of every trial."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from optuna_nnhp import Objective
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
 from optuna_nnhp import replay
-from optuna_nnhp.inspect import sample
+from optuna_nnhp.inspect import generated_text
 from optuna_nnhp.inspect.replay import EXAMPLE_TOLERANCE
 from optuna_nnhp.inspect.replay import RELATIVE_TOLERANCE
 from optuna_nnhp.inspect.replay import Replay
@@ -65,8 +65,8 @@ UNITS = {"units": CategoricalDistribution((4,))}
 
 
 @pytest.fixture(autouse=True)
-def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "TOKENS", 3)  # of a study's best language model
+def short_generated_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated_text, "GENERATED_TOKENS", 3)
 
 
 def table(data: Callable[[], Any], **options: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def table(data: Callable[[], Any], **options: Any) -> dict[str, Any]:
     return {"X": X, "y": y, "n_trials": 6, "cohort_size": 3, **options}
 
 
-# One study of each kind: what `optimize` is called with.
+# One study of each kind: the arguments of `optimize`.
 STUDIES: dict[str, dict[str, Any]] = {
     "classes": table(classes, fixed=TINY, metric="log_loss"),
     "numbers": table(numbers, fixed={"epochs": 4}, method="random"),
@@ -107,8 +107,8 @@ def study_of(name: str, **more: Any) -> Result:
     return optimize(options.pop("template", "dnn"), options.pop("X"), **options)
 
 
-def again(name: str, study: Any, number: int, **more: Any) -> Replay:
-    """A trial again, by its study alone."""
+def replay_of(name: str, study: Any, number: int, **more: Any) -> Replay:
+    """Replay a trial of one of `STUDIES`."""
     call = STUDIES[name]
     data = call["X"] if call.get("template") == "gpt" else (call["X"], call["y"])
     return replay(study, number, data, network=call.get("network"), **more)
@@ -119,10 +119,10 @@ def causes(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_trial_gives_its_value_again(name: str) -> None:
+def test_every_trial_is_reproduced_exactly(name: str) -> None:
     result = study_of(name)
     for trial in trials(result):
-        found = again(name, result.study, trial.number)
+        found = replay_of(name, result.study, trial.number)
         assert found.differences == []
         assert found.is_reproduced, str(found)
         assert found.is_exact, str(found)
@@ -133,7 +133,7 @@ def test_every_trial_gives_its_value_again(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "diverged"])
-def test_the_stored_weights_have_the_best_value_exactly(name: str) -> None:
+def test_stored_weights_have_exactly_the_best_value(name: str) -> None:
     result = study_of(name)
     found = result.replay()
     assert found.number == result.best_trial.number
@@ -141,14 +141,14 @@ def test_the_stored_weights_have_the_best_value_exactly(name: str) -> None:
     assert found.is_exact and found.is_reproduced
 
 
-def test_the_kinds_of_end_are_among_them() -> None:
+def test_studies_include_all_kinds_of_trial_end() -> None:
     assert causes("diverged") == {"diverged"}
     assert "early stopping" in causes("early stopping")
     assert "pruned" in causes("pruned")
     assert "pruned" in causes("text, pruned")
 
 
-def test_a_trial_that_ran_out_of_time() -> None:
+def test_trial_stopped_by_the_timeout_is_reproduced() -> None:
     X, y = numbers()
     result = tune(
         X, y, n_trials=None, timeout=0.8, fixed=TINY | {"epochs": 10_000, "patience": 1_000_000}
@@ -159,7 +159,7 @@ def test_a_trial_that_ran_out_of_time() -> None:
     assert found.first_difference is None and found.is_exact
 
 
-def test_a_trial_without_a_value() -> None:
+def test_trial_without_a_value_is_reproduced() -> None:
     X, y = numbers()
     result = tune(X, y, n_trials=1, fixed=DIVERGING | {"hidden_layers": 8})
     (trial,) = trials(result)
@@ -169,14 +169,14 @@ def test_a_trial_without_a_value() -> None:
     assert not np.isfinite(found.retrained_value)
     assert found.is_reproduced and found.is_exact
     assert "Trial 0 has no value.\n" in str(found)
-    assert "Trained again: no value again" in str(found)
+    assert "Retrained: again no value" in str(found)
 
 
-# --- Where a study is kept ---
+# --- Storages ---
 
 
-def kept(path: Path) -> list[Any]:
-    """The ways to name a journal file's study that is called "s"."""
+def ways_to_pass(path: Path) -> list[Any]:
+    """Return all ways to pass the study "s" of a journal file."""
     backend = optuna.storages.journal.JournalFileBackend(str(path))
     storage = optuna.storages.JournalStorage(backend)
     return [
@@ -187,36 +187,38 @@ def kept(path: Path) -> list[Any]:
     ]
 
 
-def test_a_study_of_a_file_and_its_weights(tmp_path: Path) -> None:
+def test_weights_beside_a_journal_file_are_found(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     result = tune(storage=path, study_name="s")
-    for study in kept(path):
+    for study in ways_to_pass(path):
         found = replay(study, result.best_trial.number, classes())
         assert found.stored_value == result.best_value
         assert found.is_exact
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_a_study_of_a_database_and_its_weights(tmp_path: Path) -> None:
+def test_weights_beside_a_database_file_are_found(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'a.db'}"
     result = tune(storage=url, study_name="s")
     found = replay((url, "s"), result.best_trial.number, classes())
     assert found.stored_value == result.best_value and found.is_exact
 
 
-def test_a_storage_of_the_user_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_a_user_storage_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # where the weights of such a storage are
     (tmp_path / "deep").mkdir()
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "deep" / "a.journal"))
     )
     result = tune(storage=storage, study_name="s")
-    for study in (*kept(tmp_path / "deep" / "a.journal"), result.study):
+    for study in (*ways_to_pass(tmp_path / "deep" / "a.journal"), result.study):
         assert replay(study, result.best_trial.number, classes()).stored_value is not None
 
 
 @pytest.mark.parametrize("method", [{}, POPULATION, GRADIENT])
-def test_a_study_that_was_continued(method: dict[str, Any], tmp_path: Path) -> None:
+def test_trials_of_a_resumed_study_are_reproduced(method: dict[str, Any], tmp_path: Path) -> None:
     path, X, y = tmp_path / "a.journal", *numbers()
     options: dict[str, Any] = {"storage": path, "study_name": "s", "fixed": SHAPE | {"epochs": 8}}
     more = {name: value for name, value in method.items() if name != "n_trials"}
@@ -228,7 +230,7 @@ def test_a_study_that_was_continued(method: dict[str, Any], tmp_path: Path) -> N
     assert result.replay().stored_value == result.best_value
 
 
-def test_a_study_that_was_continued_with_another_seed(tmp_path: Path) -> None:
+def test_trials_of_a_study_resumed_with_another_seed_are_reproduced(tmp_path: Path) -> None:
     (X, y), validation = numbers(), numbers(30, seed=1)
     options: dict[str, Any] = {"storage": tmp_path / "a.journal", "validation": validation}
     tune(X, y, n_trials=2, **options)
@@ -240,7 +242,7 @@ def test_a_study_that_was_continued_with_another_seed(tmp_path: Path) -> None:
         assert result.replay(trial.number).is_exact
 
 
-def test_paths_that_the_study_remembers(tmp_path: Path) -> None:
+def test_stored_paths_are_used_if_no_data_are_given(tmp_path: Path) -> None:
     X, y = numbers()
     pd.DataFrame({"a": X[:, 0], "b": X[:, 1], "y": y}).to_csv(tmp_path / "t.csv", index=False)
     (tmp_path / "t.txt").write_text(TEXT)
@@ -255,7 +257,7 @@ def test_paths_that_the_study_remembers(tmp_path: Path) -> None:
         replay(texts.study, 0)
 
 
-def test_a_metric_of_one_s_own() -> None:
+def test_user_metric_must_be_given() -> None:
     X, y = classes()
 
     def own(truth: Any, predicted: Any) -> float:
@@ -267,7 +269,7 @@ def test_a_metric_of_one_s_own() -> None:
         replay(result.study, 0, (X, y))
 
 
-def test_an_objective_s_study() -> None:
+def test_trials_of_an_objective_are_reproduced() -> None:
     objective = Objective("dnn", *numbers(), fixed=TINY, device="cpu")
     study = optuna.create_study(direction=objective.direction)
     study.optimize(objective, n_trials=3)
@@ -277,10 +279,10 @@ def test_an_objective_s_study() -> None:
     assert objective.result(study).replay().stored_value == study.best_value
 
 
-# --- What is refused ---
+# --- Errors ---
 
 
-def other(name: str) -> Any:
+def changed_data(name: str) -> Any:
     X, y = classes()
     return {
         "value": (np.where(X[3, 1] == X, 0.0, X), y),
@@ -292,13 +294,13 @@ def other(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["value", "label", "row", "order", "column"])
-def test_other_data(name: str) -> None:
+def test_changed_data_are_rejected(name: str) -> None:
     result = tune(n_trials=1)
     with pytest.raises(ValueError, match="The data must be the study's, with the fingerprint"):
-        replay(result.study, 0, other(name))
+        replay(result.study, 0, changed_data(name))
 
 
-def test_other_networks() -> None:
+def test_network_function_must_be_given() -> None:
     result = study_of("tied")
 
     def deeper(params: Mapping[str, Any]) -> nn.Module:
@@ -307,10 +309,10 @@ def test_other_networks() -> None:
     data = STUDIES["tied"]["X"], STUDIES["tied"]["y"]
     with pytest.raises(ValueError, match="`network` must be given: the study's networks were"):
         replay(result.study, 0, data)
-    # Nobody knows whether it is the same function; its values tell.
+    # The function may be another one as long as the values are the same.
     assert replay(result.study, 0, data, network=deeper).is_exact
     found = replay(result.study, 0, data, network=lambda p: nn.Sequential(TokenModel(p["units"])))
-    assert found.is_exact  # the same, wrapped
+    assert found.is_exact  # the same network in a wrapper
 
 
 @pytest.mark.parametrize(
@@ -321,51 +323,51 @@ def test_other_networks() -> None:
         ([*classes()], r"`data` must be \(X, y\), or the path of a CSV file, but got list"),
     ],
 )
-def test_data_that_are_none(data: Any, message: str) -> None:
+def test_missing_data_are_rejected(data: Any, message: str) -> None:
     result = tune(n_trials=1)
     with pytest.raises(ValueError, match=message):
         replay(result.study, 0, data)
 
 
 @pytest.mark.parametrize("number", [3, -1, True, "0", 1.5, None])
-def test_no_such_trial(number: Any) -> None:
+def test_unknown_trial_is_rejected(number: Any) -> None:
     result = tune(n_trials=3)
-    with pytest.raises(ValueError, match="A trial must be one of the study's 3, numbered from 0"):
+    with pytest.raises(ValueError, match="The trial number must be below 3, the"):
         replay(result.study, number, classes())
-    if number is not None:  # which is the best one there
-        with pytest.raises(ValueError, match="A trial must be one of the study's 3"):
+    if number is not None:  # there None means the best trial
+        with pytest.raises(ValueError, match="The trial number must be below 3"):
             result.replay(number)
 
 
 def add(study: optuna.Study, **options: Any) -> int:
-    """A trial of somebody else."""
+    """Add a trial that optuna_nnhp has not trained, and return its number."""
     study.add_trial(optuna.trial.create_trial(**options))
     return len(study.get_trials(deepcopy=False)) - 1
 
 
-def test_trials_that_were_not_trained() -> None:
+def test_trials_that_were_not_trained_are_rejected() -> None:
     study = tune(n_trials=1).study
     running = study.ask().number
     study.enqueue_trial({})
     failed = add(study, state=TrialState.FAIL, user_attrs={"cause": "error", "error": "no room"})
     for number, message in (
-        (running, "A trial must have finished to be trained again, but trial 1 is RUNNING"),
-        (2, "A trial must have finished to be trained again, but trial 2 is WAITING"),
-        (failed, "must have been trained to be trained again, but trial 3 was not: FAIL, no room"),
+        (running, "A trial must be finished to be retrained, but trial 1 is RUNNING"),
+        (2, "A trial must be finished to be retrained, but trial 2 is WAITING"),
+        (failed, "must have been trained to be retrained, but trial 3 was not: FAIL, no room"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             replay(study, number, classes())
         assert "\n" not in str(error.value)
 
 
-def test_a_study_of_others() -> None:
+def test_study_of_another_program_is_rejected() -> None:
     study = optuna.create_study()
     number = add(study, value=1.0, intermediate_values={1: 1.0})
     with pytest.raises(ValueError, match="The study must be one that `optimize` began"):
         replay(study, number, classes())
 
 
-def test_no_such_study(tmp_path: Path) -> None:
+def test_missing_study_or_storage_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"storage must exist, .*none\.journal"):
         replay((tmp_path / "none.journal", "s"), 0)
     assert not list(tmp_path.iterdir())
@@ -374,7 +376,7 @@ def test_no_such_study(tmp_path: Path) -> None:
         replay((tmp_path / "a.journal", "frst"), 0)
 
 
-# --- Weights that are not as they were ---
+# --- Missing and changed weights ---
 
 
 def weights_of(result: Result, folder: Path) -> Path:
@@ -383,18 +385,18 @@ def weights_of(result: Result, folder: Path) -> Path:
     return path
 
 
-def test_weights_that_are_gone(tmp_path: Path) -> None:
+def test_replay_works_without_stored_weights(tmp_path: Path) -> None:
     result = tune(storage=tmp_path / "a.journal")
     weights_of(result, tmp_path).unlink()
     found = replay(result.study, result.best_trial.number, classes())
     assert found.stored_value is None
     assert found.is_exact and found.is_reproduced
     assert "Stored weights: none." in str(found)
-    with pytest.raises(FileNotFoundError, match="`weights` must be a folder, but there is none"):
+    with pytest.raises(FileNotFoundError, match="`weights` must be an existing folder, but got"):
         replay(result.study, 0, classes(), weights=tmp_path / "nothing")
 
 
-def test_weights_that_were_moved(tmp_path: Path) -> None:
+def test_folder_of_weights_can_be_given(tmp_path: Path) -> None:
     result = tune(storage=tmp_path / "a.journal")
     folder = weights_of(result, tmp_path).parent.rename(tmp_path / "elsewhere")
     number = result.best_trial.number
@@ -403,7 +405,7 @@ def test_weights_that_were_moved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_weights_that_are_damaged(share: float, tmp_path: Path) -> None:
+def test_damaged_weights_are_rejected(share: float, tmp_path: Path) -> None:
     result = tune(storage=tmp_path / "a.journal")
     path = weights_of(result, tmp_path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
@@ -417,7 +419,7 @@ def test_weights_that_are_damaged(share: float, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_weights_of_another_network(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
     result = tune(storage=tmp_path / "a.journal")
     path = weights_of(result, tmp_path)
     save_file({"0.weight": torch.zeros(2, 2)}, path)
@@ -425,7 +427,7 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
         replay(result.study, result.best_trial.number, classes())
 
 
-def test_weights_that_were_changed(tmp_path: Path) -> None:
+def test_changed_weights_are_not_exact(tmp_path: Path) -> None:
     result = tune(*numbers(), storage=tmp_path / "a.journal")
     path = weights_of(result, tmp_path)
     changed = load_file(path)
@@ -438,10 +440,10 @@ def test_weights_that_were_changed(tmp_path: Path) -> None:
     assert "NOT exactly" in str(found)
 
 
-# --- Other places, other values ---
+# --- Environments and tolerances ---
 
 
-def test_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differences_of_the_environment_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {**environment._constant(), "torch": "1.0.0", "cpu": "Abacus 9"}
     with monkeypatch.context() as patch:
         patch.setattr(environment, "_constant", lambda: there)
@@ -457,7 +459,7 @@ def test_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(found).endswith("Values may differ.")
 
 
-def test_an_environment_that_nobody_noted() -> None:
+def test_unknown_environment_is_a_difference() -> None:
     result = tune(n_trials=1)
     study = optuna.create_study(direction="maximize")
     for name, value in result.study.user_attrs.items():
@@ -466,11 +468,11 @@ def test_an_environment_that_nobody_noted() -> None:
     trial.user_attrs = {n: v for n, v in trial.user_attrs.items() if n != "environment"}
     study.add_trial(trial)
     found = replay(study, 0, classes())
-    assert found.differences == ["where it was trained is not known"]
+    assert found.differences == ["the trial's environment is unknown"]
     assert found.is_reproduced
 
 
-def test_a_value_that_does_not_come_again() -> None:
+def test_value_that_is_not_reproduced_is_reported() -> None:
     X, y = numbers()
     result = tune(X, y)
     result._problem = DNNTemplate(X, y, fixed=TINY | {"batch_size": 16}, device="cpu")
@@ -480,10 +482,10 @@ def test_a_value_that_does_not_come_again() -> None:
     step, recorded, retrained = found.first_difference
     assert step == 1 and recorded == result.best_trial.intermediate_values[1] != retrained
     assert "NOT within" in str(found)
-    assert f"the curve differs from step 1 on, where {recorded:.7g} is" in str(found)
+    assert f"the learning curve differs from step 1 on, where {recorded:.7g} is" in str(found)
 
 
-def test_how_far_a_value_may_be_away() -> None:
+def test_tolerance_depends_on_the_metric() -> None:
     result = tune(*numbers())
     found = result.replay()
     assert found.tolerance == RELATIVE_TOLERANCE * result.best_value
@@ -494,22 +496,22 @@ def test_how_far_a_value_may_be_away() -> None:
     assert losses.replay().tolerance == RELATIVE_TOLERANCE * losses.best_value
 
 
-def test_the_report(tmp_path: Path) -> None:
+def test_text_of_a_replay_has_four_lines(tmp_path: Path) -> None:
     lines = str(tune().replay()).splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == [
-        *("Stored weights", "Trained again", "Where it was trained")
+        *("Stored weights", "Retrained", "Environment")
     ]
     assert len(lines) == 4
 
 
-def test_a_replay_cannot_be_changed() -> None:
+def test_replay_is_immutable() -> None:
     found = tune(n_trials=1).replay()
     with pytest.raises(AttributeError):
         found.best_value = 2.0  # type: ignore[misc]
     assert isinstance(found, optuna_nnhp.inspect.replay.Replay)
 
 
-def test_threads_are_those_of_then_and_stay_as_they_were() -> None:
+def test_replay_uses_the_threads_of_the_trial_and_restores_them() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -520,11 +522,11 @@ def test_threads_are_those_of_then_and_stay_as_they_were() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_a_recipe_is_all_it_takes() -> None:
+def test_problem_spec_is_enough_to_restore_a_result() -> None:
     X, y = classes()
     result = tune(X, y)
     problem = ProblemSpec.from_study(result.study, X, y, device="cpu").problem()
     fresh = ResultOf(result.study, problem, BestWeights(None))
     assert fresh.replay().stored_value is None
-    assert fresh.score(X, y) == result.score(X, y)  # trained again for it
+    assert fresh.score(X, y) == result.score(X, y)  # this retrains the trial
     assert fresh.replay().stored_value == result.best_value

@@ -1,4 +1,4 @@
-"""Where torch computes, mates decide the last digits: what is noted for them to come again."""
+"""Test replays where torch computes, so that the cohort affects the last digits of values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTHS = {"epochs": IntDistribution(2, 9)}
 
 
 def perceptron(params: Mapping[str, Any]) -> nn.Module:
-    """One output: torch multiplies by a vector where there is one network, by matrices else."""
+    """Build a network with one output, for which torch multiplies a stack differently."""
     units = int(params["width"])
     return nn.Sequential(nn.Linear(3, units), nn.ReLU(), nn.Linear(units, 1))
 
@@ -68,7 +68,7 @@ STUDIES = {
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_networks_of_one_s_own_come_again_exactly(name: str) -> None:
+def test_user_networks_are_reproduced_exactly(name: str) -> None:
     result = STUDIES[name]()
     assert any("numerics_context" in trial.user_attrs for trial in trials(result))
     for trial in trials(result):
@@ -79,7 +79,7 @@ def test_networks_of_one_s_own_come_again_exactly(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"fixed": TINY}, DIFFERENT_LENGTHS], ids=["one", "many"])
-def test_perceptrons_by_torch_come_again_exactly(
+def test_perceptrons_trained_by_torch_are_reproduced_exactly(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ENGINE_VARIABLE, "torch")
@@ -89,31 +89,33 @@ def test_perceptrons_by_torch_come_again_exactly(
     assert result.replay().stored_value == result.best_value
 
 
-def test_a_curve_keeps_the_values_among_mates() -> None:
+def test_learning_curve_has_the_values_in_the_cohort() -> None:
     result = STUDIES["convolutions"]()
     trial = result.best_trial
     among = trial.intermediate_values[trial.user_attrs["best_epoch"]]
     assert trial.value == trial.user_attrs["best_value"] == pytest.approx(among, rel=1e-5)
 
 
-def test_the_compiled_engine_needs_no_notes() -> None:
+def test_compiled_engine_stores_no_numerics_context() -> None:
     if load_library() is None:
         pytest.skip("there was no C compiler")
     result = tune(*numbers(), n_trials=4, cohort_size=4)
     assert not any("numerics_context" in trial.user_attrs for trial in trials(result))
 
 
-def test_a_network_that_cannot_be_judged_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_in_the_cohort_is_used_if_evaluation_alone_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def full(*_: object) -> float:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(trial_finisher, "judge_best", full)
+    monkeypatch.setattr(trial_finisher, "evaluate_best", full)
     result = STUDIES["one output"]()
     trial = result.best_trial
     assert trial.value == trial.intermediate_values[trial.user_attrs["best_epoch"]]
 
 
-def test_an_objective_s_network_of_one_s_own() -> None:
+def test_objective_with_a_user_network_is_reproduced() -> None:
     X, y = images()
     objective = Objective(
         "dnn", X, y, network=convolutional, space=CHANNELS, fixed={"epochs": 3}, device="cpu"

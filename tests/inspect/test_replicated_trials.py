@@ -1,4 +1,4 @@
-"""How replicates are read and shown."""
+"""Test how replicates are read and shown."""
 
 from __future__ import annotations
 
@@ -34,46 +34,46 @@ def study() -> optuna.Study:
 
 
 @pytest.mark.parametrize(
-    "values, mean, std, words",
+    "values, mean, std, text",
     [
         ((0.5, 0.7, 0.9), 0.7, 0.2, "0.7 ± 0.2 over 3 seeds"),
         ((0.5,), 0.5, math.nan, "0.5 with another seed"),
         ((0.5, None), -math.inf, math.nan, "1 of 2 diverged with other seeds"),
     ],
 )
-def test_mean_and_standard_deviation(
-    values: tuple[float | None, ...], mean: float, std: float, words: str
+def test_mean_and_standard_deviation_over_seeds(
+    values: tuple[float | None, ...], mean: float, std: float, text: str
 ) -> None:
-    found = ReplicatedTrial(0, 1.0, values, maximize=True)
-    assert found.mean == pytest.approx(mean)
-    assert found.std == pytest.approx(std, nan_ok=True)
-    assert found.words == words
+    trial = ReplicatedTrial(0, 1.0, values, maximize=True)
+    assert trial.mean == pytest.approx(mean)
+    assert trial.std == pytest.approx(std, nan_ok=True)
+    assert trial.text == text
 
 
-def test_what_diverged_is_worst_in_either_direction() -> None:
+def test_diverged_replicates_give_the_worst_mean() -> None:
     assert ReplicatedTrial(0, 1.0, (0.5, None), maximize=False).mean == math.inf
 
 
-def test_the_best_mean_leads(study: optuna.Study) -> None:
+def test_best_trial_is_the_one_with_the_best_mean(study: optuna.Study) -> None:
     assert [found.number for found in replicated_trials(study)] == [1, 0, 2]
-    chosen, leader = best_replicated_trial(study), find_best_trial(study)
-    assert chosen is not None and chosen.number == 1
-    assert leader is not None and leader.number == 1
+    replicated, best = best_replicated_trial(study), find_best_trial(study)
+    assert replicated is not None and replicated.number == 1
+    assert best is not None and best.number == 1
     assert study.best_trial.number == 0
 
 
-def test_a_study_without_values_has_its_own_order(study: optuna.Study) -> None:
+def test_best_trial_without_replicates_has_the_best_value(study: optuna.Study) -> None:
     study.set_user_attr("replicates", {"0": {"seeds": [], "values": []}})
     assert best_replicated_trial(study) is None
-    leader = find_best_trial(study)
-    assert leader is not None and leader.number == 0
+    best = find_best_trial(study)
+    assert best is not None and best.number == 0
 
 
-def test_the_readers_see_it(study: optuna.Study) -> None:
-    words = "0.87 ± 0.01 over 3 seeds"
+def test_summary_notes_and_page_show_replicates(study: optuna.Study) -> None:
+    text = "0.87 ± 0.01 over 3 seeds"
     assert summary(study)["best"] == "value 0.91 in trial 1"
-    assert summary(study)["other seeds"] == words
-    assert f"**value 0.91** in trial 1; {words}" in study_note(study)
-    assert f"**other seeds**: {words}" in trial_note(study, study.trials[1])
+    assert summary(study)["other seeds"] == text
+    assert f"**value 0.91** in trial 1; {text}" in study_note(study)
+    assert f"**other seeds**: {text}" in trial_note(study, study.trials[1])
     assert "other seeds" not in trial_note(study, study.trials[3])
-    assert words in index_html(study, {})
+    assert text in index_html(study, {})

@@ -1,4 +1,4 @@
-"""What a user does with a finished study."""
+"""Test the result of a study: best trial, model, predictions, tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def result() -> Result:
     return tune(n_trials=6, cohort_size=3)
 
 
-def test_the_best_trial_is_optunas(result: Result) -> None:
+def test_best_trial_is_that_of_optuna(result: Result) -> None:
     assert result.best_trial.number == result.study.best_trial.number
     assert result.best_value == result.study.best_value
     assert result.best_params == result.study.best_params
@@ -34,7 +34,7 @@ def test_best_params_are_a_copy(result: Result) -> None:
     assert result.best_params
 
 
-def test_the_model_is_a_plain_network(result: Result) -> None:
+def test_model_is_a_plain_module_that_returns_logits(result: Result) -> None:
     model = result.model
     assert isinstance(model, nn.Module)
     assert not model.training
@@ -45,13 +45,13 @@ def test_the_model_is_a_plain_network(result: Result) -> None:
     np.testing.assert_array_equal(result.predict_proba(classes()[0]), probabilities)
 
 
-def test_a_single_row_and_many_rows_agree(result: Result) -> None:
+def test_predictions_do_not_depend_on_the_other_rows(result: Result) -> None:
     X, _ = classes(200, seed=4)
     alone = np.concatenate([result.predict_proba(X[i : i + 1]) for i in range(5)])
     np.testing.assert_allclose(alone, result.predict_proba(X)[:5], rtol=1e-5)
 
 
-def test_the_frame_of_trials(result: Result) -> None:
+def test_trials_dataframe_has_one_row_per_trial(result: Result) -> None:
     frame = result.trials_dataframe()
     assert len(frame) == 6
     assert frame["value_accuracy"].max() == result.best_value
@@ -59,14 +59,14 @@ def test_the_frame_of_trials(result: Result) -> None:
     assert columns <= set(frame.columns)
 
 
-def test_saved_and_loaded(result: Result, tmp_path: Path) -> None:
+def test_saved_model_predicts_the_same(result: Result, tmp_path: Path) -> None:
     X, y = classes(50, seed=2)
     loaded = load(result.save(tmp_path / "model"))
     assert np.array_equal(loaded.predict(X), result.predict(X))
     assert loaded.score(X, y) == result.score(X, y)
 
 
-def test_later_trials_of_the_same_study_are_seen() -> None:
+def test_result_includes_later_trials_of_the_study() -> None:
     storage = optuna.storages.InMemoryStorage()
     first = tune(*numbers(), n_trials=1, storage=storage)
     before = first.best_value
@@ -75,7 +75,7 @@ def test_later_trials_of_the_same_study_are_seen() -> None:
     assert first.best_value == more.best_value <= before
 
 
-def test_nothing_has_finished() -> None:
+def test_result_without_complete_trials_raises() -> None:
     study = tune(n_trials=1).study
     empty = optuna.create_study(direction=study.direction)
     result = tune(n_trials=1)
@@ -91,7 +91,7 @@ def test_nothing_has_finished() -> None:
 
 
 @pytest.mark.parametrize("maximize", [True, False])
-def test_of_equal_trials_the_first_is_best(maximize: bool) -> None:
+def test_first_of_equal_trials_is_the_best(maximize: bool) -> None:
     result = tune(*(classes() if maximize else numbers()), n_trials=1)
     study = optuna.create_study(direction="maximize" if maximize else "minimize")
     for value in (0.5, 0.7, 0.7) if maximize else (0.5, 0.3, 0.3):

@@ -1,4 +1,4 @@
-"""How values moved while trials trained: the table and the figure."""
+"""Test the table and the figure of hyperparameter schedules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optuna_nnhp.inspect.dashboard import annotate
 from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
 from optuna_nnhp.inspect.figures import figures
-from optuna_nnhp.inspect.figures import save_html
+from optuna_nnhp.inspect.html_page import save_html
 from optuna_nnhp.inspect.schedules import plot_schedules
 from optuna_nnhp.inspect.schedules import schedule_dataframe
 from optuna_nnhp.inspect.schedules import schedule_of
@@ -34,27 +34,27 @@ SPACE: dict[str, BaseDistribution] = {
     "dropout": FloatDistribution(0.0, 0.9),
     "activation": CategoricalDistribution(["relu", "tanh"]),
 }
-Stages = list[tuple[int, float, float, bool]]  # round, learning rate, dropout, is fresh
+Stages = list[tuple[int, float, float, bool]]  # round, learning rate, dropout, restarts
 
 
 def add(study: optuna.Study, value: float, stages: Stages, epochs: int = 9) -> None:
-    course = [
+    schedule = [
         [at, {"learning_rate": rate, "dropout": drop}, new] for at, rate, drop, new in stages
     ]
     study.add_trial(
         create_trial(
             value=value,
-            params={"activation": "relu", **dict(course[-1][1])},  # type: ignore[call-overload]
+            params={"activation": "relu", **dict(schedule[-1][1])},  # type: ignore[call-overload]
             distributions=SPACE,
-            user_attrs={"schedule": course, "epochs": epochs},
+            user_attrs={"schedule": schedule, "epochs": epochs},
         )
     )
 
 
 @pytest.fixture
 def study() -> optuna.Study:
-    """Three trials, of which the last is the best, and one without a course."""
-    study = optuna.create_study(study_name="courses")
+    """Make a study with three trials, the last of them the best, and one without a schedule."""
+    study = optuna.create_study(study_name="schedules")
     study.add_trial(create_trial(value=0.05))
     add(study, 0.3, [(0, 0.1, 0.6, False)])
     add(study, 0.2, [(0, 0.1, 0.5, False), (3, 0.01, 0.5, True), (6, 0.01, 0.4, False)])
@@ -63,7 +63,7 @@ def study() -> optuna.Study:
 
 
 def lines(figure: go.Figure) -> dict[tuple[str, str], go.Scatter]:
-    """Step lines by panel and trial."""
+    """Return the step lines by panel and trial."""
     titles = {f"x{i or ''}".replace("x1", "x"): a.text for i, a in panels(figure)}
     return {
         (titles[trace.xaxis], trace.name): trace for trace in figure.data if trace.mode == "lines"
@@ -74,7 +74,7 @@ def panels(figure: go.Figure) -> list[tuple[int, Any]]:
     return list(enumerate(figure.layout.annotations, start=1))
 
 
-def test_each_parameter_that_moved_has_a_panel_with_a_line_for_each_trial(
+def test_changed_parameters_have_a_panel_with_a_line_per_trial(
     study: optuna.Study,
 ) -> None:
     figure = plot_schedules(study)
@@ -91,7 +91,7 @@ def test_each_parameter_that_moved_has_a_panel_with_a_line_for_each_trial(
     assert (list(constant.x), list(constant.y)) == ([0, 8], [0.5, 0.5])
 
 
-def test_the_best_is_thick_on_top_and_first_in_the_legend(study: optuna.Study) -> None:
+def test_best_trial_is_thick_on_top_and_first_in_the_legend(study: optuna.Study) -> None:
     drawn = [trace for trace in plot_schedules(study).data if trace.mode == "lines"]
     assert drawn[-1].name == "trial 3: 0.1"
     widths = {trace.name: trace.line.width for trace in drawn}
@@ -100,28 +100,28 @@ def test_the_best_is_thick_on_top_and_first_in_the_legend(study: optuna.Study) -
     assert [name for _, name in shown] == ["trial 3: 0.1", "trial 2: 0.2", "trial 1: 0.3"]
 
 
-def test_a_scale_is_logarithmic_where_the_range_is(study: optuna.Study) -> None:
+def test_axis_is_logarithmic_if_the_distribution_is(study: optuna.Study) -> None:
     layout = plot_schedules(study).layout
     assert (layout.yaxis.type, layout.yaxis2.type) == ("log", None)
 
 
-def test_fresh_starts_are_marked(study: optuna.Study) -> None:
+def test_restarts_are_marked(study: optuna.Study) -> None:
     marks = [trace for trace in plot_schedules(study).data if trace.mode == "markers"]
     assert [(list(mark.x), list(mark.y)) for mark in marks] == [([3], [0.01]), ([3], [0.5])]
     assert {mark.legendgroup for mark in marks} == {"2"}
-    assert "diamonds: back to the first weights" in plot_schedules(study).layout.title.text
-    assert "diamonds" not in plot_schedules(study, best=1).layout.title.text
+    assert "diamonds: restarts from its initial weights" in plot_schedules(study).layout.title.text
+    assert "diamonds" not in plot_schedules(study, n_best=1).layout.title.text
 
 
 def test_rounds_are_shown_as_epochs(study: optuna.Study) -> None:
     study.set_user_attr("rounds_per_epoch", 3)
     rate = lines(plot_schedules(study))["learning_rate", "trial 3: 0.1"]
     assert list(rate.x) == [0, pytest.approx(4 / 3, abs=1e-3), 8]
-    assert schedule_of(study, study.trials[2]).fresh == [1]
+    assert schedule_of(study, study.trials[2]).restarts == [1]
     assert schedule_dataframe(study, study.trials[2])["epoch"].tolist() == [0, 1, 2]
 
 
-def test_a_course_that_is_the_beginning_of_a_better_one_is_left_out() -> None:
+def test_schedule_that_begins_a_better_one_is_left_out() -> None:
     study = optuna.create_study()
     stages: Stages = [(0, 0.2, 0.5, False), (4, 0.04, 0.5, False)]
     add(study, 0.3, stages[:1])
@@ -132,31 +132,31 @@ def test_a_course_that_is_the_beginning_of_a_better_one_is_left_out() -> None:
     assert names == {"trial 2: 0.1", "trial 1: 0.2"}
 
 
-def test_only_the_best_are_shown(study: optuna.Study) -> None:
-    assert {trace.name for trace in plot_schedules(study, best=1).data} == {"trial 3: 0.1"}
-    with pytest.raises(ValueError, match=r"`best` must be at least 1, but got 0\."):
-        plot_schedules(study, best=0)
+def test_n_best_limits_the_trials(study: optuna.Study) -> None:
+    assert {trace.name for trace in plot_schedules(study, n_best=1).data} == {"trial 3: 0.1"}
+    with pytest.raises(ValueError, match=r"`n_best` must be at least 1, but got 0\."):
+        plot_schedules(study, n_best=0)
 
 
-def test_a_parameter_that_some_trials_lack() -> None:
+def test_panels_show_only_trials_with_the_parameter() -> None:
     study = optuna.create_study()
     add(study, 0.2, [(0, 0.1, 0.5, False), (3, 0.01, 0.5, False)])
-    course = [[0, {"l1": 0.1}, False], [2, {"l1": 0.2}, True]]
-    study.add_trial(create_trial(value=0.1, user_attrs={"schedule": course, "epochs": 4}))
+    schedule = [[0, {"l1": 0.1}, False], [2, {"l1": 0.2}, True]]
+    study.add_trial(create_trial(value=0.1, user_attrs={"schedule": schedule, "epochs": 4}))
     drawn = lines(plot_schedules(study))
     assert set(drawn) == {("l1", "trial 1: 0.1"), ("learning_rate", "trial 0: 0.2")}
 
 
-def test_parameters_of_any_kind_and_name_can_be_drawn() -> None:
+def test_parameters_of_any_type_and_name_are_drawn() -> None:
     study = optuna.create_study()
-    course = [[0, {"<b>": "<i>", "on": True}, False], [1, {"<b>": "relu", "on": False}, False]]
-    study.add_trial(create_trial(value=0.1, user_attrs={"schedule": course, "epochs": 2}))
+    schedule = [[0, {"<b>": "<i>", "on": True}, False], [1, {"<b>": "relu", "on": False}, False]]
+    study.add_trial(create_trial(value=0.1, user_attrs={"schedule": schedule, "epochs": 2}))
     drawn = lines(plot_schedules(study))
     assert list(drawn["&lt;b&gt;", "trial 0: 0.1"].y) == ["&lt;i&gt;", "relu", "relu"]
     assert list(drawn["on", "trial 0: 0.1"].y) == ["True", "False", "False"]
 
 
-def test_language_models_have_no_epochs(study: optuna.Study) -> None:
+def test_axis_of_language_models_is_the_share_of_the_budget(study: optuna.Study) -> None:
     assert plot_schedules(study).layout.xaxis.title.text == "epoch"
     study.set_user_attr("task", "language")
     assert plot_schedules(study).layout.xaxis.title.text == "share of the budget"
@@ -166,12 +166,12 @@ def test_language_models_have_no_epochs(study: optuna.Study) -> None:
     ("count", "with_title"),
     [(1, {0}), (2, {0, 1}), (3, {0, 1, 2}), (5, {2, 3, 4}), (9, {6, 7, 8})],
 )
-def test_the_lowest_panel_of_each_column_names_its_axis(count: int, with_title: set[int]) -> None:
+def test_lowest_panel_of_each_column_has_the_axis_title(count: int, with_title: set[int]) -> None:
     study = optuna.create_study()
-    course = [[at, {f"p{i}": at for i in range(count)}, False] for at in (0, 1)]
-    study.add_trial(create_trial(value=0.1, user_attrs={"schedule": course, "epochs": 2}))
+    schedule = [[at, {f"p{i}": at for i in range(count)}, False] for at in (0, 1)]
+    study.add_trial(create_trial(value=0.1, user_attrs={"schedule": schedule, "epochs": 2}))
     for small in (False, True):
-        layout = plot_schedules(study, small=small).layout
+        layout = plot_schedules(study, compact=small).layout
         axes = [layout[f"xaxis{i + 1 if i else ''}"] for i in range(count)]
         assert {i for i, axis in enumerate(axes) if axis.title.text} == with_title
         labelled = {i for i, axis in enumerate(axes) if axis.showticklabels is not False}
@@ -180,49 +180,49 @@ def test_the_lowest_panel_of_each_column_names_its_axis(count: int, with_title: 
 
 
 @pytest.mark.parametrize("stages", [[], [[0, {"dropout": 0.1}, False]]])
-def test_where_nothing_moved_there_is_nothing_to_see(stages: list[Any]) -> None:
+def test_figure_without_changes_is_empty(stages: list[Any]) -> None:
     study = make_study(3, 3)
     for state in (TrialState.COMPLETE, TrialState.PRUNED):
         moved = [[0, {"dropout": 0.1}, False], [1, {"dropout": 0.2}, False]]
-        course = stages if state == TrialState.COMPLETE else moved
-        attributes = {"schedule": course} if course else {}
+        schedule = stages if state == TrialState.COMPLETE else moved
+        attributes = {"schedule": schedule} if schedule else {}
         study.add_trial(create_trial(state=state, value=0.99, user_attrs=attributes))
     figure = plot_schedules(study)
-    assert not figure.data and "no values have moved" in figure.layout.title.text
-    assert "courses" not in figures(study)
+    assert not figure.data and "no values changed" in figure.layout.title.text
+    assert "schedules" not in figures(study)
     annotate(study)
-    assert "courses" not in figure_texts(study)
+    assert "schedules" not in figure_texts(study)
     assert "best trial's values" not in summary(study)
 
 
-def test_all_readers_see_it(study: optuna.Study, tmp_path: Path) -> None:
+def test_summary_notes_and_figures_show_changes(study: optuna.Study, tmp_path: Path) -> None:
     add(study, 0.01, [(0, 0.1, 0.1, False), (1, 0.2, 0.1, False), (2, 0.3, 0.1, False)])
-    words = "changed 2 times while it trained"
+    words = "changed 2 times during training"
     assert summary(study)["best trial's values"].startswith(words)
     assert words in study_note(study)
     assert words in trial_note(study, study.best_trial)
-    assert "while it trained" not in trial_note(study, study.trials[0])
-    assert "courses" in figures(study)
+    assert "during training" not in trial_note(study, study.trials[0])
+    assert "schedules" in figures(study)
     index, *paths = save_html(study, tmp_path)
-    assert "courses.html" in [path.name for path in paths]
+    assert "schedules.html" in [path.name for path in paths]
     text = index.read_text(encoding="utf-8")
-    assert '<figure id="courses">' in text and words in text
+    assert '<figure id="schedules">' in text and words in text
     annotate(study)
-    assert "Courses: value" in figure_texts(study)["courses"]
+    assert "Hyperparameter schedules: value" in figure_texts(study)["schedules"]
 
 
-def test_the_dashboards_figure_stays_small() -> None:
+def test_compact_figure_is_small() -> None:
     study = make_study(3, 0)
     for trial in range(5):
         wave = [[1 + math.sin(i * (trial + at) / 7) / 2 for i in range(8)] for at in range(50)]
-        course = [[at, {f"p{i}": v for i, v in enumerate(wave[at])}, False] for at in range(50)]
-        study.add_trial(create_trial(value=0.99, user_attrs={"schedule": course, "epochs": 50}))
+        schedule = [[at, {f"p{i}": v for i, v in enumerate(wave[at])}, False] for at in range(50)]
+        study.add_trial(create_trial(value=0.99, user_attrs={"schedule": schedule, "epochs": 50}))
     annotate(study)
-    assert len(figure_texts(study)["courses"]) < 30_000
+    assert len(figure_texts(study)["schedules"]) < 30_000
 
 
 @pytest.mark.parametrize(("method", "row"), [("population", -1), ("gradient", 0)])
-def test_the_schedule_of_a_trial_whose_values_changed(method: str, row: int) -> None:
+def test_schedule_dataframe_has_one_row_per_segment(method: str, row: int) -> None:
     result = tune(method=method, n_trials=8, fixed=TINY | {"epochs": 6})
     trial = next(t for t in result.study.trials if len(t.user_attrs["schedule"]) > 1)
     frame = schedule_dataframe(result.study, trial)
@@ -233,7 +233,7 @@ def test_the_schedule_of_a_trial_whose_values_changed(method: str, row: int) -> 
     assert result.schedule.equals(best)
 
 
-def test_the_schedule_of_a_trial_whose_values_did_not() -> None:
+def test_schedule_of_constant_parameters_has_one_row() -> None:
     result = tune(n_trials=2, method="random")
     (row,) = result.schedule.to_dict("records")
     assert row == {"epoch": 0, **result.best_params}

@@ -88,7 +88,7 @@ def test_the_same_call_continues_the_study(tmp_path: Path) -> None:
     again = tune(storage=storage, n_trials=3)
     assert len(again.study.trials) == 3
     assert again.study.study_name == first.study.study_name
-    assert again.study.user_attrs["sample"]["text"]
+    assert again.study.user_attrs["generated_text"]["text"]
 
 
 def test_pieces_of_text_are_judged_alike() -> None:
@@ -265,7 +265,7 @@ def test_stored_weights_are_those_of_the_best_value() -> None:
 
 def test_a_text_without_a_new_line_has_a_sample_too() -> None:
     result = tune(X="to be or not to be " * 99, n_trials=1)
-    assert result.study.user_attrs["sample"]["text"]
+    assert result.study.user_attrs["generated_text"]["text"]
     with pytest.raises(ValueError, match=r"`tokens` must be a number from 0 on, but got 1\.5"):
         result.generate(tokens=1.5)
 

@@ -11,7 +11,7 @@ from tests.tiny import ENVIRONMENT
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    """Processes for all tests that need any: each takes seconds to begin, when it is needed."""
+    """Yield one process pool for all tests; each process takes seconds to start."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)

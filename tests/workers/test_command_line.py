@@ -1,4 +1,4 @@
-"""`python -m optuna_nnhp worker`."""
+"""Test `python -m optuna_nnhp worker`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ import torch
 from torch import nn
 
 import optuna_nnhp
-from optuna_nnhp import __main__ as command_line
 from optuna_nnhp import optimize
-from optuna_nnhp.__main__ import main
 from optuna_nnhp.storages.operations import REQUEUED_BY
+from optuna_nnhp.workers import command_line
+from optuna_nnhp.workers.command_line import main
+from optuna_nnhp.workers.config import WorkerConfig
+from optuna_nnhp.workers.config import WorkerResult
 from optuna_nnhp.workers.control import INTERRUPT
 from optuna_nnhp.workers.control import RELEASE
 from optuna_nnhp.workers.control import STOP
 from optuna_nnhp.workers.control import send_control_message
-from optuna_nnhp.workers.worker import WorkerConfig
-from optuna_nnhp.workers.worker import WorkerResult
 from optuna_nnhp.workers.worker import run_worker
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
@@ -53,75 +53,77 @@ def error(y_true: Any, y_pred: Any) -> float:
 
 
 def worker(*words: object) -> int:
-    """The exit code of a worker of the study "s"."""
+    """Run a worker of the study "s" and return its exit code."""
     return main(["worker", "--study", "s", "--storage", "s.journal", *map(str, words)])
 
 
-def begin(X: Any = X, y: Any = Y, **options: Any) -> None:
-    """A study of two trials."""
+def create_study(X: Any = X, y: Any = Y, **options: Any) -> None:
+    """Create a study with two trials."""
     np.savez("data.npz", X=X, y=y)
     usual = {"storage": "s.journal", "study_name": "s", "n_trials": 2}
     tune(X, y, **(usual | options))
 
 
-def begun() -> optuna.Study:
+def load_study() -> optuna.Study:
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend("s.journal")
     )
     return optuna.load_study(study_name="s", storage=storage)
 
 
-def finished() -> int:
+def count_finished() -> int:
     done = (TrialState.COMPLETE, TrialState.PRUNED)
-    return len(begun().get_trials(states=done))
+    return len(load_study().get_trials(states=done))
 
 
-def test_it_joins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begin()
-    assert worker("--data", "data.npz", "--n-trials", 5, "--device", "cpu") == 0
-    assert "study 's' has come to its end." in capsys.readouterr().out
-    assert finished() == 5
-    result = tune(X, Y, storage="s.journal", study_name="s", n_trials=5)
-    assert len(trials(result)) == 5  # the same study, and nothing to do
-    assert len({t.params["learning_rate"] for t in trials(result)}) == 5
-    assert worker("--data", "data.npz") == 0  # which has what its last call wanted
-    assert finished() == 5
-    assert worker("--data", "data.npz", "--timeout", 0.5) == 0  # time is the only bound then
-    assert finished() > 5
-
-
-@pytest.mark.parametrize("what", [STOP, INTERRUPT, RELEASE])
-def test_what_workers_were_told_before_is_over(
-    what: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_worker_joins_a_study_until_it_has_n_trials(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin()
-    mark, seen = send_control_message(begun(), what), list[str | None]()
+    create_study()
+    assert worker("--data", "data.npz", "--n-trials", 5, "--device", "cpu") == 0
+    assert "study 's' finished." in capsys.readouterr().out
+    assert count_finished() == 5
+    result = tune(X, Y, storage="s.journal", study_name="s", n_trials=5)
+    assert len(trials(result)) == 5  # the study is complete
+    assert len({t.params["learning_rate"] for t in trials(result)}) == 5
+    assert worker("--data", "data.npz") == 0  # the stored number of trials is reached
+    assert count_finished() == 5
+    assert worker("--data", "data.npz", "--timeout", 0.5) == 0  # then there is no limit on trials
+    assert count_finished() > 5
 
-    def noted(config: WorkerConfig, problem: Any) -> WorkerResult:
+
+@pytest.mark.parametrize("command", [STOP, INTERRUPT, RELEASE])
+def test_earlier_control_messages_are_ignored(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_study()
+    message_id, seen = send_control_message(load_study(), command), list[str | None]()
+
+    def record_config(config: WorkerConfig, problem: Any) -> WorkerResult:
         seen.append(config.last_message_id)
         return run_worker(config, problem)
 
-    monkeypatch.setattr(command_line, "run_worker", noted)
+    monkeypatch.setattr(command_line, "run_worker", record_config)
     assert worker("--data", "data.npz", "--n-trials", 5) == 0
-    assert seen == [mark] and finished() == 5
+    assert seen == [message_id] and count_finished() == 5
 
 
-def test_the_loop_s_options_are_the_study_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin(trial_timeout=60.0, checkpoint_every=300.0)
+def test_worker_uses_the_stored_tuner_options(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_study(trial_timeout=60.0, checkpoint_every=300.0)
     seen = list[Mapping[str, Any]]()
 
-    def noted(config: WorkerConfig, problem: Any) -> WorkerResult:
-        seen.append(config.options)
+    def record_config(config: WorkerConfig, problem: Any) -> WorkerResult:
+        seen.append(config.tuner_options)
         return WorkerResult(0)
 
-    monkeypatch.setattr(command_line, "run_worker", noted)
+    monkeypatch.setattr(command_line, "run_worker", record_config)
     assert worker("--data", "data.npz") == 0
     assert seen[0]["trial_timeout"] == 60 and seen[0]["checkpoint_every"] == 300
 
 
-def test_a_storage_that_is_not_there_is_not_made(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_storage_is_not_created(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for storage in ("typo.journal", "sqlite:///typo.db"):
         assert main(["worker", "--study", "s", "--storage", storage]) == 2
         assert "must exist, but there is no file typo." in capsys.readouterr().err
@@ -131,10 +133,10 @@ def test_a_storage_that_is_not_there_is_not_made(
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04cut", "array"])
-def test_data_that_cannot_be_read(
+def test_unreadable_data_are_rejected(
     content: Any, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin()
+    create_study()
     if content == "array":
         np.save("data.npy", X)
         Path("data.npy").rename("data.npz")
@@ -146,10 +148,10 @@ def test_data_that_cannot_be_read(
 
 
 @pytest.mark.parametrize("source", ["def f(:", "import nothing_of_that_name", "x = y", "x = 1"])
-def test_functions_that_cannot_be_imported(
+def test_functions_that_cannot_be_imported_are_rejected(
     source: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin()
+    create_study()
     monkeypatch.setattr(sys, "path", list(sys.path))
     name = f"module_{abs(hash(source))}"
     Path(f"{name}.py").write_text(source)
@@ -158,17 +160,17 @@ def test_functions_that_cannot_be_imported(
     assert "`--metric` must name a function" in error and error.count("\n") == 1
 
 
-def test_a_study_that_did_not_begin_as_a_grid(
+def test_grid_method_is_rejected_for_other_studies(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin()
+    create_study()
     assert worker("--data", "data.npz", "--method", "grid", "--n-trials", 4) == 2
-    assert "`method` must be 'grid' from a study's beginning" in capsys.readouterr().err
+    assert "`method` must be 'grid' from the beginning of a study" in capsys.readouterr().err
     assert worker("--data", "data.npz", "--seed", -5) == 2
     assert "`seed` must be a whole number" in capsys.readouterr().err
 
 
-def test_a_table_where_it_was(folder: Path) -> None:
+def test_worker_reads_the_table_from_its_stored_path(folder: Path) -> None:
     pd.DataFrame(X, columns=list("abc")).assign(price=Y).to_csv("t.csv", index=False)
     options: dict[str, Any] = {"storage": "s.journal", "study_name": "s", "fixed": TINY}
     optimize("dnn", "t.csv", target="price", n_trials=1, **options)
@@ -179,7 +181,7 @@ def test_a_table_where_it_was(folder: Path) -> None:
     assert worker("--n-trials", 4, "--data", "data.npz") == 2
     np.savez("data.npz", X=X.astype(np.float64), y=Y)
     assert worker("--n-trials", 4, "--data", "data.npz", "--target", "price") == 2
-    assert finished() == 3
+    assert count_finished() == 3
 
 
 @pytest.fixture
@@ -190,19 +192,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_texts(folder: Path, one_thread: None) -> None:
+def test_worker_reads_several_text_files(folder: Path, one_thread: None) -> None:
     for name in ("a.txt", "b.txt"):
         Path(name).write_text(TEXT)
     fixed = {"iterations": 6, "context": 16, "width": 16, "layers": 1, "batch_tokens": 64}
     options: dict[str, Any] = {"storage": "s.journal", "study_name": "s", "fixed": fixed}
     optimize("gpt", TEXT + TEXT, n_trials=1, validation=TEXT, device="cpu", **options)
-    assert worker("--n-trials", 2, "--data", "a.txt", "b.txt") == 2  # how is it judged?
+    assert worker("--n-trials", 2, "--data", "a.txt", "b.txt") == 2  # there is no validation text
     given = ("--data", "a.txt", "b.txt", "--validation", "b.txt")
     assert worker("--n-trials", 2, "--device", "cpu", *given) == 0
-    assert finished() == 2
+    assert count_finished() == 2
 
 
-def test_a_network_and_a_metric_of_ones_own(
+def test_worker_imports_user_network_and_metric(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     optimize(
@@ -227,18 +229,18 @@ def test_a_network_and_a_metric_of_ones_own(
         function = {"network": "build", "metric": "error"}[name]
         given += [f"--{name}", f"{__name__}:{function}"]
     assert worker(*given) == 0
-    assert finished() == 2
+    assert count_finished() == 2
 
 
-def test_a_grid_goes_on(folder: Path) -> None:
+def test_worker_resumes_a_grid(folder: Path) -> None:
     def stop(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         study.stop()
 
-    wishes: dict[str, Any] = {"method": "grid", "levels": {"dropout": [0.1, 0.2, 0.3, 0.4]}}
-    begin(n_trials=None, timeout=99.0, cohort_size=1, callbacks=[stop], **wishes)
-    assert finished() < 4
+    options: dict[str, Any] = {"method": "grid", "levels": {"dropout": [0.1, 0.2, 0.3, 0.4]}}
+    create_study(n_trials=None, timeout=99.0, cohort_size=1, callbacks=[stop], **options)
+    assert count_finished() < 4
     assert worker("--data", "data.npz", "--timeout", 60) == 0
-    points = [t.params["dropout"] for t in begun().trials if t.state == TrialState.COMPLETE]
+    points = [t.params["dropout"] for t in load_study().trials if t.state == TrialState.COMPLETE]
     assert sorted(points) == [0.1, 0.2, 0.3, 0.4]
 
 
@@ -262,60 +264,61 @@ def test_a_grid_goes_on(folder: Path) -> None:
         (("--storage", "postgresql://me:secret@/no:where"), "me:***@"),
     ],
 )
-def test_what_it_refuses(
+def test_invalid_arguments_are_rejected(
     words: tuple[object, ...], text: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin(n_trials=1)
+    create_study(n_trials=1)
     np.savez("other.npz", X=X + 1, y=Y)
     np.savez("half.npz", X=X)
     np.savez("pickled.npz", X=np.array([{}], dtype=object), y=Y)
     assert worker(*words) == 2
-    said = capsys.readouterr().err
-    assert text in said
-    assert "secret" not in said
-    assert finished() == 1
+    output = capsys.readouterr().err
+    assert text in output
+    assert "secret" not in output
+    assert count_finished() == 1
 
 
-def test_it_says_what_it_cannot_know(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(n_trials=None, timeout=1.0)
+def test_missing_metadata_are_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create_study(n_trials=None, timeout=1.0)
     assert worker("--data", "data.npz") == 2
     assert "`--timeout` or `--n-trials` must be given" in capsys.readouterr().err
-    begin(study_name="own", sampler=optuna.samplers.RandomSampler())
+    create_study(study_name="own", sampler=optuna.samplers.RandomSampler())
     assert worker("--study", "own", "--data", "data.npz") == 2
     assert (
-        "The method must be given: the study's sampler, RandomSampler" in capsys.readouterr().err
+        "`method` must be given, but is missing: the study's sampler, RandomSampler"
+        in capsys.readouterr().err
     )
     assert worker("--study", "own", "--data", "data.npz", "--method", "random") == 0
-    begin(study_name="median", pruner=optuna.pruners.MedianPruner())
+    create_study(study_name="median", pruner=optuna.pruners.MedianPruner())
     assert worker("--study", "median", "--data", "data.npz") == 2
     assert "must be the default one or none, but it is MedianPruner" in capsys.readouterr().err
-    optuna.create_study(study_name="plain", storage=begun()._storage)
+    optuna.create_study(study_name="plain", storage=load_study()._storage)
     assert worker("--study", "plain", "--data", "data.npz") == 2
     assert "The study must be one that `optimize` began" in capsys.readouterr().err
 
 
-def test_an_error_in_training(
+def test_error_in_training_is_printed(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin(n_trials=1)
+    create_study(n_trials=1)
 
     def fail(*_: object, **__: object) -> None:
         raise ArithmeticError("the loop is broken")
 
     monkeypatch.setattr("optuna_nnhp.workers.worker.run_tuner", fail)
     assert worker("--data", "data.npz", "--n-trials", 2) == 1
-    said = capsys.readouterr().err
-    assert "ArithmeticError: the loop is broken" in said
-    assert "in fail" in said
+    output = capsys.readouterr().err
+    assert "ArithmeticError: the loop is broken" in output
+    assert "in fail" in output
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_data_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["worker", "--help"])
     assert end.value.code == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in ("--data arrays.npz", "Exit codes", "module:function", "grpc://host:port"):
-        assert text in said
+        assert text in output
     with pytest.raises(SystemExit) as end:
         main([])
     assert end.value.code == 2
@@ -324,12 +327,14 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 ENDLESS = TINY | {"epochs": 10**6, "patience": 10**6}
 
 
-def test_ctrl_c_ends_it_tidily(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(fixed=ENDLESS, n_trials=None, timeout=0.5)
-    known = len(begun().trials)
+def test_ctrl_c_ends_running_trials_with_their_values(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_study(fixed=ENDLESS, n_trials=None, timeout=0.5)
+    known = len(load_study().trials)
 
     def press() -> None:
-        while not begun().get_trials(states=(TrialState.RUNNING,)):
+        while not load_study().get_trials(states=(TrialState.RUNNING,)):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -338,21 +343,21 @@ def test_ctrl_c_ends_it_tidily(folder: Path, capsys: pytest.CaptureFixture[str])
     assert worker("--data", "data.npz", "--timeout", 600) == 130
     thread.join()
     assert "was interrupted" in capsys.readouterr().out
-    new = begun().trials[known:]
+    new = load_study().trials[known:]
     assert "interrupted" in {trial.user_attrs.get("cause") for trial in new}
     assert TrialState.RUNNING not in {trial.state for trial in new}
 
 
-def test_sigterm_ends_it_tidily(folder: Path) -> None:
-    begin(fixed=ENDLESS, n_trials=None, timeout=0.5)
-    known = len(begun().trials)
+def test_sigterm_requeues_running_trials(folder: Path) -> None:
+    create_study(fixed=ENDLESS, n_trials=None, timeout=0.5)
+    known = len(load_study().trials)
     command = [sys.executable, "-m", "optuna_nnhp", "worker", "--study", "s", "--storage"]
     command += ["s.journal", "--data", "data.npz", "--timeout", "600"]
     process = subprocess.Popen(
         command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True
     )
     try:
-        while not begun().get_trials(states=(TrialState.RUNNING,)):
+        while not load_study().get_trials(states=(TrialState.RUNNING,)):
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
@@ -360,8 +365,10 @@ def test_sigterm_ends_it_tidily(folder: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 143
-    assert "was told to end" in output
-    new = begun().trials[known:]
+    assert "was told to shut down" in output
+    new = load_study().trials[known:]
     released = [trial for trial in new if REQUEUED_BY in trial.user_attrs]
-    assert {trial.state for trial in released} == {TrialState.WAITING}  # whoever comes goes on
+    assert {trial.state for trial in released} == {
+        TrialState.WAITING
+    }  # another worker resumes them
     assert TrialState.RUNNING not in {trial.state for trial in new}

@@ -1,4 +1,4 @@
-"""Workers in other processes, by executors of all kinds."""
+"""Test workers that run in executors: process pools, Dask, submitit, databases, proxies."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from torch import nn
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
 from optuna_nnhp.storages.open_storage import open_storage
+from optuna_nnhp.workers.config import WorkerConfig
+from optuna_nnhp.workers.config import WorkerResult
 from optuna_nnhp.workers.control import CONTROL_KEY
-from optuna_nnhp.workers.worker import WorkerConfig
-from optuna_nnhp.workers.worker import WorkerResult
 from tests.postgresql import Database
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
@@ -48,9 +48,9 @@ FREE = {name: value for name, value in TINY.items() if name != "epochs"}
 
 
 class Note:
-    """A callback that notes in a file who ended which trial.
+    """A callback that records in a file which process finished which trial.
 
-    Each process waits after its first one until so many others have ended one too.
+    Each process waits after its first trial until ``processes`` processes have finished one.
     """
 
     def __init__(self, folder: Path, processes: int = 1) -> None:
@@ -65,13 +65,13 @@ class Note:
             time.sleep(0.02)
 
     def ended(self) -> list[tuple[int, int]]:
-        """Process and trial, in the order of their ends."""
+        """Return process and trial number, in the order in which the trials finished."""
         lines = self.path.read_text().splitlines()
         return [(int(process), int(number)) for process, number in map(str.split, lines)]
 
 
 def check_once(result: Result, note: Note, wanted: int) -> None:
-    """Every trial was trained, once, by somebody else; and there are as many as wanted."""
+    """Check that other processes have trained each trial once, and the number of trials."""
     ended = note.ended()
     assert Counter(number for _, number in ended) == Counter(t.number for t in trials(result))
     assert os.getpid() not in {process for process, _ in ended}
@@ -83,9 +83,9 @@ def check_once(result: Result, note: Note, wanted: int) -> None:
 def test_two_processes_share_a_study(
     storage: str, folder: Path, pool: ProcessPoolExecutor
 ) -> None:
-    note, wishes = Note(folder, 2), {"cohort_size": 2}
+    note, options = Note(folder, 2), {"cohort_size": 2}
     result = tune(
-        X, Y, storage=storage, n_trials=13, workers=2, executor=pool, callbacks=[note], **wishes
+        X, Y, storage=storage, n_trials=13, workers=2, executor=pool, callbacks=[note], **options
     )
     check_once(result, note, 13)
     assert len({process for process, _ in note.ended()}) == 2
@@ -97,22 +97,22 @@ def test_two_processes_share_a_study(
     assert [p.name for p in folder.rglob("trial-*.safetensors")] == [f"trial-{best}.safetensors"]
     assert result.replay().is_exact
     # The same call again has nothing to do, and more trials go on with the study.
-    again = tune(X, Y, storage=storage, n_trials=13, workers=2, executor=pool, **wishes)
+    again = tune(X, Y, storage=storage, n_trials=13, workers=2, executor=pool, **options)
     assert (len(trials(again)), again.best_value) == (13, result.best_value)
-    more = tune(X, Y, storage=storage, n_trials=15, workers=2, executor=pool, **wishes)
+    more = tune(X, Y, storage=storage, n_trials=15, workers=2, executor=pool, **options)
     assert len(trials(more)) == 15
     assert len({tuple(t.params.items()) for t in trials(more)}) == 15
 
 
-def test_a_grid_is_visited_once(folder: Path, pool: ProcessPoolExecutor) -> None:
+def test_two_workers_try_each_grid_point_once(folder: Path, pool: ProcessPoolExecutor) -> None:
     note, levels = (
         Note(folder, 2),
         {"dropout": [0.0, 0.1, 0.2], "momentum": [0.8, 0.9, 0.95, 0.99]},
     )
-    wishes: dict[str, Any] = {"method": "grid", "levels": levels, "n_trials": None}
+    options: dict[str, Any] = {"method": "grid", "levels": levels, "n_trials": None}
     fixed = TINY | {"optimizer": "sgd"}
     result = tune(X, Y, storage="g.journal", workers=2, executor=pool, callbacks=[note],
-                  fixed=fixed, timeout=100.0, cohort_size=3, **wishes)  # fmt: skip
+                  fixed=fixed, timeout=100.0, cohort_size=3, **options)  # fmt: skip
     check_once(result, note, 12)
     points = {(t.params["dropout"], t.params["momentum"]) for t in trials(result)}
     assert len(points) == 12
@@ -128,30 +128,32 @@ def test_a_grid_is_visited_once(folder: Path, pool: ProcessPoolExecutor) -> None
         ("quasi-random", {}),
     ],
 )
-def test_every_method(
+def test_two_workers_share_a_study_with_every_method(
     method: str, options: dict[str, Any], folder: Path, pool: ProcessPoolExecutor
 ) -> None:
     note = Note(folder)
     own = {"pruner": None} if method in ("population", "gradient") else {}
-    wishes = {"method": method, "method_options": options, "callbacks": [note], **own}
-    result = tune(X, Y, storage="m.journal", n_trials=8, workers=2, executor=pool, **wishes)
+    options = {"method": method, "method_options": options, "callbacks": [note], **own}
+    result = tune(X, Y, storage="m.journal", n_trials=8, workers=2, executor=pool, **options)
     check_once(result, note, 8)
     tuned = [name for name in ("learning_rate", "dropout") if name in result.best_params]
     assert len({tuple(t.params[n] for n in tuned) for t in trials(result)}) >= 6
     assert result.predict(X).shape == (80,)
 
 
-def test_the_bar_shows_what_all_have_done(
+def test_progress_bar_counts_trials_of_all_workers(
     folder: Path, pool: ProcessPoolExecutor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wishes: dict[str, Any] = {"n_trials": 5, "show_progress_bar": True}
-    result = tune(X, Y, storage="b.journal", workers=2, executor=pool, **wishes)
+    options: dict[str, Any] = {"n_trials": 5, "show_progress_bar": True}
+    result = tune(X, Y, storage="b.journal", workers=2, executor=pool, **options)
     last = capsys.readouterr().err.split("\r")[-1]
     assert last.startswith("100%")
     assert f"5/5 trials, best {result.best_value:.6g}, 5 trials done, 0 running" in last
 
 
-def test_functions_and_own_samplers_travel(folder: Path, pool: ProcessPoolExecutor) -> None:
+def test_local_functions_and_user_samplers_are_sent_to_workers(
+    folder: Path, pool: ProcessPoolExecutor
+) -> None:
     classes = 2
 
     def network(params: Mapping[str, Any]) -> nn.Module:
@@ -177,14 +179,14 @@ def test_functions_and_own_samplers_travel(folder: Path, pool: ProcessPoolExecut
     assert len({t.params["learning_rate"] for t in trials(result)}) == 6
 
 
-def test_stopping_one_worker_stops_all(folder: Path, pool: ProcessPoolExecutor) -> None:
+def test_study_stop_in_one_worker_stops_all(folder: Path, pool: ProcessPoolExecutor) -> None:
     def stop(study: optuna.Study, trial: FrozenTrial) -> None:
         if trial.number == 4:
             study.stop()
 
-    wishes: dict[str, Any] = {"callbacks": [stop], "cohort_size": 1, "n_trials": 10**6}
+    options: dict[str, Any] = {"callbacks": [stop], "cohort_size": 1, "n_trials": 10**6}
     started = time.monotonic()
-    result = tune(X, Y, storage="s.journal", workers=2, executor=pool, **wishes)
+    result = tune(X, Y, storage="s.journal", workers=2, executor=pool, **options)
     assert time.monotonic() - started < 60
     count = len(trials(result))
     assert 5 <= count < 10**4
@@ -195,7 +197,7 @@ def test_stopping_one_worker_stops_all(folder: Path, pool: ProcessPoolExecutor) 
 
 
 class Fault:
-    """A callback that raises, in all processes or in the first that comes."""
+    """A callback that raises an error, in all processes or only in the first."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -210,21 +212,21 @@ class Fault:
         raise ArithmeticError(f"trial {trial.number} is odd")
 
 
-def test_an_error_of_all_workers_is_raised(folder: Path, pool: ProcessPoolExecutor) -> None:
+def test_error_of_all_remote_workers_is_raised(folder: Path, pool: ProcessPoolExecutor) -> None:
     with pytest.raises(ArithmeticError, match=r"trial \d is odd") as caught:
         tune(X, Y, storage="e.journal", workers=2, executor=pool, callbacks=[Fault()], n_trials=9)
     assert "in __call__" in caught.value.__notes__[0]  # where it was raised
 
 
-def test_others_go_on_where_one_worker_fails(
+def test_other_workers_continue_when_one_fails(
     folder: Path, pool: ProcessPoolExecutor, log: pytest.LogCaptureFixture
 ) -> None:
     fault = Fault(folder / "done")
-    wishes: dict[str, Any] = {"callbacks": [fault], "cohort_size": 1, "n_trials": 7}
-    result = tune(X, Y, storage="f.journal", workers=2, executor=pool, **wishes)
+    options: dict[str, Any] = {"callbacks": [fault], "cohort_size": 1, "n_trials": 7}
+    result = tune(X, Y, storage="f.journal", workers=2, executor=pool, **options)
     assert TrialState.RUNNING not in states(result)
     assert len([t for t in trials(result) if t.state == TrialState.COMPLETE]) >= 6
-    assert any("cannot go on: trial" in line for line in log.messages)
+    assert any("failed, the others continue: trial" in line for line in log.messages)
 
 
 def later(function: Any, seconds: float, *args: Any) -> Any:
@@ -233,7 +235,7 @@ def later(function: Any, seconds: float, *args: Any) -> Any:
 
 
 class Queue:
-    """An executor with a queue before it, as on a cluster: the second worker begins later."""
+    """An executor with a queue, as on a cluster: the second worker starts later."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self.pool = pool
@@ -242,9 +244,9 @@ class Queue:
         return self.pool.submit(later, function, 2.0 * args[0].worker, *args)
 
 
-def test_a_timeout_begins_with_each_worker(folder: Path, pool: ProcessPoolExecutor) -> None:
-    wishes: dict[str, Any] = {"n_trials": None, "timeout": 1.5, "workers": 2}
-    result = tune(X, Y, storage="t.journal", executor=Queue(pool), **wishes)
+def test_timeout_starts_when_each_worker_starts(folder: Path, pool: ProcessPoolExecutor) -> None:
+    options: dict[str, Any] = {"n_trials": None, "timeout": 1.5, "workers": 2}
+    result = tune(X, Y, storage="t.journal", executor=Queue(pool), **options)
     workers = [trial.user_attrs["worker"] for trial in trials(result)]
     assert len(set(workers)) == 2
     begun = [trial.datetime_start for trial in trials(result)]
@@ -265,9 +267,9 @@ def test_postgresql_restarts_under_four_workers(
 
     thread = threading.Thread(target=restart)
     thread.start()
-    wishes: dict[str, Any] = {"fixed": TINY | {"epochs": 150}, "cohort_size": 2}
+    options: dict[str, Any] = {"fixed": TINY | {"epochs": 150}, "cohort_size": 2}
     result = tune(X, Y, storage=postgresql.url, n_trials=40, workers=4, executor=pool,
-                  callbacks=[note], **wishes)  # fmt: skip
+                  callbacks=[note], **options)  # fmt: skip
     thread.join(60)
     check_once(result, note, 40)
     assert len({process for process, _ in note.ended()}) == 4
@@ -275,7 +277,7 @@ def test_postgresql_restarts_under_four_workers(
 
 @pytest.fixture
 def proxy(folder: Path) -> Iterator[str]:
-    """Address of Optuna's proxy before a database."""
+    """Start Optuna's gRPC proxy of a database and yield its address."""
     pytest.importorskip("grpc", reason="grpcio is not installed")
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -295,8 +297,8 @@ def proxy(folder: Path) -> Iterator[str]:
 
 def test_through_a_grpc_proxy(proxy: str, folder: Path, pool: ProcessPoolExecutor) -> None:
     note = Note(folder)
-    wishes: dict[str, Any] = {"callbacks": [note], "n_trials": 8, "cohort_size": 2}
-    result = tune(X, Y, storage=proxy, workers=2, executor=pool, **wishes)
+    options: dict[str, Any] = {"callbacks": [note], "n_trials": 8, "cohort_size": 2}
+    result = tune(X, Y, storage=proxy, workers=2, executor=pool, **options)
     check_once(result, note, 8)
 
 
@@ -333,7 +335,7 @@ def test_submitit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Inline:
-    """An executor that calls at once, in this process."""
+    """An executor that runs calls at once in this process."""
 
     def submit(self, function: Any, /, *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -342,7 +344,7 @@ class Inline:
 
 
 class Dying(Inline):
-    """An executor whose processes die so many times, and then have nothing to do."""
+    """An executor whose first processes die; later ones finish at once."""
 
     def __init__(self, deaths: int) -> None:
         self.deaths, self.calls = deaths, 0
@@ -357,25 +359,27 @@ class Dying(Inline):
         return future
 
 
-def test_the_caller_is_no_worker(folder: Path) -> None:
-    with pytest.raises(ValueError, match="in other processes, but this one is the caller's"):
+def test_executor_must_not_run_calls_in_the_callers_process(folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match="in other processes, but this one runs them in the caller"
+    ):
         tune(X, Y, storage="i.journal", executor=Inline())
 
 
-def test_a_death_is_replaced(folder: Path, log: pytest.LogCaptureFixture) -> None:
+def test_dead_worker_is_replaced(folder: Path, log: pytest.LogCaptureFixture) -> None:
     executor = Dying(3)
     tune(X, Y, storage="d.journal", executor=executor)
     assert executor.calls == 4
     lines = [line for line in log.messages if "Worker 0 died" in line]
     assert len(lines) == 3
-    assert all("killed by the system (another one takes its place, and its" in x for x in lines)
+    assert all("killed by the system (a new worker takes over its trials)" in x for x in lines)
 
 
-class Elsewhere(Inline):
-    """An executor whose one worker goes on until all workers of the study are told to end."""
+class RemoteExecutor(Inline):
+    """An executor whose only worker waits for a control message."""
 
     def __init__(self) -> None:
-        self.last_message_id: list[str] = []
+        self.commands: list[str] = []
 
     def submit(self, function: Any, /, *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -389,45 +393,46 @@ class Elsewhere(Inline):
         )
         while CONTROL_KEY not in study._storage.get_study_system_attrs(study._study_id):
             time.sleep(0.02)
-        self.last_message_id.append(
-            study._storage.get_study_system_attrs(study._study_id)[CONTROL_KEY]["what"]
-        )
-        future.set_result(WorkerResult(config.worker, ended=self.last_message_id[0]))
+        message = study._storage.get_study_system_attrs(study._study_id)[CONTROL_KEY]
+        self.commands.append(message["command"])
+        future.set_result(WorkerResult(config.worker, stopped_by=message["command"]))
 
 
 @pytest.mark.parametrize(
     ("number", "what"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "release")]
 )
-def test_a_signal_to_the_caller_reaches_workers_elsewhere(
+def test_signal_to_the_caller_is_sent_to_remote_workers(
     number: signal.Signals, what: str, folder: Path
 ) -> None:
-    executor = Elsewhere()
+    executor = RemoteExecutor()
     timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
     timer.start()
     result = tune(X, Y, storage="w.journal", executor=executor)
     timer.join()
-    assert executor.last_message_id == [what]
+    assert executor.commands == [what]
     assert len(trials(result)) == 1  # the default configuration, which waits
 
 
-def test_workers_that_had_to_wait_are_replaced_too(folder: Path) -> None:
+def test_remote_workers_are_replaced_after_the_callers_timeout(folder: Path) -> None:
     executor = Dying(100)
     with pytest.raises(RuntimeError, match="but all have died"):
         tune(X, Y, storage="n.journal", executor=executor, n_trials=None, timeout=1e-6)
     assert executor.calls == 4
 
 
-def test_not_for_ever(folder: Path, log: pytest.LogCaptureFixture) -> None:
+def test_worker_is_not_replaced_after_too_many_deaths(
+    folder: Path, log: pytest.LogCaptureFixture
+) -> None:
     executor = Dying(100)
-    text = "A worker must come to its end, but all have died"
+    text = "At least one worker must finish, but all have died"
     with pytest.raises(RuntimeError, match=text) as caught:
         tune(X, Y, storage="n.journal", executor=executor, workers=2)
     assert isinstance(caught.value.__cause__, BrokenProcessPool)
     assert executor.calls == 8
-    assert sum("the 4th time: nobody takes its place" in line for line in log.messages) == 2
+    assert sum("not replaced: this was its death number 4" in line for line in log.messages) == 2
 
 
-def test_threads_and_forks_are_refused(folder: Path) -> None:
+def test_thread_pools_and_forking_pools_are_rejected(folder: Path) -> None:
     with (
         ThreadPoolExecutor(2) as threads,
         pytest.raises(ValueError, match="in other processes, but got a ThreadPoolExecutor"),
@@ -436,13 +441,17 @@ def test_threads_and_forks_are_refused(folder: Path) -> None:
     if sys.platform != "win32":
         with (
             ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as forks,
-            pytest.raises(ValueError, match="forks the caller, whose threads a copy has not"),
+            pytest.raises(
+                ValueError, match="forks the caller, whose threads are missing in the copy"
+            ),
         ):
             tune(X, Y, storage="x.journal", executor=forks)
     assert not list(folder.iterdir())
 
 
-def test_what_cannot_be_sent_is_named(folder: Path, pool: ProcessPoolExecutor) -> None:
+def test_unpicklable_argument_is_named_in_the_error(
+    folder: Path, pool: ProcessPoolExecutor
+) -> None:
     lock = threading.Lock()
 
     def callback(study: optuna.Study, trial: FrozenTrial) -> None:

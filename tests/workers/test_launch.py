@@ -21,6 +21,8 @@ from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.workers import control as control_module
 from optuna_nnhp.workers import worker as worker_module
+from optuna_nnhp.workers.config import WorkerConfig
+from optuna_nnhp.workers.config import WorkerResult
 from optuna_nnhp.workers.control import INTERRUPT
 from optuna_nnhp.workers.control import RELEASE
 from optuna_nnhp.workers.control import STOP
@@ -29,11 +31,9 @@ from optuna_nnhp.workers.control import last_control_message_id
 from optuna_nnhp.workers.control import send_control_message
 from optuna_nnhp.workers.launch import absolute_storage
 from optuna_nnhp.workers.launch import check_workers
-from optuna_nnhp.workers.launch import delete_other_weights
-from optuna_nnhp.workers.worker import WorkerConfig
-from optuna_nnhp.workers.worker import WorkerResult
+from optuna_nnhp.workers.launch import keep_best_weights
+from optuna_nnhp.workers.launch import without_grid_points
 from optuna_nnhp.workers.worker import run_worker
-from optuna_nnhp.workers.worker_pool import without_grid_points
 from tests.tiny import TINY
 from tests.tiny import numbers
 from tests.tiny import trials
@@ -53,32 +53,32 @@ def worker_config(**options: Any) -> WorkerConfig:
     return WorkerConfig(**(usual | options))
 
 
-def test_a_job_travels_with_its_functions(folder: Path) -> None:
+def test_config_is_pickled_with_its_functions(folder: Path) -> None:
     seen = []
     config = worker_config(callbacks=(lambda study, trial: seen.append(trial),), n_trials=3)
     again = pickle.loads(pickle.dumps(config))
     assert (again.study_name, again.n_trials) == ("s", 3)
     assert again.problem_spec.problem().name == config.problem_spec.problem().name
     assert callable(again.callbacks[0])
-    assert "s.journal" not in repr(config)  # a URL has passwords
+    assert "s.journal" not in repr(config)  # a URL may contain a password
 
 
-def test_work_gives_back_what_was_as_it_was(folder: Path) -> None:
+def test_worker_restores_threads_log_level_and_signal_handlers(folder: Path) -> None:
     tune(X, Y, storage="s.journal", study_name="s", n_trials=1)
     before = torch.get_num_threads(), optuna.logging.get_verbosity()
-    handlers = [signal.getsignal(number) for number in worker_module.SIGNALS]
+    handlers = [signal.getsignal(number) for number in worker_module.SHUTDOWN_SIGNALS]
     threads = set(threading.enumerate())
-    outcome = run_worker(worker_config(n_trials=2, threads=3, verbosity=optuna.logging.ERROR))
-    assert outcome == WorkerResult(0)
+    result = run_worker(worker_config(n_trials=2, threads=3, verbosity=optuna.logging.ERROR))
+    assert result == WorkerResult(0)
     assert (torch.get_num_threads(), optuna.logging.get_verbosity()) == before
-    assert [signal.getsignal(number) for number in worker_module.SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in worker_module.SHUTDOWN_SIGNALS] == handlers
     left = {thread.name for thread in set(threading.enumerate()) - threads}
     assert not {name for name in left if "engine" not in name}  # that of a process stays
 
 
-def test_work_tells_what_went_wrong(folder: Path) -> None:
-    outcome = run_worker(worker_config(n_trials=2))
-    assert isinstance(outcome.error, KeyError)  # there is no such study
+def test_worker_returns_errors_that_can_be_pickled(folder: Path) -> None:
+    result = run_worker(worker_config(n_trials=2))
+    assert isinstance(result.error, KeyError)  # there is no such study
     tune(X, Y, storage="s.journal", study_name="s", n_trials=1)
     other = run_worker(
         worker_config(problem_spec=ProblemSpec(X=X + 1, y=Y, fixed=TINY), n_trials=2)
@@ -92,14 +92,14 @@ def test_work_tells_what_went_wrong(folder: Path) -> None:
     def fail(study: optuna.Study, trial: Any) -> None:
         raise Local("broken")
 
-    outcome = run_worker(worker_config(n_trials=2, callbacks=(fail,)))
-    assert type(outcome.error) is RuntimeError
-    assert str(outcome.error) == "Local: broken"
-    assert "in fail" in outcome.error.__notes__[0]
-    pickle.dumps(outcome)
+    result = run_worker(worker_config(n_trials=2, callbacks=(fail,)))
+    assert type(result.error) is RuntimeError
+    assert str(result.error) == "Local: broken"
+    assert "in fail" in result.error.__notes__[0]
+    pickle.dumps(result)
 
 
-def test_a_deadline_that_is_over(folder: Path) -> None:
+def test_worker_after_its_deadline_trains_nothing(folder: Path) -> None:
     tune(X, Y, storage="s.journal", study_name="s", n_trials=1)
     result = run_worker(worker_config(deadline=time.time() - 1))
     assert result == WorkerResult(0)
@@ -112,43 +112,43 @@ def _journal() -> optuna.storages.BaseStorage:
 
 
 @pytest.mark.parametrize(
-    ("what", "flags"),
+    ("command", "flags"),
     [(STOP, (True, False, False)), (INTERRUPT, (False, True, False)),
      (RELEASE, (False, False, True))],
 )  # fmt: skip
-def test_what_all_workers_are_told(
-    what: str, flags: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+def test_watcher_obeys_new_control_messages_only(
+    command: str, flags: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control_module, "PARENT_CHECK_INTERVAL", 0.01)
     monkeypatch.setattr(control_module, "MESSAGE_CHECK_INTERVAL", 0.02)
     study = optuna.create_study()
-    send_control_message(study, RELEASE)  # to workers of an earlier call
+    send_control_message(study, RELEASE)  # for workers of an earlier call
     budget = Budget(9, None)
     with ShutdownWatcher(study, budget, last_control_message_id(study)):
         time.sleep(0.2)
         assert not (study._stop_flag or budget.is_over())
-        send_control_message(study, what)
+        send_control_message(study, command)
         limit = time.monotonic() + 10
         while not (study._stop_flag or budget.is_over()) and time.monotonic() < limit:
             time.sleep(0.01)
     assert (study._stop_flag, budget.interrupted, budget.released) == flags
 
 
-def test_a_stopped_study_tells_the_others_once() -> None:
+def test_watcher_sends_stop_once_when_the_study_is_stopped() -> None:
     study = optuna.create_study()
-    watch = ShutdownWatcher(study, Budget(9, None))
+    watcher = ShutdownWatcher(study, Budget(9, None))
     trial: Any = None
-    watch(study, trial)
+    watcher(study, trial)
     assert last_control_message_id(study) is None
     study._stop_flag = True
-    watch(study, trial)
-    mark = last_control_message_id(study)
-    assert mark is not None
-    watch(study, trial)
-    assert last_control_message_id(study) == mark
+    watcher(study, trial)
+    message_id = last_control_message_id(study)
+    assert message_id is not None
+    watcher(study, trial)
+    assert last_control_message_id(study) == message_id
 
 
-def test_a_storage_that_is_away_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_storage_does_not_end_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     study, budget = optuna.create_study(), Budget(9, None)
 
     def fail(study_id: int) -> dict[str, Any]:
@@ -160,10 +160,10 @@ def test_a_storage_that_is_away_is_no_end(monkeypatch: pytest.MonkeyPatch) -> No
     assert not budget.is_over()
 
 
-def test_a_worker_whose_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_is_released_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_module, "PARENT_CHECK_INTERVAL", 0.01)
     study, budget = optuna.create_study(), Budget(9, None)
-    with ShutdownWatcher(study, budget, parent=os.getpid()):  # which is not its parent
+    with ShutdownWatcher(study, budget, parent=os.getpid()):  # not its own parent
         limit = time.monotonic() + 10
         while not budget.released and time.monotonic() < limit:
             time.sleep(0.01)
@@ -171,7 +171,7 @@ def test_a_worker_whose_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, "2", True, None])
-def test_the_number_of_workers(workers: object) -> None:
+def test_workers_must_be_a_positive_integer(workers: object) -> None:
     with pytest.raises(ValueError, match="`workers` must be at least 1, but got"):
         check_workers(workers, None, "a.journal")
 
@@ -184,23 +184,23 @@ def test_the_number_of_workers(workers: object) -> None:
         optuna.storages.RDBStorage("sqlite://"),
     ],
 )
-def test_what_only_one_process_sees(storage: Any) -> None:
+def test_in_memory_storages_allow_one_worker_only(storage: Any) -> None:
     check_workers(1, None, storage)
     with pytest.raises(ValueError, match="`storage` must be one that several processes can open"):
         check_workers(2, None, storage)
 
 
 @pytest.mark.parametrize("storage", ["a.journal", Path("a"), "sqlite:///a.db", "mysql://h/d"])
-def test_what_several_processes_see(storage: Any) -> None:
+def test_files_and_databases_allow_several_workers(storage: Any) -> None:
     check_workers(2, None, storage)
 
 
-def test_an_executor_submits() -> None:
+def test_executor_must_have_submit() -> None:
     with pytest.raises(ValueError, match="`executor` must have a method `submit`"):
         check_workers(1, object(), "a.journal")
 
 
-def test_paths_mean_the_same_elsewhere(folder: Path) -> None:
+def test_relative_paths_become_absolute(folder: Path) -> None:
     here = os.getcwd()
     assert absolute_storage("a.journal") == f"{here}/a.journal"
     assert absolute_storage(Path("b")) == f"{here}/b"
@@ -209,13 +209,13 @@ def test_paths_mean_the_same_elsewhere(folder: Path) -> None:
     assert absolute_storage("grpc://host:1") == "grpc://host:1"
 
 
-def test_the_last_trials_are_shared() -> None:
+def test_workers_divide_the_remaining_trials() -> None:
     assert Budget(10, None, workers=4).left(finished=1) == 3
     assert Budget(10, None, workers=4).left(finished=9) == 1
     assert Budget(10, None, workers=4).left(finished=10) == 0
 
 
-def test_workers_ask_nobody_for_a_grid_s_points() -> None:
+def test_grid_samplers_of_workers_propose_nothing() -> None:
     grid = GridPointsSampler([{"a": 1}])
     plan = without_grid_points(grid)
     assert isinstance(plan, GridPointsSampler)
@@ -224,7 +224,7 @@ def test_workers_ask_nobody_for_a_grid_s_points() -> None:
     assert without_grid_points(sampler) is sampler
 
 
-def test_each_worker_has_its_own_random_numbers() -> None:
+def test_workers_draw_different_random_numbers() -> None:
     study = optuna.create_study()
     distribution = optuna.distributions.FloatDistribution(0, 1)
 
@@ -234,31 +234,31 @@ def test_each_worker_has_its_own_random_numbers() -> None:
 
     own = optuna.samplers.RandomSampler(seed=0)
     for method, sampler in (("random", None), ("bayes", own)):
-        wishes = [parse_method(method, sampler, None, None, seed=0) for _ in range(4)]
-        values = [first(w.for_study(study, few=False, worker=i)) for i, w in enumerate(wishes)]
+        methods = [parse_method(method, sampler, None, None, seed=0) for _ in range(4)]
+        values = [first(w.sampler_for(study, few=False, worker=i)) for i, w in enumerate(methods)]
         assert len(set(values)) == 4
     method_config = parse_method("random", None, None, None, seed=0)
-    again = [first(method_config.for_study(study, few=False, worker=1)) for _ in range(2)]
+    again = [first(method_config.sampler_for(study, few=False, worker=1)) for _ in range(2)]
     assert again[0] == again[1]
-    # A quasi-random sequence is one, which the storage counts.
+    # Workers share one quasi-random sequence, which the storage counts.
     plan = parse_method("quasi-random", None, None, None, seed=0)
-    assert plan.for_study(study, few=False, worker=3) is plan.sampler
+    assert plan.sampler_for(study, few=False, worker=3) is plan.sampler
 
 
-def test_only_the_best_weights_stay(folder: Path) -> None:
+def test_only_weights_of_best_and_unfinished_trials_are_kept(folder: Path) -> None:
     result = tune(X, Y, n_trials=4, storage="s.journal", cohort_size=1)
     (path,) = folder.rglob("trial-*.safetensors")
     study, network = result.study, result.model
-    study.ask()  # by somebody who may have kept it already
+    study.ask()  # may have weights already
     for number in range(5):
         BestWeights(path.parent).save(number, network)
-    delete_other_weights(study, BestWeights(path.parent), 2, False)
+    keep_best_weights(study, BestWeights(path.parent), 2, False)
     best = sorted(trials(result)[:4], key=lambda t: t.value or 0.0)[:2]
     names = {f"trial-{number}.safetensors" for number in (best[0].number, best[1].number, 4)}
     assert {p.name for p in path.parent.glob("trial-*")} == names
 
 
-def test_a_worker_leaves_the_weights_of_others_alone(folder: Path) -> None:
+def test_worker_does_not_delete_weights_of_other_workers(folder: Path) -> None:
     network = torch.nn.Linear(1, 1)
     BestWeights(folder).save(7, network)
     mine = worker_module._WorkerWeights(folder)

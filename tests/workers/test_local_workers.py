@@ -1,4 +1,4 @@
-"""`workers=`: processes of this machine, with signals and deaths."""
+"""Test workers on this machine (`workers=`): killed workers, signals, errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def test_a_killed_worker_is_replaced(folder: Path, log: pytest.LogCaptureFixture
     def rows() -> list[list[int]]:
         return [list(map(int, row.split())) for row in notes.read_text().splitlines()]
 
-    def callback(study: optuna.Study, trial: FrozenTrial) -> None:  # travels by its code
+    def callback(
+        study: optuna.Study, trial: FrozenTrial
+    ) -> None:  # sent to the workers by its code
         with notes.open("a") as file:
             count = torch.get_num_threads()
             file.write(f"{trial.number} {os.getpid()} {os.getppid()} {count}\n")
@@ -61,15 +63,15 @@ def test_a_killed_worker_is_replaced(folder: Path, log: pytest.LogCaptureFixture
 
     space = {"epochs": IntDistribution(1, 9)}
     fixed = {name: value for name, value in TINY.items() if name != "epochs"}
-    wishes: dict[str, Any] = {"space": space, "fixed": fixed, "method": "random"}
+    options: dict[str, Any] = {"space": space, "fixed": fixed, "method": "random"}
     with threads(6):
         result = tune(X, Y, storage="sqlite:///k.db", n_trials=14, workers=2, cohort_size=3,
-                      callbacks=[callback], **wishes)  # fmt: skip
+                      callbacks=[callback], **options)  # fmt: skip
     assert states(result) == [TrialState.COMPLETE] * 14
     assert [t.number for t in trials(result)] == list(range(14))
     (line,) = [line for line in log.messages if "died" in line]
-    assert "another one takes its place, and its trials" in line
-    # Each came to its end once; the killed one's callbacks for what it had told are lost.
+    assert "a new worker takes over its trials" in line
+    # Each trial finished once; callbacks that the killed worker had not called are lost.
     assert set(Counter(number for number, *_ in rows()).values()) == {1}
     assert {row[2] for row in rows()} == {os.getpid()}
     assert {row[3] for row in rows()} == {3}
@@ -77,20 +79,20 @@ def test_a_killed_worker_is_replaced(folder: Path, log: pytest.LogCaptureFixture
 
 
 class Fault(RuntimeError):
-    """An error that cannot be sent as it is."""
+    """An error that cannot be unpickled."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text)
 
 
-def test_an_error_in_a_worker_is_the_caller_s(folder: Path) -> None:
+def test_error_in_a_local_worker_is_raised_in_the_caller(folder: Path) -> None:
     def callback(study: optuna.Study, trial: FrozenTrial) -> None:
         if trial.number == 1:
             raise Fault(1, "this callback is broken")
 
-    wishes: dict[str, Any] = {"fixed": TINY, "workers": 2, "callbacks": [callback]}
+    options: dict[str, Any] = {"fixed": TINY, "workers": 2, "callbacks": [callback]}
     with pytest.raises(RuntimeError, match="Fault: this callback is broken") as caught:
-        tune(X, Y, storage="e.journal", n_trials=10**6, cohort_size=1, **wishes)
+        tune(X, Y, storage="e.journal", n_trials=10**6, cohort_size=1, **options)
     assert "in callback" in caught.value.__notes__[0]
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend("e.journal")
@@ -108,15 +110,15 @@ if __name__ == "__main__":
     def ended(study, trial):
         print("ended", trial.number, flush=True)
 
-    wishes = {{"n_trials": 10**6, "fixed": {TINY}, "callbacks": [ended], "cohort_size": 2}}
-    result = tune(*numbers(), storage="t.journal", study_name="t", workers=2, **wishes)
+    options = {{"n_trials": 10**6, "fixed": {TINY}, "callbacks": [ended], "cohort_size": 2}}
+    result = tune(*numbers(), storage="t.journal", study_name="t", workers=2, **options)
     print("result", len(trials(result)), result.best_value, flush=True)
 """
 
 
 @contextmanager
 def caller() -> Iterator[subprocess.Popen[str]]:
-    """A process whose two workers have ended a trial each."""
+    """Start a process with two workers, one of which has finished a trial."""
     Path("caller.py").write_text(SCRIPT)
     process = subprocess.Popen(
         [sys.executable, "caller.py"],
@@ -135,7 +137,7 @@ def caller() -> Iterator[subprocess.Popen[str]]:
 
 
 def workers_of(process: int) -> list[int]:
-    """The processes at work for another one."""
+    """Return the worker processes of a process."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -148,7 +150,7 @@ def workers_of(process: int) -> list[int]:
     return found
 
 
-def settled_states() -> set[TrialState]:
+def final_states() -> set[TrialState]:
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend("t.journal")
     )
@@ -159,7 +161,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="th
 
 
 @needs_proc
-def test_ctrl_c_in_the_terminal(folder: Path) -> None:
+def test_ctrl_c_ends_all_workers_and_returns_a_result(folder: Path) -> None:
     with caller() as process:
         assert len(workers_of(process.pid)) == 2
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
@@ -167,7 +169,7 @@ def test_ctrl_c_in_the_terminal(folder: Path) -> None:
         assert process.returncode == 0
         word, count, best = output.splitlines()[-1].split()
         assert (word, int(count) > 1, float(best) > 0) == ("result", True, True)
-    assert TrialState.RUNNING not in settled_states()
+    assert TrialState.RUNNING not in final_states()
 
 
 @needs_proc
@@ -180,10 +182,10 @@ def test_workers_end_when_their_caller_is_gone(folder: Path) -> None:
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
             assert time.monotonic() < limit
             time.sleep(0.1)
-    assert TrialState.RUNNING not in settled_states()  # released, and nobody's
+    assert TrialState.RUNNING not in final_states()  # requeued
 
 
-def test_what_no_worker_can_open(folder: Path) -> None:
+def test_in_memory_storages_are_rejected(folder: Path) -> None:
     for storage in (None, "sqlite://", optuna.storages.InMemoryStorage()):
         with pytest.raises(ValueError, match="`storage` must be one that several processes can"):
             optimize("dnn", X, Y, n_trials=2, workers=2, storage=storage)
