@@ -272,6 +272,16 @@ def test_source_files_and_names_in_them_that_a_page_mentions_exist(page: Path) -
     assert unknown == []
 
 
+def test_the_api_page_names_everything_that_is_public() -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    missing = [
+        name
+        for name in optuna_nnhp.__all__
+        if f"optuna_nnhp.{name}\n" not in text and f"`{name}`" not in text
+    ]
+    assert missing == []
+
+
 def test_the_changelog_has_the_version_or_is_unreleased() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "## [Unreleased]" in changes or f"## [{optuna_nnhp.__version__}]" in changes
