@@ -16,7 +16,7 @@ from optuna_nnhp.search.methods import METHODS as METHODS
 from optuna_nnhp.search.zoomed_space import zoom as zoom
 from optuna_nnhp.storages.open_storage import open_existing_storage as open_existing_storage
 from optuna_nnhp.study.autotune import clear_autotune_cache as clear_autotune_cache
-from optuna_nnhp.templates.predictor import load as load
+from optuna_nnhp.templates.model_files import load as load
 from optuna_nnhp.templates.presets import PRESETS as PRESETS
 from optuna_nnhp.templates.presets import preset as preset
 from optuna_nnhp.training.metrics import METRICS as METRICS

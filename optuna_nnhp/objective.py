@@ -24,6 +24,7 @@ from optuna_nnhp.study.environment import record_environment
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.running_trial import suggest
+from optuna_nnhp.templates import DEFAULT_TEMPLATE
 from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.cohort import Cohort
@@ -79,7 +80,7 @@ class Objective:
 
     def __init__(
         self,
-        template: str = "dnn",
+        template: str = DEFAULT_TEMPLATE,
         X: Any = None,
         y: Any = None,
         *,

@@ -42,6 +42,7 @@ from optuna_nnhp.study.replicates import MAX_CONFIGURATIONS
 from optuna_nnhp.study.replicates import ReplicateTrainer
 from optuna_nnhp.study.replicates import check_replicates
 from optuna_nnhp.study.trial_finisher import Callback
+from optuna_nnhp.templates import DEFAULT_TEMPLATE
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.training.best_weights import BestWeights
@@ -59,7 +60,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 
 def optimize(
-    template: str = "dnn",
+    template: str = DEFAULT_TEMPLATE,
     X: Any = None,
     y: Any = None,
     *,

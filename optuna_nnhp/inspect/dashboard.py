@@ -26,8 +26,6 @@ from optuna_nnhp.inspect.schedules import plot_schedules
 from optuna_nnhp.inspect.summary import GENERATED_TEXT
 from optuna_nnhp.inspect.summary import find_best_trial
 from optuna_nnhp.inspect.summary import format_value
-from optuna_nnhp.inspect.summary import is_language
-from optuna_nnhp.inspect.summary import language_model_rows
 from optuna_nnhp.inspect.summary import metric_name
 from optuna_nnhp.inspect.summary import range_text
 from optuna_nnhp.inspect.summary import replicates_text
@@ -35,6 +33,7 @@ from optuna_nnhp.inspect.summary import schedule_changes_text
 from optuna_nnhp.inspect.summary import search_space
 from optuna_nnhp.inspect.summary import summary
 from optuna_nnhp.version import __version__
+from optuna_nnhp.templates.base import template_of_study
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -147,11 +146,11 @@ def trial_note(study: optuna.Study, trial: FrozenTrial) -> str:
         "iterations": attrs.get("iterations"),
         "weights": attrs.get("weights"),
         "seconds": attrs.get("seconds"),
-        **language_model_rows(trial),
+        **template_of_study(study).trial_rows(trial),
         "ended by": attrs.get("cause"),
         "its values": schedule_changes_text(trial),
     }
-    use = "generate" if is_language(study) else "predict"
+    use = template_of_study(study).model_method
     parts = [
         f"## Best trial: {_escape_markdown(metric_name(study))} {format_value(trial.value)}",
         _markdown_list({label: value for label, value in rows.items() if value is not None}),

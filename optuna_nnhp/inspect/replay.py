@@ -42,8 +42,8 @@ from optuna_nnhp.study.open_study import MODELS
 from optuna_nnhp.study.running_trial import params_for_retraining
 from optuna_nnhp.study.running_trial import schedule_of
 from optuna_nnhp.templates.problem_spec import ProblemSpec
-from optuna_nnhp.templates.supervised import SupervisedTemplate
-from optuna_nnhp.templates.supervised import Template
+from optuna_nnhp.templates.base import Template
+from optuna_nnhp.templates.base import template_of_study
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.device import resolve_device
 from optuna_nnhp.training.numerics_context import NUMERICS_CONTEXT_KEY
@@ -59,8 +59,6 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 # differently. Relative to the value, absolute for values near 0, and in examples of the
 # validation part for metrics that count examples.
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE, EXAMPLE_TOLERANCE = 1e-3, 1e-6, 2
-CLASS_TASKS = ("binary", "multiclass")
-METRICS_WITHOUT_COUNTS = ("log_loss",)  # metrics for classes that do not count examples
 
 
 class Deviation(NamedTuple):
@@ -218,7 +216,7 @@ def replay(
     """
     study = study if isinstance(study, Study) else _load_study(*study)
     trial = get_trained_trial(study, trial_number)
-    X, y = _split_data(data, study.user_attrs.get("template"))
+    X, y = _split_data(data, template_of_study(study))
     options = _device_and_compile(trial_environments(study, trial), device)
     problem = ProblemSpec.from_study(
         study, X, y, network=network, validation=validation, metric=metric, **options
@@ -414,10 +412,8 @@ def _tolerance(problem: Template, value: float | None) -> float:
     if value is None:
         return 0.0
     tolerance = max(RELATIVE_TOLERANCE * abs(value), ABSOLUTE_TOLERANCE)
-    description = problem.description
-    if description["task"] in CLASS_TASKS and description["metric"] not in METRICS_WITHOUT_COUNTS:
-        assert isinstance(problem, SupervisedTemplate)
-        tolerance = max(tolerance, EXAMPLE_TOLERANCE / len(problem.data.valid_y))
+    if examples := problem.count_scored_examples():
+        tolerance = max(tolerance, EXAMPLE_TOLERANCE / examples)
     return tolerance
 
 
@@ -463,9 +459,9 @@ def _weights_folder(study: Study) -> Path | None:
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def _split_data(data: Any, template: str | None) -> tuple[Any, Any]:
-    """Split the data into examples and target."""
-    if template == "gpt" or data is None or isinstance(data, str | Path):
+def _split_data(data: Any, template: type[Template]) -> tuple[Any, Any]:
+    """Split the data into examples and target, if the template takes a target."""
+    if "y" not in template.option_defaults() or data is None or isinstance(data, str | Path):
         return data, None
     if not isinstance(data, tuple) or len(data) != 2:
         kind = type(data).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import math
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ from optuna_nnhp.inspect.replay import with_trial_seed
 from optuna_nnhp.inspect.replicates import replicates_dataframe
 from optuna_nnhp.inspect.summary import find_best_trial
 from optuna_nnhp.study.running_trial import member_at_best_round
-from optuna_nnhp.templates.language_model import LanguageModel
-from optuna_nnhp.templates.predictor import Predictor
-from optuna_nnhp.templates.supervised import Template
+from optuna_nnhp.templates.base import Template
+from optuna_nnhp.templates.base import TrainedModel
 from optuna_nnhp.training.best_weights import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -58,7 +58,7 @@ class Result:
     def __init__(self, study: Study, problem: Template, weights: BestWeights) -> None:
         self.study = study
         self._problem, self._weights = problem, weights
-        self._predictors: dict[int, Predictor | LanguageModel] = {}
+        self._predictors: dict[int, TrainedModel] = {}
 
     @property
     def best_trial(self) -> FrozenTrial:
@@ -148,7 +148,7 @@ class Result:
         return self.study.trials_dataframe()
 
     @property
-    def predictor(self) -> Predictor | LanguageModel:
+    def predictor(self) -> TrainedModel:
         """The best trial's network with everything that it needs for data like the study's."""
         number = self.best_trial.number
         if number not in self._predictors:
@@ -169,15 +169,15 @@ class Result:
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Predict labels, or numbers in the target's units; see `Predictor`."""
-        return self._table_predictor("predict").predict(X)
+        return self._method("predict")(X)  # type: ignore[no-any-return]
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
         """Predict the probability of each class, ``(rows, classes)``."""
-        return self._table_predictor("predict_proba").predict_proba(X)
+        return self._method("predict_proba")(X)  # type: ignore[no-any-return]
 
     def score(self, X: Any, y: Any) -> float:
         """Compute the study's metric on other data."""
-        return self._table_predictor("score").score(X, y)
+        return self._method("score")(X, y)  # type: ignore[no-any-return]
 
     def generate(self, prompt: str | None = None, tokens: int = 200, **options: Any) -> str:
         """Continue a text with the best language model; see `LanguageModel.generate`.
@@ -190,10 +190,26 @@ class Result:
             >>> len(result.generate("to be", tokens=10))
             15
         """
-        predictor = self.predictor
-        if not isinstance(predictor, LanguageModel):
-            raise TypeError("`generate` must be called for language models, not for tables.")
-        return predictor.generate(prompt, tokens, **options)
+        return self._method("generate")(prompt, tokens, **options)  # type: ignore[no-any-return]
+
+    @property
+    def samples_text(self) -> bool:
+        """Whether the best model writes text that the study keeps."""
+        return self._problem.samples_text
+
+    def sample_text(self) -> str:
+        """Return text that the best model writes, if its template's models write text."""
+        return self._problem.sample_text(self.predictor)
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        """Return a method of the best model, which not all templates' models have."""
+        method = getattr(self.predictor, name, None)
+        if method is None:
+            raise TypeError(
+                f"`{name}` must be called for a model that has it, but the model of the template "
+                f"{self._problem.template_name!r} has `{self._problem.model_method}`."
+            )
+        return method  # type: ignore[no-any-return]
 
     def save(self, folder: str | Path) -> Path:
         """Write the model to a folder (safetensors and JSON) for `optuna_nnhp.load`."""
@@ -225,14 +241,7 @@ class Result:
         number = self.best_trial.number if number is None else number
         return replay_trial(self.study, self._problem, self._weights, number)
 
-    def _table_predictor(self, method: str) -> Predictor:
-        """Return the predictor for tables; an error names the method that was called."""
-        predictor = self.predictor
-        if not isinstance(predictor, Predictor):
-            raise TypeError(f"`{method}` must be called for tables; language models `generate`.")
-        return predictor
-
-    def _load_predictor(self, number: int) -> Predictor | LanguageModel:
+    def _load_predictor(self, number: int) -> TrainedModel:
         """Load the weights of a trial, or retrain it if they are missing."""
         trial = self.study.get_trials(deepcopy=False)[number]
         member = member_at_best_round(self._problem, trial)

@@ -23,6 +23,7 @@ from optuna.trial import TrialState
 
 from optuna_nnhp.inspect.replicates import best_replicated_trial
 from optuna_nnhp.study.running_trial import SCHEDULE
+from optuna_nnhp.templates.base import template_of_study
 
 # These parameters come first in a short description of a trial.
 MAIN_PARAMETERS = (
@@ -68,46 +69,14 @@ def is_maximized(study: optuna.Study) -> bool:
     return study.direction == StudyDirection.MAXIMIZE
 
 
-def is_language(study: optuna.Study) -> bool:
-    """Return whether the study tunes language models.
-
-    Example:
-        >>> is_language(optuna.create_study())
-        False
-    """
-    return study.user_attrs.get("task") == "language"
-
-
 def epoch_axis_title(study: optuna.Study) -> str:
-    """Return the title of an axis that shows epochs; language models have no epochs.
+    """Return the title of an axis that shows epochs; it depends on the template.
 
     Example:
         >>> epoch_axis_title(optuna.create_study())
         'epoch'
     """
-    return "share of the budget" if is_language(study) else "epoch"
-
-
-def language_model_rows(trial: FrozenTrial) -> dict[str, str]:
-    """Return more figures of a trial that trained a language model; empty for other trials.
-
-    Example:
-        >>> attrs = {"tokens_per_step": 768, "iterations": 100, "validation_loss": [2.0, 1.0]}
-        >>> trial = optuna.trial.create_trial(value=1.4, user_attrs=attrs | {"seconds": 2.0})
-        >>> language_model_rows(trial)["perplexity"], language_model_rows(trial)["speed"]
-        ('2.718 per token', '38,400 tokens per second')
-    """
-    attrs = trial.user_attrs
-    if "tokens_per_step" not in attrs or not attrs.get("validation_loss"):
-        return {}
-    tokens = attrs["tokens_per_step"] * attrs["iterations"]
-    loss = attrs["validation_loss"][-1]
-    return {
-        "perplexity": f"{format_value(math.exp(min(loss, MAX_EXPONENT)))} per token",
-        "loss": f"{format_value(loss)} nats per token",
-        "trained on": f"{tokens:,} tokens in {attrs['iterations']:,} steps",
-        "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens per second",
-    }
+    return template_of_study(study).step_title
 
 
 def metric_name(study: optuna.Study) -> str:
@@ -339,7 +308,7 @@ def summary(study: optuna.Study) -> dict[str, str]:
         "best": best_text or "no trial has completed yet",
         "other seeds": replicates_text(study) or None,
         "best trial's values": schedule_changes_text(best) if best else None,
-        **(language_model_rows(best) if best else {}),
+        **(template_of_study(study).trial_rows(best) if best else {}),
         "trials": f"{len(trials)} in all" + (f": {_counts_text(states)}" if trials else ""),
         "ended by": _counts_text(causes) or None,
         "last call": _timing_text(attrs.get("timing")),

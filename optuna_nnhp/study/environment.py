@@ -19,8 +19,6 @@ from optuna import Trial
 from optuna.trial import FrozenTrial
 import torch
 
-from optuna_nnhp.engine import gpt
-from optuna_nnhp.engine import mlp
 from optuna_nnhp.engine.threads import available_threads
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.study._optuna_internals import storage_of
@@ -68,13 +66,13 @@ def describe_environment(problem: Problem) -> Environment:
     Returns:
         Versions, processor, device, threads and engine.
     """
-    device = getattr(problem, "device", torch.device("cpu"))
+    device = problem.device
     is_gpu = device.type == "cuda"
     return {
         **_constant(),
         "device": f"cuda: {torch.cuda.get_device_name(device)}" if is_gpu else str(device),
         "threads": available_threads(),
-        "engine": _engine(problem, device),
+        "engine": _engine(problem),
     }
 
 
@@ -104,9 +102,9 @@ def record_environment(study: Study, problem: Problem) -> str:
         The environment's key.
 
     Example:
-        >>> from optuna_nnhp.templates import DNN
+        >>> from optuna_nnhp.templates import DNNTemplate
         >>> study = optuna.create_study()
-        >>> key = record_environment(study, DNN([[1.0], [2.0]] * 5, ["no", "yes"] * 5))
+        >>> key = record_environment(study, DNNTemplate([[1.0], [2.0]] * 5, ["no", "yes"] * 5))
         >>> study.user_attrs[f"environment:{key}"]["optuna"] == optuna.__version__
         True
     """
@@ -215,10 +213,8 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def _engine(problem: Problem, device: torch.device) -> str:
-    """What computes gradients and outputs."""
-    engines = {"dnn": mlp.load_library, "gpt": gpt.load_library}
-    load_library = engines.get(problem.description["template"])
-    if load_library is not None and device.type == "cpu" and load_library() is not None:
+def _engine(problem: Problem) -> str:
+    """Return what computes gradients and outputs."""
+    if problem.uses_compiled_engine():
         return COMPILED
-    return BY_COMPILER if getattr(problem, "compile", False) else BY_TORCH
+    return BY_COMPILER if problem.compile else BY_TORCH

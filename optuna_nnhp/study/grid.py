@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence
-import dataclasses
 import time
 from typing import Any
 
@@ -19,8 +18,6 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.engine.threads import single_threaded_blas
-from optuna_nnhp.hyperparameters.catalogue import specs
-from optuna_nnhp.hyperparameters.spec import Hyperparameter
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.search.grid import MAX_GRID_POINTS
 from optuna_nnhp.search.grid import Grid
@@ -51,8 +48,6 @@ MAX_LISTED_POINTS = 10_000  # of a huge grid, where no number of trials says how
 # A grid's time is that of a few points, which the order spreads over it: so many, or as many as
 # are measured in these seconds.
 MAX_PROBED_POINTS, PROBE_SECONDS = 16, 3.0
-# What a user's own network makes of the catalogue's structure is up to it.
-STRUCTURE = ("width_shape",)
 ADVICE = (
     "give fewer `levels`, pin more in `fixed`, or take the part that fits, spread over the "
     "grid, with `method_options={'partial': True}`."
@@ -108,7 +103,7 @@ def make_grid(
 
 def _grid(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Grid:
     """All combinations of a problem's levels."""
-    space, known = problem.space, _records(problem)
+    space, known = problem.space, problem.specs()
     if not space:
         raise ValueError("A grid must have something to tune, but everything is in `fixed`.")
     if levels is None:
@@ -123,15 +118,6 @@ def _grid(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Gri
     }
     inactive_values = {name: defaults.get(name, values[0]) for name, values in chosen.items()}
     return Grid(chosen, rest, problem.fixed, inactive_values, known)
-
-
-def _records(problem: Problem) -> dict[str, Hyperparameter]:
-    """What the catalogue knows of a problem's hyperparameters."""
-    known = specs(problem.description["task"])
-    if problem.description["template"] == "own":
-        for name in STRUCTURE:
-            known[name] = dataclasses.replace(known[name], active_if={}, inactive_if={})
-    return known
 
 
 def _held(point: Mapping[str, Value], space: Mapping[str, BaseDistribution]) -> Point:

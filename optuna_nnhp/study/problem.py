@@ -11,8 +11,10 @@ from typing import Protocol
 from typing import Self
 
 from optuna.distributions import BaseDistribution
+import torch
 from torch import nn
 
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
@@ -31,7 +33,9 @@ class TrialTooLarge(TrialError):
 
 
 class Problem(Protocol):
-    """A template with its data: what is tuned, on what, and how trials are trained.
+    """A template with its data: what is tuned, and how trials are trained.
+
+    This is what the study needs of a template; `templates.base.Template` adds what users need.
 
     Attributes:
         name: Default name of its study; another data set has another name.
@@ -40,9 +44,11 @@ class Problem(Protocol):
         maximize: Whether a greater metric is better.
         seed: Seed of everything.
         rounds_per_epoch: How many of Optuna's steps make an epoch (see `training.rounds`).
-        one_by_one: Whether a trial is trained to its end before the next leader is asked, as where
-            trials are long and stacking them brings little.
-        first_rung: Round after which the default pruner first judges.
+        device: Where the networks are trained.
+        compile: Whether `torch.compile` compiles the networks.
+        sequential: Whether a trial is trained to its end before the next leader is asked, because
+            trials are long and stacking them saves little.
+        min_resource: The round after which the default pruner first prunes.
         description: What a reader of the study should know, as JSON; kept as its attributes.
             Two studies with different ``"template"``, ``"task"``, ``"metric"`` or
             ``"fingerprint"`` must not be mixed.
@@ -56,46 +62,61 @@ class Problem(Protocol):
     rounds_per_epoch: int
     sequential: bool
     min_resource: int
+    device: torch.device
+    compile: bool
     description: dict[str, Any]
 
     def defaults(self) -> dict[str, Value]:
-        """The configuration of the first trial, as far as it lies in the space."""
+        """Return the configuration of the first trial, as far as it lies in the space."""
 
     def portfolio(self) -> list[dict[str, Value]]:
-        """More configurations worth trying before anything is known; cheap ones, best first."""
+        """Return more configurations to try first; cheap ones, the best first."""
 
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
-        """A trial, given its number and the values of what is tuned."""
+        """Return a trial from its number and the values of the tuned parameters."""
 
     def signature(self, member: Member) -> Hashable:
-        """What trials must have in common to be trained as one cohort."""
+        """Return what trials must have in common to be trained as one cohort.
+
+        Raises:
+            TrialError: If the trial cannot be trained.
+        """
 
     def pin(self, leader: Member) -> Callable[[str, Any], Any]:
-        """How a proposed value is moved so that the trial can join a leader's cohort."""
+        """Return the function that changes proposed values so that they fit a leader's cohort.
+
+        It maps a parameter's name and proposed value to the value to use.
+        """
 
     def mutable_names(self) -> frozenset[str]:
-        """What of the space may change while a network trains."""
+        """Return the tuned parameters whose values may change while a network trains."""
 
     def is_stackable(self, leader: Member) -> bool:
-        """Whether trials like one can be trained as one stack at all."""
+        """Return whether trials like this one can be trained as one stack."""
 
     def cohort_size(self, leader: Member) -> int:
-        """How many trials of a leader's signature to train at once."""
+        """Return how many trials with a leader's signature to train at once."""
 
     def memory(self, member: Member) -> int:
-        """Bytes that a trial takes while it trains, about."""
+        """Return about how many bytes a trial takes while it trains."""
 
     def cohort(self, members: Sequence[Member]) -> Cohort:
-        """A cohort of members with one signature."""
+        """Return a cohort of members with the same signature."""
 
     def with_seed(self, seed: int) -> Self:
-        """The same on the same data, with other first weights, batches and noise."""
+        """Return the same problem with other first weights, batches and noise."""
 
     def count_weights(self, member: Member) -> int:
-        """Number of trained weights."""
+        """Return the number of trained weights."""
 
     def attributes(self, member: Member) -> dict[str, Any]:
-        """What a reader should know of a trial, besides what all templates tell."""
+        """Return attributes to store with a trial, besides those that all trials have."""
+
+    def specs(self) -> dict[str, Hyperparameter]:
+        """Return the catalogue's entries for the problem's hyperparameters, by name."""
+
+    def uses_compiled_engine(self) -> bool:
+        """Return whether the compiled engine trains the networks here."""
 
     def network(self, member: Member) -> nn.Module:
-        """A trial's network as a plain module, weights not yet loaded."""
+        """Return a trial's network as a plain module, its weights not yet loaded."""

@@ -1,76 +1,95 @@
-"""Study templates: data, space, network and metric, said once each."""
+"""Study templates: each states the data, the search space, the network and the metric once.
 
-from collections.abc import Callable
-from collections.abc import Mapping
+To add a template, write one file and one line. The file holds a class that is derived from
+`Template`, which documents what it must provide, and decorated by `register`::
+
+    @register
+    class SurvivalTemplate(Template):
+        template_name = "survival"
+        ...
+
+For labels and numbers `SupervisedTemplate` implements most of it: such a template only describes
+its network. The line is an import below. Then ``optimize("survival", X, y, ...)``, `Objective`,
+`load`, reports, workers and the command line know the template. A package of your own may register
+a template the same way; it must be imported before the template is used.
+"""
+
+from __future__ import annotations
+
 from typing import Any
 
-from torch import nn
-
 from optuna_nnhp.errors import unknown_name
+from optuna_nnhp.templates.base import TEMPLATES as TEMPLATES
+from optuna_nnhp.templates.base import NetworkBuilder as NetworkBuilder
+from optuna_nnhp.templates.base import Template as Template
+from optuna_nnhp.templates.base import TrainedModel as TrainedModel
+from optuna_nnhp.templates.base import find_template as find_template
+from optuna_nnhp.templates.base import register as register
+from optuna_nnhp.templates.base import template_of_study as template_of_study
 from optuna_nnhp.templates.custom_network import CustomNetworkTemplate as CustomNetworkTemplate
 from optuna_nnhp.templates.dnn import DNNTemplate as DNNTemplate
 from optuna_nnhp.templates.gpt import GPTTemplate as GPTTemplate
 from optuna_nnhp.templates.language_model import LanguageModel as LanguageModel
 from optuna_nnhp.templates.predictor import Predictor as Predictor
 from optuna_nnhp.templates.presets import preset as preset
-from optuna_nnhp.templates.supervised import Template as Template
+from optuna_nnhp.templates.supervised import SupervisedTemplate as SupervisedTemplate
 
-TEMPLATES = ("dnn", "gpt")
-# What only some templates take, and what each takes without it being given.
-TABLES = {"y": None, "target": None, "task": None, "metric": None, "direction": None}
-TEXTS = {"errors": "strict", "preset": None}
-VALIDATION = {"dnn": 0.2, "gpt": 0.1}
+DEFAULT_TEMPLATE = "dnn"
 
 
 def make_problem(
-    template: str,
-    network: Callable[[Mapping[str, Any]], nn.Module] | None,
-    X: Any,
-    timeout: float | None = None,
-    **options: Any,
+    template: str, network: NetworkBuilder | None, X: Any, **options: Any
 ) -> Template:
-    """What is tuned, of a template by its name or of a user's own network.
+    """Make the problem of a template, or of a user's own network.
 
     Args:
         template:
-            One of `TEMPLATES`.
+            Name of a registered template.
         network:
             The user's function instead; see `CustomNetworkTemplate`.
         X:
             The examples, or the text.
-        timeout:
-            Seconds of the study.
         options:
-            As the template takes them; what only others take must be as if it were not given.
+            Keyword arguments of `optimize`. Those that the template's constructor lacks must have
+            their defaults.
 
     Raises:
-        ValueError: If there is no such template, or two are named.
+        ValueError: If there is no such template, two are named, or an option is for another one.
 
     Example:
         >>> make_problem("dnn", None, [[1.0], [2.0]] * 5, y=["no", "yes"] * 5).metric.name
         'accuracy'
     """
-    if network is None and (not isinstance(template, str) or template not in TEMPLATES):
-        raise unknown_name("a template", template, TEMPLATES)
-    validation = options.pop("validation", None)
-    default = VALIDATION[template] if network is None else VALIDATION["dnn"]
-    options["validation"] = default if validation is None else validation
-    if network is None and template == "gpt":
-        return GPTTemplate(X, timeout=timeout, **_without(options, TABLES, "tables"))
-    options = _without(options, TEXTS, "texts")
     if network is None:
-        return DNNTemplate(X, **options)
-    if not isinstance(template, str) or template != "dnn":
+        names = [name for name, known in TEMPLATES.items() if not known.takes_network]
+        if not isinstance(template, str) or template not in names:
+            raise unknown_name("a template", template, names)
+        found: Any = TEMPLATES[template]
+        return found(X, **_options_of(found, options))  # type: ignore[no-any-return]
+    if not isinstance(template, str) or template != DEFAULT_TEMPLATE:
         raise ValueError(
             "`template` must not be given with `network`: optimize(network=network, X=X, y=y)."
         )
-    return CustomNetworkTemplate(network, X, **options)
+    return CustomNetworkTemplate(network, X, **_options_of(CustomNetworkTemplate, options))
 
 
-def _without(options: Mapping[str, Any], others: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Options without those that are for another kind of data."""
-    for name, default in others.items():
-        given = options.get(name, default)
-        if given is not default and not (isinstance(given, str) and given == default):
-            raise ValueError(f"`{name}` must not be given here: it is for {kind}.")
-    return {name: value for name, value in options.items() if name not in others}
+def _options_of(template: type[Template], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that a template takes, without those that have no value."""
+    known = template.option_defaults()
+    for name, value in options.items():
+        if name in known:
+            continue
+        others = {n: t.option_defaults() for n, t in TEMPLATES.items()}
+        takers = [other for other, defaults in others.items() if name in defaults]
+        if not takers:
+            raise TypeError(f"`{name}` must be an option of a template, but none has it.")
+        default = others[takers[0]][name]
+        is_given = value is not default and not (isinstance(value, str) and value == default)
+        if is_given and name != "timeout":  # of the study, which only some templates need
+            raise ValueError(
+                f"`{name}` must not be given here: it is for the template "
+                f"{' or '.join(map(repr, takers))}."
+            )
+    return {
+        n: v for n, v in options.items() if n in known and not (n == "validation" and v is None)
+    }

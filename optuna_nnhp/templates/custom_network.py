@@ -21,22 +21,28 @@ from torch.nn.parameter import is_lazy
 
 from optuna_nnhp import rng
 from optuna_nnhp.data.arrays import prepare_arrays
+from optuna_nnhp.data.supervised import InputPreprocessor
 from optuna_nnhp.data.supervised import SupervisedData
 from optuna_nnhp.data.supervised import prepare_table
+from optuna_nnhp.data.target import Target
 from optuna_nnhp.errors import unknown_name
 from optuna_nnhp.hyperparameters.catalogue import effective_params
 from optuna_nnhp.hyperparameters.catalogue import specs
+from optuna_nnhp.hyperparameters.spec import Hyperparameter
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.hyperparameters.spec import is_in_distribution
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.networks.stackability import StackabilityProbe
 from optuna_nnhp.networks.stackability import StackabilityReport
 from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.templates.base import NetworkBuilder
+from optuna_nnhp.templates.base import TrainedModel
+from optuna_nnhp.templates.base import register
 from optuna_nnhp.templates.custom_space import RecordingParams
 from optuna_nnhp.templates.custom_space import boundary_values
 from optuna_nnhp.templates.custom_space import custom_space
 from optuna_nnhp.templates.custom_space import default_values
-from optuna_nnhp.templates.predictor import NetworkBuilder
+from optuna_nnhp.templates.predictor import Predictor
 from optuna_nnhp.templates.supervised import SupervisedTemplate
 from optuna_nnhp.templates.supervised import bounded_cohort_size
 from optuna_nnhp.templates.supervised import check_fits_in_memory
@@ -57,6 +63,7 @@ class _UnknownParameterError(ValueError):
     """A parameter that the user's function reads, and that is nowhere."""
 
 
+@register
 class CustomNetworkTemplate(SupervisedTemplate):
     """Networks made by the user's own function, on arrays or tables.
 
@@ -122,6 +129,9 @@ class CustomNetworkTemplate(SupervisedTemplate):
         (16, False, True)
     """
 
+    template_name = "own"
+    takes_network = True
+
     def __init__(
         self,
         network: NetworkBuilder,
@@ -154,11 +164,42 @@ class CustomNetworkTemplate(SupervisedTemplate):
         self.target, self._read_names = data.target, set[str]()
         chosen = self._without_unread(*chosen, given={*(space or {}), *(fixed or {})})
         super().__init__(
-            "own", data, judge, *chosen, self.builder, seed=seed, device=device, compile=compile
+            data, judge, *chosen, self.builder, seed=seed, device=device, compile=compile
         )
         self.description["network"] = self.builder
         self._examiner = StackabilityProbe(self._task.arrays.train_x)
         self._check_default()
+
+    @classmethod
+    def rebuild_network(
+        cls, params: Mapping[str, Any], preprocessor: InputPreprocessor, target: Target
+    ) -> nn.Module:
+        """Return a placeholder; `with_user_network` makes the network."""
+        return nn.Identity()
+
+    @classmethod
+    def with_user_network(
+        cls, model: TrainedModel, network: NetworkBuilder | None
+    ) -> TrainedModel:
+        """Return a predictor with the network that the user's function makes.
+
+        Raises:
+            ValueError: If the function is missing.
+        """
+        assert isinstance(model, Predictor)
+        if network is None:
+            raise ValueError(
+                f"This model was made by the function {model.builder!r}, which is not saved: "
+                f"`load(folder, network={model.builder})`."
+            )
+        with rng.global_rng_from(rng.generator(0)):
+            return replace(model, model=network(model.params))
+
+    def specs(self) -> dict[str, Hyperparameter]:
+        """Return the catalogue's entries; the user's function decides what a shape applies to."""
+        known = super().specs()
+        shape = replace(known["width_shape"], active_if={}, inactive_if={})
+        return {**known, "width_shape": shape}
 
     def defaults(self) -> dict[str, Value]:
         """The catalogue's defaults and the middles of the user's ranges, as far as they fit."""

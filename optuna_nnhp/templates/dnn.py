@@ -14,10 +14,15 @@ import torch
 from torch import nn
 
 from optuna_nnhp import rng
+from optuna_nnhp.data.preprocessor import Preprocessor
+from optuna_nnhp.data.supervised import InputPreprocessor
 from optuna_nnhp.data.supervised import prepare_table
+from optuna_nnhp.data.target import Target
+from optuna_nnhp.engine import mlp
 from optuna_nnhp.hyperparameters.catalogue import default_params
 from optuna_nnhp.hyperparameters.catalogue import effective_params
 from optuna_nnhp.hyperparameters.catalogue import resolve_space
+from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.hyperparameters.spec import is_in_distribution
 from optuna_nnhp.hyperparameters.width import fold_width
@@ -26,6 +31,7 @@ from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.networks.mlp import build_mlp
 from optuna_nnhp.networks.mlp import count_weights
 from optuna_nnhp.networks.mlp import mlp_signature
+from optuna_nnhp.templates.base import register
 from optuna_nnhp.templates.supervised import SupervisedTemplate
 from optuna_nnhp.templates.supervised import bounded_cohort_size
 from optuna_nnhp.templates.supervised import check_fits_in_memory
@@ -38,10 +44,12 @@ from optuna_nnhp.training.cohort import Member
 # in 22 of 26 (tests/benchmarks/LOG.md, 2026-11-25). A wide table makes them dear: then they are
 # left out.
 MAX_PORTFOLIO_WEIGHTS_RATIO = 0.5  # of the default's weights, that one of them has at most
+ARCHITECTURE_PARAMS = ("hidden_layers", "width", "width_shape", "activation", "normalization")
 SHALLOW_PARAMS: dict[str, Value] = {"hidden_layers": 1, "batch_size": 64, "label_smoothing": 0.1}
 SHALLOW_WIDTHS, SHALLOW_LEARNING_RATES = {256: 0.1, 512: 0.05}, (6e-3, 1.2e-2)
 
 
+@register
 class DNNTemplate(SupervisedTemplate):
     """Multilayer perceptrons on a table: the data, the space, the network and the metric.
 
@@ -89,6 +97,8 @@ class DNNTemplate(SupervisedTemplate):
         ('binary', True)
     """
 
+    template_name = "dnn"
+
     def __init__(
         self,
         X: Any = None,
@@ -112,7 +122,21 @@ class DNNTemplate(SupervisedTemplate):
         chosen = resolve_space(data.target.task, space, fixed)
         self.inputs: int = data.train_X.shape[1]
         self.outputs = max(1, len(data.target.classes))
-        super().__init__("dnn", data, judge, *chosen, seed=seed, device=device, compile=compile)
+        super().__init__(data, judge, *chosen, seed=seed, device=device, compile=compile)
+
+    def uses_compiled_engine(self) -> bool:
+        """Return whether the compiled engine trains the networks on this device."""
+        return self.device.type == "cpu" and mlp.load_library() is not None
+
+    @classmethod
+    def rebuild_network(
+        cls, params: Mapping[str, Any], preprocessor: InputPreprocessor, target: Target
+    ) -> nn.Module:
+        """Return the network of a saved model, its weights not yet loaded."""
+        for name in ARCHITECTURE_PARAMS:
+            specs(target.task)[name].check(params[name])
+        assert isinstance(preprocessor, Preprocessor)
+        return build_mlp(params, len(preprocessor.feature_names), max(1, len(target.classes)))
 
     def defaults(self) -> dict[str, Value]:
         """The catalogue's defaults, as far as they lie in the space."""

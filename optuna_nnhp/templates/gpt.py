@@ -10,25 +10,28 @@ from copy import copy
 import functools
 import math
 from numbers import Integral
+import os
 from typing import Any
 from typing import Self
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial
 import torch
 from torch import nn
 
 from optuna_nnhp import rng
+from optuna_nnhp.data.text import MAX_PATH_LENGTH
 from optuna_nnhp.data.text import TextSource
 from optuna_nnhp.data.text import TokenizedText
 from optuna_nnhp.data.text import bundled_text
 from optuna_nnhp.data.text import check_context_fits
 from optuna_nnhp.data.text import prepare_text
+from optuna_nnhp.engine import gpt
 from optuna_nnhp.hyperparameters.catalogue import as_plain_dict
 from optuna_nnhp.hyperparameters.catalogue import default_params
 from optuna_nnhp.hyperparameters.catalogue import effective_params
-from optuna_nnhp.hyperparameters.catalogue import mutable_names
 from optuna_nnhp.hyperparameters.catalogue import nearest_value
 from optuna_nnhp.hyperparameters.catalogue import resolve_space
 from optuna_nnhp.hyperparameters.catalogue import specs
@@ -41,12 +44,17 @@ from optuna_nnhp.networks.transformer import Architecture
 from optuna_nnhp.networks.transformer import count_parameters
 from optuna_nnhp.study.autotune import measure_seconds_per_step
 from optuna_nnhp.study.problem import TrialError
+from optuna_nnhp.templates.base import NOT_SAVED
+from optuna_nnhp.templates.base import Template
+from optuna_nnhp.templates.base import TrainedModel
+from optuna_nnhp.templates.base import register
 from optuna_nnhp.templates.gpt_defaults import BUDGET_NAMES
 from optuna_nnhp.templates.gpt_defaults import defaults_for
 from optuna_nnhp.templates.gpt_defaults import expected_trial_seconds
 from optuna_nnhp.templates.gpt_defaults import preset_params
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.language_model import count_predicted_bytes
+from optuna_nnhp.templates.language_model import restore_language_model
 from optuna_nnhp.templates.supervised import bounded_cohort_size
 from optuna_nnhp.templates.supervised import check_fits_in_memory
 from optuna_nnhp.templates.supervised import describe_budget as describe_epochs
@@ -63,10 +71,13 @@ from optuna_nnhp.training.language import bits_per_token
 from optuna_nnhp.training.metrics import Metric
 from optuna_nnhp.training.torch_compile import check_compile
 
+SAMPLE_TOKENS = 300  # of the text that a study keeps
+
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 
-class GPTTemplate:
+@register
+class GPTTemplate(Template):
     """Small GPTs on a text: the data, the space, the network, and bits per byte.
 
     Args:
@@ -106,6 +117,10 @@ class GPTTemplate:
         ('bits_per_byte', False, 2)
     """
 
+    template_name = "gpt"
+    model_method = "generate"
+    step_title = "share of the budget"
+    samples_text = True
     maximize = False
     sequential = True
     min_resource = 3  # a third of the budget: rankings of optimizers change before
@@ -159,7 +174,7 @@ class GPTTemplate:
         self.name = f"gpt-bits_per_byte-{self.text.fingerprint}-{mark}"
         described = self.text.describe()
         self.description: dict[str, Any] = {
-            "template": "gpt",
+            "template": self.template_name,
             "task": "language",
             "metric": self.metric.name,
             "fingerprint": self.text.fingerprint,
@@ -243,10 +258,6 @@ class GPTTemplate:
         return {"context": max(fitting)} if wanted > room and fitting else {}
 
     # --- Trials ---
-
-    def portfolio(self) -> list[dict[str, Value]]:
-        """None: a trial takes long, and the defaults are chosen by text and budget."""
-        return []
 
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
         """A trial; its first weights follow from the study's seed and its number."""
@@ -335,14 +346,6 @@ class GPTTemplate:
         static = _static_names()
         return lambda name, value: leader.params[name] if name in static else value
 
-    def mutable_names(self) -> frozenset[str]:
-        """What of the space may change while a network trains."""
-        return mutable_names() & self.space.keys()
-
-    def is_stackable(self, leader: Member) -> bool:
-        """Whether trials like one can be trained as one stack: always."""
-        return True
-
     def cohort_size(self, leader: Member) -> int:
         """As many as memory allows."""
         architecture = Architecture.from_params(leader.params, self._tokens(leader).tokenizer.size)
@@ -410,7 +413,65 @@ class GPTTemplate:
             self._corpora[key] = Corpus(train, valid, judged)
         return self._corpora[key]
 
+    def uses_compiled_engine(self) -> bool:
+        """Return whether the compiled engine trains the networks on this device."""
+        return self.device.type == "cpu" and gpt.load_library() is not None
+
     # --- Afterwards ---
+
+    @classmethod
+    def restore_model(cls, metadata: Mapping[str, Any]) -> LanguageModel:
+        """Return the language model that `LanguageModel.save` wrote, without its weights."""
+        return restore_language_model(metadata)
+
+    def sample_text(self, model: TrainedModel) -> str:
+        """Return text that a language model writes."""
+        assert isinstance(model, LanguageModel)
+        return model.generate(tokens=SAMPLE_TOKENS)
+
+    @classmethod
+    def trial_rows(cls, trial: FrozenTrial) -> dict[str, str]:
+        """Return perplexity, loss, tokens and speed of a trial; nothing before it was trained.
+
+        Example:
+            >>> attrs = {"tokens_per_step": 768, "iterations": 100, "validation_loss": [2.0, 1.0]}
+            >>> trial = optuna.trial.create_trial(value=1.4, user_attrs=attrs | {"seconds": 2.0})
+            >>> rows = GPTTemplate.trial_rows(trial)
+            >>> rows["perplexity"], rows["speed"]
+            ('2.718 a token', '38,400 tokens a second')
+        """
+        attrs = trial.user_attrs
+        if "tokens_per_step" not in attrs or not attrs.get("validation_loss"):
+            return {}
+        tokens = attrs["tokens_per_step"] * attrs["iterations"]
+        nats = attrs["validation_loss"][-1]
+        return {
+            "perplexity": f"{math.exp(min(nats, 700.0)):.4g} a token",
+            "loss": f"{nats:.4g} nats a token",
+            "trained on": f"{tokens:,} tokens in {attrs['iterations']:,} steps",
+            "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens a second",
+        }
+
+    @classmethod
+    def describe_source(cls, source: Any) -> Any:
+        """Return where a text is, as a path or a list of paths, or its length."""
+        if source is None:
+            return None
+        if isinstance(source, str) and not _is_path(source):
+            return {NOT_SAVED: f"text of {len(source):,} characters"}
+        if isinstance(source, str | os.PathLike):
+            return os.fspath(source)
+        return [os.fspath(path) for path in source]
+
+    @classmethod
+    def user_fixed(
+        cls, fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution]
+    ) -> dict[str, Value]:
+        """Return the fixed values without epochs and vocabulary where these have no effect."""
+        values = super().user_fixed(fixed, space)
+        tokens: Any = space.get("tokens")
+        kinds = (fixed.get("tokens"),) if tokens is None else tokens.choices
+        return values if "bpe" in kinds else {n: v for n, v in values.items() if n != "vocabulary"}
 
     def count_weights(self, member: Member) -> int:
         """Number of trained weights."""
@@ -435,6 +496,11 @@ class GPTTemplate:
         assert isinstance(network, Network)
         tokenizer = self._tokens(member).tokenizer
         return LanguageModel(network.cpu(), tokenizer, member.params, best_params, best_value)
+
+
+def _is_path(text: str) -> bool:
+    """Return whether a text that could be read was a path; see `data.text.read_text`."""
+    return "\n" not in text and len(text) <= MAX_PATH_LENGTH and os.path.exists(text)
 
 
 @functools.cache

@@ -23,8 +23,6 @@ from optuna_nnhp.networks.transformer import Architecture
 from optuna_nnhp.templates.model_files import write_model_files
 from optuna_nnhp.training.language import total_nats
 
-GPT_NAME = "gpt"
-
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -130,7 +128,7 @@ class LanguageModel:
     def save(self, folder: str | Path) -> Path:
         """Write weights (safetensors) and everything else (JSON) for `optuna_nnhp.load`."""
         metadata = {
-            "template": GPT_NAME,
+            "template": "gpt",
             "params": {n: None if v == math.inf else v for n, v in self.params.items()},
             "best_params": self.best_params,
             "best_value": self.best_value,

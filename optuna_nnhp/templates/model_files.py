@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from optuna_nnhp.templates.base import NetworkBuilder
+from optuna_nnhp.templates.base import find_template
 from optuna_nnhp.training.atomic_files import checksum
 from optuna_nnhp.training.atomic_files import write_atomically
+from optuna_nnhp.training.best_weights import load_weights
 from optuna_nnhp.training.best_weights import save_weights
 from optuna_nnhp.version import __version__
 
@@ -44,6 +47,34 @@ def write_model_files(folder: str | Path, network: nn.Module, metadata: Mapping[
     text = json.dumps({**whole, "checksum": _metadata_checksum(whole)}, indent=1, allow_nan=False)
     write_atomically(folder / METADATA_FILE, text)
     return folder
+
+
+def load(folder: str | Path, network: NetworkBuilder | None = None) -> Any:
+    """Read a model that `Result.save` wrote; nothing in the files is executed.
+
+    Args:
+        folder:
+            The folder where it was saved.
+        network:
+            The function that made the network, if that was your own.
+
+    Returns:
+        A `Predictor` or a `LanguageModel`, or the model of another template.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its two files does not exist.
+        ValueError: If a file is damaged, or from a newer version, or ``network`` is missing.
+    """
+    folder = Path(folder)
+    metadata = read_metadata(folder)
+    try:
+        template = find_template(metadata["template"])
+        found = template.restore_model(metadata)
+    except (KeyError, TypeError, ValueError) as error:
+        raise unreadable_error(error) from error
+    found = template.with_user_network(found, network)
+    load_weights(found.model, folder / WEIGHTS_FILE)
+    return found
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

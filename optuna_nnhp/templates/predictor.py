@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
-from dataclasses import replace
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from optuna_nnhp import rng
 from optuna_nnhp.data.arrays import ARRAY_KIND
 from optuna_nnhp.data.arrays import ArrayPreprocessor
 from optuna_nnhp.data.frames import as_target
@@ -26,22 +24,12 @@ from optuna_nnhp.data.supervised import InputPreprocessor
 from optuna_nnhp.data.target import Target
 from optuna_nnhp.data.target import check_target
 from optuna_nnhp.hyperparameters.catalogue import specs
-from optuna_nnhp.networks.mlp import build_mlp
-from optuna_nnhp.templates.language_model import GPT_NAME as LANGUAGE
-from optuna_nnhp.templates.language_model import LanguageModel
-from optuna_nnhp.templates.language_model import restore_language_model
-from optuna_nnhp.templates.model_files import WEIGHTS_FILE
-from optuna_nnhp.templates.model_files import read_metadata
-from optuna_nnhp.templates.model_files import unreadable_error
 from optuna_nnhp.templates.model_files import write_model_files
-from optuna_nnhp.training.best_weights import load_weights
 from optuna_nnhp.training.metrics import METRICS
 from optuna_nnhp.training.metrics import Metric
 
 MAX_BATCH_NUMBERS = 2**22  # of one batch's inputs, and at most so many rows:
 MAX_BATCH_ROWS = 65536
-NetworkBuilder = Callable[[Mapping[str, Any]], nn.Module]
-ARCHITECTURE_PARAMS = ("hidden_layers", "width", "width_shape", "activation", "normalization")
 
 
 @dataclass(frozen=True)
@@ -63,6 +51,8 @@ class Predictor:
             Hyperparameters as proposed, of what was tuned.
         best_value:
             Metric on the validation part.
+        template:
+            Name of the template.
         builder:
             Name of the function that made the network, if it was the user's own.
 
@@ -78,6 +68,7 @@ class Predictor:
     params: dict[str, Any]
     best_params: dict[str, Any]
     best_value: float
+    template: str
     builder: str | None = None
 
     @property
@@ -141,7 +132,7 @@ class Predictor:
             The folder; `optuna_nnhp.load` reads it.
         """
         metadata = {
-            "template": "own" if self.builder else "dnn",
+            "template": self.template,
             "builder": self.builder,
             "metric": self.metric.name if self.metric and self._is_builtin_metric() else None,
             "params": {n: None if v == math.inf else v for n, v in self.params.items()},
@@ -168,49 +159,37 @@ class Predictor:
         return outputs[:, None] if outputs.dim() == 1 else outputs
 
 
-def load(folder: str | Path, network: NetworkBuilder | None = None) -> Predictor | LanguageModel:
-    """Read what `Predictor.save` wrote; nothing in the files is executed.
+def restore_predictor(
+    metadata: Mapping[str, Any],
+    rebuild: Callable[[Mapping[str, Any], InputPreprocessor, Target], nn.Module],
+) -> Predictor:
+    """Return the predictor that `Predictor.save` wrote, its weights not yet loaded.
 
     Args:
-        folder:
-            Where it was saved.
-        network:
-            The function that made the network, if that was your own.
+        metadata:
+            The contents of its JSON file.
+        rebuild:
+            Makes the network from its hyperparameters, the preprocessor and the target.
 
     Raises:
-        FileNotFoundError: If the folder or one of its two files is not there.
-        ValueError: If a file is damaged, or from a newer version, or ``network`` is missing.
+        ValueError: If an entry is damaged.
+        KeyError: If an entry is missing.
     """
-    folder = Path(folder)
-    metadata = read_metadata(folder)
-    read = restore_language_model if metadata.get("template") == LANGUAGE else restore_predictor
-    try:
-        found: Predictor | LanguageModel = read(metadata)
-    except (KeyError, TypeError, ValueError) as error:
-        raise unreadable_error(error) from error
-    if isinstance(found, Predictor) and found.builder is not None:
-        found = replace(found, model=_rebuild_custom_network(network, found.builder, found.params))
-    load_weights(found.model, folder / WEIGHTS_FILE)
-    return found
-
-
-def restore_predictor(metadata: Mapping[str, Any]) -> Predictor:
-    """What `Predictor.save` wrote, weights not yet loaded; an own network is not yet made."""
     target, state = Target.from_json(metadata["target"]), metadata["preprocessor"]
     preprocessor: InputPreprocessor = _restore_preprocessor(state)
-    known, builder = specs(target.task), metadata.get("builder")
+    known = specs(target.task)
     params = dict(metadata["params"])
     params |= {n: math.inf for n in known if params.get(n, 0) is None}  # JSON has no infinity
-    model = _rebuild_mlp(params, preprocessor, target) if builder is None else nn.Identity()
     return Predictor(
-        model=model,
+        model=rebuild(params, preprocessor, target),
         preprocessor=preprocessor,
         target=target,
         metric=METRICS.get(metadata["metric"]),
         params=params,
         best_params=metadata["best_params"],
         best_value=metadata["best_value"],
-        builder=builder,
+        template=metadata["template"],
+        builder=metadata.get("builder"),
     )
 
 
@@ -218,28 +197,6 @@ def _restore_preprocessor(state: Mapping[str, Any]) -> InputPreprocessor:
     if "kind" in state and state["kind"] == ARRAY_KIND:
         return ArrayPreprocessor.from_json(state)
     return Preprocessor.from_json(state)
-
-
-def _rebuild_mlp(
-    params: Mapping[str, Any], preprocessor: InputPreprocessor, target: Target
-) -> nn.Module:
-    for name in ARCHITECTURE_PARAMS:
-        specs(target.task)[name].check(params[name])
-    assert isinstance(preprocessor, Preprocessor)
-    inputs = len(preprocessor.feature_names)
-    return build_mlp(params, inputs, max(1, len(target.classes)))
-
-
-def _rebuild_custom_network(
-    network: NetworkBuilder | None, builder: str, params: Mapping[str, Any]
-) -> nn.Module:
-    if network is None:
-        raise ValueError(
-            f"This model was made by the function {builder!r}, which is not saved: "
-            f"`load(folder, network={builder})`."
-        )
-    with rng.global_rng_from(rng.generator(0)):
-        return network(params)
 
 
 def to_target_units(target: Target, outputs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

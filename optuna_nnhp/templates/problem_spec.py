@@ -1,4 +1,4 @@
-"""What a problem was made from: carried to other processes, kept with a study, and read again."""
+"""The arguments that a problem is made from: sent to other processes, stored with a study."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,16 @@ from optuna.distributions import json_to_distribution
 import torch
 from torch import nn
 
-from optuna_nnhp.data.text import MAX_PATH_LENGTH
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.study.open_study import IDENTITY
+from optuna_nnhp.templates import DEFAULT_TEMPLATE
+from optuna_nnhp.templates import CustomNetworkTemplate
 from optuna_nnhp.templates import Template
+from optuna_nnhp.templates import find_template
 from optuna_nnhp.templates import make_problem
+from optuna_nnhp.templates.base import NOT_SAVED
 
 PROBLEM_SPEC = "recipe"  # study attribute: `Recipe.attributes`
-NOT_SAVED = "not kept"  # key of what stands in it for data and functions: what they were
-CUSTOM = "own"  # template of those who bring a network
 # Arguments that are kept as they are, where they are not data or functions.
 SAVED_ARGUMENTS = ("target", "task", "direction", "errors", "preset")
 
@@ -110,9 +110,9 @@ class ProblemSpec:
                 not those of the study that it must be.
             FileNotFoundError: If there is no such file.
         """
-        first = ("template", "network", "X", "timeout", "identity")
+        first = ("template", "network", "X", "identity")
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in first}
-        problem = make_problem(self.template, self.network, self.X, self.timeout, **options)
+        problem = make_problem(self.template, self.network, self.X, **options)
         for name, known in (self.identity or {}).items():
             found = problem.description.get(name)
             if found != known:
@@ -129,12 +129,12 @@ class ProblemSpec:
 
         Space, fixed values and seed are not among them: studies keep them apart, complete.
         """
-        is_text = self.network is None and self.template == "gpt"
-        source = _describe_text if is_text else _describe_table
+        template = CustomNetworkTemplate if self.network else find_template(self.template)
         return {
-            "template": self.template if self.network is None else CUSTOM,
-            "data": source(self.X),
-            "validation": _as_fraction(self.validation) or source(self.validation),
+            "template": template.template_name,
+            "data": template.describe_source(self.X),
+            "validation": _as_fraction(self.validation)
+            or template.describe_source(self.validation),
             "metric": _describe_function(self.metric),
             "network": _describe_function(self.network),
             **{name: getattr(self, name) for name in SAVED_ARGUMENTS},
@@ -199,11 +199,12 @@ class ProblemSpec:
                 "The study must be one that `optimize` began, which notes how its problem is "
                 f"made, but {study.study_name!r} does not."
             )
-        if (network is not None) != (saved["template"] == CUSTOM):
+        template = find_template(saved["template"])
+        if (network is not None) != template.takes_network:
             raise ValueError(_network_error(saved))
         space = {name: json_to_distribution(d) for name, d in attributes["space"].items()}
         options = {name: saved[name] for name in SAVED_ARGUMENTS}
-        if saved["template"] != "gpt":  # as inferred then
+        if "task" in template.option_defaults():  # as inferred then
             options["task"] = attributes["task"]
         if target is not None:
             options["target"] = target
@@ -211,14 +212,14 @@ class ProblemSpec:
         if not isinstance(source, str | Path):
             options["target"] = None
         return cls(
-            template="dnn" if saved["template"] == CUSTOM else saved["template"],
+            template=DEFAULT_TEMPLATE if template.takes_network else saved["template"],
             X=source,
             y=y,
             network=network,
             validation=_given_or_saved("validation", validation, saved["validation"]),
             metric=_given_or_saved("metric", metric, saved["metric"]),
             space=space,
-            fixed=_user_fixed(attributes["fixed"], space, saved["template"]),
+            fixed=template.user_fixed(attributes["fixed"], space),
             seed=attributes["seed"],
             device=device,
             compile=compile,
@@ -228,7 +229,7 @@ class ProblemSpec:
 
 
 def _network_error(saved: Mapping[str, Any]) -> str:
-    if saved["template"] != CUSTOM:
+    if not find_template(saved["template"]).takes_network:
         return (
             "`network` must be given only for a study of networks of one's own, but this one's "
             f"template is {saved['template']!r}."
@@ -250,52 +251,10 @@ def _given_or_saved(name: str, value: Any, saved: Any) -> Any:
     return saved
 
 
-def _user_fixed(
-    fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution], template: str
-) -> dict[str, Value]:
-    """A study's fixed values as a user may give them: what has no effect may not stand there.
-
-    Example:
-        >>> _user_fixed({"epochs": 50, "iterations": 300}, {}, "dnn")
-        {'iterations': 300}
-    """
-    without = set[str]()
-    if fixed.get("iterations") or "iterations" in space:
-        without.add("epochs")
-    tokens: Any = space.get("tokens")
-    kinds = (fixed.get("tokens"),) if tokens is None else tokens.choices
-    if template == "gpt" and "bpe" not in kinds:
-        without.add("vocabulary")
-    return {name: value for name, value in fixed.items() if name not in without}
-
-
 def _as_fraction(validation: Any) -> float | None:
     """A share of the data; None if it is none."""
     is_number = hasattr(validation, "__float__") and not hasattr(validation, "__len__")
     return float(validation) if is_number else None
-
-
-def _describe_table(source: Any) -> Any:
-    """The path of a table, or what it was."""
-    if source is None:
-        return None
-    return str(source) if isinstance(source, str | Path) else {NOT_SAVED: _describe_data(source)}
-
-
-def _describe_text(source: Any) -> Any:
-    """Where a text is, or what it was."""
-    if source is None:
-        return None
-    if isinstance(source, str) and not _is_path(source):
-        return {NOT_SAVED: f"text of {len(source):,} characters"}
-    if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
-    return [os.fspath(path) for path in source]
-
-
-def _is_path(text: str) -> bool:
-    """Whether a text that could be read was a path; see `data.text.read_text`."""
-    return "\n" not in text and len(text) <= MAX_PATH_LENGTH and os.path.exists(text)
 
 
 def _describe_function(given: Any) -> Any:
@@ -304,11 +263,3 @@ def _describe_function(given: Any) -> Any:
         return given
     module, name = (getattr(given, key, "") for key in ("__module__", "__qualname__"))
     return {NOT_SAVED: f"{module}:{name}" if name else type(given).__qualname__}
-
-
-def _describe_data(value: Any) -> str:
-    """A few words on some data, none of which are in them."""
-    if hasattr(value, "shape"):
-        shape = " x ".join(map(str, value.shape))
-        return f"{type(value).__name__} of {shape}"
-    return f"{type(value).__name__} of {len(value)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
-from typing import Protocol
 from typing import Self
 
 from optuna.distributions import BaseDistribution
@@ -23,18 +21,18 @@ from torch import Tensor
 from torch import nn
 
 from optuna_nnhp.data.frames import read_csv
+from optuna_nnhp.data.supervised import InputPreprocessor
 from optuna_nnhp.data.supervised import SupervisedData
 from optuna_nnhp.data.target import Target
-from optuna_nnhp.hyperparameters.catalogue import mutable_names
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.loss import RegressionLoss
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.networks.layers import StackedModule
-from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialTooLarge
-from optuna_nnhp.templates.language_model import LanguageModel
+from optuna_nnhp.templates.base import Template
 from optuna_nnhp.templates.predictor import Predictor
+from optuna_nnhp.templates.predictor import restore_predictor
 from optuna_nnhp.templates.predictor import to_target_units
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
@@ -47,35 +45,18 @@ from optuna_nnhp.training.metrics import resolve_metric
 from optuna_nnhp.training.step_params import param_column
 from optuna_nnhp.training.torch_compile import check_compile
 
+CONTINUOUS_METRICS = ("log_loss",)  # of those for classes
 MAX_COHORT_SIZE = 128
-COHORT_MEMORY_FRACTION = (
-    0.5  # of what is free: weights, gradients, optimizer state and activations
-)
-MAX_TRIAL_MEMORY_FRACTION = 0.8  # of what is free: what one trial may take
-MAX_ROUND_FLOPS = 6e10  # a cohort's round: a few seconds on two cores
+# Fractions of the free memory: for a cohort (weights, gradients, optimizer state, activations),
+# and for one trial.
+COHORT_MEMORY_FRACTION, MAX_TRIAL_MEMORY_FRACTION = 0.5, 0.8
+MAX_ROUND_FLOPS = 6e10  # of a cohort's round: a few seconds on two cores
 
 
-class Template(Problem, Protocol):
-    """A problem whose networks can be used after the study.
-
-    Attributes:
-        metric: What trials are judged by.
-    """
-
-    metric: Metric
-
-    def predictor(
-        self, network: nn.Module, member: Member, best_params: dict[str, Any], best_value: float
-    ) -> Predictor | LanguageModel:
-        """A trained network as something that answers."""
-
-
-class SupervisedTemplate(ABC):
+class SupervisedTemplate(Template):
     """A template that learns labels or numbers from examples.
 
     Args:
-        template:
-            What its studies are called.
         data:
             The prepared data.
         metric:
@@ -98,24 +79,9 @@ class SupervisedTemplate(ABC):
     """
 
     builder: str | None = None
-    sequential = False
-    min_resource = 1
-
-    def portfolio(self) -> list[dict[str, Value]]:
-        """None, unless a template knows some."""
-        return []
-
-    def mutable_names(self) -> frozenset[str]:
-        """What of the space may change while a network trains."""
-        return mutable_names() & self.space.keys()
-
-    def is_stackable(self, leader: Member) -> bool:
-        """Whether trials like one can be trained as one stack at all."""
-        return True
 
     def __init__(
         self,
-        template: str,
         data: SupervisedData,
         metric: Metric,
         space: dict[str, BaseDistribution],
@@ -130,13 +96,13 @@ class SupervisedTemplate(ABC):
         self.space, self.fixed = space, fixed
         self.seed, self.device = seed, resolve_device(device)
         mark = search_digest(space, fixed, *more)
-        self.name = f"{template}-{metric.name}-{data.fingerprint}-{mark}"
+        self.name = f"{self.template_name}-{metric.name}-{data.fingerprint}-{mark}"
         task = make_task(data, metric, self._build, seed, self.device)
         self.compile = check_compile(compile, self.device)
         self._task = replace(task, compile=self.compile)
         self.rounds_per_epoch = self._task.rounds
         self.description: dict[str, Any] = {
-            "template": template,
+            "template": self.template_name,
             "task": data.target.task,
             "metric": metric.name,
             "fingerprint": data.fingerprint,
@@ -156,9 +122,10 @@ class SupervisedTemplate(ABC):
         other._task = replace(self._task, build=other._build, seed=seed)
         return other
 
-    def attributes(self, member: Member) -> dict[str, Any]:
-        """Nothing more."""
-        return {}
+    def count_scored_examples(self) -> int:
+        """Return the size of the validation part for classes, 0 for continuous metrics."""
+        is_counted = self.target.classes and self.metric.name not in CONTINUOUS_METRICS
+        return len(self.data.valid_y) if is_counted else 0
 
     def predictor(
         self, network: nn.Module, member: Member, best_params: dict[str, Any], best_value: float
@@ -172,8 +139,31 @@ class SupervisedTemplate(ABC):
             params=member.params,
             best_params=best_params,
             best_value=best_value,
+            template=self.template_name,
             builder=self.builder,
         )
+
+    @classmethod
+    def restore_model(cls, metadata: Mapping[str, Any]) -> Predictor:
+        """Return the predictor that `Predictor.save` wrote, its weights not yet loaded."""
+        return restore_predictor(metadata, cls.rebuild_network)
+
+    @classmethod
+    @abstractmethod
+    def rebuild_network(
+        cls, params: Mapping[str, Any], preprocessor: InputPreprocessor, target: Target
+    ) -> nn.Module:
+        """Return the network of a saved model, its weights not yet loaded.
+
+        Args:
+            params:
+                Hyperparameters of the network as trained.
+            preprocessor:
+                What makes its inputs.
+            target:
+                What its outputs mean.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def _build(self, members: Sequence[Member]) -> StackedModule:

@@ -10,7 +10,7 @@ from optuna.pruners import NopPruner
 
 from optuna_nnhp.study.method_config import MethodConfig
 from optuna_nnhp.study.method_config import parse_method
-from optuna_nnhp.templates.problem_spec import NOT_SAVED
+from optuna_nnhp.templates.base import NOT_SAVED
 from optuna_nnhp.templates.problem_spec import PROBLEM_SPEC
 from optuna_nnhp.workers.config import WorkerConfig
 

@@ -437,7 +437,7 @@ def test_a_network_that_cannot_be_built_fails_its_own_trial() -> None:
         space=CHANNELS,
         fixed=TINY,
         n_trials=40,
-        bounded_cohort_size=1,
+        cohort_size=1,
         method="random",
         storage=None,
     )

@@ -225,7 +225,7 @@ def test_options_of_texts_are_not_for_tables() -> None:
 
 
 def test_language_models_do_not_predict_and_tables_do_not_generate() -> None:
-    with pytest.raises(TypeError, match="`predict` must be called for tables"):
+    with pytest.raises(TypeError, match=r"^`predict` must be called for a model that has it"):
         tune(n_trials=1).predict([[1.0]])
 
 
