@@ -32,8 +32,8 @@ from optuna_nnhp.inspect.summary import replicates_text
 from optuna_nnhp.inspect.summary import schedule_changes_text
 from optuna_nnhp.inspect.summary import search_space
 from optuna_nnhp.inspect.summary import summary
-from optuna_nnhp.version import __version__
 from optuna_nnhp.templates.base import template_of_study
+from optuna_nnhp.version import __version__
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

@@ -41,9 +41,9 @@ from optuna_nnhp.study.environment import trial_environments
 from optuna_nnhp.study.open_study import MODELS
 from optuna_nnhp.study.running_trial import params_for_retraining
 from optuna_nnhp.study.running_trial import schedule_of
-from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.templates.base import Template
 from optuna_nnhp.templates.base import template_of_study
+from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.device import resolve_device
 from optuna_nnhp.training.numerics_context import NUMERICS_CONTEXT_KEY

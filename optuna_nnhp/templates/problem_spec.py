@@ -25,7 +25,7 @@ from optuna_nnhp.templates import find_template
 from optuna_nnhp.templates import make_problem
 from optuna_nnhp.templates.base import NOT_SAVED
 
-PROBLEM_SPEC = "recipe"  # study attribute: `Recipe.attributes`
+PROBLEM_SPEC = "problem_spec"  # study attribute: `ProblemSpec.attributes`
 # Arguments that are kept as they are, where they are not data or functions.
 SAVED_ARGUMENTS = ("target", "task", "direction", "errors", "preset")
 

@@ -24,13 +24,13 @@ from optuna_nnhp import Objective
 from optuna_nnhp import Result
 from optuna_nnhp import optimize
 from optuna_nnhp import replay
-from optuna_nnhp.inspect import generated_text
 from optuna_nnhp.inspect.replay import EXAMPLE_TOLERANCE
 from optuna_nnhp.inspect.replay import RELATIVE_TOLERANCE
 from optuna_nnhp.inspect.replay import Replay
 from optuna_nnhp.inspect.result import Result as ResultOf
 from optuna_nnhp.study import environment
 from optuna_nnhp.templates import DNNTemplate
+from optuna_nnhp.templates import gpt
 from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.training.best_weights import BestWeights
 from tests.templates.test_custom_network import TokenModel
@@ -66,7 +66,7 @@ UNITS = {"units": CategoricalDistribution((4,))}
 
 @pytest.fixture(autouse=True)
 def short_generated_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generated_text, "GENERATED_TOKENS", 3)
+    monkeypatch.setattr(gpt, "SAMPLE_TOKENS", 3)
 
 
 def table(data: Callable[[], Any], **options: Any) -> dict[str, Any]:
