@@ -429,3 +429,18 @@ def _join_with_newlines(texts: Iterable[str]) -> str:
         if not part.endswith("\n"):
             parts[i] = part + "\n"
     return "".join(parts)
+
+
+def text_paths(source: TextSource) -> str | list[str] | None:
+    """Return the paths of a source that `read_text` has read; None if it is text itself.
+
+    Example:
+        >>> text_paths("to be\\nor not"), text_paths(["a.txt", Path("b.txt")])
+        (None, ['a.txt', 'b.txt'])
+    """
+    if isinstance(source, str):
+        is_path = "\n" not in source and len(source) <= MAX_PATH_LENGTH and os.path.exists(source)
+        return source if is_path else None
+    if isinstance(source, os.PathLike):
+        return os.fspath(source)
+    return [os.fspath(path) for path in source]

@@ -10,7 +10,6 @@ from copy import copy
 import functools
 import math
 from numbers import Integral
-import os
 from typing import Any
 from typing import Self
 
@@ -22,12 +21,12 @@ import torch
 from torch import nn
 
 from optuna_nnhp import rng
-from optuna_nnhp.data.text import MAX_PATH_LENGTH
 from optuna_nnhp.data.text import TextSource
 from optuna_nnhp.data.text import TokenizedText
 from optuna_nnhp.data.text import bundled_text
 from optuna_nnhp.data.text import check_context_fits
 from optuna_nnhp.data.text import prepare_text
+from optuna_nnhp.data.text import text_paths
 from optuna_nnhp.engine import gpt
 from optuna_nnhp.hyperparameters.catalogue import as_plain_dict
 from optuna_nnhp.hyperparameters.catalogue import default_params
@@ -55,6 +54,7 @@ from optuna_nnhp.templates.gpt_defaults import preset_params
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.language_model import count_predicted_bytes
 from optuna_nnhp.templates.language_model import restore_language_model
+from optuna_nnhp.templates.language_model import rows_of_trial
 from optuna_nnhp.templates.supervised import bounded_cohort_size
 from optuna_nnhp.templates.supervised import check_fits_in_memory
 from optuna_nnhp.templates.supervised import describe_budget as describe_epochs
@@ -431,37 +431,16 @@ class GPTTemplate(Template):
 
     @classmethod
     def trial_rows(cls, trial: FrozenTrial) -> dict[str, str]:
-        """Return perplexity, loss, tokens and speed of a trial; nothing before it was trained.
-
-        Example:
-            >>> attrs = {"tokens_per_step": 768, "iterations": 100, "validation_loss": [2.0, 1.0]}
-            >>> trial = optuna.trial.create_trial(value=1.4, user_attrs=attrs | {"seconds": 2.0})
-            >>> rows = GPTTemplate.trial_rows(trial)
-            >>> rows["perplexity"], rows["speed"]
-            ('2.718 a token', '38,400 tokens a second')
-        """
-        attrs = trial.user_attrs
-        if "tokens_per_step" not in attrs or not attrs.get("validation_loss"):
-            return {}
-        tokens = attrs["tokens_per_step"] * attrs["iterations"]
-        nats = attrs["validation_loss"][-1]
-        return {
-            "perplexity": f"{math.exp(min(nats, 700.0)):.4g} a token",
-            "loss": f"{nats:.4g} nats a token",
-            "trained on": f"{tokens:,} tokens in {attrs['iterations']:,} steps",
-            "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens a second",
-        }
+        """Return perplexity, loss, tokens and speed of a trial, for reports."""
+        return rows_of_trial(trial)
 
     @classmethod
     def describe_source(cls, source: Any) -> Any:
         """Return where a text is, as a path or a list of paths, or its length."""
         if source is None:
             return None
-        if isinstance(source, str) and not _is_path(source):
-            return {NOT_SAVED: f"text of {len(source):,} characters"}
-        if isinstance(source, str | os.PathLike):
-            return os.fspath(source)
-        return [os.fspath(path) for path in source]
+        paths = text_paths(source)
+        return {NOT_SAVED: f"text of {len(source):,} characters"} if paths is None else paths
 
     @classmethod
     def user_fixed(
@@ -496,11 +475,6 @@ class GPTTemplate(Template):
         assert isinstance(network, Network)
         tokenizer = self._tokens(member).tokenizer
         return LanguageModel(network.cpu(), tokenizer, member.params, best_params, best_value)
-
-
-def _is_path(text: str) -> bool:
-    """Return whether a text that could be read was a path; see `data.text.read_text`."""
-    return "\n" not in text and len(text) <= MAX_PATH_LENGTH and os.path.exists(text)
 
 
 @functools.cache

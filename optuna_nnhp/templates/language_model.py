@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.trial import FrozenTrial
 import torch
 from torch import Tensor
 
@@ -160,3 +161,34 @@ def count_predicted_bytes(tokenizer: Tokenizer, ids: Tensor, text: str) -> int:
     """Bytes of a text but for those of its first token, which no model can predict."""
     whole = len(encode_utf8(text))
     return max(1, whole - len(encode_utf8(tokenizer.decode(ids[:1].numpy()))))
+
+
+def rows_of_trial(trial: FrozenTrial) -> dict[str, str]:
+    """Return perplexity, loss, tokens and speed of a language model's trial, for reports.
+
+    Args:
+        trial:
+            The trial.
+
+    Returns:
+        Texts by label; none for a trial that was not trained.
+
+    Example:
+        >>> import optuna
+        >>> attrs = {"tokens_per_step": 768, "iterations": 100, "validation_loss": [2.0, 1.0]}
+        >>> trial = optuna.trial.create_trial(value=1.4, user_attrs=attrs | {"seconds": 2.0})
+        >>> rows = rows_of_trial(trial)
+        >>> rows["perplexity"], rows["speed"]
+        ('2.718 a token', '38,400 tokens a second')
+    """
+    attrs = trial.user_attrs
+    if "tokens_per_step" not in attrs or not attrs.get("validation_loss"):
+        return {}
+    tokens = attrs["tokens_per_step"] * attrs["iterations"]
+    nats = attrs["validation_loss"][-1]
+    return {
+        "perplexity": f"{math.exp(min(nats, 700.0)):.4g} a token",
+        "loss": f"{nats:.4g} nats a token",
+        "trained on": f"{tokens:,} tokens in {attrs['iterations']:,} steps",
+        "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens a second",
+    }
