@@ -9,7 +9,7 @@ help:  ## List the commands
 
 install:  ## Make the virtual environment with everything that development needs
 	python3 -m venv .venv
-	.venv/bin/pip install -q -c constraints.txt -e '.[test,lint]'
+	.venv/bin/pip install -q -c constraints.txt -e '.[test,lint,docs]'
 
 build:  ## Compile the engines in place, and show what the compiler says
 	$(PYTHON) setup.py build_ext --inplace
