@@ -26,10 +26,9 @@ from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.running_trial import suggest
 from optuna_nnhp.templates import DEFAULT_TEMPLATE
 from optuna_nnhp.templates import make_problem
-from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.cohort import Cohort
-from optuna_nnhp.training.retrain import evaluate_best
 from optuna_nnhp.training.run_to_end import run_to_end
+from optuna_nnhp.training.weight_files import BestWeights
 
 Direction = Literal["maximize", "minimize"]
 # Best value and weights by study id, by storage.
@@ -116,7 +115,7 @@ class Objective:
         assert outcome is not None
         ends_early = outcome.state == TrialState.PRUNED
         if not ends_early:
-            running.exact_value = evaluate_best(cohort, 0)
+            running.exact_value = cohort.evaluate_best(0)
         running.describe(problem, cohort.iterations[0], outcome)
         if ends_early:
             raise optuna.TrialPruned(f"Trial {trial.number}: {outcome.value}.")

@@ -45,7 +45,7 @@ from optuna_nnhp.study.trial_finisher import Callback
 from optuna_nnhp.templates import DEFAULT_TEMPLATE
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.problem_spec import ProblemSpec
-from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.weight_files import BestWeights
 from optuna_nnhp.workers.config import WorkerConfig
 from optuna_nnhp.workers.launch import check_workers
 from optuna_nnhp.workers.launch import keep_best_weights

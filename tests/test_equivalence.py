@@ -14,7 +14,6 @@ from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters import width
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.networks import mlp
-from optuna_nnhp.training import rounds
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
@@ -197,7 +196,9 @@ def test_a_trial_goes_on_unchanged_when_mates_leave() -> None:
 def test_a_trial_that_joins_later_is_as_it_is_alone(
     normalization: str, rounds_in_an_epoch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "EXAMPLES_PER_ROUND", 100 // rounds_in_an_epoch + 1)
+    monkeypatch.setattr(
+        "optuna_nnhp.training.batches.MAX_EXAMPLES_PER_ROUND", 100 // rounds_in_an_epoch + 1
+    )
     members = varied(K, normalization=normalization, patience=1000, epochs=9)
     first, second, third = members[:4], members[4:6], members[6:]
     cohort, curves = Cohort(first, task()), Curves()

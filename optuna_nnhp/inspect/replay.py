@@ -44,14 +44,14 @@ from optuna_nnhp.study.running_trial import schedule_of
 from optuna_nnhp.templates.base import Template
 from optuna_nnhp.templates.base import template_of_study
 from optuna_nnhp.templates.problem_spec import ProblemSpec
-from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.cohort import NUMERICS_CONTEXT_KEY
 from optuna_nnhp.training.device import resolve_device
-from optuna_nnhp.training.numerics_context import NUMERICS_CONTEXT_KEY
 from optuna_nnhp.training.retrain import RetrainResult
+from optuna_nnhp.training.retrain import Segment
 from optuna_nnhp.training.retrain import evaluate_network
 from optuna_nnhp.training.retrain import retrain
-from optuna_nnhp.training.segments import Segment
 from optuna_nnhp.training.torch_compile import check_compile
+from optuna_nnhp.training.weight_files import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

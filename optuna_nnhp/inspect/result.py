@@ -26,7 +26,7 @@ from optuna_nnhp.inspect.summary import find_best_trial
 from optuna_nnhp.study.running_trial import member_at_best_round
 from optuna_nnhp.templates.base import Template
 from optuna_nnhp.templates.base import TrainedModel
-from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.weight_files import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

@@ -1,42 +1,49 @@
-"""All parameters of a stack in one matrix, a row for each member."""
+"""The parameters of a stack and the hyperparameters of its update, one row for each member."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch import nn
 
+from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.hyperparameters.optimizer import OptimizerState
+from optuna_nnhp.hyperparameters.optimizer import UpdateCoefficients
+from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.networks.layers import StackedLinear
 
-# Numbers of a block. The operations before an update each pass over the gradients or the weights:
-# over the whole stack (64 networks of 2 x 64 units) they took 50 us a model-step more.
-BLOCK_ELEMENTS = 2**17
+# An update is preceded by operations that each read all gradients or all weights. On blocks that
+# fit in the cache they are faster: 50 us less per step of one of 64 networks of 2 x 64 units.
+MAX_BLOCK_ELEMENTS = 2**17
+PER_MEMBER_TENSORS = ("weights", "exp_avg", "exp_avg_sq", "steps")
 
 
 class FlatParameters:
-    """The parameters of a stacked network, their gradients and the optimizers' state.
+    """The parameters of a stacked network, their gradients and the optimizer's state.
 
-    The network's parameters become views of the rows, so that whatever is done to all of a
-    member's weights (an update, a norm, a penalty) is one operation on a row, and whatever is
-    done to all members is one operation on a matrix.
+    The network's parameters become views of the rows. An operation on all weights of a member (an
+    update, a norm, a penalty) is one operation on a row; an operation on all members is one
+    operation on a matrix.
 
     Args:
         network:
             A module whose parameters have the member as their first axis.
 
     Attributes:
-        weights: Of all parameters; matrices (which are decayed) first, then the rest.
-        grads: Their gradients, after `backward`.
-        decayed: How many columns are matrices.
-        starts: The first column of each of the network's parameters.
-        first, second: State of the optimizers, see `hyperparameters.optimizer.OptimizerState`.
-        steps: Updates of each member so far.
-        rows: Of each member, ready to be updated.
-        blocks: Members to be updated one after the other, as many as fit in a core's cache.
+        weights: All parameters; first the matrices, which are decayed, then the rest.
+        grads: The gradients of the last `backward`.
+        num_decayed: The number of columns that belong to matrices.
+        offsets: The first column of each of the network's parameters.
+        exp_avg, exp_avg_sq: See `hyperparameters.optimizer.OptimizerState`.
+        steps: Number of updates of each member.
+        optimizer_states: One for each member; views of the tensors above.
+        blocks: Slices of members that are updated together, each small enough for the cache.
 
     Shape:
-        - weights, grads, first, second: ``(k, parameters)``; steps: ``(k,)``.
+        - weights, grads, exp_avg, exp_avg_sq: ``(k, parameters)``; steps: ``(k,)``.
 
     Example:
         >>> flat = FlatParameters(StackedLinear(torch.ones(3, 2, 5)))
@@ -56,7 +63,7 @@ class FlatParameters:
         self._view_parameters(network)
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of a number, over those of the step before."""
+        """Replace the gradients by those of a scalar loss."""
         loss.backward()
         for parameter, grad_buffer, view in self._grad_views:
             if grad_buffer is not None:
@@ -64,41 +71,41 @@ class FlatParameters:
             elif parameter.grad is not None:
                 view.copy_(parameter.grad)
                 parameter.grad = None
-            else:  # no output depends on it
+            else:  # the loss does not depend on it
                 view.zero_()
         self.steps += 1
 
     def select(self, members: Tensor, network: nn.Module) -> None:
-        """Go on with some members ``(m,)``, which the network holds already."""
+        """Keep only some members ``(m,)``; the network must have been reduced to them before."""
         for name in PER_MEMBER_TENSORS:
             setattr(self, name, getattr(self, name)[members])
         self._view_parameters(network)
 
     def append(self, other: FlatParameters, network: nn.Module) -> None:
-        """Take in the members of another stack, which the network holds already."""
+        """Append the members of another stack; the network must have appended them before."""
         for name in PER_MEMBER_TENSORS:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
         self._view_parameters(network)
 
     def allocate_grads(self, by_autograd: bool = True) -> None:
-        """Make what steps need, before the first of them.
+        """Allocate the gradients and the views of them, unless that has been done.
 
         Args:
             by_autograd:
-                Whether `backward` will write the gradients.
+                Whether `backward` computes the gradients.
         """
         if self._prepared:
             return
         self._prepared, self.grads = True, torch.zeros_like(self.weights)
         k, size = self.weights.shape
         self.optimizer_states = [self._state(i) for i in range(k)]
-        step = max(1, BLOCK_ELEMENTS // size)
+        step = max(1, MAX_BLOCK_ELEMENTS // size)
         self.blocks = [slice(i, i + step) for i in range(0, k, step)]
         if by_autograd:
             self._view_grads()
 
     def _view_grads(self) -> None:
-        # Products are fastest into tensors without gaps: sinks, copied to the rows.
+        # Matrix products write fastest to contiguous tensors: to buffers, copied to the rows.
         grad_buffers: dict[nn.Parameter, Tensor] = {}
         for layer in self._network.modules():
             if isinstance(layer, StackedLinear):
@@ -131,13 +138,77 @@ class FlatParameters:
         )
 
 
-PER_MEMBER_TENSORS = ("weights", "exp_avg", "exp_avg_sq", "steps")
-
-
 def _is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a member's part of it has more than one axis; biases and normalization have one."""
+    """Whether a member's part has more than one axis; biases and normalizations have one."""
     return parameter.dim() > 2
 
 
 def _matrices_first(network: nn.Module) -> list[nn.Parameter]:
     return sorted(network.parameters(), key=lambda p: not _is_matrix(p))
+
+
+def param_column(params: Sequence[Mapping[str, Value]], name: str) -> list[float]:
+    """Return one hyperparameter of each member as floats, 0 where a member does not have it."""
+    return [float(p.get(name) or 0) for p in params]
+
+
+class StepParams:
+    """The hyperparameters that the training loop reads at every step, as tensors.
+
+    Args:
+        params:
+            The hyperparameters of each member.
+        like:
+            A tensor with the device and the dtype of the results.
+
+    Attributes:
+        l1, clip_norm, weight_decay: See `hyperparameters.regularization`.
+        decoupled: Whether a member's weight decay is decoupled, as in AdamW.
+        optimizers: The name of each member's optimizer.
+        coefficients: The other coefficients of each member's update rule.
+        has_l1: Whether any member has an L1 penalty.
+
+    Shape:
+        - l1: ``(k, 1)``; clip_norm, weight_decay, decoupled: ``(k,)``.
+    """
+
+    def __init__(self, params: Sequence[Mapping[str, Value]], like: Tensor) -> None:
+        def tensor(name: str) -> Tensor:
+            return torch.tensor(param_column(params, name)).to(like)
+
+        self._params = params
+        self.l1 = tensor("l1")[:, None]
+        self.has_l1 = any(l1 > 0 for l1 in param_column(params, "l1"))
+        self.clip_norm, self.weight_decay = tensor("clip_norm"), tensor("weight_decay")
+        self.optimizers = [str(p["optimizer"]) for p in params]
+        is_adamw = [name == "adamw" for name in self.optimizers]
+        self.decoupled = torch.tensor(is_adamw).to(like.device)
+        momentum, beta2 = param_column(params, "momentum"), param_column(params, "beta2")
+        self.coefficients = list(map(UpdateCoefficients, momentum, beta2))
+
+    def rates(self, done: Sequence[int], steps: int, total: Sequence[int]) -> Tensor:
+        """Return the learning rates of the next steps.
+
+        Args:
+            done:
+                Steps that each member has done.
+            steps:
+                How many steps.
+            total:
+                Steps of each member's whole budget.
+
+        Shape:
+            - Output: ``(steps, k)``, in float64, on the CPU.
+        """
+
+        def tensor(name: str) -> Tensor:
+            return torch.tensor(param_column(self._params, name))
+
+        return learning_rates(
+            tensor("learning_rate"),
+            [str(p["learning_rate_decay"]) for p in self._params],
+            tensor("warmup"),
+            tensor("min_lr_ratio"),
+            torch.tensor(done)[:, None] + torch.arange(steps),
+            torch.tensor(total),
+        ).T

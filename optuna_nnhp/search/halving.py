@@ -15,7 +15,7 @@ class CohortHalvingPruner(BasePruner):
     """At each rung, keep the best ``1 / reduction_factor`` of all trials that have reached it.
 
     Rungs lie at ``min_resource * reduction_factor ** i`` steps (epochs or parts of them, see
-    `training.rounds`). The best value of a trial so far is compared with that of every trial of
+    `training.batches`). The best value of a trial so far is compared with that of every trial of
     the study that has reached the rung, finished or not. Optuna's own pruners compare with
     finished trials only, or depend on the order within a batch, so they cannot judge trials that
     are trained together. Nothing is trained twice.

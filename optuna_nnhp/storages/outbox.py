@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.operations import Batch
 from optuna_nnhp.storages.operations import Change
-from optuna_nnhp.training.atomic_files import write_atomically
+from optuna_nnhp.training.weight_files import write_atomically
 
 if TYPE_CHECKING:
     from optuna_nnhp.storages.buffered import BufferedStorage

@@ -18,12 +18,12 @@ import optuna
 from torch import Tensor
 
 from optuna_nnhp.study.cohort_runs import CohortRun
-from optuna_nnhp.training.atomic_files import JSON_SUFFIX
-from optuna_nnhp.training.atomic_files import TENSORS_SUFFIX
-from optuna_nnhp.training.atomic_files import load_with_checksum
-from optuna_nnhp.training.atomic_files import save_with_checksum
 from optuna_nnhp.training.cohort_state import CohortState
 from optuna_nnhp.training.cohort_state import get_cohort_state
+from optuna_nnhp.training.weight_files import JSON_SUFFIX
+from optuna_nnhp.training.weight_files import TENSORS_SUFFIX
+from optuna_nnhp.training.weight_files import load_with_checksum
+from optuna_nnhp.training.weight_files import save_with_checksum
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

@@ -13,8 +13,8 @@ from optuna import Study
 from optuna.trial import TrialState
 
 from optuna_nnhp.study.running_trial import RunningTrial
-from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.weight_files import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

@@ -43,7 +43,7 @@ class Problem(Protocol):
         fixed: Values of all other hyperparameters.
         maximize: Whether a greater metric is better.
         seed: Seed of everything.
-        rounds_per_epoch: How many of Optuna's steps make an epoch (see `training.rounds`).
+        rounds_per_epoch: How many of Optuna's steps make an epoch (see `training.batches`).
         device: Where the networks are trained.
         compile: Whether `torch.compile` compiles the networks.
         sequential: Whether a trial is trained to its end before the next leader is asked, because

@@ -23,13 +23,13 @@ from optuna_nnhp.study._optuna_internals import known_values
 from optuna_nnhp.study.outcomes import CAUSE
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.problem import Problem
+from optuna_nnhp.training.batches import epochs
+from optuna_nnhp.training.cohort import NUMERICS_CONTEXT_KEY
+from optuna_nnhp.training.cohort import SINGLE
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import NumericsContext
 from optuna_nnhp.training.cohort import Scores
-from optuna_nnhp.training.numerics_context import NUMERICS_CONTEXT_KEY
-from optuna_nnhp.training.numerics_context import SINGLE
-from optuna_nnhp.training.numerics_context import NumericsContext
-from optuna_nnhp.training.rounds import epochs
-from optuna_nnhp.training.segments import Segment
+from optuna_nnhp.training.retrain import Segment
 
 TRIAL_TIMEOUT = "trial_timeout"  # attribute of a trial that took longer than each may: seconds
 # Attributes of a trial whose values change while it trains: the values from which round on, and
@@ -106,7 +106,7 @@ class RunningTrial:
         exact_value:
             Its best value as that of its weights alone, once that is known.
         numerics_context:
-            What it was trained in, see `training.numerics_context`.
+            What it was trained in, see `training.cohort`.
         schedule:
             Its hyperparameter schedule, if values change while it trains, see `SCHEDULE`.
         root:

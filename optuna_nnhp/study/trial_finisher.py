@@ -23,7 +23,6 @@ from optuna_nnhp.study.running_trial import TRIAL_TIMEOUT
 from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Cohort
-from optuna_nnhp.training.retrain import evaluate_best
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -112,7 +111,7 @@ class TrialFinisher:
     def _settle(self, running: RunningTrial, cohort: Cohort, place: int) -> None:
         """Give a trial the value that its weights have alone, as whoever loads them finds it."""
         try:
-            running.exact_value = evaluate_best(cohort, place)
+            running.exact_value = cohort.evaluate_best(place)
         except Exception as error:  # no room for one more network, or a user's function
             _logger.warning(
                 f"Trial {running.member.number} could not be judged alone, and keeps the value "

@@ -48,9 +48,9 @@ from optuna_nnhp.study.trial_finisher import REPORT_INTERVAL
 from optuna_nnhp.study.trial_finisher import Callback
 from optuna_nnhp.study.trial_finisher import TrialFinisher
 from optuna_nnhp.study.trial_source import TrialSource
-from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Scores
+from optuna_nnhp.training.weight_files import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

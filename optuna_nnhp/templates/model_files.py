@@ -12,10 +12,10 @@ from torch import nn
 
 from optuna_nnhp.templates.base import NetworkBuilder
 from optuna_nnhp.templates.base import find_template
-from optuna_nnhp.training.atomic_files import checksum
-from optuna_nnhp.training.atomic_files import write_atomically
-from optuna_nnhp.training.best_weights import load_weights
-from optuna_nnhp.training.best_weights import save_weights
+from optuna_nnhp.training.weight_files import checksum
+from optuna_nnhp.training.weight_files import load_weights
+from optuna_nnhp.training.weight_files import save_weights
+from optuna_nnhp.training.weight_files import write_atomically
 from optuna_nnhp.version import __version__
 
 WEIGHTS_FILE, METADATA_FILE = "model.safetensors", "model.json"

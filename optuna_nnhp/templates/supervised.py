@@ -28,6 +28,7 @@ from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.loss import RegressionLoss
 from optuna_nnhp.hyperparameters.spec import Value
+from optuna_nnhp.networks.flat_parameters import param_column
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.study.problem import TrialTooLarge
 from optuna_nnhp.templates.base import Template
@@ -42,7 +43,6 @@ from optuna_nnhp.training.device import free_memory
 from optuna_nnhp.training.device import resolve_device
 from optuna_nnhp.training.metrics import Metric
 from optuna_nnhp.training.metrics import resolve_metric
-from optuna_nnhp.training.step_params import param_column
 from optuna_nnhp.training.torch_compile import check_compile
 
 CONTINUOUS_METRICS = ("log_loss",)  # of those for classes
@@ -270,7 +270,7 @@ def make_loss(task: str, members: Sequence[Member], device: torch.device) -> Los
     """
 
     def tensor(name: str) -> Tensor:
-        return torch.tensor(param_column(members, name), device=device)
+        return torch.tensor(param_column([m.params for m in members], name), device=device)
 
     def has(loss: str) -> Tensor:
         return torch.tensor([m.params["loss"] == loss for m in members], device=device)

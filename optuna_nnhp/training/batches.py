@@ -1,4 +1,10 @@
-"""Batches and noise: what a trial sees at each step, whoever trains beside it."""
+"""Which rows a trial sees at each step: rounds, batches, and the keys of its dropout noise.
+
+A round is what Optuna calls a step. It is one epoch while an epoch has few examples. A longer
+epoch is split into 3, 9, ... rounds, and a trial is evaluated after 1, 3, 9, ... rounds of its
+first epoch, so that a bad trial costs a fraction of an epoch; afterwards it is evaluated after
+every epoch. A step is the same share of the data in every trial of a study.
+"""
 
 from __future__ import annotations
 
@@ -12,48 +18,93 @@ from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
 from optuna_nnhp.networks.noise import DropoutNoise
 
+REDUCTION_FACTOR = 3
+MAX_EXAMPLES_PER_ROUND = 8192
+
+
+def rounds_per_epoch(examples: int) -> int:
+    """Return the smallest power of three that keeps rounds within `MAX_EXAMPLES_PER_ROUND`.
+
+    Example:
+        >>> [rounds_per_epoch(n) for n in (1_437, 8_192, 20_000, 39_073)]
+        [1, 1, 3, 9]
+    """
+    rounds = 1
+    while examples > rounds * MAX_EXAMPLES_PER_ROUND:
+        rounds *= REDUCTION_FACTOR
+    return rounds
+
+
+def next_evaluation(done: int, rounds: int) -> int:
+    """Return the round after which a trial is evaluated next.
+
+    Args:
+        done:
+            Rounds that the trial has finished.
+        rounds:
+            Rounds of an epoch.
+
+    Example:
+        >>> done, evaluated_after = 0, []
+        >>> for _ in range(5):
+        ...     done = next_evaluation(done, rounds=9)
+        ...     evaluated_after.append(done)
+        >>> evaluated_after
+        [1, 3, 9, 18, 27]
+    """
+    if done < rounds:
+        return max(1, done * REDUCTION_FACTOR)
+    return (done // rounds + 1) * rounds
+
+
+def epochs(done: int, rounds: int) -> int | float:
+    """Convert rounds to epochs: an int where the number is whole.
+
+    Example:
+        >>> epochs(18, 9), epochs(3, 9)
+        (2, 0.3333)
+    """
+    return done // rounds if done % rounds == 0 else round(done / rounds, 4)
+
 
 class RoundKeyedNoise:
-    """Noise that depends on the study's seed and a member's own rounds."""
+    """Dropout noise that depends only on the study's seed and on a member's finished rounds."""
 
     _seed: int
     _device: torch.device
 
     def noise(self, done: Sequence[int], step: int) -> DropoutNoise:
-        """The noise of a step of the next round."""
+        """Return the noise of one step of the next round, given each member's finished rounds."""
         distinct_rounds, index = _group_by_rounds(done)
-        return DropoutNoise(
-            [self.noise_key(rounds_done) for rounds_done in distinct_rounds],
-            index.to(self._device),
-            step,
-        )
+        keys = [self.noise_key(rounds_done) for rounds_done in distinct_rounds]
+        return DropoutNoise(keys, index.to(self._device), step)
 
     def noise_key(self, rounds_done: int) -> int:
-        """Where the noise of a member's next round comes from; by the rounds that it has done."""
+        """Return the key of the next round's noise for members that have finished some rounds."""
         return rng.mix_keys(self._seed, rng.NOISE, rounds_done)
 
 
 class Batches(RoundKeyedNoise):
-    """The rows and the noise of every round of every trial with one batch size.
+    """Rows and noise of every round, for all trials that share a batch size.
 
     Each epoch has a new order of the rows and is cut into rounds of equal length, so that members
-    of different ages come to the end of a round together. Where a round is a part of an epoch, up
-    to ``rounds - 1`` rows of the epoch's order are left out, others in each epoch.
+    that started at different times finish a round together. Where a round is a part of an epoch,
+    up to ``rounds - 1`` rows of the order are left out, different ones in each epoch.
 
     Args:
         examples:
             Rows of the training part.
         size:
-            Examples in a batch; the last one of a round may be smaller.
+            Examples of a batch; the last batch of a round may be smaller.
         rounds:
-            Rounds in an epoch.
+            Rounds of an epoch.
         seed:
             The study's seed.
         device:
-            Where the rows' numbers and the noise are wanted.
+            The device of the row indices and of the noise.
 
     Attributes:
-        size: Examples in a batch, at most a round's.
+        size: Examples of a batch, at most those of a round.
         per_round: Steps of a round.
 
     Example:
@@ -74,35 +125,36 @@ class Batches(RoundKeyedNoise):
         self._epoch_orders: dict[int, Tensor] = {}
 
     def rows(self, done: Sequence[int]) -> list[Tensor]:
-        """Rows of each step of the next round.
+        """Return the row indices of each step of the next round.
 
         Args:
             done:
-                Rounds that each member has done.
+                Rounds that each member has finished.
 
         Shape:
-            - Output: for each step ``(batch,)`` if all members are of one age, else
-              ``(k, batch)``.
+            - Output: for each step ``(batch,)`` if all members have finished equally many rounds,
+              else ``(k, batch)``.
         """
         distinct_rounds, index = self._distinct_rounds(done)
-        rounds = [
-            self._rows_of_round(rounds_done).split(self.size) for rounds_done in distinct_rounds
-        ]
+        rounds = [self._rows_of_round(n).split(self.size) for n in distinct_rounds]
         if len(distinct_rounds) == 1:
             return list(rounds[0])
         return [torch.stack(step)[index] for step in zip(*rounds, strict=True)]
 
     def orders(self, done: Sequence[int]) -> list[Tensor]:
-        """Rows of the whole next round, for each member ``(examples,)``; shared by equal ages."""
+        """Return each member's rows of the whole next round, ``(examples,)``.
+
+        Members that have finished equally many rounds share one tensor.
+        """
         distinct_rounds, index = self._distinct_rounds(done)
-        orders = [self._rows_of_round(rounds_done) for rounds_done in distinct_rounds]
+        orders = [self._rows_of_round(n) for n in distinct_rounds]
         return [orders[i] for i in index.tolist()]
 
     def _distinct_rounds(self, done: Sequence[int]) -> tuple[list[int], Tensor]:
-        """The ages that there are, and whose each is; orders of other epochs are forgotten."""
+        """Group members by finished rounds, and drop the cached orders of other epochs."""
         distinct_rounds, index = _group_by_rounds(done)
-        epochs = {rounds_done // self._rounds for rounds_done in distinct_rounds}
-        self._epoch_orders = {e: order for e, order in self._epoch_orders.items() if e in epochs}
+        current = {rounds_done // self._rounds for rounds_done in distinct_rounds}
+        self._epoch_orders = {e: order for e, order in self._epoch_orders.items() if e in current}
         return distinct_rounds, index
 
     def _rows_of_round(self, done: int) -> Tensor:
@@ -114,8 +166,6 @@ class Batches(RoundKeyedNoise):
 
 
 def _group_by_rounds(done: Sequence[int]) -> tuple[list[int], Tensor]:
-    """The ages there are, and the place of each member's own among them."""
+    """Return the distinct numbers of finished rounds, and each member's index in that list."""
     distinct_rounds = sorted(set(done))
-    return distinct_rounds, torch.tensor(
-        [distinct_rounds.index(rounds_done) for rounds_done in done]
-    )
+    return distinct_rounds, torch.tensor([distinct_rounds.index(n) for n in done])

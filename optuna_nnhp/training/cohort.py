@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
+import math
 
 import torch
 from torch import Tensor
@@ -18,54 +21,98 @@ from optuna_nnhp.engine.threads import no_op
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.regularization import EarlyStopping
 from optuna_nnhp.networks.flat_parameters import FlatParameters
+from optuna_nnhp.networks.flat_parameters import StepParams
 from optuna_nnhp.networks.layers import subset
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.networks.noise import DropoutNoise
+from optuna_nnhp.training.batches import next_evaluation
 from optuna_nnhp.training.device import keep_freed_memory
-from optuna_nnhp.training.numerics_context import extend_numerics_context
-from optuna_nnhp.training.rounds import next_evaluation
-from optuna_nnhp.training.step_params import Member as Member
-from optuna_nnhp.training.step_params import StepParams
 from optuna_nnhp.training.task import Apply as Apply
 from optuna_nnhp.training.task import Arrays as Arrays
+from optuna_nnhp.training.task import Member as Member
 from optuna_nnhp.training.task import Scores as Scores
 from optuna_nnhp.training.task import Task as Task
 from optuna_nnhp.training.torch_compile import compile_forward
 
-MAX_EVALUATION_ACTIVATIONS = 2**22  # numbers of layers' outputs in evaluation, to bound memory
+MAX_EVALUATION_ACTIVATIONS = 2**22  # at once, to bound the memory of an evaluation
+NO_EARLY_STOPPING = 10**9  # epochs of patience of a trial without early stopping
+STEP_OVERHEAD_FLOPS = 2e6  # what a step costs on top of its arithmetic, as arithmetic
 
-NO_EARLY_STOPPING = 10**9  # epochs of patience where there is no early stopping
-STEP_OVERHEAD_FLOPS = (
-    2e6  # operations in the time that a small network's step takes whatever its size
+# Attributes of a cohort that are lists with one entry for each member.
+PER_MEMBER = (
+    "members",
+    "total_steps",
+    "rounds_done",
+    "iterations",
+    "next_evaluations",
+    "numerics_context",
 )
+
+# Torch rounds the matrix products and convolutions of one network differently from those of a
+# stack; stacks of any two sizes are rounded alike (measured: perceptrons, convolutions,
+# attention). It also matters whether all members see the same examples. So retraining a member of
+# a cohort exactly needs a copy beside it. The compiled engines round alike in every context.
+SINGLE, SAME_STEP, DIFFERENT_STEPS = 0, 1, 2
+NUMERICS_CONTEXT_KEY = "numerics_context"  # the trial attribute that holds it
+NumericsContext = Sequence[Sequence[int]]  # pairs: first round, and one of the three constants
+
+
+def extend_numerics_context(
+    numerics_context: NumericsContext, done: int, rounds_done: Sequence[int]
+) -> list[list[int]]:
+    """Return a member's numerics context, extended by that of its next round.
+
+    Args:
+        numerics_context:
+            The context so far.
+        done:
+            Rounds that the member has finished.
+        rounds_done:
+            Rounds that each member of its cohort has finished, itself included.
+
+    Example:
+        >>> context = extend_numerics_context([], 0, rounds_done=[0, 0])
+        >>> context = extend_numerics_context(context, 1, rounds_done=[1, 1])
+        >>> extend_numerics_context(context, 2, rounds_done=[2])
+        [[0, 1], [2, 0]]
+    """
+    kind = SAME_STEP if len(set(rounds_done)) == 1 else DIFFERENT_STEPS
+    kind = SINGLE if len(rounds_done) == 1 else kind
+    known = [list(entry) for entry in numerics_context]
+    return known if known and known[-1][1] == kind else [*known, [done, kind]]
 
 
 class Cohort:
     """k trials with one signature and one batch size, trained as one network.
 
-    A member's course does not depend on its mates: its weights start from its own seed, batch
-    order and noise from the study's seed and the member's own rounds, and nothing is shared
-    across the first axis. Members may leave and join between rounds.
+    A member's training does not depend on the other members: its initial weights come from its
+    own seed, the batch order and the dropout noise from the study's seed and the member's
+    finished rounds, and no operation mixes members. Between rounds, members may leave and new
+    ones may be appended.
 
     Args:
         members:
-            The trials. They are kept sorted by activation, so that each function works on one
-            contiguous slice; see the attribute `members` for the order of all results.
+            The trials. They are sorted by activation, so that each activation function works on
+            one contiguous slice; all results are in the order of the attribute `members`.
         task:
             What they train on.
 
     Attributes:
-        members: Those still training.
-        done: Rounds that each has done (see `training.rounds`).
-        iterations: Steps of the optimizer that each has done.
-        stepped: Steps that all have done of a round that they have begun.
-        numerics_context: The numerics context of each, see `extend_numerics_context`.
-        stopping: Best values and rounds, per member.
+        members: The trials still in training.
+        rounds_done: Rounds that each member has finished (see `training.batches`).
+        iterations: Optimizer steps that each member has done.
+        total_steps: Optimizer steps of each member's budget.
+        next_evaluations: The round after which each member is evaluated next.
+        numerics_context: Each member's numerics context, see `extend_numerics_context`.
+        steps_into_round: Steps that all members have done of an unfinished round.
+        evaluates_all_data: Whether every evaluation reads the whole validation part.
+        stopping: The best values and rounds of all members.
+        best_weights: The network's `state_dict`, each member at its best round.
     """
 
     def __init__(self, members: Sequence[Member], task: Task) -> None:
         self.members, self.task = _sort_by_activation(members), task
-        with limited_threads(0.0):  # many small decompositions, where weights start orthogonal
+        with limited_threads(0.0):  # orthogonal initialization does many small decompositions
             self.network = task.build(self.members)
         self.forward = compile_forward(self.network.forward) if task.compile else self.network
         self.flat = FlatParameters(self.network)
@@ -77,48 +124,46 @@ class Cohort:
         self.total_steps = [task.total_steps(m, self.batches.per_round) for m in self.members]
         self.rounds_done, self.iterations, self.steps_into_round = [0] * k, [0] * k, 0
         self.numerics_context: list[list[list[int]]] = [[] for _ in self.members]
-        self.next_evaluations, self.evaluates_all_data = (
-            [next_evaluation(0, task.rounds)] * k,
-            False,
-        )
+        self.next_evaluations = [next_evaluation(0, task.rounds)] * k
+        self.evaluates_all_data = False
         self.loss_sum, self.examples_seen = torch.zeros(k, device=device), torch.zeros(k)
         self.refresh()
 
     def train_round(self, out_of_time: Callable[[], bool] = lambda: False) -> Scores | None:
-        """Train every member up to the next evaluation of any, and evaluate.
+        """Train all members until the next evaluation of any member, and evaluate.
 
         Args:
             out_of_time:
-                Asked before every step; once it says yes, training stops.
+                Called before every step; if it returns True, training stops.
 
         Returns:
-            The scores, or None if time ran out. Then the next call goes on in the middle of the
-            round; but not where the engine trains members one beside the other (``compiled_mlp``),
-            each of which is somewhere else.
+            The scores, or None if time ran out. The next call then continues in the middle of the
+            round, except where the compiled engine trains members in parallel (`compiled_mlp`):
+            there each member has stopped at a different step.
         """
-        # Beside an engine's own threads those of torch would spin; compiled code is for as many
-        # threads as there are when it is made.
+        # Torch's threads would compete with the engine's. Compiled code keeps the number of
+        # threads that it was compiled for.
         is_compiled = self.compiled_mlp is not None or self.engine is not None
-        work = 0.0 if is_compiled else 3 * self._forward_flops * len(self.members)
-        with nullcontext(no_op) if self.task.compile else limited_threads(work) as before_step:
+        flops = 0.0 if is_compiled else 3 * self._forward_flops * len(self.members)
+        with nullcontext(no_op) if self.task.compile else limited_threads(flops) as before_step:
             while self._train(out_of_time, before_step):
-                if places := self._members_to_evaluate():
-                    return self._evaluate(places)
+                if indices := self._members_to_evaluate():
+                    return self._evaluate(indices)
         return None
 
     def _train(self, out_of_time: Callable[[], bool], before_step: Callable[[], None]) -> bool:
-        """THE loop: every member's steps of one round; whether there was time for it."""
+        """Train all members for one round, the training loop; return False if time ran out."""
         self.network.train()
         left = max(t - i for t, i in zip(self.total_steps, self.iterations, strict=True))
-        begin = self.steps_into_round  # where a round was left, it goes on
+        begin = self.steps_into_round
         end = min(left + begin, self.batches.per_round)
         rates = self.step_params.rates(self.iterations, end - begin, self.total_steps)
         if self.compiled_mlp is not None:
             return self._train_compiled(self.compiled_mlp, rates, out_of_time)
         if self.engine is None:
-            each = zip(self.numerics_context, self.rounds_done, strict=True)
             self.numerics_context = [
-                extend_numerics_context(known, done, self.rounds_done) for known, done in each
+                extend_numerics_context(context, done, self.rounds_done)
+                for context, done in zip(self.numerics_context, self.rounds_done, strict=True)
             ]
         self.flat.allocate_grads(by_autograd=self.engine is None)
         steps = islice(self.batches.rows(self.rounds_done), begin, end)
@@ -135,7 +180,7 @@ class Cohort:
         return True
 
     def _backward(self, rows: Tensor, noise: DropoutNoise) -> Tensor:
-        """Gradients of a step; each member's loss."""
+        """Compute the gradients of one step, and return each member's loss ``(k,)``."""
         if self.engine is not None:
             return self.engine.backward(rows, noise)
         data = self.task.arrays
@@ -146,18 +191,16 @@ class Cohort:
     def _train_compiled(
         self, compiled_mlp: CompiledMLP, rates: Tensor, out_of_time: Callable[[], bool]
     ) -> bool:
-        """The same by the compiled engine."""
+        """Train all members for one round with the compiled engine, as `_train`."""
         data, batches, steps = self.task.arrays, self.batches, len(rates)
         rows = [order[: steps * batches.size] for order in batches.orders(self.rounds_done)]
-        keys = {
-            rounds_done: batches.noise_key(rounds_done) for rounds_done in set(self.rounds_done)
-        }
-        losses, done = compiled_mlp.train(
+        keys = {done: batches.noise_key(done) for done in set(self.rounds_done)}
+        losses, steps_done = compiled_mlp.train(
             *(data.train_x, data.train_y, rows, batches.size),
-            *([keys[rounds_done] for rounds_done in self.rounds_done], rates, out_of_time),
+            *([keys[done] for done in self.rounds_done], rates, out_of_time),
         )
-        self.iterations = [i + n for i, n in zip(self.iterations, done, strict=True)]
-        if min(done) < steps:
+        self.iterations = [i + n for i, n in zip(self.iterations, steps_done, strict=True)]
+        if min(steps_done) < steps:
             return False
         self.loss_sum += torch.tensor(losses)
         self.examples_seen += len(rows[0])
@@ -165,24 +208,21 @@ class Cohort:
         return True
 
     def reset_best(self) -> None:
-        """Let no evaluation have been so far."""
+        """Forget all evaluations, as if none had been."""
         self.stopping = EarlyStopping.start(
             [int(m.params.get("patience") or NO_EARLY_STOPPING) for m in self.members],
             [float(m.params.get("min_improvement") or 0) for m in self.members],
         )
 
     def set_next_evaluation(self, done: int) -> None:
-        """Evaluate all members next when they have done so many rounds, on all of the data."""
+        """Evaluate all members after round ``done``, on the whole validation part."""
         self.next_evaluations, self.evaluates_all_data = [done] * len(self.members), True
 
-    def select(self, places: Sequence[int]) -> None:
-        """Go on with some members only, given by their places in ``self.members``.
-
-        A place that is named twice is copied.
-        """
-        index = torch.tensor(places, dtype=torch.long)
+    def select(self, indices: Sequence[int]) -> None:
+        """Keep only some members, given by their indices; a repeated index copies the member."""
+        index = torch.tensor(indices, dtype=torch.long)
         for name in PER_MEMBER:
-            setattr(self, name, [getattr(self, name)[i] for i in places])
+            setattr(self, name, [getattr(self, name)[i] for i in indices])
         self.stopping.select(index)
         self.examples_seen = self.examples_seen[index]
         index = index.to(self.loss_sum.device)
@@ -193,10 +233,10 @@ class Cohort:
         self.refresh()
 
     def append(self, members: Sequence[Member]) -> None:
-        """Take in new members with the same signature and batch size, at their beginning.
+        """Append new members with the same signature and batch size, before their first step.
 
-        They must count their budget in epochs: the steps of a number of iterations may end
-        within a round, where a mate has others still to do.
+        Their budget must be given in epochs: a budget in iterations may end within a round, in
+        which other members still have steps to do.
         """
         new = Cohort(members, self.task)
         for name in PER_MEMBER:
@@ -209,49 +249,100 @@ class Cohort:
         self.best_weights = {
             n: torch.cat([w, new.best_weights[n]]) for n, w in self.best_weights.items()
         }
-        order = {m.number: place for place, m in enumerate(self.members)}
+        order = {m.number: index for index, m in enumerate(self.members)}
         self.select([order[m.number] for m in _sort_by_activation(self.members)])
+
+    @torch.no_grad()
+    def resume_from(
+        self, sources: Sequence[int], members: Sequence[Member], fresh: Collection[int] = ()
+    ) -> None:
+        """Replace each member by one that continues from another member's state.
+
+        The new members take over weights, optimizer state, running statistics, counters and best
+        values of their sources. Call it between two rounds.
+
+        Args:
+            sources:
+                The index of the source of each new member.
+            members:
+                The new members. Their structure and activation must be those of the source.
+            fresh:
+                Positions in ``members`` that start with new initial weights and a new optimizer.
+                Their counters, which the learning rate schedule follows, are the source's.
+
+        Raises:
+            ValueError: If a member's activation, optimizer or batch size is not its source's.
+                Whether shapes are equal is not checked.
+        """
+        for source, member in zip(sources, members, strict=True):
+            old, new = self.members[source].params, member.params
+            for name in ("activation", "optimizer", "batch_size"):
+                if old.get(name) != new.get(name):
+                    raise ValueError(
+                        f"`{name}` must stay {old.get(name)!r} when a member resumes from "
+                        f"another, but got {new.get(name)!r}."
+                    )
+        order = sorted(range(len(sources)), key=lambda i: str(members[i].params.get("activation")))
+        members = [members[i] for i in order]
+        self.select([sources[i] for i in order])
+        self.members = members
+        self.network.set_hyperparameters(
+            [m.params for m in members], lambda: self.task.build(members)
+        )
+        for index, member in enumerate(members):
+            if order[index] in fresh:
+                self._restart(index, member)
+        self.refresh()
+
+    def _restart(self, index: int, member: Member) -> None:
+        """Give a member new initial weights and a new optimizer."""
+        initial = self.task.build([member]).state_dict()
+        for name, tensor in self.network.state_dict().items():
+            tensor[index].copy_(initial[name][0])
+        for state in (self.flat.exp_avg, self.flat.exp_avg_sq, self.flat.steps):
+            state[index] = 0
 
     @property
     def step_flops(self) -> float:
-        """Operations of a step of all members, about, and what a small step costs beside them."""
+        """Estimated operations of a step of all members, with the fixed cost of a step."""
         return len(self.members) * (3 * self._forward_flops + STEP_OVERHEAD_FLOPS)
 
     @property
     def _forward_flops(self) -> float:
-        """Operations of one member's forward pass of a batch, about."""
+        """Estimated operations of one member's forward pass of a batch."""
         return self.batches.size * (self.network.flops or 2.0 * self.flat.weights.shape[1])
 
     @property
     def can_append(self) -> bool:
-        """Whether new members may join those that have trained already."""
+        """Whether new members can be appended to those that have trained already."""
         if self.steps_into_round:
             return False
         return self.task.can_append and not any(m.params["iterations"] for m in self.members)
 
-    def best_value(self, place: int) -> float:
-        """Best value of a member so far; infinite, on the bad side, before the first."""
-        best = float(self.stopping.best[place])
+    def best_value(self, index: int) -> float:
+        """Return a member's best value so far; the worst infinity before the first."""
+        best = float(self.stopping.best[index])
         return best if self.task.maximize else -best
 
     @property
     def best(self) -> float:
-        """Best value of all members so far."""
+        """The best value of all members so far."""
         best = float(self.stopping.best.max())
         return best if self.task.maximize else -best
 
-    def best_network(self, place: int) -> nn.Module:
-        """A member's network as it was at its best round, plain."""
-        return self.network.member(place, self.best_weights)
+    def best_network(self, index: int) -> nn.Module:
+        """Return a member's plain network with the weights of its best round."""
+        return self.network.member(index, self.best_weights)
 
     def refresh(self) -> None:
-        """Read anew what training needs of the members' hyperparameters."""
+        """Recompute all that depends on the members' hyperparameters."""
+        params, data = [m.params for m in self.members], self.task.arrays
         self.loss = self.task.loss(self.members)
-        self.step_params = StepParams(self.members, self.flat.weights)
+        self.step_params = StepParams(params, self.flat.weights)
         self.update = self.task.make_updater(
             self.flat, self.step_params, self.network, self.members
         )
-        network, data = self.network, self.task.arrays
+        network = self.network
         self.compiled_mlp, self.engine = None, self.task.engine(network, self.flat)
         if isinstance(network, StackedMLP) and CompiledMLP.supports(network, *vars(data).values()):
             assert isinstance(self.loss, Loss)
@@ -260,61 +351,62 @@ class Cohort:
             )
 
     def _members_to_evaluate(self) -> list[int]:
-        """Who is to be evaluated now."""
         return [
-            place
-            for place, member in enumerate(self.members)
-            if self.rounds_done[place] >= self.next_evaluations[place]
-            or self.iterations[place] >= self.total_steps[place]
+            index
+            for index in range(len(self.members))
+            if self.rounds_done[index] >= self.next_evaluations[index] or self._is_over(index)
         ]
 
+    def _is_over(self, index: int) -> bool:
+        return self.iterations[index] >= self.total_steps[index]
+
     @torch.no_grad()
-    def _evaluate(self, places: list[int]) -> Scores:
-        """Evaluate some members, note who is at its best, and say who has ended."""
-        index = torch.tensor(places)
-        is_over = any(self.iterations[place] >= self.total_steps[place] for place in places)
-        is_over = is_over or self.evaluates_all_data
-        members = [self.members[place] for place in places]
+    def _evaluate(self, indices: list[int]) -> Scores:
+        """Evaluate some members, store the weights of new best rounds, and return the scores."""
+        index = torch.tensor(indices)
+        is_over = self.evaluates_all_data or any(self._is_over(i) for i in indices)
+        members = [self.members[i] for i in indices]
         validation_loss, value, counts = self.task.evaluate(self.apply(index), members, is_over)
         train_loss, value = (self.loss_sum.cpu() / self.examples_seen)[index], value.double().cpu()
-        broken = ~(torch.isfinite(train_loss) & torch.isfinite(value))
-        greater = torch.where(broken, torch.nan, value if self.task.maximize else -value)
+        diverged = ~(torch.isfinite(train_loss) & torch.isfinite(value))
+        greater = torch.where(diverged, torch.nan, value if self.task.maximize else -value)
         greater = greater if counts else torch.full_like(greater, torch.nan)
-        waited_long = self.stopping.update(
+        out_of_patience = self.stopping.update(
             greater, validation_loss, index, self.rounds_done, self.task.rounds
         )
         best_round = self.stopping.best_round[index].tolist()
-        done = [self.rounds_done[place] for place in places]
-        best = [p for p, b, d in zip(places, best_round, done, strict=True) if b == d]
+        done = [self.rounds_done[i] for i in indices]
+        best = [i for i, b, d in zip(indices, best_round, done, strict=True) if b == d]
         for name, tensor in self.network.state_dict().items():
             self.best_weights[name][best] = tensor[best]
-        for place in places:
-            self.next_evaluations[place] = next_evaluation(
-                self.rounds_done[place], self.task.rounds
-            )
-            self.loss_sum[place] = self.examples_seen[place] = 0
+        for i in indices:
+            self.next_evaluations[i] = next_evaluation(self.rounds_done[i], self.task.rounds)
+            self.loss_sum[i] = self.examples_seen[i] = 0
+        reasons = zip(indices, diverged.tolist(), out_of_patience.tolist(), strict=True)
         return Scores(
-            indices=places,
+            indices=indices,
             rounds=done,
             train_loss=train_loss.tolist(),
             validation_loss=validation_loss.tolist(),
             value=value.tolist(),
             best_round=best_round,
-            ended=self._end_reasons(places, broken.tolist(), waited_long.tolist()),
+            ended=[self._end_reason(*reason) for reason in reasons],
         )
 
-    def _end_reasons(
-        self, places: list[int], broken: list[bool], waited_long: list[bool]
-    ) -> list[str | None]:
-        over = [self.iterations[place] >= self.total_steps[place] for place in places]
-        return [
-            "diverged" if b else "finished" if o else "early stopping" if w else None
-            for b, o, w in zip(broken, over, waited_long, strict=True)
-        ]
+    def _end_reason(self, index: int, diverged: bool, out_of_patience: bool) -> str | None:
+        if diverged:
+            return "diverged"
+        if self._is_over(index):
+            return "finished"
+        return "early stopping" if out_of_patience else None
 
     def apply(self, index: Tensor) -> Apply:
-        """Some members' network, in evaluation: from inputs to outputs ``(k, m, outputs)``, or
-        what their engine says a text costs."""
+        """Return the forward pass of some members ``(m,)`` in evaluation mode.
+
+        Returns:
+            A function from inputs to outputs ``(m, rows, outputs)``, or a part of the compiled
+            GPT engine, which computes a text's loss.
+        """
         network, compiled_mlp = self.network, self.compiled_mlp
         if compiled_mlp is not None:
             return lambda x: compiled_mlp.evaluate(x, index.tolist())
@@ -327,16 +419,34 @@ class Cohort:
         rows = max(1, MAX_EVALUATION_ACTIVATIONS // (len(index) * each))
         return lambda x: torch.cat([network(part) for part in x.split(rows)], dim=1)
 
+    def evaluate_best(self, index: int) -> float:
+        """Return the metric of a member's best weights, as `training.retrain` computes it.
 
-# Lists, one entry for each.
-PER_MEMBER = (
-    "members",
-    "total_steps",
-    "rounds_done",
-    "iterations",
-    "next_evaluations",
-    "numerics_context",
-)
+        The compiled engines compute the same value in every cohort, so the value of the
+        evaluation is returned; where torch computes, the weights are evaluated again, alone.
+        """
+        value = self.best_value(index)
+        is_compiled = self.compiled_mlp is not None or self.engine is not None
+        if is_compiled or not math.isfinite(value):
+            return value
+        return self.evaluate_weights(index, self.best_weights)
+
+    def evaluate_weights(self, index: int, weights: Mapping[str, Tensor]) -> float:
+        """Return the metric of a member, alone, with the weights of a `state_dict`."""
+        alone = Cohort([self.members[index]], self.task)
+        with torch.no_grad():
+            for name, tensor in alone.network.state_dict().items():
+                tensor[0].copy_(weights[name][index])
+        return alone.evaluate_single()
+
+    def evaluate_single(self) -> float:
+        """Return the metric of a cohort of one on the whole validation part.
+
+        It depends on the weights alone, not on the number of threads: torch uses one thread.
+        """
+        with limited_threads(0.0), torch.no_grad():
+            _, value, _ = self.task.evaluate(self.apply(torch.tensor([0])), self.members, True)
+        return float(value.double()[0])
 
 
 def _sort_by_activation(members: Sequence[Member]) -> list[Member]:

@@ -16,14 +16,14 @@ from optuna_nnhp.engine.gpt import CompiledGPT
 from optuna_nnhp.engine.gpt import CompiledGPTSubset
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.networks.flat_parameters import FlatParameters
+from optuna_nnhp.networks.flat_parameters import StepParams
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.training.batches import RoundKeyedNoise
 from optuna_nnhp.training.cohort import Apply
 from optuna_nnhp.training.cohort import Task
 from optuna_nnhp.training.param_groups import ParamGroupUpdate
-from optuna_nnhp.training.step_params import Member
-from optuna_nnhp.training.step_params import StepParams
+from optuna_nnhp.training.task import Member
 
 ROUNDS_PER_BUDGET = 9  # of a trial's budget: evaluated after 1, 3 and all of them
 EARLY_VALIDATION_TOKENS = 2**15  # tokens of the validation part in evaluations before the last one

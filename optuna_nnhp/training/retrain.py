@@ -1,31 +1,43 @@
-"""Training and judging a member again, alone, as it was among its mates."""
+"""Training a member again, alone, so that it gets exactly the weights it had in its cohort."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 import math
 
-import torch
-from torch import Tensor
 from torch import nn
 
-from optuna_nnhp.engine.threads import limited_threads
 from optuna_nnhp.networks.load_member import load_member
+from optuna_nnhp.training.cohort import DIFFERENT_STEPS
+from optuna_nnhp.training.cohort import SINGLE
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import NumericsContext
 from optuna_nnhp.training.cohort import Scores
-from optuna_nnhp.training.numerics_context import DIFFERENT_STEPS
-from optuna_nnhp.training.numerics_context import SINGLE
-from optuna_nnhp.training.numerics_context import NumericsContext
 from optuna_nnhp.training.run_to_end import run_to_end
-from optuna_nnhp.training.segments import Segment
-from optuna_nnhp.training.segments import resume_from
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a member's training with constant hyperparameters.
+
+    Args:
+        begin:
+            Rounds that the member has finished when the segment begins.
+        member:
+            The member, with the hyperparameters of this segment.
+        from_scratch:
+            Whether the segment begins with new initial weights.
+    """
+
+    begin: int
+    member: Member
+    from_scratch: bool = False
 
 
 @dataclass
@@ -34,13 +46,13 @@ class RetrainResult:
 
     Args:
         cohort:
-            It is the first there.
+            The cohort whose first member it is.
         values:
-            Its metric, by round, as it is among mates if it had any.
+            Its metric after each evaluated round, as in its cohort.
         network:
-            Its plain network as it was at the round that was asked for, None before.
+            Its plain network after the wanted round; None if that was not reached.
         value:
-            That network's metric, judged alone.
+            The metric of that network, evaluated alone.
     """
 
     cohort: Cohort
@@ -58,144 +70,91 @@ def retrain(
     evaluation_rounds: Iterable[int] | None = None,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> RetrainResult:
-    """Train a member along its course, in its company.
+    """Train a member along its segments, in its numerics context.
 
     Args:
         make:
             Makes a new cohort of some members.
         segments:
-            All its stages, the first of which begins at 0.
+            All segments; the first one begins at 0.
         rounds:
             Rounds to train.
         best:
-            The round whose network is wanted, 0 for none.
+            The round whose network is returned; 0 for none.
         numerics_context:
-            What it had, see `extend_numerics_context`; alone if there is none.
+            The member's numerics context, see `extend_numerics_context`; empty for a member that
+            trained alone or on a compiled engine.
         evaluation_rounds:
-            Rounds after which it was evaluated on all data, as in lockstep; if None those after
-            which a trial always is.
+            Rounds after which the member was evaluated on all data; None for those of
+            `next_evaluation`.
         out_of_time:
-            Asked before every step; once it says yes, training stops, and what is returned has
-            trained for less than it should.
+            Called before every step; if it returns True, training stops early, and the result
+            has trained for fewer rounds.
     """
     result = RetrainResult(make([segments[0].member]))
-    by_begin = {segment.begin: segment for segment in segments}
+    cohort, by_begin = result.cohort, {segment.begin: segment for segment in segments}
     stops = {*by_begin, *(begin for begin, _ in numerics_context), best, rounds}
-    planned = (
-        None
-        if evaluation_rounds is None
-        else sorted({*evaluation_rounds, *by_begin, best, rounds})
-    )
+    planned = sorted({*(evaluation_rounds or ()), *by_begin, best, rounds})
     context_now = SINGLE
-    trainer = run_to_end([result.cohort], out_of_time, ended=lambda _: ())
-    while (done := result.cohort.rounds_done[0]) < rounds:
-        segment, kind = by_begin.get(done), _context_of_round(numerics_context, done)
+    evaluations = run_to_end([cohort], out_of_time, ended=lambda _: ())
+    while (done := cohort.rounds_done[0]) < rounds:
+        segment, context = by_begin.get(done), _context_of_round(numerics_context, done)
         if segment is not None and (done or segment.from_scratch):
-            result.cohort.select([0])
+            cohort.select([0])
             context_now = SINGLE
-            resume_from(
-                result.cohort, [0], [segment.member], fresh=[0] if segment.from_scratch else []
-            )
-        if kind != context_now:
-            _pad_with_copy(result.cohort, kind)
-            context_now = kind
-        if planned is not None:
-            result.cohort.set_next_evaluation(next(end for end in planned if end > done))
-        if not _train_on(result, trainer, min(stop for stop in stops if stop > done)):
+            cohort.resume_from([0], [segment.member], fresh=[0] if segment.from_scratch else [])
+        if context != context_now:
+            _pad_with_copy(cohort, context)
+            context_now = context
+        if evaluation_rounds is not None:
+            cohort.set_next_evaluation(next(end for end in planned if end > done))
+        if not _train_on(result, evaluations, min(stop for stop in stops if stop > done)):
             break
-        if result.cohort.rounds_done[0] == best:
-            result.network = result.cohort.network.member(0)
-            result.value = evaluate_member(result.cohort, 0, result.cohort.network.state_dict())
+        if cohort.rounds_done[0] == best:
+            result.network = cohort.network.member(0)
+            result.value = cohort.evaluate_weights(0, cohort.network.state_dict())
     return result
 
 
 def _context_of_round(numerics_context: NumericsContext, done: int) -> int:
-    """A member's company in its next round."""
+    """Return the numerics context of the round that follows ``done`` finished rounds."""
     return next((kind for begin, kind in reversed(numerics_context) if begin <= done), SINGLE)
 
 
-def _pad_with_copy(cohort: Cohort, kind: int) -> None:
-    """Put a member in some company: that of its own copy, which may be of another age."""
-    cohort.select([0] if kind == SINGLE else [0, 0])
-    if kind == DIFFERENT_STEPS:
+def _pad_with_copy(cohort: Cohort, context: int) -> None:
+    """Put a copy of the member beside it as its numerics context requires."""
+    cohort.select([0] if context == SINGLE else [0, 0])
+    if context == DIFFERENT_STEPS:
         cohort.rounds_done[1] += 1
 
 
-def _train_on(result: RetrainResult, trainer: Iterator[tuple[Cohort, Scores]], stop: int) -> bool:
-    """Train to the member's next evaluation, or to a round where something changes.
-
-    Returns:
-        Whether there was time for it.
-    """
+def _train_on(
+    result: RetrainResult, evaluations: Iterator[tuple[Cohort, Scores]], stop: int
+) -> bool:
+    """Train to the next evaluation, at most to round ``stop``; return False if time ran out."""
     cohort = result.cohort
-    if len(cohort.members) > 1:
-        cohort.next_evaluations[1] = (
-            min(cohort.next_evaluations[0], stop) + cohort.rounds_done[1] - cohort.rounds_done[0]
-        )
-    _, scores = next(trainer, (cohort, None))
+    if len(cohort.members) > 1:  # evaluate the copy, and so stop, at the same time
+        ahead = cohort.rounds_done[1] - cohort.rounds_done[0]
+        cohort.next_evaluations[1] = min(cohort.next_evaluations[0], stop) + ahead
+    _, scores = next(evaluations, (cohort, None))
     if scores is not None and 0 in scores.indices:
         result.values[cohort.rounds_done[0]] = scores.value[scores.indices.index(0)]
     return scores is not None
 
 
-def evaluate_alone(cohort: Cohort) -> float:
-    """The metric of a cohort of one, on all of the validation part.
-
-    It depends on the weights only, not on the number of threads: torch's are not used.
-    """
-    with limited_threads(0.0), torch.no_grad():
-        _, value, _ = cohort.task.evaluate(cohort.apply(torch.tensor([0])), cohort.members, True)
-    return float(value.double()[0])
-
-
 def evaluate_network(
     make: Callable[[Sequence[Member]], Cohort], member: Member, network: nn.Module
 ) -> float:
-    """The metric of a plain network, as if it were that of a member at an evaluation.
+    """Return the metric of a member's plain network, as an evaluation in a cohort computes it.
 
     Args:
         make:
             Makes a new cohort of some members.
         member:
-            Whose network it is.
+            The member whose network it is.
         network:
             The network.
     """
     cohort = make([member])
     load_member(cohort.network, 0, network)
-    return evaluate_alone(cohort)
-
-
-def evaluate_member(cohort: Cohort, index: int, weights: Mapping[str, Tensor]) -> float:
-    """The metric of a member's weights, alone: where torch computes, mates round it otherwise.
-
-    Args:
-        cohort:
-            The cohort.
-        index:
-            The member's.
-        weights:
-            A `state_dict` of the cohort's network.
-    """
-    alone = Cohort([cohort.members[index]], cohort.task)
-    with torch.no_grad():
-        for name, tensor in alone.network.state_dict().items():
-            tensor[0].copy_(weights[name][index])
-    return evaluate_alone(alone)
-
-
-def evaluate_best(cohort: Cohort, index: int) -> float:
-    """The metric of a member's best weights as `evaluate_network` will come to it.
-
-    The compiled engines' is that of the evaluation; what torch computes is judged anew.
-
-    Args:
-        cohort:
-            The cohort.
-        index:
-            The member's.
-    """
-    known = cohort.best_value(index)
-    if cohort.compiled_mlp is not None or cohort.engine is not None or not math.isfinite(known):
-        return known
-    return evaluate_member(cohort, index, cohort.best_weights)
+    return cohort.evaluate_single()

@@ -1,31 +1,54 @@
-"""What a cohort trains on, and what an evaluation brings."""
+"""What a cohort trains on and how it is scored: members, data, loss, metric, update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from optuna_nnhp.engine.gpt import CompiledGPT
 from optuna_nnhp.engine.gpt import CompiledGPTSubset
 from optuna_nnhp.hyperparameters.epochs import total_iterations
+from optuna_nnhp.hyperparameters.optimizer import optimizer_step
+from optuna_nnhp.hyperparameters.regularization import add_l1
+from optuna_nnhp.hyperparameters.regularization import clip_gradients
+from optuna_nnhp.hyperparameters.regularization import decay_weights
+from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.networks.flat_parameters import FlatParameters
+from optuna_nnhp.networks.flat_parameters import StepParams
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.training.batches import Batches
-from optuna_nnhp.training.rounds import rounds_per_epoch
-from optuna_nnhp.training.step_params import Member
-from optuna_nnhp.training.step_params import StepParams
-from optuna_nnhp.training.update import Update
-from optuna_nnhp.training.update import Updater
+from optuna_nnhp.training.batches import rounds_per_epoch
 
-Apply = Callable[[Tensor], Tensor] | CompiledGPTSubset  # some members' network, in evaluation
+Apply = Callable[[Tensor], Tensor] | CompiledGPTSubset  # forward pass of some members
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trial in a cohort.
+
+    Args:
+        number:
+            The trial's number.
+        seed:
+            The seed of its initial weights.
+        params:
+            All its hyperparameters; a switched-off effect is 0 (see
+            `hyperparameters.effective_params`).
+    """
+
+    number: int
+    seed: int
+    params: dict[str, Value]
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """The data of a study, on the device it is trained on; held once for all cohorts.
+    """The data of a study, on the device of training; all cohorts share them.
 
     Shape:
         - train_x: ``(n, features)``; train_y: ``(n,)``.
@@ -38,9 +61,49 @@ class Arrays:
     valid_y: Tensor
 
 
+class Updater(Protocol):
+    """Updates the parameters of a cohort."""
+
+    def step(self, rates: Tensor) -> None:
+        """Update all members from their gradients, at each member's learning rate ``(k,)``."""
+
+
+class Update:
+    """Updates each member by its own optimizer, at one learning rate for all its parameters.
+
+    Args:
+        flat:
+            The members' parameters.
+        step_params:
+            Their hyperparameters.
+    """
+
+    def __init__(self, flat: FlatParameters, step_params: StepParams) -> None:
+        self.flat, self.step_params = flat, step_params
+
+    @torch.no_grad()
+    def step(self, rates: Tensor) -> None:
+        """Regularize and clip the gradients, then update each member by its own optimizer."""
+        flat, step_params = self.flat, self.step_params
+        for block in flat.blocks:
+            weights, grads = flat.weights[block], flat.grads[block]
+            matrices = weights[:, : flat.num_decayed], grads[:, : flat.num_decayed]
+            if step_params.has_l1:
+                add_l1(*matrices, step_params.l1[block])
+            clip_gradients(grads, step_params.clip_norm[block])
+            decay = step_params.weight_decay[block], step_params.decoupled[block]
+            decay_weights(*matrices, rates[block].to(weights), *decay)
+            for state, name, rate, coefficients in zip(
+                *(flat.optimizer_states[block], step_params.optimizers[block]),
+                *(rates[block].tolist(), step_params.coefficients[block]),
+                strict=True,
+            ):
+                optimizer_step(name, state, rate, coefficients)
+
+
 @dataclass(frozen=True)
 class Task:
-    """What a cohort trains on and is judged by.
+    """What a cohort trains on and how its members are scored.
 
     Args:
         arrays:
@@ -50,18 +113,18 @@ class Task:
         loss:
             Makes their loss.
         metric:
-            Value of each member, ``(k,)``, from the outputs on the validation part,
-            ``(k, m, outputs)``; None if `evaluate` needs none.
+            Computes each member's value, ``(k,)``, from outputs on the validation part,
+            ``(k, m, outputs)``; None if `evaluate` does not need it.
         maximize:
             Whether a greater metric is better.
         seed:
-            The study's seed: batch order and dropout noise, which all members share, so that
-            trials differ by their hyperparameters and not by their luck.
+            The study's seed. All members share the batch order and the dropout noise, so that
+            trials differ by their hyperparameters and not by luck.
         compile:
-            Whether `torch.compile` makes the code of a step's forward and backward pass.
+            Whether `torch.compile` generates the code of a step's forward and backward pass.
         validation_loss:
-            Loss on the validation part, ``(k,)``, from outputs and targets: one that does not
-            depend on the members' hyperparameters; what they train with if None.
+            Computes the loss on the validation part, ``(k,)``, from outputs and targets, the same
+            for all hyperparameters; if None, the training loss is used.
     """
 
     arrays: Arrays
@@ -75,21 +138,21 @@ class Task:
 
     @property
     def can_append(self) -> bool:
-        """Whether members of different ages can be evaluated together."""
+        """Whether members that have finished different numbers of rounds can train together."""
         return True
 
     @property
     def rounds(self) -> int:
-        """Rounds in an epoch."""
+        """Rounds of an epoch."""
         return rounds_per_epoch(len(self.arrays.train_y))
 
     def make_batches(self, members: Sequence[Member]) -> Batches:
-        """What some members see at each step."""
+        """Return the batches of members that share a batch size."""
         size, rows = int(members[0].params["batch_size"] or 1), self.arrays.train_y
         return Batches(len(rows), size, self.rounds, self.seed, rows.device)
 
     def total_steps(self, member: Member, per_round: int) -> int:
-        """Steps of a trial's whole budget, given those of a round."""
+        """Return the steps of a member's whole budget, given the steps of a round."""
         return total_iterations(member.params, per_round * self.rounds)
 
     def make_updater(
@@ -99,28 +162,29 @@ class Task:
         network: StackedModule,
         members: Sequence[Member],
     ) -> Updater:
-        """What steps the members' parameters."""
+        """Return the object that updates the members' parameters."""
         return Update(flat, step_params)
 
     def engine(self, network: StackedModule, flat: FlatParameters) -> CompiledGPT | None:
-        """What computes gradients instead of autograd, if there is something."""
+        """Return the engine that computes gradients instead of autograd; None for autograd."""
         return None
 
     def evaluate(
         self, apply: Apply, members: Sequence[Member], is_over: bool
     ) -> tuple[Tensor, Tensor, bool]:
-        """Loss and metric of some members on the validation part.
+        """Compute the loss and the metric of some members on the validation part.
 
         Args:
             apply:
-                Their network: from inputs to outputs, or by a language model's engine.
+                The members' forward pass.
             members:
-                They.
+                The members.
             is_over:
-                Whether one of them has done its whole budget, or all data are to be read anyway.
+                Whether a member has spent its budget, or all validation data are asked for.
 
         Returns:
-            Both, ``(k,)``, and whether a value of this evaluation may be a trial's.
+            The loss ``(k,)``, the metric ``(k,)``, and whether the metric may become a trial's
+            value.
         """
         assert self.metric is not None and not isinstance(apply, CompiledGPTSubset)
         outputs = apply(self.arrays.valid_x)
@@ -130,23 +194,23 @@ class Task:
 
 @dataclass(frozen=True)
 class Scores:
-    """What training up to an evaluation brought, for each of the members that were evaluated.
+    """The results of one evaluation; each list has one entry for each evaluated member.
 
     Args:
         indices:
-            Who was evaluated, as places in ``cohort.members``.
+            Indices of the evaluated members in ``cohort.members``.
         rounds:
-            Rounds that each has done.
+            Rounds that each has finished.
         train_loss:
-            Mean loss over the batches since the last one, while training.
+            Mean training loss over the batches since the previous evaluation.
         validation_loss:
-            Loss on the validation part after it.
+            Loss on the validation part.
         value:
-            Metric on the validation part after it.
+            Metric on the validation part.
         best_round:
-            Round with the best value so far, 0 while there is none.
+            Round with the best value so far; 0 if there is none.
         ended:
-            Why a member has ended: ``"finished"``, ``"early stopping"``, ``"diverged"``; None
+            Why a member has ended: ``"finished"``, ``"early stopping"`` or ``"diverged"``; None
             while it goes on.
     """
 

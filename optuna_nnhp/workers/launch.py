@@ -36,7 +36,7 @@ from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import ProgressBar
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.templates import Template
-from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.weight_files import BestWeights
 from optuna_nnhp.workers.config import WorkerConfig
 from optuna_nnhp.workers.control import last_control_message_id
 from optuna_nnhp.workers.control import send_control_message

@@ -30,9 +30,9 @@ from optuna_nnhp.study.trial_finisher import Callback
 from optuna_nnhp.study.tuner import Tuner
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.problem_spec import ProblemSpec
-from optuna_nnhp.training.best_weights import BestWeights
-from optuna_nnhp.training.gpu_locks import claim_device
-from optuna_nnhp.training.gpu_locks import gpu_uuids
+from optuna_nnhp.training.device import claim_device
+from optuna_nnhp.training.device import gpu_uuids
+from optuna_nnhp.training.weight_files import BestWeights
 from optuna_nnhp.workers.config import WorkerConfig
 from optuna_nnhp.workers.config import WorkerResult
 from optuna_nnhp.workers.control import INTERRUPT

@@ -42,8 +42,8 @@ def stacks(k: int, size: int, dtype: torch.dtype) -> dict[str, Tensor]:
     weight = torch.randn(k, size, generator=source, dtype=torch.float64).to(dtype)
     return {
         "weight": weight,
-        "first": torch.zeros_like(weight),
-        "second": torch.zeros_like(weight),
+        "exp_avg": torch.zeros_like(weight),
+        "exp_avg_sq": torch.zeros_like(weight),
     }
 
 

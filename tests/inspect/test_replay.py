@@ -32,7 +32,7 @@ from optuna_nnhp.study import environment
 from optuna_nnhp.templates import DNNTemplate
 from optuna_nnhp.templates import gpt
 from optuna_nnhp.templates.problem_spec import ProblemSpec
-from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.weight_files import BestWeights
 from tests.templates.test_custom_network import TokenModel
 from tests.templates.test_custom_network import convolutional
 from tests.templates.test_custom_network import images

@@ -19,7 +19,6 @@ from optuna_nnhp.networks.stackability import StackabilityProbe
 from optuna_nnhp.networks.vmap_stack import ModuleStack
 from optuna_nnhp.networks.vmap_stack import SingleNetworkStack
 from optuna_nnhp.networks.vmap_stack import VmapStack
-from optuna_nnhp.training import rounds
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
@@ -218,7 +217,9 @@ def test_a_trial_that_joins_later_is_as_it_is_alone(
     rounds_in_an_epoch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rounds, "EXAMPLES_PER_ROUND", ROWS // rounds_in_an_epoch + 1)
+    monkeypatch.setattr(
+        "optuna_nnhp.training.batches.MAX_EXAMPLES_PER_ROUND", ROWS // rounds_in_an_epoch + 1
+    )
     chosen, members = own_task(make, data), varied(6, patience=1000, epochs=9)
     cohort, curves = Cohort(members[:3], chosen), Curves()
     curves.take(cohort)

@@ -24,8 +24,8 @@ from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.paths import models_folder
-from optuna_nnhp.training.best_weights import BestWeights
 from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.weight_files import BestWeights
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
 from tests.tiny import SHAPE

@@ -23,7 +23,6 @@ from optuna_nnhp.study.policies.hypergradient import perturbed_value
 from optuna_nnhp.templates.dnn import DNNTemplate
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.segments import resume_from
 from tests import tiny
 
 SLOPE_TOLERANCE = 0.05  # of a difference over a stretch against autograd through it
@@ -159,7 +158,7 @@ def test_a_difference_over_a_stretch_is_the_gradient_through_it() -> None:
     cohort = problem.cohort(members[:1])
     stretch(cohort)  # not from the beginning
     state = cohort.network.member(0).train()
-    resume_from(cohort, [0, 0], members)
+    cohort.resume_from([0, 0], members)
     stretch(cohort)
     loss = dict(zip([m.number for m in cohort.members], losses(cohort), strict=True))
     slope = (loss[-1] - loss[0]) / distance

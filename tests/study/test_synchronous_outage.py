@@ -27,7 +27,7 @@ from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.trial_finisher import TrialFinisher
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.study.tuner import Tuner
-from optuna_nnhp.training.atomic_files import JSON_SUFFIX
+from optuna_nnhp.training.weight_files import JSON_SUFFIX
 from tests.study.test_outage import STORAGE
 from tests.study.test_outage import Away
 from tests.tiny import SHAPE

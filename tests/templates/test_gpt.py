@@ -27,7 +27,7 @@ from optuna_nnhp.templates import supervised
 from optuna_nnhp.templates.gpt import GPTTemplate
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.presets import PRESETS
-from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.weight_files import BestWeights
 
 TEXT = "".join(f"{n} and {n + 1} make {2 * n + 1}.\n" for n in range(400))
 SMALL: dict[str, Any] = {"width": 16, "layers": 1, "context": 16, "batch_tokens": 64}

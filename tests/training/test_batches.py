@@ -65,4 +65,4 @@ def test_many_epochs_are_not_all_remembered() -> None:
     some = batches()
     for epoch in range(100):
         some.rows([epoch])
-    assert len(some._orders) < 10
+    assert len(some._epoch_orders) < 10

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from optuna_nnhp.training import atomic_files
-from optuna_nnhp.training.best_weights import BestWeights
-from optuna_nnhp.training.best_weights import load_weights
-from optuna_nnhp.training.best_weights import save_weights
+from optuna_nnhp.training import weight_files
 from optuna_nnhp.training.device import resolve_device
+from optuna_nnhp.training.weight_files import BestWeights
+from optuna_nnhp.training.weight_files import load_weights
+from optuna_nnhp.training.weight_files import save_weights
 
 
 def network(seed: int = 0, width: int = 4) -> nn.Module:
@@ -66,7 +66,7 @@ def test_a_write_that_fails_leaves_the_old_weights(
         filename.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_files, "save_file", full)
+    monkeypatch.setattr(weight_files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_weights(network(2), path)
     assert_same(load_weights(network(3), path), network(1))

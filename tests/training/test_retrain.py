@@ -14,13 +14,10 @@ from optuna_nnhp.engine.mlp import load_library
 from optuna_nnhp.templates import DNNTemplate
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.numerics_context import extend_numerics_context
-from optuna_nnhp.training.retrain import evaluate_alone
-from optuna_nnhp.training.retrain import evaluate_best
+from optuna_nnhp.training.cohort import extend_numerics_context
+from optuna_nnhp.training.retrain import Segment
 from optuna_nnhp.training.retrain import evaluate_network
 from optuna_nnhp.training.retrain import retrain
-from optuna_nnhp.training.segments import Segment
-from optuna_nnhp.training.segments import resume_from
 from optuna_nnhp.training.task import Task
 from tests.members import task
 from tests.members import varied
@@ -120,7 +117,7 @@ def test_the_best_weights_judged_alone(
         cohort.train_round()
     try:
         torch.set_num_threads(threads)
-        values = [evaluate_best(cohort, place) for place in range(4)]
+        values = [cohort.evaluate_best(place) for place in range(4)]
     finally:
         torch.set_num_threads(before)
     for place, member in enumerate(cohort.members):
@@ -135,7 +132,7 @@ def test_the_network_of_the_best_round() -> None:
     (member,), chosen = members_from_state(task(), 1), task()
     again = retrain(make(chosen), [Segment(0, member)], ROUNDS, 3)
     until = retrain(make(chosen), [Segment(0, member)], 3, 3)
-    assert again.value == until.value == again.values[3] == evaluate_alone(until.cohort)
+    assert again.value == until.value == again.values[3] == until.cohort.evaluate_single()
     assert again.network is not None
     assert evaluate_network(make(chosen), member, again.network) == again.value
     assert list(again.values) == [1, 2, 3, 4, 5, 6]
@@ -150,7 +147,7 @@ def test_along_a_course(from_scratch: bool, engine: str) -> None:
     by_hand = Cohort([member], chosen)
     for stage, end in zip(course, (2, 5, ROUNDS), strict=True):
         if stage.begin:
-            resume_from(by_hand, [0], [stage.member], fresh=[0] if stage.from_scratch else [])
+            by_hand.resume_from([0], [stage.member], fresh=[0] if stage.from_scratch else [])
         while by_hand.rounds_done[0] < end:
             by_hand.set_next_evaluation(end)
             scores = by_hand.train_round()

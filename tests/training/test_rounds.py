@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from optuna_nnhp.training import rounds
+from optuna_nnhp.training.batches import MAX_EXAMPLES_PER_ROUND
+from optuna_nnhp.training.batches import epochs
+from optuna_nnhp.training.batches import next_evaluation
+from optuna_nnhp.training.batches import rounds_per_epoch
 from optuna_nnhp.training.cohort import Cohort
-from optuna_nnhp.training.rounds import epochs
-from optuna_nnhp.training.rounds import next_evaluation
-from optuna_nnhp.training.rounds import rounds_per_epoch
 from tests.members import task
 from tests.members import varied
 
@@ -14,8 +14,8 @@ from tests.members import varied
 @pytest.mark.parametrize("examples", [1, 8192, 8193, 24_576, 24_577, 1_000_000])
 def test_a_round_is_bounded_and_no_smaller_than_it_must_be(examples: int) -> None:
     per_epoch = rounds_per_epoch(examples)
-    assert examples / per_epoch <= rounds.MAX_EXAMPLES_PER_ROUND
-    assert per_epoch == 1 or examples / (per_epoch / 3) > rounds.MAX_EXAMPLES_PER_ROUND
+    assert examples / per_epoch <= MAX_EXAMPLES_PER_ROUND
+    assert per_epoch == 1 or examples / (per_epoch / 3) > MAX_EXAMPLES_PER_ROUND
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_epochs(done: int, expected: float) -> None:
 
 @pytest.fixture
 def nine_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "EXAMPLES_PER_ROUND", 12)  # of 100 rows
+    monkeypatch.setattr("optuna_nnhp.training.batches.MAX_EXAMPLES_PER_ROUND", 12)  # of 100 rows
 
 
 def test_long_epochs_are_evaluated_within(nine_rounds: None) -> None:

@@ -18,7 +18,7 @@ from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.method_config import parse_method
 from optuna_nnhp.templates.problem_spec import ProblemSpec
-from optuna_nnhp.training.best_weights import BestWeights
+from optuna_nnhp.training.weight_files import BestWeights
 from optuna_nnhp.workers import control as control_module
 from optuna_nnhp.workers import worker as worker_module
 from optuna_nnhp.workers.config import WorkerConfig

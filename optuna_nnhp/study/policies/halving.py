@@ -52,7 +52,7 @@ class HalvingPolicy:
         return [*self.admission.waiting, *self.admission.deferred]
 
     def before_round(self, run: CohortRun) -> None:
-        """Do nothing: members are evaluated when `training.rounds` says so."""
+        """Do nothing: members are evaluated when `training.batches` says so."""
 
     def decide(self, run: CohortRun, scores: Scores) -> dict[int, TrialOutcome]:
         """Return which trials of a cohort end after an evaluation, by their numbers."""

@@ -30,7 +30,6 @@ from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
-from optuna_nnhp.training.segments import resume_from
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -300,7 +299,7 @@ class HypergradientPolicy(SynchronousPolicy):
                     fresh.add(len(members))
                 members.append(member)
                 sources.append(places[number])
-        resume_from(cohort, sources, members, fresh)
+        cohort.resume_from(sources, members, fresh)
 
     # --- Checkpoints ---
 

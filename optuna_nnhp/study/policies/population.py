@@ -24,7 +24,6 @@ from optuna_nnhp.study.policies.synchronous import rounds_of
 from optuna_nnhp.study.running_trial import RunningTrial
 from optuna_nnhp.study.running_trial import Schedule
 from optuna_nnhp.training.cohort import Scores
-from optuna_nnhp.training.segments import resume_from
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -188,7 +187,7 @@ class PopulationPolicy(SynchronousPolicy):
             if values != schedule[-1][1]:
                 schedule = [*schedule, [cohort.rounds_done[0], values, False]]
             self._set_origin(trial, root, schedule)
-        resume_from(cohort, [index[p] for p in parents], [trial.member for trial in trials])
+        cohort.resume_from([index[p] for p in parents], [trial.member for trial in trials])
         cohort.reset_best()
         run.running = {trial.member.number: trial for trial in trials}
         self.generation += 1

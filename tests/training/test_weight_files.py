@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from optuna_nnhp.training import atomic_files
-from optuna_nnhp.training.atomic_files import load_with_checksum
-from optuna_nnhp.training.atomic_files import save_with_checksum
-from optuna_nnhp.training.atomic_files import write_atomically
+from optuna_nnhp.training import weight_files
+from optuna_nnhp.training.weight_files import load_with_checksum
+from optuna_nnhp.training.weight_files import save_with_checksum
+from optuna_nnhp.training.weight_files import write_atomically
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True, False])}
 FACTS: dict[str, Any] = {"n": {1: [0.1, float("nan")], 10: None, 2: "x"}}
@@ -71,7 +71,7 @@ def test_what_cannot_be_written_leaves_what_was_there(
     def full(number: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(atomic_files.os, "fsync", full)
+    monkeypatch.setattr(weight_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     with pytest.raises(OSError, match="No space"):

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from optuna_nnhp.training import gpu_locks
-from optuna_nnhp.training.gpu_locks import claim_device
+from optuna_nnhp.training import device as device_module
+from optuna_nnhp.training.device import claim_device
 from tests.tiny import ENVIRONMENT
 
 TWO = ["GPU-a", "GPU-b"]
@@ -36,18 +36,18 @@ def forgetful() -> Iterator[None]:
 
 
 def give_back() -> None:
-    while gpu_locks._claimed:
-        os.close(gpu_locks._claimed.popitem()[1])
+    while device_module._claimed:
+        os.close(device_module._claimed.popitem()[1])
 
 
 def taken(
     study: str, known: list[str], folder: Path
 ) -> tuple[torch.device, subprocess.Popen[str]]:
     """The GPU that another process would get, which it has from then on."""
-    before = dict(gpu_locks._claimed)
+    before = dict(device_module._claimed)
     device = claim_device(study, known, folder)
-    (key,) = gpu_locks._claimed.keys() - before.keys()
-    file = gpu_locks._claimed.pop(key)
+    (key,) = device_module._claimed.keys() - before.keys()
+    file = device_module._claimed.pop(key)
     path = os.readlink(f"/proc/self/fd/{file}")
     os.close(file)
     command = [sys.executable, "-S", "-E", "-c", HOLD, path]
@@ -119,14 +119,14 @@ def test_a_link_in_the_folder_is_not_followed(
     file.symlink_to(target)
     assert claim_device("linked", TWO[:1], tmp_path) == CPU
     assert not target.exists()
-    assert "its lock cannot be" in log.messages[0]
+    assert "its lock file cannot be opened" in log.messages[0]
 
 
 def test_a_real_worker_that_is_killed(tmp_path: Path) -> None:
     script = f"""
 import pathlib, sys
-from optuna_nnhp.training.gpu_locks import free_device
-print(free_device("real", {TWO}, pathlib.Path({str(tmp_path)!r})), flush=True)
+from optuna_nnhp.training.device import claim_device
+print(claim_device("real", {TWO}, pathlib.Path({str(tmp_path)!r})), flush=True)
 sys.stdin.read()
 """
     pipe = subprocess.PIPE

@@ -13,9 +13,8 @@ from torch import nn
 from optuna_nnhp.networks.vmap_stack import VmapStack
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.retrain import Segment
 from optuna_nnhp.training.retrain import retrain
-from optuna_nnhp.training.segments import Segment
-from optuna_nnhp.training.segments import resume_from
 from tests.members import PLAIN
 from tests.members import task
 from tests.members import varied
@@ -51,7 +50,7 @@ def test_a_copy_goes_on_exactly_as_its_source(normalization: str) -> None:
     train(cohort, 2)
     source = cohort.members[3]
     twin = replace(source, number=99)
-    resume_from(cohort, [*range(6), 3], [*cohort.members, twin])
+    cohort.resume_from([*range(6), 3], [*cohort.members, twin])
     train(cohort, ROUNDS - 2)
     found = weights(cohort)
     assert torch.equal(found[99], found[source.number])
@@ -65,13 +64,13 @@ def test_what_may_change_changes_as_if_the_cohort_were_new() -> None:
     train(cohort, 1)
     before = weights(cohort)
     changed = [replace(m, params={**m.params, **OTHER}) for m in cohort.members]
-    resume_from(cohort, range(4), changed)
+    cohort.resume_from(range(4), changed)
     new = Cohort(
         changed, task()
     )  # the same state, put into a cohort that was made with the values
     with torch.no_grad():
         new.flat.weights.copy_(torch.stack([before[m.number] for m in new.members]))
-        for name in ("first", "second", "steps"):
+        for name in ("exp_avg", "exp_avg_sq", "steps"):
             getattr(new.flat, name).copy_(getattr(cohort.flat, name))
     new.rounds_done, new.iterations = list(cohort.rounds_done), list(cohort.iterations)
     for one in (cohort, new):
@@ -88,7 +87,7 @@ def test_each_of_them_has_an_effect_at_once(name: str, value: float) -> None:
     for params in (member.params, {**member.params, name: value}):
         cohort = Cohort([member], task())
         train(cohort, 1)
-        resume_from(cohort, [0], [replace(member, params=params)])
+        cohort.resume_from([0], [replace(member, params=params)])
         train(cohort, 1)
         ends.append(cohort.flat.weights.clone())
     assert not torch.equal(*ends)
@@ -98,7 +97,7 @@ def test_a_fresh_place_has_its_first_weights_and_its_sources_counters() -> None:
     members = varied(3, epochs=ROUNDS)
     cohort, first = Cohort(members, task()), Cohort(members, task())
     train(cohort, 2)
-    resume_from(cohort, range(3), list(cohort.members), fresh=[1])
+    cohort.resume_from(range(3), list(cohort.members), fresh=[1])
     number = first.members[1].number
     assert torch.equal(weights(cohort)[number], weights(first)[number])
     assert cohort.rounds_done == [2, 2, 2] and float(cohort.flat.steps[1]) == 0
@@ -113,10 +112,10 @@ def test_following_a_course_repeats_it() -> None:
     cohort = Cohort([member, *(replace(m, number=m.number + 1) for m in mates)], task())
     train(cohort, 2)
     place = next(i for i, m in enumerate(cohort.members) if m.number == 0)
-    resume_from(cohort, [place], [changed])
+    cohort.resume_from([place], [changed])
     train(cohort, 1)
     course = [Segment(0, member), Segment(2, changed)]
-    again = retrain(lambda members: Cohort(members, task()), course, 3, 0, ends=())
+    again = retrain(lambda members: Cohort(members, task()), course, 3, 0, evaluation_rounds=())
     assert torch.equal(again.cohort.flat.weights, cohort.flat.weights)
     alone = Cohort([member], task())
     alone.flat.weights.copy_(again.cohort.flat.weights)
@@ -141,7 +140,7 @@ def test_structure_cannot_change(name: str, value: str) -> None:
     member = Member(0, 0, PLAIN)
     cohort = Cohort([member], task())
     with pytest.raises(ValueError, match=f"`{name}` must stay .*but got {value!r}"):
-        resume_from(cohort, [0], [replace(member, params={**PLAIN, name: value})])
+        cohort.resume_from([0], [replace(member, params={**PLAIN, name: value})])
 
 
 def test_a_lifted_stack_takes_other_rates_of_dropout_and_keeps_its_weights() -> None:
