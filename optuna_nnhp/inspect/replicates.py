@@ -45,26 +45,26 @@ class ReplicatedTrial:
 
     @property
     def n_diverged(self) -> int:
-        """Number of replicates without a value."""
+        """Return the number of replicates without a value."""
         return sum(value is None for value in self.values)
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds; if a replicate diverged, the worst possible value, infinity."""
+        """Return the mean over the seeds; if a replicate diverged, infinity on the bad side."""
         if self.n_diverged:
             return -math.inf if self.maximize else math.inf
         return statistics.fmean(value for value in self.values if value is not None)
 
     @property
     def std(self) -> float:
-        """Standard deviation over the seeds; NaN if a replicate diverged or there is only one."""
+        """Return the standard deviation; NaN if a replicate diverged or there is only one."""
         if self.n_diverged or len(self.values) < 2:
             return math.nan
         return statistics.stdev(value for value in self.values if value is not None)
 
     @property
     def text(self) -> str:
-        """Mean and standard deviation as text."""
+        """Return mean and standard deviation as text."""
         n = len(self.values)
         if self.n_diverged:
             return f"{self.n_diverged} of {n} diverged with other seeds"

@@ -62,7 +62,7 @@ class Result:
 
     @property
     def best_trial(self) -> FrozenTrial:
-        """The best complete trial; among equal ones the first.
+        """Return the best complete trial; among equal ones the first.
 
         With replicates it is the trial with the best mean over the other seeds, among those with
         the largest number of replicates or one less. Its value is then not always the best one.
@@ -80,7 +80,7 @@ class Result:
 
     @property
     def best_params(self) -> dict[str, Any]:
-        """The tuned parameters of the best trial; if they changed during training, the last ones.
+        """Return the tuned parameters of the best trial; if they changed, the last ones.
 
         See `schedule` for all of them.
         """
@@ -88,14 +88,14 @@ class Result:
 
     @property
     def best_value(self) -> float:
-        """The metric of the best trial on the validation part."""
+        """Return the metric of the best trial on the validation part, the value of `model`."""
         value = self.best_trial.value
         assert value is not None
         return value
 
     @property
     def schedule(self) -> pd.DataFrame:
-        """The best trial's parameters during training, one row per segment.
+        """Return the best trial's parameters during training, one row per segment.
 
         The column ``epoch`` is the epoch at which the segment began (for language models the
         share of the budget); the others are the tuned parameters. There is one row at epoch 0
@@ -125,7 +125,7 @@ class Result:
 
     @property
     def replicates(self) -> pd.DataFrame:
-        """The values of the best configurations with other seeds, best mean first.
+        """Return the values of the best configurations with other seeds, best mean first.
 
         One row per configuration: the ``number`` of its trial, the trial's ``value`` in the
         study, and over ``n`` other seeds the ``mean`` and the standard deviation ``std``. If
@@ -149,7 +149,7 @@ class Result:
 
     @property
     def predictor(self) -> TrainedModel:
-        """The best trial's network with everything that it needs for data like the study's."""
+        """Return the best trial's network with everything needed to predict from new data."""
         number = self.best_trial.number
         if number not in self._predictors:
             self._predictors = {number: self._load_predictor(number)}
@@ -157,7 +157,7 @@ class Result:
 
     @property
     def model(self) -> nn.Module:
-        """The best trial's network at its best epoch.
+        """Return the best trial's network at its best epoch.
 
         It maps features to logits, or to standardized numbers for a regression; for a language
         model, token ids to logits.

@@ -57,7 +57,7 @@ class HyperparameterSchedule:
 
     @cached_property
     def segments(self) -> list[tuple[float, dict[str, Any]]]:
-        """Begin and values of each segment."""
+        """Return begin and values of each segment."""
         return list(zip(self.begins, self.values, strict=True))
 
     def line(self, name: str) -> tuple[list[float], list[Any]]:
