@@ -22,8 +22,8 @@ from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.study.environment import ENVIRONMENT
 from optuna_nnhp.study.environment import record_environment
 from optuna_nnhp.study.outcomes import TrialOutcome
-from optuna_nnhp.study.running_trial import RunningTrial
-from optuna_nnhp.study.running_trial import suggest
+from optuna_nnhp.study.running import RunningTrial
+from optuna_nnhp.study.running import suggest
 from optuna_nnhp.templates import DEFAULT_TEMPLATE
 from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.cohort import Cohort

@@ -39,8 +39,8 @@ from optuna_nnhp.study.environment import describe_environment
 from optuna_nnhp.study.environment import differences
 from optuna_nnhp.study.environment import trial_environments
 from optuna_nnhp.study.open_study import MODELS
-from optuna_nnhp.study.running_trial import params_for_retraining
-from optuna_nnhp.study.running_trial import schedule_of
+from optuna_nnhp.study.running import params_for_retraining
+from optuna_nnhp.study.running import schedule_of
 from optuna_nnhp.templates.base import Template
 from optuna_nnhp.templates.base import template_of_study
 from optuna_nnhp.templates.problem_spec import ProblemSpec

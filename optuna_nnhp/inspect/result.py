@@ -23,7 +23,7 @@ from optuna_nnhp.inspect.replay import retrain_trial
 from optuna_nnhp.inspect.replay import with_trial_seed
 from optuna_nnhp.inspect.replicates import replicates_dataframe
 from optuna_nnhp.inspect.summary import find_best_trial
-from optuna_nnhp.study.running_trial import member_at_best_round
+from optuna_nnhp.study.running import member_at_best_round
 from optuna_nnhp.templates.base import Template
 from optuna_nnhp.templates.base import TrainedModel
 from optuna_nnhp.training.weight_files import BestWeights

@@ -25,7 +25,7 @@ from optuna_nnhp.inspect.summary import format_value
 from optuna_nnhp.inspect.summary import metric_name
 from optuna_nnhp.inspect.summary import ranked_trials
 from optuna_nnhp.inspect.summary import search_space
-from optuna_nnhp.study.running_trial import SCHEDULE
+from optuna_nnhp.study.running import SCHEDULE
 from optuna_nnhp.training.batches import epochs
 
 PANEL_COLUMNS, PANEL_HEIGHT = 3, 190  # panels side by side; height of a panel in pixels

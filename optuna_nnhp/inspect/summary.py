@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.inspect.replicates import best_replicated_trial
-from optuna_nnhp.study.running_trial import SCHEDULE
+from optuna_nnhp.study.running import SCHEDULE
 from optuna_nnhp.templates.base import template_of_study
 
 # These parameters come first in a short description of a trial.

@@ -15,10 +15,10 @@ import optuna
 
 from optuna_nnhp.study.autotune import Throughput
 from optuna_nnhp.study.autotune import measure_throughput
-from optuna_nnhp.study.cohort_runs import CohortRun
-from optuna_nnhp.study.cohort_runs import FairQueue
-from optuna_nnhp.study.failure_bisector import FailureBisector
-from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.failures import FailureBisector
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import FairQueue
+from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Member
 

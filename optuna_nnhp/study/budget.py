@@ -1,7 +1,8 @@
-"""What surrounds a study's loop: the budget, Ctrl-C, Optuna's stop flag, the progress bar."""
+"""What limits a study and measures it: budget, signals, seconds by section, progress bar."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,3 +152,43 @@ class ProgressBar:
         self._bar.n = min(done, self._bar.total) if self._bar.total is not None else done
         text = f"best {best:.6g}" if best is not None else "no value yet"
         self._bar.set_postfix_str(f"{text}, {finished} trials done, {running} running")
+
+
+class Timing:
+    """Seconds by section; a section within another one is not counted twice.
+
+    Example:
+        >>> timing = Timing()
+        >>> with timing("telling"):
+        ...     with timing("storage"):
+        ...         pass
+        >>> sorted(timing.seconds)
+        ['storage', 'telling']
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inside: list[str] = []
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, section: str) -> Iterator[None]:
+        """Count the time within for a section."""
+        self._count()
+        self._inside.append(section)
+        try:
+            yield
+        finally:
+            self._count()
+            self._inside.pop()
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count some seconds of one section for another."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        if self._inside:
+            self.seconds[self._inside[-1]] += now - self._since
+        self._since = now

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import optuna
 from torch import Tensor
 
-from optuna_nnhp.study.cohort_runs import CohortRun
+from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.training.cohort_state import CohortState
 from optuna_nnhp.training.cohort_state import get_cohort_state
 from optuna_nnhp.training.weight_files import JSON_SUFFIX

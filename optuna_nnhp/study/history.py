@@ -12,7 +12,7 @@ import optuna
 from optuna import Study
 from optuna.trial import TrialState
 
-from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.weight_files import BestWeights
 

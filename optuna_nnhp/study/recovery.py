@@ -33,11 +33,11 @@ from optuna_nnhp.study.checkpoints import CohortCheckpoint
 from optuna_nnhp.study.checkpoints import checkpoint_folder
 from optuna_nnhp.study.checkpoints import forget
 from optuna_nnhp.study.checkpoints import newest
-from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.environment import record_earlier_environment
 from optuna_nnhp.study.outcomes import CAUSE
 from optuna_nnhp.study.outcomes import TrialOutcome
-from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member

@@ -27,9 +27,9 @@ from optuna_nnhp.study.budget import graceful_shutdown
 from optuna_nnhp.study.failures import error_line
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
-from optuna_nnhp.study.running_trial import SCHEDULE
-from optuna_nnhp.study.running_trial import params_for_retraining
-from optuna_nnhp.study.running_trial import schedule_of
+from optuna_nnhp.study.running import SCHEDULE
+from optuna_nnhp.study.running import params_for_retraining
+from optuna_nnhp.study.running import schedule_of
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.retrain import retrain

@@ -16,11 +16,11 @@ from optuna.trial import TrialState
 from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.storages.operations import REQUEUED_BY
 from optuna_nnhp.study._optuna_internals import trial_id
-from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.history import BestTrials
 from optuna_nnhp.study.outcomes import TrialOutcome
-from optuna_nnhp.study.running_trial import TRIAL_TIMEOUT
-from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running import TRIAL_TIMEOUT
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Cohort
 

@@ -35,8 +35,8 @@ from optuna_nnhp.study.grid import as_levels
 from optuna_nnhp.study.outcomes import counts
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
-from optuna_nnhp.study.running_trial import RunningTrial
-from optuna_nnhp.study.running_trial import suggest
+from optuna_nnhp.study.running import RunningTrial
+from optuna_nnhp.study.running import suggest
 from optuna_nnhp.training.cohort import Member
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")

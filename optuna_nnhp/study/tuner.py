@@ -25,15 +25,14 @@ from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study._optuna_internals import study_id
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import ProgressBar
+from optuna_nnhp.study.budget import Timing
 from optuna_nnhp.study.budget import graceful_shutdown
 from optuna_nnhp.study.checkpoints import CHECKPOINT_INTERVAL
 from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.checkpoints import newest
-from optuna_nnhp.study.cohort_runs import CohortRun
-from optuna_nnhp.study.cohort_runs import FairQueue
 from optuna_nnhp.study.environment import record_environment
-from optuna_nnhp.study.failure_bisector import FailureBisector
 from optuna_nnhp.study.failures import CohortError
+from optuna_nnhp.study.failures import FailureBisector
 from optuna_nnhp.study.history import BestTrials
 from optuna_nnhp.study.history import StudyHistory
 from optuna_nnhp.study.open_study import worker_name
@@ -43,7 +42,8 @@ from optuna_nnhp.study.policies import PolicyContext
 from optuna_nnhp.study.policies.halving import HalvingPolicy
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.recovery import Recovery
-from optuna_nnhp.study.timing import Timing
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import FairQueue
 from optuna_nnhp.study.trial_finisher import REPORT_INTERVAL
 from optuna_nnhp.study.trial_finisher import Callback
 from optuna_nnhp.study.trial_finisher import TrialFinisher

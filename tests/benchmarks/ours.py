@@ -15,9 +15,9 @@ import optuna
 from optuna_nnhp import optimize
 from optuna_nnhp.storages.paths import DEFAULT_STORAGE
 from optuna_nnhp.study import method_config
-from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.policies.halving import HalvingPolicy
+from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.study.tuner import Tuner
 from optuna_nnhp.training.cohort import Scores
 from optuna_nnhp.workers import worker

@@ -26,7 +26,7 @@ from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.hyperparameters.weight_init import initial_weight
 from optuna_nnhp.networks.mlp import build_mlp
-from optuna_nnhp.study.running_trial import suggest
+from optuna_nnhp.study.running import suggest
 from optuna_nnhp.templates.dnn import DNNTemplate
 from optuna_nnhp.templates.predictor import to_target_units
 from tests.benchmarks.common import peak_memory

@@ -56,7 +56,7 @@ FIXED_PARAMS = {
     for name, value in ({n: h.default for n, h in specs("binary").items()} | TINY).items()
     if name not in (*LEVELS, "iterations")
 }
-COUNT = 9  # sgd has no squared_decay
+COUNT = 9  # sgd has no beta2
 FOREVER = Budget(None, None)
 
 
@@ -141,7 +141,7 @@ def test_an_own_network_says_itself_what_its_structure_means() -> None:
         (
             {"n_trials": 8},
             r"at most `n_trials` points, 8, but has 9 points: learning_rate 3 x optimizer 2 x "
-            r"squared_decay 2, less those without a difference: give fewer `levels`.*partial",
+            r"beta2 2, less those without a difference: give fewer `levels`.*partial",
         ),
         ({"levels": {"learning_rate": [1.0]}}, r"`learning_rate` must be .* but got 1\.0"),
         ({"levels": {"epochs": [1]}}, "'epochs' is not a hyperparameter that is tuned"),
@@ -180,7 +180,7 @@ def test_part_of_a_grid_is_its_beginning() -> None:
 
 def test_the_size_is_said_before_it_starts(log: pytest.LogCaptureFixture) -> None:
     storage, seen = optuna.storages.InMemoryStorage(), list[bool]()
-    text = "The grid has 9 points: learning_rate 3 x optimizer 2 x squared_decay 2, less"
+    text = "The grid has 9 points: learning_rate 3 x optimizer 2 x beta2 2, less"
     sampler = planned(4, partial=True)
     run(storage, 4, sampler=sampler, callbacks=[lambda *_: seen.append(text in log.text)])
     assert seen == [True] * 4

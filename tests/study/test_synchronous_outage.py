@@ -20,10 +20,10 @@ import pytest
 from optuna_nnhp import Result
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.study import tuner
-from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.policies.synchronous import SynchronousPolicy
 from optuna_nnhp.study.recovery import CHECKPOINT
-from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.study.trial_finisher import TrialFinisher
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.study.tuner import Tuner

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from optuna_nnhp.study import timing
-from optuna_nnhp.study.timing import Timing
+from optuna_nnhp.study.budget import Timing
 
 
 def test_a_section_within_another_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from optuna_nnhp.engine.mlp import load_library
 from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.study import autotune
 from optuna_nnhp.study import tuner
-from optuna_nnhp.study.cohort_runs import FairQueue
+from optuna_nnhp.study.running import FairQueue
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.templates import DNNTemplate
 from optuna_nnhp.training.cohort import Cohort

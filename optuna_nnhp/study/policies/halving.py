@@ -11,10 +11,10 @@ from optuna.trial import FrozenTrial
 
 from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.study.admission import Admission
-from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.policies import PolicyContext
-from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.training.cohort import Scores
 
 

@@ -20,13 +20,13 @@ from optuna_nnhp.search.hypergradient import MAX_STEP
 from optuna_nnhp.search.hypergradient import AdamOnUnitScale
 from optuna_nnhp.search.unit_scale import from_unit
 from optuna_nnhp.search.unit_scale import to_unit
-from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.policies import PolicyContext
 from optuna_nnhp.study.policies.synchronous import SynchronousPolicy
 from optuna_nnhp.study.policies.synchronous import rounds_of
 from optuna_nnhp.study.problem import Problem
-from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores

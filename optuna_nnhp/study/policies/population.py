@@ -16,13 +16,13 @@ from optuna_nnhp.search.population import PARENT
 from optuna_nnhp.search.population import POPULATION
 from optuna_nnhp.search.population import SLOT
 from optuna_nnhp.search.population import PopulationSampler
-from optuna_nnhp.study.cohort_runs import CohortRun
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.policies import PolicyContext
 from optuna_nnhp.study.policies.synchronous import SynchronousPolicy
 from optuna_nnhp.study.policies.synchronous import rounds_of
-from optuna_nnhp.study.running_trial import RunningTrial
-from optuna_nnhp.study.running_trial import Schedule
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import RunningTrial
+from optuna_nnhp.study.running import Schedule
 from optuna_nnhp.training.cohort import Scores
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")

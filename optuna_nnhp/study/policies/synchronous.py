@@ -18,13 +18,13 @@ from optuna.trial import FrozenTrial
 
 from optuna_nnhp.search.follower import FollowerSampler
 from optuna_nnhp.study.checkpoints import Checkpoint
-from optuna_nnhp.study.cohort_runs import CohortRun
-from optuna_nnhp.study.failure_bisector import UNLIMITED
+from optuna_nnhp.study.failures import UNLIMITED
 from optuna_nnhp.study.failures import free_frames
 from optuna_nnhp.study.grid import estimate_seconds
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.policies import PolicyContext
-from optuna_nnhp.study.running_trial import RunningTrial
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores

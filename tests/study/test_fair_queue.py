@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from optuna_nnhp.study.cohort_runs import CohortRun
-from optuna_nnhp.study.cohort_runs import FairQueue
+from optuna_nnhp.study.running import CohortRun
+from optuna_nnhp.study.running import FairQueue
 from optuna_nnhp.training.cohort import Member
 
 

@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_nnhp.study.outcomes import TrialOutcome
-from optuna_nnhp.study.running_trial import RunningTrial
-from optuna_nnhp.study.running_trial import suggest
+from optuna_nnhp.study.running import RunningTrial
+from optuna_nnhp.study.running import suggest
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
 
