@@ -29,7 +29,12 @@ from tests.tiny import ENVIRONMENT
 
 ROOT = DOCS.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [
+    README,
+    CONTRIBUTING,
+    *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts),
+]
 MAX_README_LINES = 200
 INSTALL = re.compile(
     r"^python3 -m venv \.venv && \.venv/bin/pip install -q -c constraints\.txt "
