@@ -1,4 +1,4 @@
-"""Our samplers, for studies of plain Optuna too."""
+"""The samplers of this package, which also work in studies of plain Optuna."""
 
 from optuna_nnhp.search.bounded_tpe import BoundedTPESampler as BoundedTPESampler
 from optuna_nnhp.search.evolution import EvolutionSampler as EvolutionSampler

@@ -91,11 +91,15 @@ DATA: dict[str, Row] = {
         ValueError,
         "Column names must be unique, but X repeats 'a'",
     ),
-    "regression of texts": ({"task": "regression"}, ValueError, "Regression needs numbers, but y"),
+    "regression of texts": (
+        {"task": "regression"},
+        ValueError,
+        "y must hold numbers for a regression",
+    ),
     "binary with three": (
         {"y": ["a", "b", "c", "d"] * 20, "task": "binary"},
         ValueError,
-        "The task 'binary' needs 2 classes, but y has 4",
+        "y must have 2 classes for the task 'binary', but has 4",
     ),
     "unknown task": ({"task": "clasification"}, ValueError, "did you mean 'classification'"),
 }

@@ -1,4 +1,4 @@
-"""From tables to arrays: reading, checking, splitting, preprocessing."""
+"""Turn tables, arrays and texts into tensors: read, check, split, preprocess."""
 
 from __future__ import annotations
 

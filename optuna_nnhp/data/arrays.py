@@ -1,4 +1,4 @@
-"""Arrays of any number of dimensions, used as they are: images, tokens, signals."""
+"""Prepare arrays of any number of dimensions: images, tokens, signals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARRAY_KIND = "array"  # in JSON, where a table's preprocessing has another form
 
 @dataclass(frozen=True)
 class ArrayPreprocessor:
-    """What arrays must look like; the counterpart of a table's `Preprocessor`.
+    """Checks arrays and converts their type; the counterpart of a table's `Preprocessor`.
 
     Args:
         shape:
@@ -46,7 +46,7 @@ class ArrayPreprocessor:
 
     @classmethod
     def fit(cls, X: Any) -> ArrayPreprocessor:
-        """What the examples of an array look like.
+        """Learn the shape and type of one example from an array.
 
         Raises:
             ValueError:
@@ -57,7 +57,7 @@ class ArrayPreprocessor:
         return cls(array.shape[1:], dtype)
 
     def transform(self, X: Any, name: str = "X") -> NDArray[Any]:
-        """An array in the type that a network takes.
+        """Convert an array to the type that a network takes.
 
         Args:
             X:
@@ -87,7 +87,7 @@ class ArrayPreprocessor:
         return typed
 
     def describe(self) -> str:
-        """A few words for a person.
+        """Describe the examples in a few words.
 
         Example:
             >>> ArrayPreprocessor((1, 8, 8), "float32").describe()
@@ -96,7 +96,7 @@ class ArrayPreprocessor:
         return f"each of shape {self.shape}, {self.dtype}"
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON.
+        """Return the state as plain JSON.
 
         Example:
             >>> ArrayPreprocessor((8,), "int64").to_json()
@@ -106,7 +106,7 @@ class ArrayPreprocessor:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> ArrayPreprocessor:
-        """Restores what ``to_json`` gave.
+        """Restore what ``to_json`` returned.
 
         Args:
             state:
@@ -123,7 +123,7 @@ def prepare_arrays(
     validation: float | Sequence[Any] = 0.2,
     seed: int = 0,
 ) -> SupervisedData:
-    """Checks and splits arrays; the counterpart of `prepare_table` for what is no table.
+    """Check and split arrays; the counterpart of `prepare_table`.
 
     Args:
         X:
@@ -171,7 +171,7 @@ def prepare_arrays(
 
 
 def _as_array(X: Any, name: str) -> NDArray[Any]:
-    """An array of numbers with at least one example."""
+    """Return an array of numbers with at least one example."""
     if np.ma.is_masked(X):
         raise ValueError(f"{name} must have no masked numbers, but has {X.mask.sum():,}.")
     array = np.asarray(as_array(X, name))

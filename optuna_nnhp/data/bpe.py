@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding, by the `tokenizers` library."""
+"""Byte-level byte-pair encoding with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ROUND_TRIP_TEXT = "It's  1 Ä\r\n\te\u0301\u00a0中 🙂 \n\n x "
 
 @dataclass(frozen=True)
 class BpeTokenizer:
-    """A token for each byte and for frequent sequences of them; takes any text.
+    """A tokenizer with a token for each byte and for frequent byte sequences; takes any text.
 
     Needs the ``tokenizers`` library.
 
@@ -70,7 +70,7 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, text: str, vocabulary: int = DEFAULT_BPE_VOCABULARY) -> BpeTokenizer:
-        """Learns which sequences of bytes are frequent.
+        """Learn which byte sequences are frequent.
 
         Args:
             text:
@@ -116,7 +116,7 @@ class BpeTokenizer:
         return int(self._model.get_vocab_size())
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """The ids of a text, **shape** (tokens,)."""
+        """Return the ids of a text, **shape** (tokens,)."""
         encode_utf8(text)
         pieces = [
             np.array(encoding.ids, dtype=np.int32)
@@ -126,7 +126,7 @@ class BpeTokenizer:
         return np.concatenate(pieces)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """The text of any ids; bytes that are not UTF-8 become U+FFFD.
+        """Return the text of any ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids:
@@ -140,12 +140,12 @@ class BpeTokenizer:
         return str(self._model.decode(plain, skip_special_tokens=False))
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON; ``tokenizer_from_json`` restores it."""
+        """Return the state as plain JSON; ``tokenizer_from_json`` restores it."""
         return {"kind": self.kind, "tokenizer": self.state}
 
     @cached_property
     def _model(self) -> Any:
-        """The library's object."""
+        """The tokenizer object of the library."""
         library = _import_tokenizers()
         try:
             return library.Tokenizer.from_str(self.state)
@@ -162,14 +162,14 @@ def _import_tokenizers() -> ModuleType:
         if error.name != "tokenizers":
             raise
         raise ModuleNotFoundError(
-            "The kind 'bpe' needs the library tokenizers, which is not installed: "
+            "The kind 'bpe' requires the library tokenizers, which is not installed: "
             "pip install 'optuna_nnhp[bpe]'",
             name=error.name,
         ) from error
 
 
 def _split_for_encoding(text: str) -> Iterator[str]:
-    """The text in pieces whose tokens, one after another, are those of the whole."""
+    """Yield pieces of a text whose tokens, concatenated, are those of the whole text."""
     start = 0
     while split_at := _SAFE_SPLIT.search(text, start + _ENCODING_CHARACTERS):
         yield text[start : split_at.end()]

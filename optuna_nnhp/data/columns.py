@@ -1,4 +1,4 @@
-"""One column of a table: which kind it is, and how it becomes numbers or category codes."""
+"""Columns of a table: their kind, and their conversion to numbers or category codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from optuna_nnhp.data.parsing import to_timestamps
 
 logger = logging.getLogger(f"optuna.{__name__}")
 
-MAX_CATEGORIES = 100
+MAX_CATEGORIES = 100  # of a column, including the infrequent one
 COLUMN_KINDS = ("numeric", "boolean", "categorical", "date", "constant")
 DATE_PARTS = ("year", "month", "day", "weekday", "hour", "days")
 # Tried in this order; all texts of a column must follow one of them. Where day and month cannot
@@ -43,7 +43,7 @@ N_SNIFFED_TEXTS = 100
 
 @dataclass(frozen=True)
 class Column:
-    """What is known of a column after looking at the training part.
+    """What the training part says of a column: its kind and features.
 
     Args:
         name:
@@ -77,7 +77,7 @@ class Column:
 
     @property
     def one_hot_width(self) -> int:
-        """How many 0/1 features a categorical column has.
+        """The number of 0/1 features of a categorical column.
 
         Example:
             >>> Column("town", "categorical", categories=("Rome", "Ulm")).one_hot_width
@@ -87,7 +87,7 @@ class Column:
 
 
 def check_values(frame: pd.DataFrame, name: str = "X") -> None:
-    """Checks that no column is all missing or holds infinity.
+    """Check that each column has a value and none is infinite.
 
     Args:
         frame:
@@ -111,7 +111,7 @@ def check_values(frame: pd.DataFrame, name: str = "X") -> None:
 
 
 def check_finite(frame: pd.DataFrame, name: str = "X") -> None:
-    """Checks that no number is infinite.
+    """Check that no number is infinite.
 
     Args:
         frame:
@@ -136,7 +136,7 @@ def check_finite(frame: pd.DataFrame, name: str = "X") -> None:
 
 
 def fit_column(series: pd.Series[Any]) -> Column:
-    """Finds a column's kind and features in the training part.
+    """Infer a column's kind and features from the training part.
 
     Args:
         series:
@@ -169,7 +169,7 @@ infrequent=False, date_format='')
 
 
 def infer_column_kind(series: pd.Series[Any]) -> tuple[str, str]:
-    """The kind of a column, and how its dates are written.
+    """Infer the kind of a column, and the format of its dates.
 
     Texts count as what they all spell: true/false, numbers, or dates in one of
     ``DATE_FORMATS``; pandas categoricals are always categorical.
@@ -197,7 +197,7 @@ def infer_column_kind(series: pd.Series[Any]) -> tuple[str, str]:
         return "numeric", ""
     if len(values) <= 4 and {text.lower() for text in values} <= {"true", "false"}:
         return "boolean", ""
-    # Most columns of words are found out by their first texts.
+    # The first texts of most columns of words show that they are words.
     head = values[:N_SNIFFED_TEXTS]
     if not np.isnan(parse_numbers(head)).any() and not np.isnan(parse_numbers(values)).any():
         return "numeric", ""
@@ -213,7 +213,7 @@ def infer_column_kind(series: pd.Series[Any]) -> tuple[str, str]:
 def numeric_features(
     column: Column, series: pd.Series[Any], name: str = "X"
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The number features of a numeric, boolean or date column.
+    """Return the numeric features of a numeric, boolean or date column.
 
     A cell that cannot be read (a word among numbers) counts as missing, and one warning is logged.
 
@@ -256,14 +256,14 @@ def numeric_features(
         logger.warning(
             f"Column {column.name!r} of {name} is {column.kind}, but {unreadable.sum():,} "
             f"of its cells "
-            f"are not; they count as missing. The first is "
+            f"are not; they count as missing. The first one is "
             f"{series.iloc[int(unreadable.argmax())]!r}."
         )
     return values, absent
 
 
 def category_codes(column: Column, series: pd.Series[Any], name: str = "X") -> NDArray[np.int64]:
-    """The category of each cell of a categorical column.
+    """Return the category code of each cell of a categorical column.
 
     Args:
         column:
@@ -290,7 +290,7 @@ def category_codes(column: Column, series: pd.Series[Any], name: str = "X") -> N
 
 
 def _fit_categories(series: pd.Series[Any]) -> Column:
-    """The categories of a column, at most ``MAX_CATEGORIES`` with the infrequent one."""
+    """Return a column's categories, at most ``MAX_CATEGORIES`` with the infrequent one."""
     name = str(series.name)
     codes, values = factorize_texts(series)
     missing = bool((codes < 0).any())
@@ -300,7 +300,7 @@ def _fit_categories(series: pd.Series[Any]) -> Column:
         return Column(name, "categorical", missing=missing, categories=tuple(sorted(values)))
     counts = np.bincount(codes[codes >= 0], minlength=len(values))
     max_categories = MAX_CATEGORIES - 1
-    # A text seen once teaches nothing, and sorting a million of them takes a second.
+    # A text that occurs once is of no use, and sorting a million texts takes a second.
     min_count = max(2, int(np.partition(counts, -max_categories)[-max_categories]))
     often = [(int(counts[i]), str(values[i])) for i in np.flatnonzero(counts >= min_count)]
     kept = tuple(sorted(text for _, text in sorted(often)[-max_categories:]))
@@ -314,7 +314,7 @@ def _fit_categories(series: pd.Series[Any]) -> Column:
 
 
 def _all_missing(series: pd.Series[Any]) -> bool:
-    """Whether no cell has a value; reads all texts only where the first thousand are markers."""
+    """Return whether no cell has a value; reads all cells only if the first thousand have none."""
     present = series.dropna()
     if present.empty or not is_text_column(series):
         return present.empty

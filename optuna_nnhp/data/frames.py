@@ -1,4 +1,4 @@
-"""Whatever a user holds (CSV file, array, DataFrame, tensor, lists) as pandas objects."""
+"""Convert CSV files, arrays, DataFrames, tensors and lists to pandas objects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LONE_CARRIAGE_RETURN = re.compile(rb"\r(?!\n)")
 
 
 def format_list(names: Iterable[object], quote: bool = True) -> str:
-    """Names for an error or log line, at most ``MAX_LISTED`` of them.
+    """Format names for an error or log line, at most ``MAX_LISTED`` of them.
 
     Args:
         names:
@@ -46,7 +46,7 @@ def format_list(names: Iterable[object], quote: bool = True) -> str:
         '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
     """
     items = list(names)
-    # A cell can hold a novel: one line stays one line.
+    # A cell can hold a long text; the message must stay one line.
     shown = [repr(item) if quote else str(item) for item in items[:MAX_LISTED]]
     shown = [text if len(text) <= 60 else text[:57] + "..." for text in shown]
     more = f" and {len(items) - MAX_LISTED:,} more" if len(items) > MAX_LISTED else ""
@@ -54,7 +54,7 @@ def format_list(names: Iterable[object], quote: bool = True) -> str:
 
 
 def read_csv(path: str | os.PathLike[str], target: str) -> tuple[pd.DataFrame, pd.Series[Any]]:
-    """Reads a comma-separated file whose first line names the columns.
+    """Read a comma-separated file whose first line names the columns.
 
     Args:
         path:
@@ -87,8 +87,8 @@ def read_csv(path: str | os.PathLike[str], target: str) -> tuple[pd.DataFrame, p
     if not file.exists():
         raise FileNotFoundError(f"The CSV file {str(file)!r} does not exist.")
     if file.is_dir():
-        raise ValueError(f"A CSV file is needed, but {str(file)!r} is a folder.")
-    # The header first: a wrong target is said before a large file is read.
+        raise ValueError(f"The path must be that of a CSV file, but {str(file)!r} is a folder.")
+    # Read the header first, so that a wrong target raises before a large file is read.
     header = _parse_csv(file, header=None, nrows=1, dtype=str, keep_default_na=False)
     names = [str(name).strip() for name in header.iloc[0]]
     _check_header(names, target, file)
@@ -101,7 +101,7 @@ def read_csv(path: str | os.PathLike[str], target: str) -> tuple[pd.DataFrame, p
 
 
 def _parse_csv(file: Path, **options: Any) -> pd.DataFrame:
-    """``pandas.read_csv`` with one-line errors."""
+    """Call ``pandas.read_csv`` and raise one-line errors."""
     name = repr(str(file))
     try:
         with warnings.catch_warnings():
@@ -133,7 +133,7 @@ def _parse_csv(file: Path, **options: Any) -> pd.DataFrame:
 
 
 def _normalize_line_ends(file: Path) -> Path | BytesIO:
-    """The file, or its content if it has line ends that pandas does not take as such.
+    """Return the file, or its content if pandas would misread its line ends.
 
     After an empty line that ends in a lone carriage return, pandas moves the next row's cells to
     the left if the first is empty.
@@ -149,7 +149,7 @@ def _normalize_line_ends(file: Path) -> Path | BytesIO:
 
 
 def _check_header(names: list[str], target: str, file: Path) -> None:
-    """Raises ValueError unless the names are unique and hold the target and one more."""
+    """Raise ValueError unless the names are unique and hold the target and another column."""
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates:
         raise ValueError(
@@ -169,7 +169,7 @@ def _check_header(names: list[str], target: str, file: Path) -> None:
 
 
 def as_frame(X: Any, name: str = "X") -> pd.DataFrame:
-    """A table as a DataFrame with unique text names and rows counted from 0.
+    """Convert a table to a DataFrame with unique text names and rows counted from 0.
 
     Args:
         X:
@@ -215,7 +215,7 @@ def as_frame(X: Any, name: str = "X") -> pd.DataFrame:
 
 
 def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
-    """Labels or numbers as a Series with rows counted from 0.
+    """Convert labels or numbers to a Series with rows counted from 0.
 
     Args:
         y:
@@ -253,7 +253,7 @@ def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
 
 
 def check_consistent_length(X: Sized, y: Sized, names: Sequence[str] = ("X", "y")) -> None:
-    """Checks that there is one label for each row.
+    """Check that there is one label for each row.
 
     Args:
         X:
@@ -280,7 +280,7 @@ def check_consistent_length(X: Sized, y: Sized, names: Sequence[str] = ("X", "y"
 def align_columns(
     X: Any, columns: Sequence[str], needed: Iterable[str], name: str = "X"
 ) -> pd.DataFrame:
-    """A table brought to the columns that another one had.
+    """Select and order a table's columns as in another table.
 
     Args:
         X:
@@ -317,7 +317,7 @@ def align_columns(
 
 
 def as_array(values: Any, name: str) -> Any:
-    """A tensor as an array; anything else as it is, arrays in this machine's byte order.
+    """Convert a tensor to an array, and an array to the native byte order; return others as is.
 
     Args:
         values:
@@ -354,13 +354,13 @@ def as_array(values: Any, name: str) -> Any:
 
 
 def _array_or_list(values: Any, name: str) -> Any:
-    """Tensors become arrays, other sequences lists; what pandas and NumPy own is kept."""
+    """Convert tensors to arrays and other sequences to lists; keep pandas and NumPy objects."""
     values = as_array(values, name)
     return list(values) if isinstance(values, tuple | range) else values
 
 
 def _infer_dtype(series: pd.Series[Any], what: str) -> pd.Series[Any]:
-    """The cells with the type that all of them have, if there is one."""
+    """Convert cells of one type to that type."""
     if isinstance(series.dtype, np.dtype) and not series.dtype.isnative:
         return series.astype(series.dtype.newbyteorder("="))
     try:
@@ -373,7 +373,7 @@ def _infer_dtype(series: pd.Series[Any], what: str) -> pd.Series[Any]:
 
 
 def _shape_of(values: Any, name: str) -> tuple[int, ...]:
-    """The shape, or a ValueError for rows of different lengths."""
+    """Return the shape, or raise ValueError for rows of different lengths."""
     try:
         return tuple(np.shape(values))
     except ValueError:

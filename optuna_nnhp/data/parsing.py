@@ -1,4 +1,4 @@
-"""Cells of any type as texts, numbers or moments."""
+"""Parse table cells of any type as texts, numbers or timestamps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOOLEAN_TEXTS = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
 
 
 def is_text_column(series: pd.Series[Any], name: str = "X") -> bool:
-    """Whether cells are read as texts: all but numbers, booleans, dates and time spans.
+    """Return whether cells are read as texts: all but numbers, booleans, dates, time spans.
 
     Args:
         series:
@@ -44,7 +44,7 @@ def is_text_column(series: pd.Series[Any], name: str = "X") -> bool:
 def factorize_texts(
     series: pd.Series[Any], name: str = "X"
 ) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """The distinct texts of a column, and which one each row has.
+    """Return the distinct texts of a column, and which one each row has.
 
     Whole numbers lose their ``.0``: pandas turns integers into floats when a value is missing.
 
@@ -91,7 +91,7 @@ def factorize_texts(
 
 
 def parse_numbers(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Texts as numbers, NaN where they are none.
+    """Parse texts as numbers; NaN for other texts.
 
     Args:
         values:
@@ -109,7 +109,7 @@ def parse_numbers(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def parse_dates(values: NDArray[Any], date_format: str) -> pd.DatetimeIndex:
-    """Texts as moments, NaT where they are none; those without a time zone are taken as UTC.
+    """Parse texts as timestamps, NaT for other texts; UTC if a text has no time zone.
 
     Args:
         values:
@@ -132,7 +132,7 @@ def parse_dates(values: NDArray[Any], date_format: str) -> pd.DatetimeIndex:
 def to_numbers(
     series: pd.Series[Any], boolean: bool = False, name: str = "X"
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Cells as numbers; time spans become seconds.
+    """Convert cells to numbers; time spans become seconds.
 
     Args:
         series:
@@ -169,7 +169,7 @@ def to_numbers(
 def to_timestamps(
     series: pd.Series[Any], date_format: str, name: str = "X"
 ) -> tuple[pd.DatetimeIndex, NDArray[np.bool_]]:
-    """Cells as moments in UTC.
+    """Convert cells to timestamps in UTC.
 
     Args:
         series:
@@ -201,7 +201,7 @@ def to_timestamps(
 
 
 def date_parts(timestamps: pd.DatetimeIndex, parts: tuple[str, ...]) -> NDArray[np.float64]:
-    """Numbers of moments.
+    """Return parts of dates as numbers.
 
     Args:
         timestamps:

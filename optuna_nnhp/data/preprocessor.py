@@ -1,4 +1,4 @@
-"""A table as a float32 array, by rules learnt from the training part alone."""
+"""Preprocess a table to a float32 array, by rules learned from the training part alone."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"optuna.{__name__}")
 
-# Rows in work at a time: bounds the float64 and sparse copies beside the result.
+# Rows converted at a time, which bounds the memory of float64 copies.
 CHUNK_ROWS = 65536
 
 
 @dataclass(frozen=True, eq=False)
 class Preprocessor:
-    """Turns tables like the training part into arrays without missing values.
+    """Converts tables like the training part to arrays without missing values.
 
     Features come in three blocks: numbers (numeric and boolean columns, parts of dates; see
     ``Scaler``), 0/1 for "this number is missing" where the training part lacks some, and 0/1 for
@@ -45,9 +45,9 @@ class Preprocessor:
 
     Args:
         columns:
-            What was learnt of each column, in the table's order.
+            The fitted columns, in the table's order.
         scaler:
-            What was learnt of the numbers, or None without any.
+            The fitted scaler of the numeric features; None if there are none.
 
     Example:
         >>> frame = pd.DataFrame({"size": [1.0, None, 3.0], "town": ["Ulm", "Rome", "Ulm"]})
@@ -65,7 +65,7 @@ class Preprocessor:
 
     @classmethod
     def fit(cls, X: Any) -> Preprocessor:
-        """Learns from the training part.
+        """Learn columns and scales from the training part.
 
         Args:
             X:
@@ -85,12 +85,12 @@ class Preprocessor:
 
     @cached_property
     def numeric_columns(self) -> tuple[Column, ...]:
-        """The columns with number features."""
+        """The columns with numeric features."""
         return tuple(c for c in self.columns if c.kind in ("numeric", "boolean", "date"))
 
     @cached_property
     def categorical_columns(self) -> tuple[Column, ...]:
-        """The columns with categories."""
+        """The categorical columns."""
         return tuple(c for c in self.columns if c.kind == "categorical")
 
     @cached_property
@@ -105,7 +105,7 @@ class Preprocessor:
 
     @cached_property
     def _encoder(self) -> OneHotEncoder:
-        """Codes to 0/1 columns; -1, the code of what training never saw, to zeros."""
+        """The encoder of category codes as 0/1 columns; -1 (unseen) becomes zeros."""
         from sklearn.preprocessing import OneHotEncoder  # slow to import
 
         widths = [column.one_hot_width for column in self.categorical_columns]
@@ -118,7 +118,7 @@ class Preprocessor:
         return encoder.fit(np.zeros((1, len(widths)), dtype=np.int64))
 
     def transform(self, X: Any, name: str = "X") -> NDArray[np.float32]:
-        """Features of any rows.
+        """Return the features of any rows.
 
         Args:
             X:
@@ -158,7 +158,7 @@ class Preprocessor:
         return features
 
     def describe(self) -> str:
-        """One line for a person: how many columns of which kind, and how many features.
+        """Describe the columns and the number of features in one line.
 
         Example:
             >>> Preprocessor.fit([[1, 5], [2, 5]]).describe()
@@ -169,7 +169,7 @@ class Preprocessor:
         return f"{len(self.columns):,} columns: {kinds} -> {len(self.feature_names):,} features"
 
     def to_json(self) -> dict[str, Any]:
-        """The fitted state as plain JSON.
+        """Return the fitted state as plain JSON.
 
         Example:
             >>> Preprocessor.fit([["a"], ["b"]]).to_json()["scaler"] is None
@@ -184,7 +184,7 @@ class Preprocessor:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Preprocessor:
-        """Restores what ``to_json`` gave; ``transform`` gives the same bits.
+        """Restore what ``to_json`` returned; ``transform`` returns the same bits.
 
         Args:
             state:
@@ -207,9 +207,9 @@ class Preprocessor:
 
 
 def fit_preprocessor(frame: pd.DataFrame) -> Preprocessor:
-    """``Preprocessor.fit`` for a table that is part of a checked one.
+    """Fit a `Preprocessor` to a part of a table that was checked as a whole.
 
-    A column without a value in this part is constant here, and dropped like one.
+    A column without a value in this part counts as constant and is dropped.
 
     Args:
         frame:
@@ -232,7 +232,7 @@ def fit_preprocessor(frame: pd.DataFrame) -> Preprocessor:
         )
     if constant:
         logger.info(
-            f"Dropped, for they do not vary in the training part: {format_list(constant)}."
+            f"Dropped columns that do not vary in the training part: {format_list(constant)}."
         )
     preprocessor = Preprocessor(columns, None)
     values, _ = numeric_block(preprocessor.numeric_columns, frame)
@@ -242,7 +242,7 @@ def fit_preprocessor(frame: pd.DataFrame) -> Preprocessor:
 def numeric_block(
     columns: tuple[Column, ...], frame: pd.DataFrame, name: str = "X"
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Number features before scaling, and the missing indicators.
+    """Return numeric features before scaling, and the missing indicators.
 
     Args:
         columns:

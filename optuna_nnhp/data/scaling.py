@@ -1,4 +1,4 @@
-"""Numbers of any unit and tail as values a network can take."""
+"""Scale numbers of any unit and tail for a network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOFT_CLIP_BOUND = 3.0
 
 @dataclass(frozen=True, eq=False)
 class Scaler:
-    """Median imputation, compression of heavy tails, standardization, bending.
+    """Imputes medians, compresses heavy tails, standardizes and clips softly.
 
     A column is heavy-tailed if a training value lies more than ``HEAVY_TAIL_IQRS``
     interquartile ranges
@@ -57,7 +57,7 @@ class Scaler:
 
     @classmethod
     def fit(cls, values: NDArray[np.float64]) -> Scaler:
-        """Learns from the training part.
+        """Learn the scales from the training part.
 
         Args:
             values:
@@ -83,7 +83,7 @@ class Scaler:
         return cls(imputer, heavy, robust, standard)
 
     def transform(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Numbers within ±``SOFT_CLIP_BOUND``, none missing.
+        """Scale numbers to within ±``SOFT_CLIP_BOUND``, none missing.
 
         Args:
             values:
@@ -102,7 +102,7 @@ class Scaler:
         return soft_clip(scaled)
 
     def to_json(self) -> dict[str, list[Any]]:
-        """The fitted numbers as plain JSON.
+        """Return the fitted numbers as plain JSON.
 
         Example:
             >>> Scaler.fit(np.array([[0.0], [2.0]])).to_json()["mean"]
@@ -120,7 +120,7 @@ class Scaler:
 
     @classmethod
     def from_json(cls, state: Mapping[str, list[Any]]) -> Scaler:
-        """Restores what ``to_json`` gave, exactly.
+        """Restore what ``to_json`` returned, exactly.
 
         Args:
             state:
@@ -150,7 +150,7 @@ class Scaler:
 
 
 def soft_clip(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """x / sqrt(1 + (x / CLIP)^2): straight around 0, never beyond ±``SOFT_CLIP_BOUND``.
+    """Return x / sqrt(1 + (x / bound)^2): linear near 0, never beyond ±``SOFT_CLIP_BOUND``.
 
     Args:
         values:
@@ -167,7 +167,7 @@ def soft_clip(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _arcsinh_heavy_tails(
     filled: NDArray[np.float64], heavy: NDArray[np.bool_], robust: RobustScaler
 ) -> NDArray[np.float64]:
-    """Puts the heavy-tailed columns through arcsinh of their robust scale, in a copy."""
+    """Apply arcsinh to the robustly scaled heavy-tailed columns, in a copy."""
     if not heavy.any():
         return filled
     compressed = filled.copy()

@@ -1,4 +1,4 @@
-"""Training and validation parts, and the order in which the training rows are visited."""
+"""Split rows into a training and a validation part, and order the training rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEED_LIMIT = 2**32
 
 
 def is_validation_pair(validation: object) -> bool:
-    """Whether the validation part is given as (X_val, y_val) rather than as a fraction.
+    """Return whether the validation part is given as (X_val, y_val), not as a fraction.
 
     Args:
         validation:
@@ -58,7 +58,7 @@ def train_validation_split(
     task: str,
     seed: int,
 ) -> SplitParts:
-    """Divides the rows into a training and a validation part.
+    """Divide the rows into a training and a validation part.
 
     A fraction is drawn at random, stratified for classification: every class is in both parts.
 
@@ -103,7 +103,7 @@ def train_validation_split(
         np.arange(len(y)), test_size=valid, random_state=seed, stratify=codes
     )
     if codes is not None:
-        # scikit-learn keeps proportions, but rounds small classes away.
+        # scikit-learn keeps proportions, but may leave a part without a small class.
         _move_missing_classes(train_rows, valid_rows, codes)
         _move_missing_classes(valid_rows, train_rows, codes)
     tables = [X.iloc[rows].reset_index(drop=True) for rows in (train_rows, valid_rows)]
@@ -112,7 +112,7 @@ def train_validation_split(
 
 
 def batch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the training rows.
+    """Return the order in which an epoch visits the training rows.
 
     It is a function of seed and epoch alone, so a resumed or replayed training visits the same
     rows. Source: NumPy's SeedSequence with the epoch as spawn key, and PCG64
@@ -140,13 +140,13 @@ def batch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     for name, value, least in (("n", n, 1), ("seed", seed, 0), ("epoch", epoch, 0)):
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
-    # A spawn key, not seed + epoch: seeds 1, 2, ... would share each other's orders.
+    # A spawn key, not seed + epoch, so that seeds 1, 2, ... do not share orders.
     sequence = np.random.SeedSequence(seed, spawn_key=(epoch,))
     return np.random.Generator(np.random.PCG64(sequence)).permutation(n)
 
 
 def _check_part_sizes(y: pd.Series[Any], codes: NDArray[np.int64] | None, valid: int) -> None:
-    """Raises ValueError unless both parts can be filled, with every class in both."""
+    """Raise ValueError unless both parts have enough rows, with every class in both."""
     train = len(y) - valid
     if codes is None:
         if train < 2:
@@ -173,7 +173,7 @@ def _check_part_sizes(y: pd.Series[Any], codes: NDArray[np.int64] | None, valid:
 def _move_missing_classes(
     have: NDArray[np.int64], lack: NDArray[np.int64], codes: NDArray[np.int64]
 ) -> None:
-    """Gives ``lack`` a row of each class it lacks, for one of a class it has several of.
+    """Exchange rows so that ``lack`` gets one of each class that it lacks.
 
     Stratified drawing rounds: of a class with two rows, a fifth may be none. In place; both parts
     keep their sizes, and ``have`` loses no class, since of a class that ``lack`` has none of, it

@@ -1,4 +1,4 @@
-"""From a user's table to the arrays that networks are trained on, in one call."""
+"""Convert a user's table to the arrays that networks are trained on."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ logger = logging.getLogger(f"optuna.{__name__}")
 
 
 class InputPreprocessor(Protocol):
-    """What stands between a user's data and the arrays that a network takes."""
+    """Converts a user's data to the arrays that a network takes."""
 
     def transform(self, X: Any, name: str = "X") -> NDArray[Any]:
-        """Arrays of any rows, **shape** (rows, ...)."""
+        """Return arrays of any rows, **shape** (rows, ...)."""
 
     def describe(self) -> str:
-        """A few words for a person."""
+        """Describe the inputs in a few words."""
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON."""
+        """Return the state as plain JSON."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,10 @@ class SupervisedData:
         valid_y:
             As ``train_y``, **shape** (validation rows,).
         preprocessor:
-            Gives further rows their features; learnt from the training part. For an array it
+            Gives further rows their features; learned from the training part. For an array it
             only checks them.
         target:
-            Gives predictions their labels or unit; learnt from the training part.
+            Gives predictions their labels or unit; learned from the training part.
         fingerprint:
             Twelve hexadecimal digits that change with any of the arrays, labels or units.
 
@@ -83,7 +83,7 @@ class SupervisedData:
     fingerprint: str
 
     def describe(self) -> str:
-        """One line for a person.
+        """Describe the data in one line.
 
         Example:
             >>> prepare_table([[1.0], [2.0]] * 5, ["no", "yes"] * 5).describe()
@@ -104,9 +104,9 @@ def prepare_table(
     validation: float | Sequence[Any] = 0.2,
     seed: int = 0,
 ) -> SupervisedData:
-    """Checks a table, splits it, and learns and applies the preprocessing.
+    """Check a table, split it, and fit and apply the preprocessing.
 
-    Everything is checked first; nothing is learnt from the validation part.
+    Everything is checked first. Nothing is learned from the validation part.
 
     Args:
         X:
@@ -115,7 +115,7 @@ def prepare_table(
             Labels or numbers, **shape** (rows,) or (rows, 1).
         task:
             ``"binary"``, ``"multiclass"``, ``"classification"`` (either of them),
-            ``"regression"``, or None to tell from ``y``; see ``infer_task``.
+            ``"regression"``, or None to infer it from ``y``; see ``infer_task``.
         validation:
             The fraction of rows to validate on, or (X_val, y_val).
         seed:
@@ -142,12 +142,12 @@ def prepare_table(
         frame, labels, validation, resolved_task, seed
     )
     if pair:
-        # A fraction was checked with X; a pair may have other columns, or infinities of its own.
+        # A fraction of X is checked already; a pair may have other columns or infinite numbers.
         columns = list(frame.columns)
         valid = align_columns(validation[0], columns, columns, "X_val")  # type: ignore[index]
         check_finite(valid, "X_val")
         check_target(valid_labels, "y_val")
-    # Labels before features: unknown ones stop here, before the costly part.
+    # Labels before features, so that unknown labels raise before the slow part.
     target, train_y, valid_y = encode_targets(
         train_labels, valid_labels, resolved_task, validation, task
     )
@@ -165,7 +165,7 @@ def encode_targets(
     validation: object,
     task: str | None,
 ) -> tuple[Target, EncodedTarget, EncodedTarget]:
-    """Labels of both parts as a network wants them.
+    """Encode the labels of both parts for a network.
 
     Args:
         train:
@@ -175,9 +175,9 @@ def encode_targets(
         resolved_task:
             The task.
         validation:
-            As the user gave it, for the words of an error.
+            As the user gave it, for the text of errors.
         task:
-            As the user gave it: where it is None, a log line says what was found.
+            As the user gave it; if None, a log line says which task was inferred.
 
     Raises:
         ValueError:
@@ -195,12 +195,12 @@ def encode_targets(
         target.encode(valid, "y_val" if is_validation_pair(validation) else "y"),
     )
     if task is None:
-        logger.info(f"The task told from y: {target.describe()}; `task=` overrides it.")
+        logger.info(f"Inferred task: {target.describe()}; pass `task=` to override.")
     return target, *codes
 
 
 def fingerprint(arrays: Sequence[NDArray[Any]], target: Target) -> str:
-    """A short name for the content of arrays and their target.
+    """Return a short hash of arrays and their target.
 
     Args:
         arrays:

@@ -1,4 +1,4 @@
-"""What is predicted: classes as codes, numbers standardized, and the way back."""
+"""Encode targets: classes as codes, numbers standardized; and decode predictions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Label: TypeAlias = str | int | float | bool
 
 TASKS = ("binary", "multiclass", "regression")
 MAX_INTEGER_CLASSES = 20
-# Far beyond any unit, and its square is far within float64.
+# Larger than any unit needs, with a square within float64.
 MAX_ABS_TARGET = 1e30
 
 
 def check_target(y: pd.Series[Any], name: str = "y") -> None:
-    """Checks that every value is there, finite, and of one kind.
+    """Check that all values are present, finite, and of one type.
 
     Args:
         y:
@@ -71,7 +71,7 @@ def check_target(y: pd.Series[Any], name: str = "y") -> None:
 
 
 def infer_task(y: pd.Series[Any]) -> str:
-    """The task that the labels suggest.
+    """Infer the task from the labels.
 
     Texts, booleans and pandas categoricals are classes. Numbers are classes if all are whole and
     there are two of them, or at most ``MAX_INTEGER_CLASSES`` and at least two rows for each on
@@ -101,7 +101,7 @@ def infer_task(y: pd.Series[Any]) -> str:
 
 
 def resolve_task(y: pd.Series[Any], task: str | None, name: str = "y") -> str:
-    """The task asked for, or inferred, checked against the labels.
+    """Return the given task, or the inferred one, after a check against the labels.
 
     Args:
         y:
@@ -135,10 +135,10 @@ def resolve_task(y: pd.Series[Any], task: str | None, name: str = "y") -> str:
         return infer_task(y)
     if task == "regression" and values.dtype.kind not in "iuf":
         held = "texts" if values.dtype.kind == "O" else "booleans"
-        raise ValueError(f"Regression needs numbers, but {name} holds {held}.")
+        raise ValueError(f"{name} must hold numbers for a regression, but holds {held}.")
     if task == "binary" and len(distinct) != 2:
         raise ValueError(
-            f"The task 'binary' needs 2 classes, but {name} has {len(distinct):,}: "
+            f"{name} must have 2 classes for the task 'binary', but has {len(distinct):,}: "
             f"{format_list(np.asarray(distinct).tolist())}."
         )
     if task == "classification":
@@ -148,7 +148,7 @@ def resolve_task(y: pd.Series[Any], task: str | None, name: str = "y") -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """How labels become numbers for a network, learnt from the training part.
+    """The encoding of labels for a network, learned from the training part.
 
     Args:
         task:
@@ -175,7 +175,7 @@ class Target:
 
     @classmethod
     def fit(cls, y: pd.Series[Any], task: str) -> Target:
-        """Learns the classes, or mean and standard deviation.
+        """Learn the classes, or mean and standard deviation.
 
         Args:
             y:
@@ -195,7 +195,7 @@ class Target:
         return cls(task, classes=tuple(np.sort(pd.unique(values)).tolist()))
 
     def encode(self, y: pd.Series[Any], name: str = "y") -> NDArray[np.int64 | np.float32]:
-        """Labels as the network wants them.
+        """Encode labels for the network.
 
         Args:
             y:
@@ -225,7 +225,7 @@ class Target:
                 )
             return np.asarray(codes, dtype=np.int64)
         if values.dtype.kind not in "iuf":
-            raise ValueError(f"Regression needs numbers, but {name} holds {y.dtype}.")
+            raise ValueError(f"{name} must hold numbers for a regression, but holds {y.dtype}.")
         with np.errstate(over="ignore"):
             scaled = ((values.astype(np.float64) - self.mean) / self.scale).astype(np.float32)
         invalid = ~np.isfinite(scaled)
@@ -237,7 +237,7 @@ class Target:
         return np.asarray(scaled)
 
     def decode(self, encoded: ArrayLike) -> NDArray[Any]:
-        """The way back from ``encode``.
+        """Decode what ``encode`` returned.
 
         Args:
             encoded:
@@ -256,7 +256,7 @@ class Target:
         return np.asarray(self._classes_array()[np.asarray(encoded)])
 
     def describe(self) -> str:
-        """One line for a person.
+        """Describe the target in one line.
 
         Example:
             >>> Target("binary", classes=("no", "yes")).describe()
@@ -267,7 +267,7 @@ class Target:
         return f"{self.task} ({format_list(self.classes)})"
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON.
+        """Return the state as plain JSON.
 
         Example:
             >>> Target("binary", classes=(0, 1)).to_json()
@@ -277,7 +277,7 @@ class Target:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Target:
-        """Restores what ``to_json`` gave.
+        """Restore what ``to_json`` returned.
 
         Args:
             state:
@@ -291,13 +291,13 @@ class Target:
         return cls(state["task"], tuple(state["classes"]), state["mean"], state["scale"])
 
     def _classes_array(self) -> NDArray[Any]:
-        """The classes as an array, **shape** (classes,)."""
+        """Return the classes as an array, **shape** (classes,)."""
         text = isinstance(self.classes[0], str)
         return np.array(self.classes, dtype=object if text else None)
 
 
 def _to_numpy(y: pd.Series[Any]) -> NDArray[Any]:
-    """The values without pandas' extension types: bool, int, float, datetime or object.
+    """Return the values without pandas' extension types: bool, int, float, datetime or object.
 
     pandas' nullable and categorical types say the same in other words; labels from a CSV file and
     from a DataFrame must meet.

@@ -1,4 +1,4 @@
-"""From a user's text to the parts that a language model is trained and validated on."""
+"""Read texts and split them into the training and validation part of a language model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TokenizedText:
 
 @dataclass(frozen=True)
 class TextData:
-    """A text in two parts, ready to be made into tokens.
+    """A text in two parts.
 
     Args:
         train:
@@ -105,7 +105,7 @@ class TextData:
 
     @cached_property
     def valid_bytes(self) -> int:
-        """What the validation part takes in UTF-8."""
+        """The length of the validation part in UTF-8."""
         return len(encode_utf8(self.valid))
 
     @cached_property
@@ -119,7 +119,7 @@ class TextData:
         return "char" if self.alphabet_size <= MAX_CHAR_ALPHABET else "byte"
 
     def tokenize(self, kind: str, vocabulary: int | None = None) -> TokenizedText:
-        """Both parts as token ids; what was made once is kept.
+        """Return both parts as token ids; results are cached.
 
         Args:
             kind:
@@ -142,7 +142,7 @@ class TextData:
         return self._tokens[key]
 
     def describe(self) -> dict[str, Any]:
-        """What a study keeps of the text, as plain JSON.
+        """Return the sizes of the text, as plain JSON.
 
         Example:
             >>> prepare_text("to be or not\\n" * 8).describe()  # doctest: +NORMALIZE_WHITESPACE
@@ -162,7 +162,7 @@ class TextData:
 def prepare_text(
     source: TextSource, *, validation: float | TextSource = 0.1, errors: str = "strict"
 ) -> TextData:
-    """Reads a text and splits it.
+    """Read a text and split it.
 
     Args:
         source:
@@ -210,7 +210,7 @@ def prepare_text(
 
 
 def _validation_fraction(validation: object) -> float | None:
-    """The share, or None for another source."""
+    """Return the fraction of the text, or None for another source."""
     if isinstance(validation, int | float | np.integer | np.floating) and not isinstance(
         validation, bool
     ):
@@ -226,7 +226,7 @@ def _validation_fraction(validation: object) -> float | None:
 
 
 def fingerprint(train: str, valid: str) -> str:
-    """A short name for the content of both parts.
+    """Return a short hash of both parts.
 
     Args:
         train:
@@ -248,7 +248,7 @@ def fingerprint(train: str, valid: str) -> str:
 
 
 def check_context_fits(tokens: TokenizedText, context: int) -> None:
-    """Raises ValueError unless each part has a window of ``context`` tokens and the next one.
+    """Raise ValueError unless each part has a window of ``context`` tokens and the next one.
 
     Args:
         tokenize:
@@ -282,7 +282,7 @@ tokens 93 are for training and 11 for validation; `context` can be at most 10.
 
 
 def bundled_text() -> str:
-    """Python's own documentation: half a megabyte of English that needs no download.
+    """Return Python's own documentation: half a megabyte of English that needs no download.
 
     The topics of ``help()``, sorted by name. They differ between versions of Python.
 
@@ -307,7 +307,7 @@ def bundled_text() -> str:
 
 
 def read_text(source: TextSource, errors: str = "strict", name: str = "source") -> str:
-    """A text from wherever a user has it.
+    """Read a text from files, a folder, or the argument itself.
 
     Line ends stay as they are, since bits per byte count every byte. Files are joined with a
     line's end where there is none between them.
@@ -347,7 +347,7 @@ def read_text(source: TextSource, errors: str = "strict", name: str = "source") 
 
 
 def _is_text(source: str) -> bool:
-    """Whether a str is text rather than a path."""
+    """Return whether a str is text rather than a path."""
     if "\n" in source or len(source) > MAX_PATH_LENGTH:
         return True
     if os.path.exists(source):
@@ -358,7 +358,7 @@ def _is_text(source: str) -> bool:
 
 
 def _list_files(source: object, name: str) -> list[Path]:
-    """All files of a source that is not text."""
+    """Return all files of a source that is not text."""
     if isinstance(source, str | os.PathLike):
         return _list_files_at(Path(source), name)
     if not isinstance(source, Sequence) or not all(
@@ -374,7 +374,7 @@ def _list_files(source: object, name: str) -> list[Path]:
 
 
 def _list_files_at(path: Path, name: str) -> list[Path]:
-    """The file, or the text files of the folder."""
+    """Return the file, or the text files of the folder."""
     if not os.path.exists(path):
         raise FileNotFoundError(
             f"`{name}` must be a file or folder that exists, or text with a line's end, "
@@ -396,14 +396,14 @@ def _list_files_at(path: Path, name: str) -> list[Path]:
         )
     if others:
         _logger.info(
-            f"Of the folder {str(path)!r} {len(texts):,} files are read, but not "
+            f"Read {len(texts):,} files of the folder {str(path)!r}, but not "
             f"{format_list(others)}."
         )
     return [found[key] for key in texts]
 
 
 def _read_file(file: Path, errors: str) -> str:
-    """A file's text, or a ValueError that says where it is none."""
+    """Return a file's text, or raise ValueError with the position of what is not text."""
     data, name = file.read_bytes(), repr(str(file))
     if (position := data.find(b"\0")) >= 0:
         raise ValueError(
@@ -418,12 +418,12 @@ def _read_file(file: Path, errors: str) -> str:
         raise ValueError(
             f"A text file must be UTF-8, but {name} has the byte 0x{data[position]:02x} at "
             f"position "
-            f"{position:,}; errors='replace' reads it nevertheless."
+            f"{position:,}; pass errors='replace' to read it."
         ) from None
 
 
 def _join_with_newlines(texts: Iterable[str]) -> str:
-    """One text, with a line's end between each two."""
+    """Join texts, with a line's end between each two."""
     parts = [text for text in texts if text]
     for i, part in enumerate(parts[:-1]):
         if not part.endswith("\n"):

@@ -1,4 +1,4 @@
-"""From text to token ids and back: characters, bytes, or byte-pair encoding.
+"""Convert text to token ids and back: characters, bytes, or byte-pair encoding.
 
 Every tokenizer is lossless for both parts of the text it was made for, so that bits per byte of
 any two of them can be compared: no character is dropped or shares its id with another one.
@@ -29,7 +29,7 @@ TOKENIZER_KINDS = ("char", "byte", "bpe")
 
 
 class Tokenizer(Protocol):
-    """What stands between text and the ids that a network takes."""
+    """Converts text to the ids that a network takes, and back."""
 
     @property
     def kind(self) -> str:
@@ -40,18 +40,18 @@ class Tokenizer(Protocol):
         """The number of different tokens."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """The ids of a text, **shape** (tokens,)."""
+        """Return the ids of a text, **shape** (tokens,)."""
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """The text of any ids; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of any ids; bytes that are not UTF-8 become U+FFFD."""
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON."""
+        """Return the state as plain JSON."""
 
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """A token for each character of the training part.
+    """A tokenizer with a token for each character of the training part.
 
     A character that only the validation part has is spelled out as its UTF-8 bytes, each of them
     a token of its own ("byte fallback"). There are such tokens only for the bytes which that
@@ -99,7 +99,7 @@ class CharTokenizer:
 
     @classmethod
     def fit(cls, train: str, valid: str = "") -> CharTokenizer:
-        """The tokenizer of a text.
+        """Learn the alphabet from a text.
 
         Args:
             train:
@@ -121,7 +121,7 @@ class CharTokenizer:
         return len(self.alphabet) + len(self.fallback)
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """The ids of a text.
+        """Return the ids of a text.
 
         Args:
             text:
@@ -158,7 +158,7 @@ class CharTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """The text of any ids; fallback bytes that are not UTF-8 become U+FFFD.
+        """Return the text of any ids; fallback bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids:
@@ -174,12 +174,12 @@ class CharTokenizer:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON; ``tokenizer_from_json`` restores it."""
+        """Return the state as plain JSON; ``tokenizer_from_json`` restores it."""
         return {"kind": self.kind, "alphabet": self.alphabet, "fallback": list(self.fallback)}
 
     @cached_property
     def _ids(self) -> NDArray[np.int32]:
-        """The id of each code point, or -1; the last entry stands for all that follow."""
+        """The id of each code point, or -1; the last entry is for all higher code points."""
         points = _code_points(self.alphabet)
         ids = np.full(int(points[-1]) + 2, -1, dtype=np.int32)
         ids[points] = np.arange(len(points))
@@ -200,7 +200,7 @@ class CharTokenizer:
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """A token for each of the 256 bytes of UTF-8; takes any text.
+    """A tokenizer with a token for each of the 256 bytes of UTF-8; takes any text.
 
     Example:
         >>> ByteTokenizer().encode("hé").tolist(), ByteTokenizer().decode([104, 195, 169, 255])
@@ -211,11 +211,11 @@ class ByteTokenizer:
     size: ClassVar[int] = N_BYTE_VALUES
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """The ids of a text: its bytes, **shape** (bytes,)."""
+        """Return the ids of a text: its bytes, **shape** (bytes,)."""
         return np.frombuffer(encode_utf8(text), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """The text of any ids; bytes that are not UTF-8 become U+FFFD.
+        """Return the text of any ids; bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids:
@@ -228,14 +228,14 @@ class ByteTokenizer:
         return bytes(validate_token_ids(ids, self.size)).decode(errors="replace")
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON; ``tokenizer_from_json`` restores it."""
+        """Return the state as plain JSON; ``tokenizer_from_json`` restores it."""
         return {"kind": self.kind}
 
 
 def fit_tokenizer(
     kind: str, train: str, valid: str = "", vocabulary: int | None = None
 ) -> Tokenizer:
-    """The tokenizer of a text.
+    """Fit a tokenizer of some kind to a text.
 
     Args:
         kind:
@@ -273,7 +273,7 @@ def fit_tokenizer(
 
 
 def tokenizer_from_json(state: Mapping[str, Any]) -> Tokenizer:
-    """Restores what ``to_json`` gave.
+    """Restore what ``to_json`` returned.
 
     Args:
         state:
@@ -307,12 +307,12 @@ def tokenizer_from_json(state: Mapping[str, Any]) -> Tokenizer:
 
 
 def _code_points(text: str) -> NDArray[np.uint32]:
-    """Code points, **shape** (characters,)."""
+    """Return code points, **shape** (characters,)."""
     return np.frombuffer(text.encode("utf-32-le"), np.dtype("<u4")).astype(np.uint32)
 
 
 def _typed_entry(state: Mapping[str, Any], name: str, wanted: type) -> Any:
-    """An entry of the expected type, or a ValueError."""
+    """Return an entry of the expected type, or raise ValueError."""
     value = state.get(name)
     if not isinstance(value, wanted):
         raise ValueError(

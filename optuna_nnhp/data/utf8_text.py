@@ -1,4 +1,4 @@
-"""What every tokenizer does: text to bytes, and a look at the ids to decode."""
+"""Encode text as UTF-8, and check token ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ N_BYTE_VALUES = 256  # different ones
 
 
 def encode_utf8(text: str, name: str = "Text") -> bytes:
-    """A text's bytes.
+    """Encode a text as UTF-8.
 
     Args:
         text:
@@ -39,7 +39,7 @@ def encode_utf8(text: str, name: str = "Text") -> bytes:
 
 
 def validate_token_ids(ids: Sequence[int] | NDArray[Any], size: int) -> list[int]:
-    """Token ids as a list.
+    """Check token ids and return them as a list.
 
     Args:
         ids:

@@ -1,4 +1,4 @@
-"""The template for networks of one's own: any function from parameters to a module."""
+"""The template for a user's own networks: any function from parameters to a module."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from optuna_nnhp.training.cohort import Member
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-# Tuned only if the user's function reads them: what they do is up to it.
+# Tuned only if the user's function reads them; the function decides what they do.
 STRUCTURAL_PARAMS = (
     *("weight_init", "hidden_layers", "width", "width_shape", "activation"),
     *("normalization", "dropout"),
@@ -60,7 +60,7 @@ STRUCTURAL_PARAMS = (
 
 
 class _UnknownParameterError(ValueError):
-    """A parameter that the user's function reads, and that is nowhere."""
+    """The user's function reads a parameter that is neither tuned nor fixed."""
 
 
 @register
@@ -112,8 +112,8 @@ class CustomNetworkTemplate(SupervisedTemplate):
           standardized numbers ``(batch, 1)`` or ``(batch,)``.
 
     Raises:
-        ValueError: If anything in the data or the wishes makes no sense, or the default
-            configuration's network does not fit the data.
+        ValueError: If the data or an argument is invalid, or the default configuration's network
+            does not fit the data.
         Exception: Whatever ``network`` raises for the default configuration.
 
     Example:
@@ -202,22 +202,22 @@ class CustomNetworkTemplate(SupervisedTemplate):
         return {**known, "width_shape": shape}
 
     def defaults(self) -> dict[str, Value]:
-        """The catalogue's defaults and the middles of the user's ranges, as far as they fit."""
+        """Return the catalogue's defaults and the midpoints of the user's ranges that fit."""
         return default_values(self.target.task, self.space)
 
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
-        """A trial; its first weights follow from the study's seed and its number."""
+        """Return a trial; the study's seed and the trial's number determine its first weights."""
         return Member(number, number, self._complete_params({**self.fixed, **params}))
 
     def signature(self, member: Member) -> Hashable:
-        """Structure, batch size, and the budget if in iterations; its own if it trains alone."""
+        """Return structure, batch size and iterations; unique for a network that trains alone."""
         check_fits_in_memory(self.memory(member), self.device)
         found = self._probe(member)
         alone = () if found.obstacle is None else (member.number,)
         return (found.structure, member.params["batch_size"], member.params["iterations"], *alone)
 
     def pin(self, leader: Member) -> Callable[[str, Any], Any]:
-        """What changes the structure of the leader's network becomes the leader's."""
+        """Return a function that replaces values which change the structure by the leader's."""
         structure = self._probe(leader).structure
 
         def pin(name: str, value: Any) -> Any:
@@ -235,7 +235,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
         return pin
 
     def mutable_names(self) -> frozenset[str]:
-        """What may change while a network trains: what the user's function does not read.
+        """Return what may change during training: what the user's function does not read.
 
         Its dropout may if it is that of layers which are there at any rate.
         """
@@ -245,7 +245,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
         return free - (self._read_names - {"dropout"})
 
     def _has_lasting_dropout(self) -> bool:
-        """Whether a rate of dropout is that of `nn.Dropout` layers, on or off."""
+        """Return whether the dropout rate only sets the rate of `nn.Dropout` layers."""
         networks = [
             self.network(self.member(0, {**self.defaults(), "dropout": rate}))
             for rate in (0.0, 0.3)
@@ -255,11 +255,11 @@ class CustomNetworkTemplate(SupervisedTemplate):
         return off == on and 0.3 in rates
 
     def is_stackable(self, leader: Member) -> bool:
-        """Whether trials like one can be trained as one stack at all."""
+        """Return whether trials like this one can be trained as one stack."""
         return self._probe(leader).obstacle is None
 
     def cohort_size(self, leader: Member) -> int:
-        """As many as memory allows, and as keep a round of the whole cohort short."""
+        """Return a size that fits in memory and keeps a round of the cohort short."""
         found, rows = self._probe(leader), len(self.data.train_X)
         if found.obstacle is not None:
             return 1
@@ -267,29 +267,32 @@ class CustomNetworkTemplate(SupervisedTemplate):
         return bounded_cohort_size(self.memory(leader), flops_each, self.device)
 
     def memory(self, member: Member) -> int:
-        """Weights, gradients, two optimizer states, the best weights; of each layer's output
-        itself, its gradient and what autograd keeps; evaluation holds one of each."""
+        """Return the bytes of a trial.
+
+        They hold weights, gradients, two optimizer states and the best weights; and each layer's
+        output, its gradient and what autograd keeps. Evaluation holds one output of each layer.
+        """
         found, rows = self._probe(member), len(self.data.train_X)
         batch, judged = min(int(member.params["batch_size"] or 1), rows), len(self.data.valid_X)
         numbers = 5 * found.weights + found.activations_per_example * max(4 * batch, judged)
         return 4 * numbers + 24 * judged * math.prod(found.outputs)
 
     def count_weights(self, member: Member) -> int:
-        """Number of trained weights; 0 of a network that cannot be built."""
+        """Return the number of trained weights; 0 for a network that cannot be built."""
         try:
             return self._probe(member).weights
         except TrialError:
             return 0
 
     def network(self, member: Member) -> nn.Module:
-        """A trial's network as a plain module, with its first weights."""
+        """Return a trial's network as a plain module, with its first weights."""
         return self._call_builder(member)[0]
 
     def _build(self, members: Sequence[Member]) -> StackedModule:
         return self._examiner.stack([self.network(m).to(self.device) for m in members])
 
     def _probe(self, member: Member) -> StackabilityReport:
-        """What there is to know of a trial's network, each once.
+        """Return what a probe finds out about a trial's network; results are cached.
 
         Raises:
             TrialError: If the user's function, or its module, raises.
@@ -303,14 +306,14 @@ class CustomNetworkTemplate(SupervisedTemplate):
             except Exception as error:  # the user's code, whatever it raises
                 line = traceback.format_exception_only(error)[-1].strip()
                 raise TrialError(line) from error
-            if not reads <= self._read_names:  # one that the tries before the study did not show
+            if not reads <= self._read_names:  # read for these values only
                 self._read_names |= reads
                 return self._probe(member)
             self._probes[key] = found
         return self._probes[key]
 
     def _call_builder(self, member: Member) -> tuple[nn.Module, set[str]]:
-        """A trial's network, and the names of the parameters that it was made from."""
+        """Return a trial's network, and the names of the parameters that the function read."""
         parameters = RecordingParams(member.params)
         source = rng.generator(self.seed, rng.INITIALIZATION, member.seed)
         with rng.global_rng_from(source):
@@ -332,7 +335,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
         return network.train(), parameters.names
 
     def _complete_params(self, values: Mapping[str, Any]) -> dict[str, Value]:
-        """All parameters as training uses them."""
+        """Return all parameters as training uses them."""
         known = {
             n: v
             for n, v in {**self._catalogue_defaults, **values}.items()
@@ -341,7 +344,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
         return {**values, **effective_params(self.target.task, known)}
 
     def _in_space(self, name: str, wanted: Value, proposed: Any) -> Any:
-        """A leader's value as the space has it: what is off is 0 in training only."""
+        """Return a leader's value as the space has it, where training uses 0 for "off"."""
         distribution = self.space[name]
         if is_in_distribution(distribution, wanted):
             return wanted
@@ -358,7 +361,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
         fixed: dict[str, Value],
         given: set[str],
     ) -> tuple[dict[str, BaseDistribution], dict[str, Value]]:
-        """Leave out the catalogue's structure where the user's function does not read it.
+        """Remove the catalogue's structural parameters that the user's function does not read.
 
         It is called with the defaults, and with every end and choice of the user's own ranges,
         so that what it reads in some cases only is found too.
@@ -372,8 +375,8 @@ class CustomNetworkTemplate(SupervisedTemplate):
                     self._read_names |= self._call_builder(Member(0, 0, changed))[1]
                 except _UnknownParameterError:
                     raise
-                except Exception as error:  # a trial that proposes this will fail, alone
-                    _logger.warning(f"`network` fails with {name}={value!r}: {error}")
+                except Exception as error:  # only trials that propose this value will fail
+                    _logger.warning(f"`network` raises an error for {name}={value!r}: {error}")
         unread = {
             n for n in (*space, *fixed) if n in self._custom_names or n in STRUCTURAL_PARAMS
         } - self._read_names
@@ -408,7 +411,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
 
 
 def _prepare_data(X: Any, y: Any, target: str | None, **options: Any) -> SupervisedData:
-    """The data: arrays and tensors as they are, all else as a table."""
+    """Prepare the data: arrays and tensors as they are, everything else as a table."""
     is_array = isinstance(X, np.ndarray | torch.Tensor)
     X, y = load_examples(X, y, target)
     if is_array:

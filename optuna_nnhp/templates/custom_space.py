@@ -1,4 +1,4 @@
-"""Parameters of the user's own beside the catalogue's."""
+"""Search spaces that mix the user's own parameters with the catalogue's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from optuna_nnhp.hyperparameters.spec import is_in_distribution
 
 
 class RecordingParams(Mapping[str, Value]):
-    """A trial's parameters as the user's function gets them; notes what it reads.
+    """A trial's parameters for the user's function; records which ones it reads.
 
     Args:
         values:
@@ -61,7 +61,7 @@ def custom_space(
     space: Mapping[str, BaseDistribution] | None,
     fixed: Mapping[str, Value] | None,
 ) -> tuple[set[str], tuple[dict[str, BaseDistribution], dict[str, Value]]]:
-    """The user's own parameters beside the catalogue's.
+    """Check the user's own parameters and add the catalogue's.
 
     Args:
         task:
@@ -125,7 +125,7 @@ def _float_bounds(distribution: BaseDistribution) -> tuple[float, ...]:
 
 
 def midpoint(distribution: BaseDistribution) -> Value:
-    """A value in the middle of a range, or the first of some choices.
+    """Return the middle of a range, or the first of some choices.
 
     Example:
         >>> (
@@ -147,7 +147,7 @@ def midpoint(distribution: BaseDistribution) -> Value:
 
 
 def default_values(task: str, space: Mapping[str, BaseDistribution]) -> dict[str, Value]:
-    """The catalogue's defaults and the middles of other ranges, as far as they fit.
+    """Return the catalogue's defaults and the midpoints of other ranges, as far as they fit.
 
     Example:
         >>> space = {"heads": IntDistribution(1, 3), "epochs": IntDistribution(1, 9)}
@@ -161,7 +161,7 @@ def default_values(task: str, space: Mapping[str, BaseDistribution]) -> dict[str
 
 
 def boundary_values(distribution: BaseDistribution) -> tuple[Value, ...]:
-    """Lowest and highest value of a range, or all choices.
+    """Return the lowest and highest value of a range, or all choices.
 
     Example:
         >>> (

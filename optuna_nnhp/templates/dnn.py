@@ -51,7 +51,7 @@ SHALLOW_WIDTHS, SHALLOW_LEARNING_RATES = {256: 0.1, 512: 0.05}, (6e-3, 1.2e-2)
 
 @register
 class DNNTemplate(SupervisedTemplate):
-    """Multilayer perceptrons on a table: the data, the space, the network and the metric.
+    """Multilayer perceptrons on a table: data, search space, network and metric.
 
     Args:
         X:
@@ -86,7 +86,7 @@ class DNNTemplate(SupervisedTemplate):
         - X: ``(rows, columns)``; y: ``(rows,)``.
 
     Raises:
-        ValueError: If anything in the data or the wishes makes no sense.
+        ValueError: If the data or an argument is invalid.
         FileNotFoundError: If there is no such file.
 
     Example:
@@ -139,14 +139,14 @@ class DNNTemplate(SupervisedTemplate):
         return build_mlp(params, len(preprocessor.feature_names), max(1, len(target.classes)))
 
     def defaults(self) -> dict[str, Value]:
-        """The catalogue's defaults, as far as they lie in the space."""
+        """Return the catalogue's defaults, as far as they lie in the space."""
         defaults = default_params(self.target.task, self.space)
         return {
             n: value for n, value in defaults.items() if is_in_distribution(self.space[n], value)
         }
 
     def portfolio(self) -> list[dict[str, Value]]:
-        """Shallow networks at high rates, as far as the space has them and they are cheap."""
+        """Return cheap shallow networks at high learning rates, as far as the space has them."""
         portfolio = list[dict[str, Value]]()
         defaults = self.defaults()
         if not (self.space.keys() <= defaults.keys()):
@@ -167,18 +167,18 @@ class DNNTemplate(SupervisedTemplate):
         return portfolio
 
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
-        """A trial; its first weights follow from the study's seed and its number."""
+        """Return a trial; the study's seed and the trial's number determine its first weights."""
         values = effective_params(self.target.task, {**self.fixed, **params})
         return Member(number, number, values)
 
     def signature(self, member: Member) -> Hashable:
-        """Depth, padded width, normalization, batch size, and the budget if in iterations."""
+        """Return depth, padded width, normalization, batch size, and iterations."""
         check_fits_in_memory(self.memory(member), self.device)
         params = member.params
         return (mlp_signature(params), params["batch_size"], params["iterations"])
 
     def pin(self, leader: Member) -> Callable[[str, Any], Any]:
-        """Static values become the leader's; the width moves to the leader's octave."""
+        """Return a function that sets static values to the leader's, the width to its octave."""
         padded = padded_width(int(leader.params["width"] or 1))
 
         def pin(name: str, value: Any) -> Any:
@@ -193,13 +193,17 @@ class DNNTemplate(SupervisedTemplate):
         return pin
 
     def cohort_size(self, leader: Member) -> int:
-        """As many as memory allows, and as keep a round of the whole cohort short."""
+        """Return a size that fits in memory and keeps a round of the cohort short."""
         flops = 6.0 * self._padded_weights(leader) * len(self.data.train_X)
         return bounded_cohort_size(self.memory(leader), flops / self.rounds_per_epoch, self.device)
 
     def memory(self, member: Member) -> int:
-        """Weights, gradients, two optimizer states, the best weights; five tensors a layer; and
-        outputs on the validation part: float32, their logarithms, float64 in the metric."""
+        """Return the bytes of a trial.
+
+        They hold weights, gradients, two optimizer states and the best weights; five tensors of
+        each layer; and the outputs on the validation part: float32, logarithms, float64 in the
+        metric.
+        """
         params = member.params
         padded, depth = padded_width(int(params["width"] or 1)), int(params["hidden_layers"] or 1)
         batch = min(int(params["batch_size"] or 1), len(self.data.train_X))
@@ -212,11 +216,11 @@ class DNNTemplate(SupervisedTemplate):
         return (self.inputs + (depth - 1) * padded + self.outputs) * padded
 
     def count_weights(self, member: Member) -> int:
-        """Number of trained weights."""
+        """Return the number of trained weights."""
         return count_weights(member.params, self.inputs, self.outputs)
 
     def network(self, member: Member) -> nn.Module:
-        """A trial's network as a plain module, weights not yet loaded."""
+        """Return a trial's network as a plain module, its weights not yet loaded."""
         return build_mlp(member.params, self.inputs, self.outputs)
 
     def _build(self, members: Sequence[Member]) -> StackedMLP:

@@ -78,7 +78,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 @register
 class GPTTemplate(Template):
-    """Small GPTs on a text: the data, the space, the network, and bits per byte.
+    """Small GPTs on a text: data, search space, network, and bits per byte.
 
     Args:
         X:
@@ -106,7 +106,7 @@ class GPTTemplate(Template):
             for each shape; of no effect on what the compiled engine trains.
 
     Raises:
-        ValueError: If anything in the text or the wishes makes no sense.
+        ValueError: If the text or an argument is invalid.
         FileNotFoundError: If there is no such file.
 
     Example:
@@ -123,7 +123,7 @@ class GPTTemplate(Template):
     samples_text = True
     maximize = False
     sequential = True
-    min_resource = 3  # a third of the budget: rankings of optimizers change before
+    min_resource = 3  # a third of the budget; before it, the ranking of optimizers changes
     rounds_per_epoch = ROUNDS_PER_BUDGET
 
     def __init__(
@@ -144,18 +144,18 @@ class GPTTemplate(Template):
         self.compile = check_compile(compile, self.device)
         source = bundled_text() if X is None else X
         if X is None:
-            _logger.info("No text was given: Python's own documentation is the text.")
+            _logger.info("No text was given: Python's documentation is used.")
         self.text = prepare_text(source, validation=validation, errors=errors)
         self.timeout = timeout
         self._corpora: dict[tuple[str, int | None], Corpus] = {}
         preset_values = {} if preset is None else preset_params(preset)
         space, fixed = as_plain_dict("space", space), as_plain_dict("fixed", fixed)
         given = _width_to_heads(fixed, space, preset_values)
-        resolve_space("language", space, given)  # before anything is computed with it
+        resolve_space("language", space, given)  # checks them before use
         seconds = expected_trial_seconds(given, space, timeout)
         if timeout is not None and given.get("seconds") and seconds > timeout:
             raise ValueError(
-                f"`seconds` must be at most the timeout, {timeout:g}, but got {seconds:g}."
+                f"`seconds` must be at most the timeout of {timeout:g}, but got {seconds:g}."
             )
         self._base_values = {
             **defaults_for(seconds, len(self.text.train)),
@@ -179,16 +179,14 @@ class GPTTemplate(Template):
             "metric": self.metric.name,
             "fingerprint": self.text.fingerprint,
             "data": f"{described['characters']:,} characters, {described['alphabet']} different; "
-            f"the last {described['valid_characters']:,} judge the trials"
+            f"validated on the last {described['valid_characters']:,}"
             + (" (Python's documentation)" if X is None else ""),
             "budget": self._describe_budget(),
             "rounds_per_epoch": ROUNDS_PER_BUDGET,
         }
 
-    # --- What is tuned ---
-
     def _check_space(self) -> None:
-        """Raise now what would raise in every trial."""
+        """Raise for values that would make every trial fail."""
         smallest = self._smallest_value("context")
         for kind in self._possible_values("tokens"):
             sizes = self._possible_values("vocabulary") if kind == "bpe" else [None]
@@ -204,7 +202,7 @@ class GPTTemplate(Template):
                 )
 
     def _check_vocabulary(self) -> None:
-        """Raise where no trial would use the size that was asked for."""
+        """Raise if no trial would use the given vocabulary size."""
         kinds = self._possible_values("tokens")
         if "bpe" not in kinds:
             wanted = self.space.get("vocabulary", self.fixed.get("vocabulary"))
@@ -214,7 +212,7 @@ class GPTTemplate(Template):
             )
 
     def _possible_values(self, name: str) -> Sequence[Any]:
-        """What a hyperparameter can be: its choices, or the ends of its range."""
+        """Return a hyperparameter's choices, or the ends of its range."""
         if name not in self.space:
             return [self.fixed[name]]
         distribution: Any = self.space[name]
@@ -236,7 +234,7 @@ class GPTTemplate(Template):
         return describe_epochs(self.space, self.fixed)
 
     def defaults(self) -> dict[str, Value]:
-        """The configuration of the first trial: by the size of the text and the budget."""
+        """Return the first trial's configuration, which depends on text size and budget."""
         defaults = default_params("language", self.space) | {
             name: nearest_value(value, self.space[name])
             for name, value in self._base_values.items()
@@ -248,7 +246,7 @@ class GPTTemplate(Template):
         return defaults | self._longest_fitting_context(defaults)
 
     def _longest_fitting_context(self, defaults: Mapping[str, Value]) -> dict[str, Value]:
-        """The longest context of the space that the text has room for, up to the wanted one."""
+        """Return the longest context, up to the wanted one, for which the text is long enough."""
         if "context" not in self.space:
             return {}
         tokens = self._tokens(self.member(0, defaults))
@@ -257,14 +255,12 @@ class GPTTemplate(Template):
         fitting = [int(v) for v in self._possible_values("context") if int(v) <= min(room, wanted)]
         return {"context": max(fitting)} if wanted > room and fitting else {}
 
-    # --- Trials ---
-
     def member(self, number: int, params: Mapping[str, Any]) -> Member:
-        """A trial; its first weights follow from the study's seed and its number."""
+        """Return a trial; the study's seed and the trial's number determine its first weights."""
         return Member(number, number, effective_params("language", {**self.fixed, **params}))
 
     def signature(self, member: Member) -> Hashable:
-        """Architecture, text, windows, steps and optimizer.
+        """Return architecture, text, windows, steps and optimizer.
 
         Raises:
             TrialError: If the trial would need more memory or time than there is.
@@ -274,7 +270,7 @@ class GPTTemplate(Template):
         return (*shape, self._iterations(member))
 
     def _static_signature(self, member: Member) -> tuple[Hashable, ...]:
-        """All of a signature but the number of steps."""
+        """Return the signature without the number of steps."""
         params = member.params
         tokens = self._tokens(member)
         try:
@@ -300,7 +296,7 @@ class GPTTemplate(Template):
         return max(1, round(int(params["batch_tokens"] or 1) / int(params["context"] or 1)))
 
     def _iterations(self, member: Member) -> int:
-        """Steps of a trial's budget.
+        """Return the number of steps of a trial's budget.
 
         Raises:
             TrialError: If they would take longer than the study may.
@@ -328,13 +324,16 @@ class GPTTemplate(Template):
         return steps
 
     def seconds_per_step(self, member: Member) -> float:
-        """How long a step takes, alone; measured once for each shape and remembered."""
+        """Return the seconds of a step of one trial, measured once for each shape."""
         key = repr((self._static_signature(member), str(self.device), self.compile))
         return measure_seconds_per_step(key, lambda: self._cohort([member], iterations=10**6))
 
     def memory(self, member: Member) -> int:
-        """Bytes that training it takes, about: weights, gradients (of two halves too), states,
-        best weights; and what each layer keeps for a step's tokens."""
+        """Return about how many bytes a trial takes.
+
+        They hold weights, gradients (also of two halves), optimizer states and best weights; and
+        what each layer keeps of a step's tokens.
+        """
         architecture = Architecture.from_params(member.params, self._tokens(member).tokenizer.size)
         tokens = self._sequences_per_step(member) * architecture.context
         kept = architecture.layers * (10 * architecture.width + 3 * architecture.inner)
@@ -342,12 +341,12 @@ class GPTTemplate(Template):
         return 4 * (8 * count_parameters(architecture) + tokens * kept)
 
     def pin(self, leader: Member) -> Callable[[str, Any], Any]:
-        """Static values become the leader's."""
+        """Return a function that sets static values to the leader's."""
         static = _static_names()
         return lambda name, value: leader.params[name] if name in static else value
 
     def cohort_size(self, leader: Member) -> int:
-        """As many as memory allows."""
+        """Return a size that fits in memory."""
         architecture = Architecture.from_params(leader.params, self._tokens(leader).tokenizer.size)
         tokens = self._sequences_per_step(leader) * architecture.context
         flops = (
@@ -360,11 +359,11 @@ class GPTTemplate(Template):
         return bounded_cohort_size(self.memory(leader), flops, self.device)
 
     def cohort(self, members: Sequence[Member]) -> Cohort:
-        """A cohort ready to train."""
+        """Return a cohort of members with the same signature."""
         return self._cohort(members, self._iterations(members[0]))
 
     def with_seed(self, seed: int) -> Self:
-        """The same text with other first weights, windows and noise."""
+        """Return the same problem with other first weights, windows and noise."""
         other = copy(self)
         other.seed = seed
         return other
@@ -401,7 +400,7 @@ class GPTTemplate(Template):
         return TokenLoss(ClassificationLoss(zeros, zeros))
 
     def _corpus(self, kind: str, vocabulary: int) -> Corpus:
-        """The text as tokens on the device, held once."""
+        """Return the text as tokens on the device; results are cached."""
         key = kind, vocabulary if kind == "bpe" else None
         if key not in self._corpora:
             tokens = self.text.tokenize(*key)
@@ -416,8 +415,6 @@ class GPTTemplate(Template):
     def uses_compiled_engine(self) -> bool:
         """Return whether the compiled engine trains the networks on this device."""
         return self.device.type == "cpu" and gpt.load_library() is not None
-
-    # --- Afterwards ---
 
     @classmethod
     def restore_model(cls, metadata: Mapping[str, Any]) -> LanguageModel:
@@ -453,25 +450,25 @@ class GPTTemplate(Template):
         return values if "bpe" in kinds else {n: v for n, v in values.items() if n != "vocabulary"}
 
     def count_weights(self, member: Member) -> int:
-        """Number of trained weights."""
+        """Return the number of trained weights."""
         return count_parameters(
             Architecture.from_params(member.params, self._tokens(member).tokenizer.size)
         )
 
     def network(self, member: Member) -> nn.Module:
-        """A trial's network as a plain module, weights not yet loaded."""
+        """Return a trial's network as a plain module, its weights not yet loaded."""
         architecture = Architecture.from_params(member.params, self._tokens(member).tokenizer.size)
         return Network(architecture, float(member.params["dropout"] or 0))
 
     def attributes(self, member: Member) -> dict[str, Any]:
-        """What a reader should know of a trial, besides what all templates tell."""
+        """Return the tokens of a step and the steps of the budget."""
         each = self._sequences_per_step(member) * int(member.params["context"] or 1)
         return {"tokens_per_step": each, "budget_iterations": self._iterations(member)}
 
     def predictor(
         self, network: nn.Module, member: Member, best_params: dict[str, Any], best_value: float
     ) -> LanguageModel:
-        """A trained network as something that continues texts."""
+        """Return a trained network as a model that continues texts."""
         assert isinstance(network, Network)
         tokenizer = self._tokens(member).tokenizer
         return LanguageModel(network.cpu(), tokenizer, member.params, best_params, best_value)
@@ -487,7 +484,7 @@ def _width_to_heads(
     space: Mapping[str, BaseDistribution],
     preset_values: Mapping[str, Value],
 ) -> dict[str, Value]:
-    """A user's ``width`` as a number of heads, whose size is fixed or a preset's."""
+    """Convert a user's ``width`` to a number of heads of a fixed or preset size."""
     if "width" not in fixed:
         return fixed
     if "heads" in fixed or "heads" in space or "head_size" in space:

@@ -1,4 +1,4 @@
-"""The configuration that a study of GPTs begins with, by the time and the text there are."""
+"""Default configuration of a study of GPTs, which depends on the time and the text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COMMON_DEFAULTS: dict[str, Value] = {
 
 
 def defaults_for(seconds: float, characters: int) -> dict[str, Value]:
-    """Values that differ from the catalogue's defaults.
+    """Return the values that differ from the catalogue's defaults.
 
     Args:
         seconds:
@@ -62,7 +62,7 @@ def defaults_for(seconds: float, characters: int) -> dict[str, Value]:
 
 
 def preset_params(name: str) -> dict[str, Value]:
-    """A published configuration's values, at the size of a CPU.
+    """Return a published configuration's values, scaled to a CPU.
 
     Example:
         >>> preset_params("gpt2")["weight_init"]
@@ -78,7 +78,7 @@ def preset_params(name: str) -> dict[str, Value]:
 def expected_trial_seconds(
     fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution], timeout: float | None
 ) -> float:
-    """A trial's seconds, or about so many if its budget is said otherwise.
+    """Return the training seconds of a trial, estimated if its budget is of another kind.
 
     Args:
         fixed:

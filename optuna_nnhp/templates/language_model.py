@@ -27,7 +27,7 @@ from optuna_nnhp.training.language import total_nats
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Continues texts, and judges them.
+    """Continues texts, and measures how well it predicts them.
 
     Args:
         model:
@@ -64,20 +64,20 @@ class LanguageModel:
 
         Args:
             prompt:
-                Its beginning, which the answer begins with too; a new line if None, or where the
-                model knows none the first of its characters.
+                The beginning, which is part of the result; a new line if None, or the tokenizer's
+                first token if it has no new line.
             tokens:
-                How many to add.
+                The number of tokens to add.
             temperature:
-                0 takes the likeliest token always; 1 draws as the model believes.
+                0 takes the most probable token; 1 draws from the model's distribution.
             top_k:
-                How many of the likeliest are drawn from; all if None.
+                Draw from this many of the most probable tokens; from all if None.
             seed:
-                Of the draws.
+                Seed of the draws.
 
         Raises:
-            ValueError: If the prompt is empty or has a character that the model does not know,
-                or a number makes no sense.
+            ValueError: If the prompt is empty or has a character that the tokenizer lacks, or an
+                argument is out of range.
         """
         if prompt is None:
             prompt = self._default_prompt()
@@ -86,7 +86,9 @@ class LanguageModel:
         number: Any
         for name, number, least in (("tokens", tokens, 0), ("top_k", top_k, 1)):
             if number is not None and (not isinstance(number, Integral) or number < least):
-                raise ValueError(f"`{name}` must be a number from {least} on, but got {number!r}.")
+                raise ValueError(
+                    f"`{name}` must be a whole number of at least {least}, but got {number!r}."
+                )
         rng.check_seed(seed)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"`temperature` must be at least 0, but got {temperature}.")
@@ -101,7 +103,7 @@ class LanguageModel:
         return self.tokenizer.decode(out.numpy())
 
     def _default_prompt(self) -> str:
-        """What a text can begin with."""
+        """Return a text that the tokenizer can encode, to begin with."""
         try:
             self.tokenizer.encode("\n")
         except ValueError:
@@ -109,8 +111,7 @@ class LanguageModel:
         return "\n"
 
     def bits_per_byte(self, text: str) -> float:
-        """How badly the model predicts a text: bits for each of its bytes, the first token's
-        excluded.
+        """Return the cross-entropy of a text in bits per byte, without its first token.
 
         Raises:
             ValueError: If the text has fewer than two tokens.
@@ -139,10 +140,10 @@ class LanguageModel:
 
 
 def restore_language_model(metadata: Mapping[str, Any]) -> LanguageModel:
-    """What `LanguageModel.save` wrote, weights not yet loaded; see `optuna_nnhp.load`.
+    """Return what `LanguageModel.save` wrote, its weights not yet loaded.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If an entry is damaged.
         KeyError: If an entry is missing.
     """
     params, known = dict(metadata["params"]), specs("language")
@@ -158,7 +159,7 @@ def restore_language_model(metadata: Mapping[str, Any]) -> LanguageModel:
 
 
 def count_predicted_bytes(tokenizer: Tokenizer, ids: Tensor, text: str) -> int:
-    """Bytes of a text but for those of its first token, which no model can predict."""
+    """Return a text's bytes without those of its first token, which no model can predict."""
     whole = len(encode_utf8(text))
     return max(1, whole - len(encode_utf8(tokenizer.decode(ids[:1].numpy()))))
 

@@ -1,4 +1,4 @@
-"""A saved model: its weights (safetensors) and everything else (JSON), both with a checksum."""
+"""Files of a saved model: weights (safetensors) and metadata (JSON), both with a checksum."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ FORMAT_VERSION = 1
 
 
 def write_model_files(folder: str | Path, network: nn.Module, metadata: Mapping[str, Any]) -> Path:
-    """Write a model's two files, each whole or not at all.
+    """Write a model's two files, each atomically.
 
     Args:
         folder:
-            Where; it is made.
+            The folder; it is created.
         network:
             The network.
         metadata:
-            What else there is to know, as JSON without NaN and infinities.
+            Everything else, as JSON without NaN and infinities.
 
     Returns:
         The folder.
@@ -78,7 +78,7 @@ def load(folder: str | Path, network: NetworkBuilder | None = None) -> Any:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """The record of a model, both of whose files are there and as they were written.
+    """Read a model's metadata after checking both files.
 
     Raises:
         FileNotFoundError: If one of them is missing.
@@ -91,9 +91,9 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         metadata: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
         if metadata["format"] != FORMAT_VERSION:
             raise ValueError(f"its format must be {FORMAT_VERSION}, but is {metadata['format']}")
-        expected = metadata.pop("checksum", None)  # versions before it wrote none
+        expected = metadata.pop("checksum", None)
         if expected not in (None, _metadata_checksum(metadata)):
-            raise ValueError("its checksum is that of another text: it is damaged")
+            raise ValueError("it is damaged: its checksum does not match")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise unreadable_error(error) from error
     weights_checksum = metadata.get("weights")
@@ -107,13 +107,13 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def unreadable_error(error: Exception) -> ValueError:
-    """What to raise if a record cannot be understood."""
+    """Return the error for metadata that cannot be understood."""
     return ValueError(
         f"{METADATA_FILE} must be one that `save` wrote, but cannot be read: {error}"
     )
 
 
 def _metadata_checksum(metadata: Mapping[str, Any]) -> str:
-    """A checksum of a record, however it is laid out."""
+    """Return a checksum of metadata that does not depend on its layout."""
     text = json.dumps(json.loads(json.dumps(metadata)), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""A trained network together with everything between a user's data and its answers."""
+"""A trained network with the preprocessing of a user's data and the decoding of its outputs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from optuna_nnhp.templates.model_files import write_model_files
 from optuna_nnhp.training.metrics import METRICS
 from optuna_nnhp.training.metrics import Metric
 
-MAX_BATCH_NUMBERS = 2**22  # of one batch's inputs, and at most so many rows:
-MAX_BATCH_ROWS = 65536
+# The most numbers and rows of a prediction's batch.
+MAX_BATCH_NUMBERS, MAX_BATCH_ROWS = 2**22, 65536
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts from tables or arrays: preprocessing, network, the way back to labels or units.
+    """Predicts from tables or arrays: preprocessing, network, decoding to labels or units.
 
     Args:
         model:
@@ -44,13 +44,13 @@ class Predictor:
         target:
             From outputs to labels or units.
         metric:
-            What `score` computes; None if it was a user's function that was not saved.
+            The metric of `score`; None if it was a user's function, which is not saved.
         params:
-            Hyperparameters of the network as trained: what is off is 0.
+            Hyperparameters of the network as trained; those that are off are 0.
         best_params:
-            Hyperparameters as proposed, of what was tuned.
+            The tuned hyperparameters as proposed.
         best_value:
-            Metric on the validation part.
+            The metric on the validation part.
         template:
             Name of the template.
         builder:
@@ -77,7 +77,7 @@ class Predictor:
         return list(self.target.classes)
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Predicted labels, or numbers in the target's units.
+        """Predict labels, or numbers in the target's units.
 
         Args:
             X:
@@ -93,7 +93,7 @@ class Predictor:
         return self.target.decode(outputs.argmax(-1).numpy())
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
-        """Predicted probability of each class.
+        """Predict the probability of each class.
 
         Shape:
             - X: as for `predict`; output: ``(rows, classes)``, in the order of `classes`.
@@ -103,20 +103,20 @@ class Predictor:
         """
         if self.target.task == "regression":
             raise ValueError(
-                "`predict_proba` must be called for classes, but this predicts numbers."
+                "`predict_proba` must be called for classes, but the task is a regression."
             )
         probabilities: NDArray[np.float64] = self._outputs(X).double().softmax(-1).numpy()
         return probabilities
 
     def score(self, X: Any, y: Any) -> float:
-        """The study's metric on other data.
+        """Compute the study's metric on other data.
 
         Shape:
             - X: as for `predict`; y: ``(rows,)``, labels or numbers.
         """
         if self.metric is None:
             raise ValueError(
-                "`score` must have a metric, but a function of the user's is not saved."
+                "`score` must have a metric, but the metric was a function, which is not saved."
             )
         features, labels = self.preprocessor.transform(X), as_target(y)
         check_consistent_length(features, labels)
@@ -147,7 +147,7 @@ class Predictor:
         return self.metric in METRICS.values()
 
     def _outputs(self, X: Any) -> Tensor:
-        """Outputs of the network, on the CPU: ``(rows, classes)`` or ``(rows, 1)``."""
+        """Return outputs of the network, on the CPU: ``(rows, classes)`` or ``(rows, 1)``."""
         return self._forward(self.preprocessor.transform(X))
 
     def _forward(self, features: NDArray[Any]) -> Tensor:
@@ -200,7 +200,7 @@ def _restore_preprocessor(state: Mapping[str, Any]) -> InputPreprocessor:
 
 
 def to_target_units(target: Target, outputs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and truth as metrics want them: numbers in their own units, float64.
+    """Convert outputs and targets for metrics: numbers in their own units, float64.
 
     Shape:
         - outputs: ``(k, rows, classes)``, unchanged; or ``(k, rows, 1)``, to ``(k, rows)``.

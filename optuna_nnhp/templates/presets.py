@@ -1,4 +1,4 @@
-"""Published GPT configurations as records of hyperparameters, as published or shrunk to a CPU."""
+"""Published GPT configurations, as published or shrunk to a CPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _BASE: dict[str, Value] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """One configuration, and what follows from it.
+    """A published configuration, and the sizes that follow from it.
 
     Args:
         name:
@@ -97,12 +97,12 @@ class Preset:
 
     @property
     def width(self) -> int:
-        """Numbers that stand for a token between the blocks: heads times head size."""
+        """The width of the residual stream: heads times head size."""
         return self._int_param("heads") * self._int_param("head_size")
 
     @property
     def non_embedding_parameters(self) -> int:
-        """Trained numbers without embeddings and without an untied head.
+        """The number of parameters without embeddings and without an untied head.
 
         A block has ``4 * width^2`` in its attention, ``8 * width^2`` in its feed-forward part
         (swiglu too, whose hidden layer is narrower in turn) and two normalizations. Biases are
@@ -113,7 +113,7 @@ class Preset:
 
     @property
     def parameters(self) -> int:
-        """All trained numbers: embeddings of tokens and of learned positions, blocks, head."""
+        """The number of all parameters: embeddings, blocks, head."""
         tables = (1 if self.params["tied_head"] else 2) * self._int_param("vocabulary")
         if self.params["positions"] == "learned":
             tables += self._int_param("context")
@@ -155,7 +155,7 @@ class Preset:
         return 16 * self.parameters + 4 * self._int_param("batch_tokens") * per_token
 
     def describe(self) -> str:
-        """The configuration in a few lines, for a person.
+        """Describe the configuration in a few lines.
 
         Example:
             >>> print(preset("nanogpt-cpu").describe().splitlines()[0])
@@ -193,7 +193,7 @@ class Preset:
 def _size_params(
     layers: int, heads: int, head_size: int, context: int, sequences: int
 ) -> dict[str, Value]:
-    """What differs between the sizes of a family; whole sequences, whatever their number."""
+    """Return what differs between the sizes of a family; batches hold whole sequences."""
     return {
         "layers": layers,
         "heads": heads,
@@ -300,7 +300,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str, *, scale: str | None = None, vocabulary: int | None = None) -> Preset:
-    """A published configuration, or the same recipe at a size that is trained in minutes.
+    """Return a published configuration, or one of its kind that trains in minutes.
 
     The scale ``"cpu"`` changes, by these rules, and keeps the rest:
 
@@ -345,7 +345,7 @@ def preset(name: str, *, scale: str | None = None, vocabulary: int | None = None
 
 
 def _check_vocabulary_size(vocabulary: Any) -> int:
-    """A vocabulary's size, checked."""
+    """Check the size of a vocabulary and return it."""
     number = isinstance(vocabulary, Integral) and not isinstance(vocabulary, bool)
     if not number or vocabulary < 2:
         raise ValueError(
@@ -355,7 +355,7 @@ def _check_vocabulary_size(vocabulary: Any) -> int:
 
 
 def _shrink_to_cpu(found: Preset) -> Preset:
-    """See `preset`."""
+    """Return a configuration at the scale "cpu"; see `preset`."""
     layers, context, tokens, iterations = (
         int(found.params[name] or 0)
         for name in ("layers", "context", "batch_tokens", "iterations")
@@ -375,7 +375,7 @@ def _shrink_to_cpu(found: Preset) -> Preset:
 
 
 def _nearest_shape(aspect: float) -> tuple[int, int]:
-    """Layers and width of the scale "cpu" for a width per layer."""
+    """Return layers and width of the scale "cpu" for a width per layer."""
 
     def distance(shape: tuple[int, int]) -> tuple[float, int]:
         layers, width = shape

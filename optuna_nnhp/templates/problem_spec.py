@@ -32,7 +32,7 @@ SAVED_ARGUMENTS = ("target", "task", "direction", "errors", "preset")
 
 @dataclass(frozen=True, eq=False)
 class ProblemSpec:
-    """Everything that makes a problem, as `optimize` takes it.
+    """All arguments that a problem is made from, as `optimize` takes them.
 
     It can be pickled, as far as the data and the functions in it can (by cloudpickle also
     functions of a script or notebook). A study keeps its `attributes`, from which
@@ -75,7 +75,8 @@ class ProblemSpec:
         compile:
             As in `optimize`.
         identity:
-            Of the study that it must be: what `study.opening.IDENTITY` names.
+            The identity of the study that the problem must have: what `study.opening.IDENTITY`
+            names.
 
     Example:
         >>> problem_spec = ProblemSpec("dnn", [[1.0], [2.0]] * 5, ["no", "yes"] * 5)
@@ -103,11 +104,11 @@ class ProblemSpec:
     identity: Mapping[str, Any] | None = None
 
     def problem(self) -> Template:
-        """The problem, with the data read and prepared.
+        """Make the problem: read and prepare the data.
 
         Raises:
-            ValueError: If anything in the data or the arguments makes no sense, or the data are
-                not those of the study that it must be.
+            ValueError: If the data or an argument is invalid, or the data are not those of the
+                study.
             FileNotFoundError: If there is no such file.
         """
         first = ("template", "network", "X", "identity")
@@ -125,7 +126,7 @@ class ProblemSpec:
         return problem
 
     def attributes(self) -> dict[str, Any]:
-        """What a study keeps, as JSON: paths and names, but no data and no function.
+        """Return what a study stores, as JSON: paths and names, but no data and no functions.
 
         Space, fixed values and seed are not among them: studies keep them apart, complete.
         """
@@ -154,7 +155,7 @@ class ProblemSpec:
         device: str | torch.device | None = None,
         compile: bool = False,
     ) -> ProblemSpec:
-        """The recipe of a study that `optimize` made, with its space, fixed values and seed.
+        """Return the specification of a study that `optimize` made.
 
         Args:
             study:
@@ -178,7 +179,7 @@ class ProblemSpec:
                 As in `optimize`.
 
         Raises:
-            ValueError: If the study is none of `optimize`, or lacks something that is not given.
+            ValueError: If `optimize` did not start the study, or an argument is missing.
 
         Example:
             >>> from optuna_nnhp import optimize
@@ -196,8 +197,8 @@ class ProblemSpec:
         saved = attributes.get(PROBLEM_SPEC)
         if saved is None:
             raise ValueError(
-                "The study must be one that `optimize` began, which notes how its problem is "
-                f"made, but {study.study_name!r} does not."
+                "The study must be one that `optimize` started, but "
+                f"{study.study_name!r} is not: it stores no specification of its problem."
             )
         template = find_template(saved["template"])
         if (network is not None) != template.takes_network:
@@ -231,34 +232,34 @@ class ProblemSpec:
 def _network_error(saved: Mapping[str, Any]) -> str:
     if not find_template(saved["template"]).takes_network:
         return (
-            "`network` must be given only for a study of networks of one's own, but this one's "
+            "`network` must be given only for a study of custom networks, but the study's "
             f"template is {saved['template']!r}."
         )
     return (
-        "`network` must be given: the study's networks were made by a function, "
-        f"{saved['network'][NOT_SAVED]}, which is not kept with it."
+        "`network` must be given: the study does not store the function that made its networks, "
+        f"{saved['network'][NOT_SAVED]}."
     )
 
 
 def _given_or_saved(name: str, value: Any, saved: Any) -> Any:
-    """What is given, or else what is kept; a ValueError if that is only a description."""
+    """Return what the user gives, or what is stored; raise if that is only a description."""
     if value is not None:
         return value
     if isinstance(saved, dict):
         raise ValueError(
-            f"`{name}` must be given: the study's, {saved[NOT_SAVED]}, is not kept with it."
+            f"`{name}` must be given: the study does not store it ({saved[NOT_SAVED]})."
         )
     return saved
 
 
 def _as_fraction(validation: Any) -> float | None:
-    """A share of the data; None if it is none."""
+    """Return a fraction of the data, or None for anything else."""
     is_number = hasattr(validation, "__float__") and not hasattr(validation, "__len__")
     return float(validation) if is_number else None
 
 
 def _describe_function(given: Any) -> Any:
-    """A name, or what the function was called."""
+    """Return a metric's name, or a description of a function."""
     if not callable(given):
         return given
     module, name = (getattr(given, key, "") for key in ("__module__", "__qualname__"))

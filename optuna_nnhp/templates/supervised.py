@@ -1,4 +1,4 @@
-"""What all templates do alike: read data, make a task of it, describe and name it."""
+"""The base of templates that learn labels or numbers, and what all templates share."""
 
 from __future__ import annotations
 
@@ -54,28 +54,28 @@ MAX_ROUND_FLOPS = 6e10  # of a cohort's round: a few seconds on two cores
 
 
 class SupervisedTemplate(Template):
-    """A template that learns labels or numbers from examples.
+    """The base class of templates that learn labels or numbers from examples.
 
     Args:
         data:
             The prepared data.
         metric:
-            What trials are judged by.
+            The metric of the trials.
         space:
-            What is tuned.
+            The distributions of the tuned hyperparameters.
         fixed:
-            All other hyperparameters.
+            The values of all other hyperparameters.
         more:
-            What else makes another study.
+            Texts that distinguish the study from others, besides space and fixed values.
         seed:
-            The study's.
+            The study's seed.
         device:
             Where to train; CUDA if there is any, else the CPU, if None.
         compile:
             Whether `torch.compile` makes the networks' code.
 
     Attributes:
-        builder: Name of the user's function that makes the networks, if there is one.
+        builder: Name of the user's function that makes the networks; None if there is none.
     """
 
     builder: str | None = None
@@ -112,11 +112,11 @@ class SupervisedTemplate(Template):
         }
 
     def cohort(self, members: Sequence[Member]) -> Cohort:
-        """A cohort ready to train."""
+        """Return a cohort of members with the same signature."""
         return Cohort(members, self._task)
 
     def with_seed(self, seed: int) -> Self:
-        """The same data and split with other first weights, batches and noise."""
+        """Return the same problem with other first weights, batches and noise."""
         other = copy(self)
         other.seed = seed
         other._task = replace(self._task, build=other._build, seed=seed)
@@ -130,7 +130,7 @@ class SupervisedTemplate(Template):
     def predictor(
         self, network: nn.Module, member: Member, best_params: dict[str, Any], best_value: float
     ) -> Predictor:
-        """A trained network as something that predicts from a user's data."""
+        """Return a trained network as a model that predicts from a user's data."""
         return Predictor(
             model=network.cpu(),
             preprocessor=self.data.preprocessor,
@@ -167,20 +167,20 @@ class SupervisedTemplate(Template):
 
     @abstractmethod
     def _build(self, members: Sequence[Member]) -> StackedModule:
-        """The stacked network of some members, on the device."""
+        """Return the stacked network of some members, on the device."""
 
 
 def resolve_target_metric(
     metric: str | Callable[[Any, Any], float] | None, direction: str | None, target: Target
 ) -> Metric:
-    """The metric that a user names, for a target; see `training.metrics.resolve_metric`."""
+    """Resolve the metric that a user names; see `training.metrics.resolve_metric`."""
     return resolve_metric(
         metric, task=target.task, direction=direction, target_decode=target.decode
     )
 
 
 def load_examples(X: Any, y: Any, target: str | None) -> tuple[Any, Any]:
-    """The data as given, a CSV file read.
+    """Return the examples and the target; read a CSV file.
 
     Args:
         X:
@@ -191,7 +191,7 @@ def load_examples(X: Any, y: Any, target: str | None) -> tuple[Any, Any]:
             Column of the CSV file that is to be predicted.
 
     Raises:
-        ValueError: If one of them is missing or too many.
+        ValueError: If an argument is missing or superfluous.
 
     Example:
         >>> load_examples([[1.0]], [2.0], None)
@@ -219,19 +219,19 @@ def make_task(
     seed: int,
     device: torch.device,
 ) -> Task:
-    """Data and metric as training wants them.
+    """Return the task of training from data and metric.
 
     Args:
         data:
             The prepared data.
         metric:
-            What trials are judged by.
+            The metric of the trials.
         build:
-            Makes the stacked network of some members.
+            Function that makes the stacked network of members.
         seed:
-            The study's.
+            The study's seed.
         device:
-            Where to train.
+            The device.
     """
 
     def tensor(array: Any) -> Tensor:
@@ -258,15 +258,15 @@ def make_task(
 
 
 def make_loss(task: str, members: Sequence[Member], device: torch.device) -> Loss:
-    """The loss of some members, each with its own hyperparameters.
+    """Return the loss of some members, each with its own hyperparameters.
 
     Args:
         task:
             ``"binary"``, ``"multiclass"`` or ``"regression"``.
         members:
-            The trials.
+            The members.
         device:
-            Where to train.
+            The device.
     """
 
     def tensor(name: str) -> Tensor:
@@ -281,7 +281,7 @@ def make_loss(task: str, members: Sequence[Member], device: torch.device) -> Los
 
 
 def _comparison_loss(task: str, device: torch.device) -> Loss:
-    """Cross-entropy or squared error, by which all trials can be compared."""
+    """Return cross-entropy or squared error, by which all trials can be compared."""
     zero, yes = torch.zeros(1, device=device), torch.ones(1, dtype=torch.bool, device=device)
     if task == "regression":
         return RegressionLoss(zero, yes, ~yes)
@@ -289,15 +289,15 @@ def _comparison_loss(task: str, device: torch.device) -> Loss:
 
 
 def bounded_cohort_size(bytes_each: int, flops_each: float, device: torch.device) -> int:
-    """How many trials to train at once: as memory allows, and as keep a round short.
+    """Return how many trials to train at once, limited by memory and by a round's length.
 
     Args:
         bytes_each:
-            Memory of one.
+            The bytes of one trial.
         flops_each:
-            Floating-point operations of its round.
+            The floating-point operations of its round.
         device:
-            Where they are trained.
+            The device.
 
     Example:
         >>> [bounded_cohort_size(2**10, flops, torch.device("cpu")) for flops in (1.0, 1e10, 1e15)]
@@ -309,13 +309,13 @@ def bounded_cohort_size(bytes_each: int, flops_each: float, device: torch.device
 
 
 def check_fits_in_memory(needed: int, device: torch.device) -> None:
-    """Raise if one trial takes more memory than there is.
+    """Raise if one trial needs more memory than is free.
 
     Args:
         needed:
-            Bytes.
+            The bytes of the trial.
         device:
-            Where it is trained.
+            The device.
 
     Raises:
         TooLarge: Both numbers.
@@ -334,7 +334,7 @@ def check_fits_in_memory(needed: int, device: torch.device) -> None:
 def search_digest(
     space: Mapping[str, BaseDistribution], fixed: Mapping[str, Value], *more: str
 ) -> str:
-    """Six digits of what is tuned and what is fixed: another search is another study.
+    """Return six hexadecimal digits of what is tuned and fixed, for the study's name.
 
     Example:
         >>> search_digest({}, {"epochs": 1}) == search_digest({}, {"epochs": 2})
@@ -346,7 +346,7 @@ def search_digest(
 
 
 def describe_budget(space: Mapping[str, BaseDistribution], fixed: Mapping[str, Value]) -> str:
-    """How long a trial may train, in words.
+    """Describe in words how long a trial may train.
 
     Example:
         >>> describe_budget({}, {"epochs": 9, "patience": 3})

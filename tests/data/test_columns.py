@@ -139,7 +139,7 @@ def test_unreadable_counts_as_missing(log: pytest.LogCaptureFixture) -> None:
     assert absent.tolist() == [False, True, True, True]
     assert [record.getMessage() for record in log.records] == [
         "Column 'n' of X_val is numeric, but 2 of its cells are not; they count as missing. "
-        "The first is 'many'."
+        "The first one is 'many'."
     ]
 
 

@@ -125,7 +125,7 @@ def test_a_row_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) ->
     together = preprocessor.transform(other)
     alone = [preprocessor.transform(other.iloc[[i]]) for i in range(50)]
     np.testing.assert_array_equal(np.concatenate(alone), together)
-    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 7)
     np.testing.assert_array_equal(preprocessor.transform(other), together)
 
 
@@ -170,7 +170,7 @@ def test_constant_columns_are_dropped(log: pytest.LogCaptureFixture) -> None:
     frame = pd.DataFrame({"a": [1, 2, 3], "b": [7, 7, 7], "c": ["x", "x", "x"]})
     preprocessor = Preprocessor.fit(frame)
     assert preprocessor.feature_names == ["a"]
-    assert log.messages == ["Dropped, for they do not vary in the training part: 'b', 'c'."]
+    assert log.messages == ["Dropped columns that do not vary in the training part: 'b', 'c'."]
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_from_csv(tmp_path: Path) -> None:
 
 def test_task_is_told(log: pytest.LogCaptureFixture) -> None:
     prepare_table([[1], [2]] * 5, [0, 1] * 5)
-    assert log.messages == ["The task told from y: binary (0, 1); `task=` overrides it."]
+    assert log.messages == ["Inferred task: binary (0, 1); pass `task=` to override."]
 
 
 GOOD_X = [[float(i), i % 3] for i in range(10)]
@@ -163,7 +163,7 @@ GOOD_Y = [0, 1] * 5
         (GOOD_X, [1] * 10, {}, "at least two distinct values"),
         (GOOD_X, [0] * 9 + [1], {}, "one for each part, but 1 has 1"),
         (GOOD_X, GOOD_Y, {"task": "clasification"}, "did you mean 'classification'"),
-        (GOOD_X, ["a", "b"] * 5, {"task": "regression"}, "Regression needs numbers"),
+        (GOOD_X, ["a", "b"] * 5, {"task": "regression"}, "y must hold numbers for a regression"),
         ([[1.0, None]] * 10, GOOD_Y, {}, "Every column of X .* these have none: 'x1'"),
         ([[np.inf, 1.0]] * 10, GOOD_Y, {}, "column 'x0' of X has 10 infinite, .* row 0"),
         ([[1.0, 1.0]] * 10, GOOD_Y, {}, "must vary in the training part"),

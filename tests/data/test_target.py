@@ -59,9 +59,9 @@ def test_asked_for(y: list[float], task: str, expected: str) -> None:
     ("y", "task", "message"),
     [
         ([0, 1], "regresion", "'regresion' is not a task; did you mean 'regression'"),
-        (["a", "b"], "regression", "Regression needs numbers, but y holds texts"),
-        ([True, False], "regression", "Regression needs numbers, but y holds booleans"),
-        ([0, 1, 2], "binary", "'binary' needs 2 classes, but y has 3: 0, 1, 2"),
+        (["a", "b"], "regression", "y must hold numbers for a regression, but holds texts"),
+        ([True, False], "regression", "y must hold numbers for a regression, but holds booleans"),
+        ([0, 1, 2], "binary", "y must have 2 classes for the task 'binary', but has 3: 0, 1, 2"),
         (["a", "a"], None, "y must have at least two distinct values, but every row is 'a'"),
         ([1.5, 1.5], "regression", "at least two distinct values, but every row is 1.5"),
     ],
@@ -150,7 +150,7 @@ def test_constant_part_of_a_regression() -> None:
         ),
         (Target("binary", (0, 1)), ["0", "1"], "among 0, 1, but 2 rows have '0', '1'"),
         (Target("binary", (0, 1)), [0.5, 1.0], "but 1 rows have 0.5"),
-        (Target("regression"), ["a"], "Regression needs numbers, but y_val holds str"),
+        (Target("regression"), ["a"], "y_val must hold numbers for a regression, but holds str"),
         (Target("regression", scale=1e-20), [1e30], "y_val must be within float32's range"),
     ],
 )

@@ -160,16 +160,16 @@ def test_bpe_learns_nothing_from_the_validation_part() -> None:
 def test_bpe_in_pieces_is_bpe_of_the_whole(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = made("bpe", large[:100_000])
     pieces = tokenizer.encode(large)
-    assert len(list(bpe._stretches(large))) > 5
-    assert "".join(bpe._stretches(large)) == large
-    monkeypatch.setattr(bpe, "_ENCODING_PIECE", len(large))
-    assert len(list(bpe._stretches(large))) == 1
+    assert len(list(bpe._split_for_encoding(large))) > 5
+    assert "".join(bpe._split_for_encoding(large)) == large
+    monkeypatch.setattr(bpe, "_ENCODING_CHARACTERS", len(large))
+    assert len(list(bpe._split_for_encoding(large))) == 1
     np.testing.assert_array_equal(pieces, tokenizer.encode(large))
     assert tokenizer.decode(pieces) == large
 
 
 def test_a_text_without_line_ends_is_one_piece() -> None:
-    assert list(bpe._stretches("x" * 300_000)) == ["x" * 300_000]
+    assert list(bpe._split_for_encoding("x" * 300_000)) == ["x" * 300_000]
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])

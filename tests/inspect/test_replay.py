@@ -307,7 +307,9 @@ def test_network_function_must_be_given() -> None:
         return TokenModel(int(params["units"]))
 
     data = STUDIES["tied"]["X"], STUDIES["tied"]["y"]
-    with pytest.raises(ValueError, match="`network` must be given: the study's networks were"):
+    with pytest.raises(
+        ValueError, match="`network` must be given: the study does not store the function"
+    ):
         replay(result.study, 0, data)
     # The function may be another one as long as the values are the same.
     assert replay(result.study, 0, data, network=deeper).is_exact
@@ -318,7 +320,7 @@ def test_network_function_must_be_given() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "`X` must be given: the study's, ndarray of 80 x 3, is not kept with it"),
+        (None, "`X` must be given: the study does not store it .ndarray of 80 x 3."),
         (classes()[0], r"`data` must be \(X, y\), or the path of a CSV file, but got ndarray"),
         ([*classes()], r"`data` must be \(X, y\), or the path of a CSV file, but got list"),
     ],

@@ -266,12 +266,14 @@ def test_stored_weights_are_those_of_the_best_value() -> None:
 def test_a_text_without_a_new_line_has_a_sample_too() -> None:
     result = tune(X="to be or not to be " * 99, n_trials=1)
     assert result.study.user_attrs["generated_text"]["text"]
-    with pytest.raises(ValueError, match=r"`tokens` must be a number from 0 on, but got 1\.5"):
+    with pytest.raises(
+        ValueError, match=r"`tokens` must be a whole number of at least 0, but got 1\.5"
+    ):
         result.generate(tokens=1.5)
 
 
 def test_a_trial_that_cannot_end_in_time_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="`seconds` must be at most the timeout, 5, but got 9"):
+    with pytest.raises(ValueError, match="`seconds` must be at most the timeout of 5, but got 9"):
         GPTTemplate(TEXT, fixed={"seconds": 9.0}, timeout=5.0)
     with pytest.raises(ValueError, match=r"trials in a row must be possible.*steps would take"):
         tune(n_trials=None, timeout=20.0, fixed=SMALL | {"iterations": 10**8})

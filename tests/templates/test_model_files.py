@@ -43,7 +43,7 @@ def test_a_record_comes_back(folder: Path) -> None:
 def test_a_word_that_became_another_one(folder: Path) -> None:
     text = (folder / METADATA_FILE).read_text()
     (folder / METADATA_FILE).write_text(text.replace('"up"', '"uq"'))
-    with pytest.raises(ValueError, match=r"model\.json .* cannot be read: its checksum") as error:
+    with pytest.raises(ValueError, match=r"model\.json .* cannot be read: it is damaged") as error:
         read_metadata(folder)
     assert "\n" not in str(error.value)
 

@@ -78,7 +78,9 @@ def test_a_function_as_metric_is_not_saved(tmp_path: Path) -> None:
     assert result.score(X, y) == np.mean(result.predict(X) == y)
     loaded = load(result.save(tmp_path))
     assert np.array_equal(loaded.predict(X), result.predict(X))
-    with pytest.raises(ValueError, match="`score` must have a metric, but a function of the user"):
+    with pytest.raises(
+        ValueError, match="`score` must have a metric, but the metric was a function"
+    ):
         loaded.score(X, y)
 
 

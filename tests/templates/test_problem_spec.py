@@ -146,7 +146,7 @@ def test_other_data_are_refused() -> None:
     study, _ = noted(ProblemSpec(X=X, y=Y))
     with pytest.raises(ValueError, match=r"The data must be the study's, with the fingerprint "):
         ProblemSpec.from_study(study, X + 1, Y).problem()
-    with pytest.raises(ValueError, match=r"The task .binary. needs 2 classes"):
+    with pytest.raises(ValueError, match=r"must have 2 classes for the task .binary."):
         ProblemSpec.from_study(study, X, X[:, 0]).problem()
     study, _ = noted(ProblemSpec(**CASES["own and metric"]))
     with pytest.raises(ValueError, match="The metric must be the study's, with 'error_rate'"):
@@ -159,7 +159,7 @@ def test_what_is_not_kept_must_be_given() -> None:
     ProblemSpec.from_study(study, **given).problem()
     for name in ("X", "network", "metric", "validation"):
         less: dict[str, Any] = {n: value for n, value in given.items() if n != name}
-        with pytest.raises(ValueError, match=f"^`{name}` must be given: the study's"):
+        with pytest.raises(ValueError, match=f"^`{name}` must be given: the study does not"):
             ProblemSpec.from_study(study, **less)
     study, _ = noted(ProblemSpec(X=X, y=Y))
     with pytest.raises(ValueError, match=r"`network` must be given only for .* 'dnn'"):
@@ -170,7 +170,9 @@ def test_what_is_not_kept_must_be_given() -> None:
 
 def test_a_study_of_others_has_no_recipe() -> None:
     study = optuna.create_study(study_name="theirs")
-    with pytest.raises(ValueError, match=r"must be one that `optimize` began, .* 'theirs' does"):
+    with pytest.raises(
+        ValueError, match=r"must be one that `optimize` started, .* 'theirs' is not"
+    ):
         ProblemSpec.from_study(study, X, Y)
 
 

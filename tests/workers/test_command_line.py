@@ -251,7 +251,7 @@ def test_worker_resumes_a_grid(folder: Path) -> None:
         (("--data", "nowhere.npz"), "No such file or directory: 'nowhere.npz'"),
         (("--data", "half.npz"), "`--data` must hold the arrays X and y, but half.npz has X."),
         (("--data", "pickled.npz"), "allow_pickle=False"),
-        ((), "`X` must be given: the study's, ndarray of 80 x 3, is not kept with it."),
+        ((), "`X` must be given: the study does not store it (ndarray of 80 x 3)."),
         (("--timeout", 0), "`--timeout` must be more than 0, but got 0."),
         (("--threads", -1), "`--threads` must be more than 0, but got -1."),
         (("--data", "data.npz", "--device", "cuda:99"), "`device` must be usable here"),
