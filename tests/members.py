@@ -1,4 +1,4 @@
-"""Cohorts on made data, with every hyperparameter varying."""
+"""Cohorts on synthetic data in which every hyperparameter varies."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PLAIN: dict[str, Any] = {
 
 
 def varied(k: int, *, regression: bool = False, seed: int = 0, **static: Any) -> list[Member]:
-    """k members that differ in everything that may differ inside a cohort."""
+    """Return k members that differ in every hyperparameter that may differ in a cohort."""
     draw = random.Random(seed)
     members = []
     for number in range(k):
@@ -87,7 +87,7 @@ def varied(k: int, *, regression: bool = False, seed: int = 0, **static: Any) ->
 
 
 def task(*, regression: bool = False, rows: int = ROWS, seed: int = 0) -> Task:
-    """Something small to train on."""
+    """Return a small task."""
     source = torch.Generator().manual_seed(seed)
     x = torch.randn(rows + 40, FEATURES, generator=source)
     y: torch.Tensor = x[:, 0] * x[:, 1] + 0.3 * torch.randn(rows + 40, generator=source)

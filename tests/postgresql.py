@@ -1,4 +1,4 @@
-"""A real PostgreSQL, started for the tests alone, that can be stopped in the middle of one."""
+"""A PostgreSQL server for tests, which can be stopped in the middle of a test."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Server:
 
 @dataclass
 class Database:
-    """An empty database of a server that other tests use, too, one after the other."""
+    """An empty database of a server that tests use one after the other."""
 
     url: str
     server: Server
@@ -101,7 +101,7 @@ def _programs() -> Path | None:
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[Server]:
-    """A server; the tests are skipped if its programs are not there."""
+    """Start a server; skip the tests if its programs are not installed."""
     pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed")
     programs = _programs()
     if programs is None:

@@ -1,4 +1,4 @@
-"""The bookkeeping of `studies/compare_methods.py`: costs, courses, noise, claims."""
+"""Costs, best values, noise and claims of `studies/compare_methods.py`."""
 
 from __future__ import annotations
 
@@ -63,19 +63,19 @@ def test_doctests(part: str) -> None:
     assert doctest.testmod(module).failed == 0
 
 
-def test_generations_count_what_they_trained_themselves() -> None:
+def test_population_trial_counts_only_its_own_epochs() -> None:
     options = {"size": 3, "generations": 2}
     result = tune(n_trials=6, method="population", method_options=options)
     assert model_epochs(trials(result)) == [TINY["epochs"] / 2] * 6
 
 
-def test_a_generation_without_an_evaluation_costs_nothing() -> None:
+def test_generation_without_an_evaluation_counts_no_epochs() -> None:
     first = trial(0, 1.0, 0.5, TrialState.COMPLETE, epochs=2, generation=0, parent=None)
     cut = trial(1, 2.0, None, TrialState.FAIL, epochs=0, generation=1, parent=0)
     assert model_epochs([first, cut]) == [2, 0]
 
 
-def test_twins_count_as_networks() -> None:
+def test_perturbed_copies_count_as_networks() -> None:
     result = tune(n_trials=2, method="gradient", method_options={"starts": 2})
     moved = len(gradient_space(result._problem))
     assert moved > 1
@@ -83,7 +83,7 @@ def test_twins_count_as_networks() -> None:
     assert model_epochs(trials(result)) == [(1 + moved) * TINY["epochs"]] * 2
 
 
-def test_a_course_holds_new_best_values_in_the_order_of_their_ends() -> None:
+def test_best_values_are_ordered_by_the_end_of_their_trials() -> None:
     found = [
         trial(0, 3.0, 0.7, TrialState.COMPLETE, epochs=50),
         trial(1, 1.0, 0.6, TrialState.COMPLETE, epochs=20),
@@ -97,7 +97,7 @@ def test_a_course_holds_new_best_values_in_the_order_of_their_ends() -> None:
     assert course_of(found, START, maximize=False) == (Point(1.0, 20, 0.6),)
 
 
-def test_a_band_begins_when_all_have_a_value_and_ends_with_the_first() -> None:
+def test_band_spans_the_time_in_which_all_runs_have_a_value() -> None:
     slow = run("zoom", 0, Point(2.0, 30.0, 0.4), Point(5.0, 80.0, 0.7), epochs=100)
     fast = run("zoom", 1, Point(1.0, 40.0, 0.6), Point(2.0, 70.0, 0.8), epochs=75)
     found = band([slow, fast], "epochs")
@@ -106,7 +106,7 @@ def test_a_band_begins_when_all_have_a_value_and_ends_with_the_first() -> None:
     assert band([slow, run("zoom", 1)], "epochs") == []
 
 
-def test_two_ways_are_compared_by_the_paired_t_test() -> None:
+def test_methods_are_compared_by_the_paired_t_test() -> None:
     source = np.random.default_rng(0)
     verdicts = set()
     for gain in (0.0, 0.5, 1.0, 3.0, -3.0):
@@ -120,7 +120,7 @@ def test_two_ways_are_compared_by_the_paired_t_test() -> None:
     assert verdicts == {"equal", "better", "worse"}
 
 
-def test_what_seeds_have_in_common_is_no_noise() -> None:
+def test_differences_between_seeds_are_not_noise() -> None:
     source = np.random.default_rng(0)
     table = 100 * source.normal(size=(1, 4000)) + source.normal(size=(2, 4000))
     values = {name: row.tolist() for name, row in zip("ab", table, strict=True)}
@@ -128,25 +128,25 @@ def test_what_seeds_have_in_common_is_no_noise() -> None:
     assert math.isclose(found["b"].noise, 1.96 * math.sqrt(2 / 4000), rel_tol=0.03)
 
 
-def test_a_seed_without_a_value_is_left_out() -> None:
+def test_seed_without_a_value_is_left_out() -> None:
     values = {"a": [0.1, 0.2, 0.3], "b": [0.4, math.nan, 0.61], "c": [0.2, 0.31, 0.4]}
     found = differences(values, "a", maximize=True)
     assert found["b"].seeds == 2 and math.isclose(found["b"].mean, 0.305)
     assert found["c"].seeds == 3 and found["c"].verdict == "better"
 
 
-def test_one_seed_says_nothing_of_noise() -> None:
+def test_verdict_of_one_seed_is_unknown() -> None:
     found = differences({"a": [0.1], "b": [0.2]}, "a", maximize=True)["b"]
     assert found.verdict == "unknown" and math.isclose(found.mean, 0.1)
 
 
-def test_a_lower_loss_is_better() -> None:
+def test_lower_loss_is_better() -> None:
     values = {"a": [0.5, 0.6, 0.7], "b": [0.1, 0.21, 0.3]}
     assert differences(values, "a", maximize=False)["b"].verdict == "better"
     assert differences(values, "a", maximize=True)["b"].verdict == "worse"
 
 
-def test_every_method_has_its_turn_and_none_is_always_the_first() -> None:
+def test_each_seed_starts_with_another_method() -> None:
     plan = list(methods.turns(["d", "e"], ["a", "b", "c", "x", "y"], seeds=3))
     assert len(plan) == len(set(plan)) == 30
     assert len({plan[10 * seed][1] for seed in range(3)}) == 3
@@ -169,7 +169,7 @@ def test_claims_of_methods() -> None:
     assert all("cannot be said" in claim for claim in methods.claims(good))
 
 
-def test_a_run_without_a_value_is_a_gap() -> None:
+def test_run_without_a_value_is_a_gap() -> None:
     runs = [*ending("random", 0.5, 0.6), *ending("zoom", 0.7), run("zoom", 1)]
     row = methods.table_of(runs).set_index("method").loc["zoom"]
     assert math.isnan(row["best"]) and row["s to random's"] == math.inf

@@ -115,7 +115,7 @@ def plain_run(member: Member, chosen: Task) -> nn.Module:
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("training", [True, False])
-def test_stacked_outputs_and_gradients_are_those_of_separate_networks(
+def test_stacked_outputs_and_gradients_equal_those_of_separate_networks(
     normalization: str, training: bool
 ) -> None:
     members = varied(K, normalization=normalization, hidden_layers=3)
@@ -146,7 +146,7 @@ def test_stacked_outputs_and_gradients_are_those_of_separate_networks(
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("regression", [False, True])
-def test_a_whole_run_is_that_of_plain_torch(normalization: str, regression: bool) -> None:
+def test_whole_training_equals_plain_torch(normalization: str, regression: bool) -> None:
     # Without dropout, whose noise torch draws from its own global state.
     members = varied(10, regression=regression, normalization=normalization, dropout=0.0, epochs=3)
     chosen = task(regression=regression)
@@ -160,7 +160,7 @@ def test_a_whole_run_is_that_of_plain_torch(normalization: str, regression: bool
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("regression", [False, True])
-def test_a_trial_does_not_depend_on_its_mates(normalization: str, regression: bool) -> None:
+def test_trial_does_not_depend_on_its_cohort(normalization: str, regression: bool) -> None:
     members = varied(K, regression=regression, normalization=normalization)
     together = run(Cohort(members, task(regression=regression)), 3)
     for member in members:
@@ -169,7 +169,7 @@ def test_a_trial_does_not_depend_on_its_mates(normalization: str, regression: bo
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_a_trial_does_not_depend_on_its_mates_in_the_precision_of_studies(
+def test_trial_does_not_depend_on_its_cohort_in_float32(
     normalization: str,
 ) -> None:
     torch.set_default_dtype(torch.float32)
@@ -180,7 +180,7 @@ def test_a_trial_does_not_depend_on_its_mates_in_the_precision_of_studies(
         assert_close(together[member.number], alone[member.number], FLOAT32)
 
 
-def test_a_trial_goes_on_unchanged_when_mates_leave() -> None:
+def test_trial_is_unchanged_when_others_leave_the_cohort() -> None:
     members = varied(K)
     cohort, alone = Cohort(members, task()), Cohort([members[4]], task())
     run(cohort, 1)
@@ -193,7 +193,7 @@ def test_a_trial_goes_on_unchanged_when_mates_leave() -> None:
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("rounds_in_an_epoch", [1, 3])
-def test_a_trial_that_joins_later_is_as_it_is_alone(
+def test_trial_that_joins_later_equals_the_trial_alone(
     normalization: str, rounds_in_an_epoch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -225,7 +225,9 @@ def test_a_trial_that_joins_later_is_as_it_is_alone(
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_padding_changes_nothing(normalization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_does_not_change_outputs(
+    normalization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (member,) = varied(1, normalization=normalization, width=21, dropout=0.0, activation="sigmoid")
     padded = run(Cohort([member], task()), 3)
     assert width.padded_width(21) == 32
@@ -250,7 +252,7 @@ def test_padded_units_stay_at_zero(optimizer_name: str, normalization: str) -> N
     assert float(weights["linears.1.weight"][:, 20:].abs().max()) == 0
 
 
-def test_a_diverging_mate_changes_no_bit() -> None:
+def test_diverging_member_does_not_change_the_others() -> None:
     members = varied(K, optimizer="sgd", clip_norm=float("inf"))
     wild = Member(99, 99, members[0].params | {"learning_rate": 1e12})
     calm_wild = Member(99, 99, members[0].params)
@@ -262,7 +264,7 @@ def test_a_diverging_mate_changes_no_bit() -> None:
         assert_close(disturbed[number], curve, EXACT)
 
 
-def test_a_diverged_member_is_said_to_have_ended() -> None:
+def test_diverged_member_is_reported_as_ended() -> None:
     members = varied(3, optimizer="sgd", clip_norm=float("inf"))
     wild = Member(99, 99, members[0].params | {"learning_rate": 1e20})
     cohort = Cohort([*members, wild], task())
@@ -274,5 +276,5 @@ def test_a_diverged_member_is_said_to_have_ended() -> None:
     assert ended == {0: None, 1: None, 2: None, 99: "diverged"}
 
 
-def test_the_same_seed_gives_the_same_bits() -> None:
+def test_same_seed_gives_the_same_bits() -> None:
     assert run(Cohort(varied(K), task()), 2) == run(Cohort(varied(K), task()), 2)

@@ -22,7 +22,7 @@ ODD: list[Any] = [np.zeros((9, 9)), "a\nb", "x" * 999, 10**5000, Broken(), [1] *
 
 
 @pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
-def test_any_value_is_told_on_one_short_line(value: Any) -> None:
+def test_any_value_is_shown_on_one_short_line(value: Any) -> None:
     assert "\n" not in short_repr(value) and 0 < len(short_repr(value)) <= MAX_REPR_LENGTH
     assert "\n" not in str(unknown_name("a metric", value, ["f1", 3]))
 
@@ -38,6 +38,6 @@ def test_any_value_is_told_on_one_short_line(value: Any) -> None:
         ({"fixed": {"activation": np.zeros(2)}}, "is not a choice of `activation`"),
     ],
 )
-def test_wishes_of_the_wrong_kind(wishes: dict[str, Any], message: str) -> None:
+def test_space_and_fixed_must_be_mappings(wishes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_space("binary", **wishes)

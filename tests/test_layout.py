@@ -1,4 +1,4 @@
-"""The folder is the map: imports run one way, and no piece grows out of hand."""
+"""Imports run one way, files and functions are short, public names are documented."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def breaches(source: str, module: str) -> list[str]:
         ("__init__", "from optuna_nnhp.optimize import optimize", 0),
     ],
 )
-def test_the_rule(module: str, source: str, wrong: int) -> None:
+def test_imports_of_higher_layers_are_found(module: str, source: str, wrong: int) -> None:
     assert len(breaches(source, f"{PACKAGE}.{module}")) == wrong
 
 
-def test_there_is_something_to_look_at() -> None:
+def test_every_folder_has_a_layer() -> None:
     assert {room_of(path) for path in MODULES} == set(HEIGHT)
 
 
@@ -122,7 +122,7 @@ def statements(function: Function) -> list[ast.stmt]:
     return body[1:] if ast.get_docstring(function) is not None else body
 
 
-def test_a_body_is_counted_without_its_docstring() -> None:
+def test_length_of_a_function_excludes_its_docstring() -> None:
     source = 'def f():\n    """One.\n\n    Two.\n    """\n    a = 1\n\n    return a\n'
     (function,) = ast.parse(source).body
     assert isinstance(function, ast.FunctionDef)
@@ -154,7 +154,7 @@ def undocumented(body: list[ast.stmt], prefix: str) -> Iterator[str]:
             yield from undocumented([*node.body, *node.orelse], prefix)
 
 
-def test_what_lacks_a_docstring_is_found() -> None:
+def test_missing_docstrings_are_found() -> None:
     source = (
         'def a():\n    """A."""\ndef b(): ...\ndef _c(): ...\n'
         'class D:\n    """D."""\n    def e(self): ...\n    def _f(self): ...\nclass G: ...\n'

@@ -69,7 +69,7 @@ def optimized(sampler: BaseSampler, n_trials: int = 96) -> optuna.Study:
     return study
 
 
-def test_what_is_made_is_up_to_date() -> None:
+def test_generated_packages_are_up_to_date() -> None:
     generated_files = build.generated_files()
     stale = [
         path.name
@@ -81,7 +81,7 @@ def test_what_is_made_is_up_to_date() -> None:
     assert {path.name for path in present - set(generated_files)} <= BY_HAND
 
 
-def test_what_is_stale_is_made_anew(
+def test_outdated_files_are_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, old = tmp_path / "good.py", tmp_path / "old.py"
@@ -97,7 +97,7 @@ def test_what_is_stale_is_made_anew(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_sampler_proposes_what_ours_does_and_gets_somewhere(name: str, load: Load) -> None:
+def test_packaged_sampler_proposes_the_same_values_and_improves(name: str, load: Load) -> None:
     module = load(name)
     theirs, ours = sampler_of(module, name), sampler_of(samplers, name)
     assert module.__all__ == [type(ours).__name__]
@@ -119,7 +119,7 @@ def test_the_example_runs_without_torch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readme_has_the_form_that_the_hub_wants(name: str) -> None:
+def test_readme_has_the_form_that_optunahub_requires(name: str) -> None:
     text = (REGISTRY / name / "README.md").read_text(encoding="utf-8")
     _, head, body = text.split("---\n", 2)
     about = yaml.safe_load(head)

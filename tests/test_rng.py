@@ -12,7 +12,7 @@ def draw(*keys: int) -> list[float]:
     return torch.rand(4, generator=rng.generator(*keys)).tolist()
 
 
-def test_numbers_depend_on_the_keys_alone() -> None:
+def test_numbers_depend_only_on_the_keys() -> None:
     torch.manual_seed(0)
     first = draw(0, rng.NOISE, 3)
     torch.manual_seed(1)
@@ -20,7 +20,7 @@ def test_numbers_depend_on_the_keys_alone() -> None:
     assert draw(0, rng.NOISE, 3) == first
 
 
-def test_the_global_source_is_left_alone() -> None:
+def test_global_generator_is_not_used() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3).tolist()
     torch.manual_seed(0)
@@ -28,7 +28,7 @@ def test_the_global_source_is_left_alone() -> None:
     assert torch.rand(3).tolist() == expected
 
 
-def test_every_key_counts_and_so_does_their_order() -> None:
+def test_numbers_depend_on_every_key_and_on_their_order() -> None:
     keys = list(itertools.product(range(4), (rng.INITIALIZATION, rng.NOISE), range(20)))
     streams = {tuple(draw(*key)) for key in keys}
     assert len(streams) == len(keys)
@@ -40,15 +40,15 @@ def test_close_keys_give_unrelated_numbers() -> None:
     assert float(correlation.abs().max()) < 6 / 400**0.5
 
 
-def test_what_the_numbers_are_for_differs() -> None:
+def test_numbers_differ_by_purpose() -> None:
     assert rng.INITIALIZATION != rng.NOISE
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63, 2**100])
-def test_large_seeds(seed: int) -> None:
+def test_large_seeds_are_accepted(seed: int) -> None:
     assert draw(seed, rng.NOISE, 0) == draw(seed, rng.NOISE, 0)
 
 
-def test_a_negative_seed_is_refused() -> None:
+def test_negative_seed_is_rejected() -> None:
     with pytest.raises(ValueError, match="non-negative"):
         rng.generator(-1)

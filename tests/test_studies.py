@@ -1,4 +1,4 @@
-"""Every prepared study runs, teaches with --help, and says clearly what is wrong."""
+"""Every script in studies/ runs, explains itself with --help, and reports errors clearly."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_every_script_is_tested() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_teaches(script: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_the_script(
+    script: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         run(script, "--help")
     assert end.value.code == 0
@@ -92,7 +94,7 @@ def test_gpt_text(run: Run, sums: Path, tmp_path: Path) -> None:
     assert optuna_nnhp.load(tmp_path / "sums-model").generate("12", tokens=3).startswith("12")
 
 
-def test_a_prompt_that_cannot_be_continued_loses_nothing(run: Run, sums: Path) -> None:
+def test_report_is_printed_if_the_prompt_is_invalid(run: Run, sums: Path) -> None:
     line = ("gpt_text", str(sums), "--timeout", "4", "--seconds", "0.3", "--n-trials", "1")
     code, output, errors = run(*line, "--prompt", "Ünd")
     assert code == 2 and "`--prompt` cannot be continued" in errors
@@ -106,7 +108,7 @@ def test_gpt_transfer(run: Run, sums: Path) -> None:
     assert "tuned at width   16" in output and "tuned at width   32" in output
 
 
-def test_a_text_that_is_none(run: Run) -> None:
+def test_missing_text_file_is_an_error(run: Run) -> None:
     code, _, errors = run("gpt_text", "missing.txt", "--timeout", "1")
     assert code == 2 and "missing.txt" in errors
 
@@ -158,7 +160,7 @@ def test_compare_methods(run: Run, tmp_path: Path) -> None:
         (("--timeout", "-1"), "more than 0 seconds"),
     ],
 )
-def test_compare_methods_says_in_one_line_what_is_wrong(
+def test_compare_methods_prints_errors_on_one_line(
     argv: tuple[str, ...], message: str, run: Run, tmp_path: Path
 ) -> None:
     code, output, errors = run("compare_methods", *argv)
@@ -177,7 +179,7 @@ def test_compare_methods_says_in_one_line_what_is_wrong(
         (("adult.csv", "--target", "income", "--n-trials", "0"), "at least 1"),
     ],
 )
-def test_dnn_csv_says_in_one_line_what_is_wrong(
+def test_dnn_csv_prints_errors_on_one_line(
     argv: tuple[str, ...], message: str, run: Run, adult: Path, tmp_path: Path
 ) -> None:
     code, output, errors = run("dnn_csv", *argv)

@@ -10,7 +10,7 @@ from tests.torture import torture
 
 
 @pytest.mark.parametrize("storage", ["study.journal", "sqlite:///study.db"])
-def test_nothing_is_lost(storage: str, folder: Path) -> None:
+def test_kills_lose_no_trial(storage: str, folder: Path) -> None:
     found = torture(storage, n_trials=150, kills=3, longest=1.0)
     assert found.faults == []
     assert found.kills == 3

@@ -60,7 +60,7 @@ def numbers(rows: int = ROWS, seed: int = 0) -> tuple[Array, Array]:
 
 
 def tune(X: Any = None, y: Any = None, **options: Any) -> Result:
-    """`optimize` in memory, without pruning, on two classes: all unless given otherwise."""
+    """Call `optimize`, by default in memory, without pruning, on two classes."""
     if X is None:
         X, y = classes()
     usual = {
@@ -86,7 +86,7 @@ def causes(result: Result) -> list[str]:
 
 
 def courses(result: Result) -> list[Any]:
-    """All that two equal studies have in common, and unequal ones have not."""
+    """Return the curves of all trials, which are equal for equal studies only."""
     return [
         (t.number, t.params, t.value, t.state, t.intermediate_values, t.user_attrs["train_loss"])
         for t in trials(result)

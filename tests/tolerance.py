@@ -1,4 +1,4 @@
-"""How equal "equal" is, said once."""
+"""Tolerances of comparisons."""
 
 from __future__ import annotations
 

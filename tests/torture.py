@@ -1,4 +1,4 @@
-"""Kills a study at random moments, again and again, and counts what was lost.
+"""Kill a study at random moments again and again, and count what was lost.
 
 From the project's folder, for the figures: ``python -m tests.torture --kills 50``.
 """
@@ -61,7 +61,7 @@ print("end", flush=True)
 
 @dataclass
 class Torture:
-    """What became of a study that was killed again and again.
+    """The state of a study that is killed again and again.
 
     Args:
         storage:
@@ -92,7 +92,7 @@ class Torture:
     seconds: float = 0.0
 
     def look(self) -> list[FrozenTrial]:
-        """Compare what the storage has with what it had."""
+        """Compare the trials in the storage with those seen before."""
         storage = open_storage(self.storage)
         names = [study.study_name for study in storage.get_all_studies()]
         if not names:
@@ -109,7 +109,7 @@ class Torture:
         return trials
 
     def end(self, notes: Path) -> None:
-        """Count what there is when all is over."""
+        """Check the finished study."""
         trials = self.look()
         counted = [trial for trial in trials if trial.user_attrs.get("cause") != "killed"]
         if len(counted) != self.n_trials:
@@ -138,7 +138,7 @@ def _is_over(trial: FrozenTrial) -> bool:
 def torture(
     storage: str, n_trials: int, kills: int, seed: int = 0, longest: float = LONGEST
 ) -> Torture:
-    """Run a study, kill it at random moments, and let it end in peace.
+    """Run a study, kill it at random moments, and let the last run finish.
 
     Args:
         storage:

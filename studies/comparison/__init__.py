@@ -1,1 +1,1 @@
-"""What `compare_methods.py` is made of: runs, what they cost, what is noise, tables, a figure."""
+"""Parts of `compare_methods.py`: runs, costs, noise, tables, figure."""

@@ -1,4 +1,4 @@
-"""What a study's trials cost, and its best value by what was spent."""
+"""The cost of a study's trials, and its best value by cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stays at its default in the second and third part."""
+"""Defaults of what the second and third part do not tune."""
 
 from __future__ import annotations
 

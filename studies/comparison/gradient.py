@@ -1,4 +1,4 @@
-"""The second part: how far the gradient gets from a poor learning rate, in one training run."""
+"""The second part: training along the gradient from a poor learning rate."""
 
 from __future__ import annotations
 

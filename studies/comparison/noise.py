@@ -1,4 +1,4 @@
-"""What is a difference, and what is noise."""
+"""Whether a difference is beyond noise."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In a word.
+        """``"better"``, ``"worse"``, ``"equal"`` or ``"unknown"``.
 
         Example:
             >>> Difference(0.3, 0.1, 3).verdict, Difference(0.3, math.nan, 1).verdict

@@ -1,4 +1,4 @@
-"""What the benchmarks share: paired repeats, medians, the machine's GEMM peak, memory, JSON."""
+"""Helpers of the benchmarks: paired repeats, medians, GEMM peak, memory, JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GEMM_SIZE = 1024  # of the square matrices whose product is taken for the peak
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What the sides return, turn by turn: whatever slows the machine down slows all of them.
+    """Measure the sides in turns, so that a slow moment of the machine affects all of them.
 
     The first turn warms up and is not counted.
     """
@@ -37,18 +37,18 @@ def take_turns(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[s
 
 
 def paired(over: Sequence[float], under: Sequence[float]) -> float:
-    """Median of the ratios of the same turn."""
+    """Return the median of the ratios within a turn."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def median(numbers: Sequence[float | None]) -> float | None:
-    """Median of the numbers that there are; None if there is none."""
+    """Return the median of the numbers that are not None; None if all are."""
     known = [number for number in numbers if number is not None]
     return statistics.median(known) if known else None
 
 
 def gemm_peak(size: int = GEMM_SIZE) -> Callable[[], float]:
-    """Measures flops per second of a float32 product of two square matrices (sgemm).
+    """Measure flops per second of a float32 product of two square matrices (sgemm).
 
     On as many threads as torch has by default: the whole machine, which is what a share of it
     is to mean, also where one of the sides computes on one thread.
@@ -64,7 +64,7 @@ def gemm_peak(size: int = GEMM_SIZE) -> Callable[[], float]:
 
 
 def bmm_rate(k: int, batch: int, width: int, times: int = 20) -> Callable[[], float]:
-    """Measures flops per second of a stack's hidden layer, ``(k, batch, width)`` times weights."""
+    """Measure flops per second of a stack's hidden layer, ``(k, batch, width)`` times weights."""
     x, weights = torch.randn(k, batch, width), torch.randn(k, width, width)
     out = torch.empty(k, batch, width)
 
@@ -78,7 +78,7 @@ def bmm_rate(k: int, batch: int, width: int, times: int = 20) -> Callable[[], fl
 
 
 def peak_memory() -> float:
-    """The most memory this process has had, MiB.
+    """Return the peak memory of this process in MiB.
 
     On Linux not by `getrusage`: its number is handed down to a new process by its parent.
     """
@@ -92,7 +92,7 @@ def peak_memory() -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured with."""
+    """Return the versions and the machine of a measurement."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
@@ -105,7 +105,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(path: Path | None, record: Mapping[str, Any]) -> None:
-    """Write the figures, with the machine they are of, if a file is named."""
+    """Write figures and machine as JSON, if a path is given."""
     if path is not None:
         text = json.dumps({"machine": machine(), **record}, indent=1, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")

@@ -43,7 +43,7 @@ Tokens = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Baseline:
-    """What one training came to.
+    """The result of one training.
 
     Args:
         seconds:
@@ -166,7 +166,7 @@ def mean_loss(network: nn.Module, tokens: Tensor) -> float:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Of every position."""
+    """Return the cross-entropy over all positions."""
     flat = logits.flatten(0, 1), targets.flatten()
     return functional.cross_entropy(*flat, ignore_index=NOTHING, reduction=reduction)
 
@@ -194,7 +194,7 @@ def train_nanogpt(
     seed: int = SEED,
     watch: Callable[[int, float], None] | None = None,
 ) -> Baseline:
-    """Train the baseline and judge it.
+    """Train the baseline and evaluate it.
 
     Args:
         train:
@@ -242,7 +242,7 @@ def train_nanogpt(
 
 
 def as_tokens(name: str, tokens: Tokens, least: int, vocabulary: int) -> Tensor:
-    """Tokens as torch takes them, checked."""
+    """Check tokens and return them as a tensor."""
     if len(tokens) < least:
         raise ValueError(f"`{name}` must have at least {least} tokens, but has {len(tokens)}.")
     low, high = int(tokens.min()), int(tokens.max())

@@ -1,4 +1,4 @@
-"""Our side of the study benchmark: `optimize`, watched."""
+"""The `optimize` side of the study benchmark."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def ours(settings: Settings) -> Side:
 
 
 def storage_in(folder: Path, kind: str) -> str | None:
-    """Where a study is kept."""
+    """Return the storage argument for a kind of storage."""
     journal, database = str(folder / DEFAULT_STORAGE), f"sqlite:///{folder / 'study.db'}"
     return {"journal": journal, "sqlite": database, "memory": None}[kind]
 

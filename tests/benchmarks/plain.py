@@ -68,7 +68,7 @@ def plain(settings: Settings) -> Side:
 
 
 def load_optimizers() -> None:
-    """Have torch import now what its first optimizer imports: three seconds, no part of a study.
+    """Import what torch's first optimizer imports, which takes three seconds, before the study.
 
     Not on our side, which has no `torch.optim` and is judged by its memory.
     """
@@ -101,7 +101,7 @@ class Training:
         self.valid = torch.from_numpy(data.valid_X), torch.from_numpy(data.valid_y)
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Train one network; its best value over the epochs."""
+        """Train one network and return its best value over the epochs."""
         problem, best, waited = self.problem, None, 0
         task, drawn = problem.target.task, suggest(trial, problem.space)
         params = effective_params(task, {**problem.fixed, **drawn})
@@ -125,7 +125,7 @@ class Training:
         return float(best)
 
     def course(self, network: nn.Module, params: Params) -> Iterator[float]:
-        """The metric after each epoch, until the time is over."""
+        """Yield the metric after each epoch until the timeout."""
         (x, y), (valid_x, valid_y) = self.train, self.valid
         step = Step(network, params, loss_of(self.problem.target.task, params))
         size = int(params["batch_size"])
@@ -149,7 +149,7 @@ class Training:
 
 
 def build(params: Params, inputs: int, outputs: int) -> nn.Sequential:
-    """A plain network with its first weights."""
+    """Build a plain network with its initial weights."""
     network = build_mlp(params, inputs, outputs)
     source = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     linears = [layer for layer in network if isinstance(layer, nn.Linear)]
@@ -202,7 +202,7 @@ class Step:
 
 
 def optimizer_of(weights: list[nn.Parameter], params: Params) -> torch.optim.Optimizer:
-    """torch's own optimizer, fused where it can be; weight decay is for the matrices."""
+    """Return torch's optimizer, fused if possible, with weight decay on matrices only."""
     decay, momentum = float(params["weight_decay"]), float(params["momentum"])
     groups: list[dict[str, Any]] = [{"params": weights}]
     if decay:
@@ -226,7 +226,7 @@ def optimizer_of(weights: list[nn.Parameter], params: Params) -> torch.optim.Opt
 
 
 def schedule(params: Params, total: int) -> list[float]:
-    """The learning rate of each step."""
+    """Return the learning rate of each step."""
 
     def one(name: str) -> Tensor:
         return torch.tensor([float(params[name])])
@@ -243,7 +243,7 @@ def schedule(params: Params, total: int) -> list[float]:
 
 
 def loss_of(task: str, params: Params) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss by torch's own functions."""
+    """Return a loss made of torch's functions."""
     if task == "regression":
         delta = float(params["huber_delta"])
         losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -1,4 +1,4 @@
-"""What both sides of the study benchmark have in common: data, settings, what they hand back."""
+"""Data, settings and results of both sides of the study benchmark."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Settings:
     kept_sizes: bool = False
 
     def table(self) -> dict[str, Any]:
-        """The data as both sides take them, the same for all seeds; made, not yet prepared."""
+        """Return the unprepared data, which are the same for both sides and all seeds."""
         if self.data == "digits":
             X, y = load_digits(return_X_y=True)
         elif self.data == "classes":
@@ -86,7 +86,7 @@ class Settings:
 
 
 def load_sampler() -> None:
-    """Have Optuna import now what it imports when it first proposes: that is no part of a study.
+    """Import what Optuna's sampler imports at its first proposal, before the study.
 
     It takes a second in a new process, on both sides.
     """
@@ -96,7 +96,7 @@ def load_sampler() -> None:
 
 @dataclass
 class Side:
-    """What one run of one side came to.
+    """The result of one run of one side.
 
     Attributes:
         metric: What trials are judged by.
@@ -134,7 +134,7 @@ class Side:
 
     @property
     def finished(self) -> int:
-        """Trials that ended by themselves or by a pruner."""
+        """Return the number of complete and pruned trials."""
         return self.complete + self.pruned
 
     def count(self, trials: list[FrozenTrial], cut_short: set[int]) -> None:
@@ -146,7 +146,7 @@ class Side:
         self.failed = sum(t.state == TrialState.FAIL for t in whole)
 
     def reached(self, course: Course, value: float) -> float | None:
-        """Seconds until a course was at least as good as a value."""
+        """Return the seconds until the best value was at least as good as a value."""
         for seconds, best in course:
             if best >= value if self.maximize else best <= value:
                 return seconds
@@ -155,7 +155,7 @@ class Side:
 
 @dataclass
 class Watch:
-    """Notes when which trial had which value.
+    """Records when each trial had which value.
 
     Attributes:
         values: Seconds since the start, trial and value of every evaluation.

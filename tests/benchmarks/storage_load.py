@@ -52,7 +52,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass
 class Count:
-    """What a storage is asked."""
+    """Number of statements and transactions of a storage."""
 
     statements: int = 0
     transactions: int = 0
@@ -76,7 +76,7 @@ class Count:
 
 @dataclass
 class Cluster:
-    """A PostgreSQL of one's own."""
+    """A PostgreSQL server for this benchmark."""
 
     server: Server
     urls: list[str] = field(default_factory=list)
@@ -184,12 +184,12 @@ def work(url: str, name: str, seconds: float) -> tuple[int, int, int]:
 
 
 def ready() -> None:
-    """Import everything, and be busy until all others have begun to, too."""
+    """Import everything, and keep the CPU busy until all other processes have started."""
     time.sleep(3.0)
 
 
 def crowd(place: Cluster, processes: int, seconds: float) -> dict[str, float]:
-    """So many processes at once."""
+    """Measure several processes at once."""
     url = place.url()
     storage = RDBStorage(url)
     study = optuna.create_study(storage=storage)
@@ -251,7 +251,7 @@ def table(title: str, rows: list[dict[str, float]]) -> str:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

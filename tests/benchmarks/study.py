@@ -63,7 +63,7 @@ class Run:
     gemm: float  # flops per second, beside them
 
     def figures(self) -> Figures:
-        """What medians are taken of."""
+        """Return the figures of which medians are taken."""
         figures: Figures = {"gemm": self.gemm}
         for name, side in (("plain", self.plain), ("ours", self.ours)):
             figures |= {f"{label}.{name}": getattr(side, label) for label in COUNTED}
@@ -81,7 +81,7 @@ class Run:
         return figures | {"occupancy": self.ours.occupancy}
 
     def reached(self, way: str) -> bool:
-        """Whether ours came to plain Optuna's final best value."""
+        """Return whether our side reached plain Optuna's final best value."""
         return self._time_to_best(self.ours, way) is not None
 
     def _time_to_best(self, side: Side, way: str) -> float | None:
@@ -115,7 +115,7 @@ def _ratio(over: float | None, under: float | None) -> float | None:
 
 
 def compare(settings: Settings, run: Runner) -> Run:
-    """Both sides, one after the other, and the GEMM peak between them."""
+    """Run both sides one after the other, and measure the GEMM peak in between."""
     sides = [("plain", plain), ("ours", ours)]
     ran, peaks = dict[str, Side](), list[float]()
     for name, side in sides if settings.seed % 2 == 0 else sides[::-1]:
@@ -215,7 +215,7 @@ def settings_of(options: argparse.Namespace, data: str) -> Settings:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

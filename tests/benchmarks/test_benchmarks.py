@@ -57,7 +57,7 @@ def test_steps_are_measured_on_all_sides(
     assert "16 x 1, batch 8, k 2" in capsys.readouterr().out
 
 
-def test_a_shape_must_be_one() -> None:
+def test_invalid_shape_is_rejected() -> None:
     with pytest.raises(SystemExit):
         steps.main(["--shapes", "64"])
 
@@ -98,7 +98,7 @@ def test_pruning_saves_epochs(table: Path, tmp_path: Path) -> None:
     assert 0 < data["share of epochs"] < 1
 
 
-def test_a_file_needs_its_target(table: Path) -> None:
+def test_csv_file_requires_a_target(table: Path) -> None:
     with pytest.raises(SystemExit):
         study.main(["--data", str(table)])
 
@@ -115,7 +115,7 @@ def test_a_file_needs_its_target(table: Path) -> None:
         {"loss": "huber", "huber_delta": 0.5},
     ],
 )
-def test_the_plain_loss_is_ours(params: Mapping[str, Any]) -> None:
+def test_plain_loss_equals_the_stacked_loss(params: Mapping[str, Any]) -> None:
     values = PLAIN | dict(params)
     source = torch.Generator().manual_seed(0)
 
@@ -139,9 +139,7 @@ def test_the_plain_loss_is_ours(params: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "rmsprop"])
 @pytest.mark.parametrize("more", [{}, {"l1": 1e-4, "clip_norm": 1.0, "dropout": 0.1}])
-def test_the_plain_loop_learns(
-    optimizer: str, normalization: str, more: Mapping[str, Any]
-) -> None:
+def test_plain_loop_learns(optimizer: str, normalization: str, more: Mapping[str, Any]) -> None:
     params = PLAIN | {"optimizer": optimizer, "normalization": normalization} | dict(more)
     torch.manual_seed(0)
     x = torch.randn(64, 5)

@@ -56,7 +56,7 @@ def network() -> NanoGPT:
 
 
 @pytest.mark.parametrize("length", [2, 10, CONTEXT + 1, CONTEXT + 2, 3 * CONTEXT + 7])
-def test_every_token_but_the_first_is_judged_once(
+def test_loss_counts_every_token_but_the_first_once(
     network: NanoGPT, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nanogpt, "EVALUATED", 2)
@@ -71,7 +71,7 @@ def test_every_token_but_the_first_is_judged_once(
     assert_close(mean_loss(network, tokens), np.mean(losses), FLOAT32)
 
 
-def test_it_learns_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_lowers_the_loss_and_prints_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nanogpt, "WARMUP", 5)
     told: list[tuple[int, float]] = []
 
@@ -88,7 +88,7 @@ def test_it_learns_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.tokens_per_second == pytest.approx(25 * 768 / one.seconds)
 
 
-def test_the_seed_decides() -> None:
+def test_same_seed_gives_the_same_loss() -> None:
     text = sentence(300)
     wishes: dict[str, Any] = {"iterations": 2}
     losses = [train_nanogpt(text, text, 7, **wishes, seed=seed).loss for seed in (1, 1, 2)]
@@ -112,7 +112,7 @@ def test_only_training_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert train_nanogpt(text, text, 7, iterations=3, watch=watch).seconds == 3
 
 
-def test_the_rate_climbs_and_falls() -> None:
+def test_learning_rate_warms_up_and_decays() -> None:
     assert learning_rate(0, 2000) == pytest.approx(1e-3 / 101)
     assert learning_rate(99, 2000) == pytest.approx(1e-3 * 100 / 101)
     assert learning_rate(100, 2000) == pytest.approx(1e-3)
@@ -164,7 +164,7 @@ def test_the_preset_is_the_baseline() -> None:
     assert loss.requires_grad
 
 
-def test_a_file_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_trains_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, path = tmp_path / "text.txt", tmp_path / "nanogpt.json"
     text.write_text("Hello wörld\n" * 20, encoding="utf-8")
     asked = ["--text", str(text), "--iterations", "2", "--json", str(path)]
@@ -185,7 +185,7 @@ def test_a_file_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ({"vocabulary": 6}, "`train` must hold numbers from 0 to 5, but got 0 to 6."),
     ],
 )
-def test_what_cannot_be_trained_is_refused(wishes: dict[str, Any], message: str) -> None:
+def test_invalid_tokens_are_rejected(wishes: dict[str, Any], message: str) -> None:
     text = sentence(100)
     with pytest.raises(ValueError) as error:
         train_nanogpt(**{"train": text, "valid": text, "vocabulary": 7, **wishes})

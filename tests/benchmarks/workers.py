@@ -57,7 +57,7 @@ class Note:
 
 
 def rate(lines: list[str], workers: int) -> float:
-    """Model-epochs per second of some workers together.
+    """Return the model-epochs per second of all workers together.
 
     Example:
         >>> rate(["0 a 5", "1 b 5", "2 a 5", "3 b 5", "4 a 5"], workers=2)
@@ -82,7 +82,7 @@ def rate(lines: list[str], workers: int) -> float:
 
 
 def side(options: argparse.Namespace, workers: int) -> float:
-    """Model-epochs per second with so many workers, each with one thread."""
+    """Measure the model-epochs per second of workers with one thread each."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(workers)
     with TemporaryDirectory() as name:
@@ -104,13 +104,13 @@ def side(options: argparse.Namespace, workers: int) -> float:
 
 
 def apart(options: argparse.Namespace, workers: int) -> float:
-    """The same in a new process."""
+    """Measure the same in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(side, options, workers).result()
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

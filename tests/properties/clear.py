@@ -1,4 +1,4 @@
-"""What all property tests say: a right result, or an error that a person understands."""
+"""Check that a call returns a result or raises a clear error."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 
 def some(share: float) -> settings:
-    """A share of the profile's examples, for tests that take long."""
+    """Return settings with a fraction of the profile's examples, for slow tests."""
     return settings(max_examples=max(1, round(share * settings.default.max_examples)))
 
 
 def outcome(call: Callable[[], T]) -> T | None:
-    """What a call returns, or None where it refuses; anything but a clear error is raised."""
+    """Return a call's result, or None after a clear error; raise any other error."""
     try:
         result = call()
     except CLEAR as error:
@@ -40,7 +40,7 @@ def outcome(call: Callable[[], T]) -> T | None:
 
 
 def check_clear(error: Exception) -> None:
-    """Raise unless an error is ours, and says on one line what the rule is."""
+    """Raise unless an error comes from the package and states the rule on one line."""
     where, trace = "", error.__traceback__
     while trace is not None:
         where, trace = trace.tb_frame.f_code.co_filename, trace.tb_next

@@ -1,4 +1,4 @@
-"""Tables and labels of any kind; most of them have one thing that is odd."""
+"""Strategies for tables and labels, most of them unusual in one way."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ names = st.one_of(
 
 @st.composite
 def columns(draw: Draw, rows: int, kind: str | None = None) -> Series[Any]:
-    """A column of any type that pandas has, whose cells repeat."""
+    """Draw a column of any pandas type with repeated values."""
     kind = kind or draw(st.sampled_from([*COLUMN_KINDS]))
     pool = draw(POOLS[kind])
     places = np.random.default_rng(draw(st.integers(0, 9))).integers(len(pool), size=rows)
@@ -112,7 +112,7 @@ def columns(draw: Draw, rows: int, kind: str | None = None) -> Series[Any]:
 
 @st.composite
 def frames(draw: Draw, rows: int | None = None) -> pd.DataFrame:
-    """A table, mostly with a column of plain numbers."""
+    """Draw a table, usually with a numeric column."""
     if rows is None:
         rows = draw(st.sampled_from([12, 24, 16, 12, 20, 24, 8, 5, 3, 2, 1, 0]))
     kinds = draw(st.sampled_from([["numbers"], ["numbers"], ["numbers", "words"], []]))
@@ -138,7 +138,7 @@ def frames(draw: Draw, rows: int | None = None) -> pd.DataFrame:
 
 
 def learnable(rows: int) -> list[Any]:
-    """Labels that most tables can be learnt with."""
+    """Return strategies for labels that most tables can be trained with."""
     return [
         [i % 2 for i in range(rows)],
         ["no" if i % 3 else "yes" for i in range(rows)],
@@ -152,7 +152,7 @@ def learnable(rows: int) -> list[Any]:
 
 @st.composite
 def targets(draw: Draw, rows: int) -> Any:
-    """Labels, mostly such as can be learnt."""
+    """Draw labels, usually trainable ones."""
     if draw(st.integers(0, 3)):
         return draw(st.sampled_from(learnable(rows)))
     made = draw(columns(rows))
@@ -161,7 +161,7 @@ def targets(draw: Draw, rows: int) -> Any:
 
 @st.composite
 def tables(draw: Draw) -> tuple[pd.DataFrame, Any]:
-    """A table and its labels, seldom of another length."""
+    """Draw a table and its labels, rarely of different lengths."""
     frame = draw(frames())
     rows = draw(st.sampled_from([len(frame)] * 19 + [len(frame) + 1]))
     return frame, draw(targets(rows))

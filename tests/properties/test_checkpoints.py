@@ -66,7 +66,9 @@ damages = st.one_of(
 
 @some(0.5)
 @given(harms=st.dictionaries(st.integers(0, 3), damages, min_size=1))
-def test_any_damage(harms: dict[int, Damage], killed: Path, folder: Path) -> None:
+def test_damaged_checkpoint_is_ignored_or_rejected(
+    harms: dict[int, Damage], killed: Path, folder: Path
+) -> None:
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.copytree(killed, folder, dirs_exist_ok=True)

@@ -56,7 +56,7 @@ data = st.sampled_from(DATA)
 
 
 @given(data, st.one_of(st.just(LABELS), st.just(LABELS), data, targets(ROWS)))
-def test_any_object_is_refused_or_a_table(X: Any, y: Any) -> None:
+def test_any_object_is_rejected_or_a_table(X: Any, y: Any) -> None:
     problem = outcome(lambda: DNNTemplate(X, y, device="cpu"))
     if problem is not None:
         assert np.isfinite(problem.data.train_X).all()
@@ -64,7 +64,7 @@ def test_any_object_is_refused_or_a_table(X: Any, y: Any) -> None:
 
 
 @given(data, st.one_of(st.just(LABELS), data))
-def test_any_object_is_refused_or_an_array(X: Any, y: Any) -> None:
+def test_any_object_is_rejected_or_an_array(X: Any, y: Any) -> None:
     def network(params: Any) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
 
@@ -84,7 +84,7 @@ def test_any_object_is_refused_or_an_array(X: Any, y: Any) -> None:
         st.tuples(data, st.just(LABELS)),
     )
 )
-def test_any_validation_part_is_refused_or_used(validation: Any) -> None:
+def test_any_validation_is_rejected_or_used(validation: Any) -> None:
     problem = outcome(lambda: DNNTemplate(NUMBERS, LABELS, validation=validation, device="cpu"))
     if problem is not None:
         assert np.isfinite(problem.data.valid_X).all() and len(problem.data.valid_X) > 0
@@ -173,7 +173,7 @@ def same_cell(ours: Any, theirs: str) -> bool:
 @example(content=b"a,b\n1,x\n2,y\0z\n")
 @example(content=b'a,b\n1,"x\n2,y\n')
 @example(content=b"a,b\n1\n2,y\n3,x\n")
-def test_a_file_is_refused_or_read_as_it_stands(content: bytes, tmp_path: Path) -> None:
+def test_any_file_is_rejected_or_read_unchanged(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(content)
     found = outcome(lambda: read_csv(path, "b"))
@@ -193,7 +193,7 @@ def test_a_file_is_refused_or_read_as_it_stands(content: bytes, tmp_path: Path) 
 
 
 @given(content=files())
-def test_a_study_of_a_file_is_refused_or_prepared(content: bytes, tmp_path: Path) -> None:
+def test_any_file_is_rejected_or_prepared_for_a_study(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(content)
     problem = outcome(lambda: DNNTemplate(path, target="b", device="cpu"))

@@ -63,7 +63,7 @@ share = st.floats(0.0, 1.0, exclude_max=True)
 
 
 @given(kind=kinds, name=files, where=share)
-def test_a_truncated_file(
+def test_truncated_file_is_rejected(
     kind: str, name: str, where: float, models: dict[str, Path], tmp_path: Path
 ) -> None:
     place = copied(models, kind, tmp_path)
@@ -74,7 +74,7 @@ def test_a_truncated_file(
 
 
 @given(kind=kinds, name=files, where=share, bit=st.integers(0, 7))
-def test_a_flipped_bit(
+def test_file_with_a_flipped_bit_is_rejected(
     kind: str, name: str, where: float, bit: int, models: dict[str, Path], tmp_path: Path
 ) -> None:
     place = copied(models, kind, tmp_path)
@@ -85,7 +85,7 @@ def test_a_flipped_bit(
 
 
 @given(kind=kinds, name=files, content=st.one_of(st.binary(), st.text().map(str.encode)))
-def test_a_file_of_anything_else(
+def test_file_with_other_content_is_rejected(
     kind: str, name: str, content: bytes, models: dict[str, Path], tmp_path: Path
 ) -> None:
     place = copied(models, kind, tmp_path)
@@ -96,7 +96,9 @@ def test_a_file_of_anything_else(
 
 @pytest.mark.parametrize("kind", ["table", "text"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file(kind: str, name: str, models: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_file_is_named(
+    kind: str, name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
     place = copied(models, kind, tmp_path)
     (place / name).unlink()
     with pytest.raises(FileNotFoundError, match=name.replace(".", r"\.")):
@@ -105,7 +107,7 @@ def test_a_missing_file(kind: str, name: str, models: dict[str, Path], tmp_path:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("other", ["other", "text"])
-def test_a_file_of_another_model(
+def test_file_of_another_model_is_rejected(
     name: str, other: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     place = copied(models, "table", tmp_path)

@@ -67,7 +67,7 @@ def check_meaning(frame: pd.DataFrame, preprocessor: Preprocessor) -> None:
 
 
 @given(tables())
-def test_a_table_is_refused_or_right(table: tuple[pd.DataFrame, Any]) -> None:
+def test_any_table_is_rejected_or_encoded_correctly(table: tuple[pd.DataFrame, Any]) -> None:
     frame, y = table
     problem = outcome(lambda: DNNTemplate(frame, y, device="cpu"))
     if problem is not None:
@@ -75,7 +75,7 @@ def test_a_table_is_refused_or_right(table: tuple[pd.DataFrame, Any]) -> None:
 
 
 @given(tables())
-def test_the_order_of_rows_means_nothing(table: tuple[pd.DataFrame, Any]) -> None:
+def test_order_of_rows_has_no_effect(table: tuple[pd.DataFrame, Any]) -> None:
     frame = outcome(lambda: as_frame(table[0]))
     if frame is None:
         return
@@ -88,7 +88,7 @@ def test_the_order_of_rows_means_nothing(table: tuple[pd.DataFrame, Any]) -> Non
 
 
 @given(tables())
-def test_numbers_keep_their_order_and_texts_are_told_apart(
+def test_numbers_keep_their_order_and_texts_stay_distinct(
     table: tuple[pd.DataFrame, Any],
 ) -> None:
     frame = outcome(lambda: as_frame(table[0]))
@@ -99,7 +99,7 @@ def test_numbers_keep_their_order_and_texts_are_told_apart(
 
 @some(0.15)
 @given(tables())
-def test_a_network_is_trained_on_any_table_that_is_taken(table: tuple[pd.DataFrame, Any]) -> None:
+def test_network_trains_on_any_accepted_table(table: tuple[pd.DataFrame, Any]) -> None:
     frame, y = table
     result = outcome(
         lambda: optimize("dnn", frame, y, n_trials=1, storage=None, fixed=TINY, device="cpu")
@@ -117,7 +117,7 @@ def test_a_network_is_trained_on_any_table_that_is_taken(table: tuple[pd.DataFra
 
 
 @given(tables(), st.data())
-def test_a_model_predicts_from_any_other_table_or_refuses_it(
+def test_model_predicts_from_any_other_table_or_rejects_it(
     table: tuple[pd.DataFrame, Any], data: st.DataObject
 ) -> None:
     frame = outcome(lambda: as_frame(table[0]))

@@ -123,7 +123,7 @@ def check_problem(problem: Any, space: Any, fixed: Any) -> None:
 
 
 @given(wishes=wishes(TABLE), regression=st.booleans())
-def test_wishes_for_tables(wishes: Any, regression: bool) -> None:
+def test_any_space_for_tables_is_rejected_or_used(wishes: Any, regression: bool) -> None:
     space, fixed = wishes
     y = numbers()[1] if regression else LABELS
     problem = outcome(lambda: DNNTemplate(X, y, space=space, fixed=fixed, device="cpu"))
@@ -132,7 +132,7 @@ def test_wishes_for_tables(wishes: Any, regression: bool) -> None:
 
 
 @given(wishes=wishes(TABLE))
-def test_wishes_for_networks_of_ones_own(wishes: Any) -> None:
+def test_any_space_for_own_networks_is_rejected_or_used(wishes: Any) -> None:
     space, fixed = wishes
 
     def network(params: Any) -> nn.Module:
@@ -149,7 +149,7 @@ def test_wishes_for_networks_of_ones_own(wishes: Any) -> None:
     wishes=wishes(LANGUAGE),
     budget=st.sampled_from([{}, {"iterations": 9}, {"train_tokens": 5000}, {"seconds": 0.1}]),
 )
-def test_wishes_for_texts(wishes: Any, budget: Any) -> None:
+def test_any_space_for_texts_is_rejected_or_used(wishes: Any, budget: Any) -> None:
     space, fixed = wishes
     if isinstance(fixed, dict):
         fixed = {**budget, **fixed}
@@ -217,7 +217,7 @@ ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     wanted=st.lists(st.sampled_from([*ARGUMENTS]), min_size=1, max_size=2, unique=True),
     data=st.data(),
 )
-def test_arguments_of_the_call(wanted: list[str], data: st.DataObject) -> None:
+def test_any_arguments_are_rejected_or_used(wanted: list[str], data: st.DataObject) -> None:
     given_values = {name: data.draw(ARGUMENTS[name]) for name in wanted}
     arguments: dict[str, Any] = {"n_trials": 3, "storage": None, "device": "cpu", **given_values}
     with pytest.MonkeyPatch.context() as patch:
@@ -230,7 +230,9 @@ def test_arguments_of_the_call(wanted: list[str], data: st.DataObject) -> None:
 @given(
     levels=ARGUMENTS["levels"], space=st.dictionaries(names(TABLE), distributions(), max_size=2)
 )
-def test_levels_of_a_grid(levels: Any, space: dict[Any, BaseDistribution]) -> None:
+def test_any_grid_levels_are_rejected_or_visited(
+    levels: Any, space: dict[Any, BaseDistribution]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tuner, "run", lambda self: None)
         outcome(

@@ -25,7 +25,7 @@ SHORT = {"context": 8, "iterations": 2, "width": 16, "layers": 1}
 @example("a", 1, "char")
 @example("a\ud800b\n", 9, "byte")
 @example("x" * 100_000, 1, "char")
-def test_a_text_comes_back_from_its_tokens(text: str, times: int, kind: str) -> None:
+def test_decoded_tokens_equal_the_text(text: str, times: int, kind: str) -> None:
     whole = text * times + "\n"  # with a line's end it is text, and no path
     data = outcome(lambda: prepare_text(whole))
     if data is None:
@@ -44,7 +44,7 @@ def test_a_text_comes_back_from_its_tokens(text: str, times: int, kind: str) -> 
 @example(content=b"\xef\xbb\xbf")
 @example(content=b"ab\0cd" * 9)
 @example(content="ab\n".encode("utf-16") * 9)
-def test_a_file_of_any_bytes(content: bytes, tmp_path: Path) -> None:
+def test_file_of_any_bytes_is_rejected_or_decoded(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_bytes(content)
     for errors in ("strict", "replace", "ignore"):
@@ -55,7 +55,7 @@ def test_a_file_of_any_bytes(content: bytes, tmp_path: Path) -> None:
 
 
 @given(source=st.one_of(odd, st.lists(odd, max_size=2)), validation=st.one_of(st.just(0.1), odd))
-def test_any_object_is_refused_or_a_text(source: Any, validation: Any) -> None:
+def test_any_object_is_rejected_or_a_text(source: Any, validation: Any) -> None:
     data = outcome(lambda: prepare_text(source, validation=validation))
     if data is not None:
         assert data.train and data.valid
@@ -63,7 +63,7 @@ def test_any_object_is_refused_or_a_text(source: Any, validation: Any) -> None:
 
 @some(0.5)
 @given(text=letters, times=st.sampled_from([1, 9, 99]))
-def test_a_study_of_any_text_is_refused_or_prepared(text: str, times: int) -> None:
+def test_any_text_is_rejected_or_prepared_for_a_study(text: str, times: int) -> None:
     problem = outcome(lambda: GPTTemplate(text * times + "\n", fixed=SHORT, device="cpu"))
     if problem is not None:
         member = problem.member(0, problem.defaults())

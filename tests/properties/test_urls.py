@@ -42,7 +42,7 @@ passwords = st.lists(marks, max_size=4).map(lambda found: f"Qx7{''.join(found)}Z
     end="/db",
     encoded=False,
 )
-def test_no_password_is_ever_said(
+def test_passwords_are_always_hidden(
     scheme: str, user: str, password: str, place: str, end: str, encoded: bool, folder: Path
 ) -> None:
     written = quote(password, safe="") if encoded else password
@@ -60,7 +60,7 @@ def test_no_password_is_ever_said(
 
 
 @given(text=st.text(), password=passwords)
-def test_hiding_is_done_once_and_leaves_the_rest(text: str, password: str) -> None:
+def test_hiding_twice_changes_nothing_more(text: str, password: str) -> None:
     url = f"postgresql://me:{quote(password, safe='')}@host/db"
     once = hide_passwords(f"{text} {url}", url)
     assert "Qx7" not in once and "Zk9" not in once
@@ -78,7 +78,7 @@ def test_hiding_is_done_once_and_leaves_the_rest(text: str, password: str) -> No
         st.sampled_from(["con", "s.journal", "é.journal", "\ud800", "a\nb", "/proc/x", "*"]),
     )
 )
-def test_any_text_is_a_storage_or_refused(text: str, folder: Path) -> None:
+def test_any_text_is_a_storage_or_rejected(text: str, folder: Path) -> None:
     assume(not Path(text.partition("\0")[0] or "x").is_absolute() or text in ("/", "/proc/x"))
     assume(".." not in text or text == "..")
     storage = outcome(lambda: open_storage(text))
@@ -90,7 +90,7 @@ def test_any_text_is_a_storage_or_refused(text: str, folder: Path) -> None:
 @given(name=st.text())
 @example(name="..")
 @example(name="x" * 400)
-def test_any_text_makes_a_name_of_a_file(name: str, folder: Path) -> None:
+def test_any_text_becomes_a_file_name(name: str, folder: Path) -> None:
     found = safe_join(folder, safe_file_name(name))
     found.touch()
     assert found.parent == folder and found.resolve().parent == folder.resolve()
