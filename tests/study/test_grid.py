@@ -34,6 +34,8 @@ from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.grid import GridQueue
 from optuna_nnhp.study.grid import check_grid
 from optuna_nnhp.study.grid import make_grid
+from optuna_nnhp.study.outcomes import counts
+from optuna_nnhp.study.outcomes import retries_grid_point
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.templates import CustomNetworkTemplate
 from optuna_nnhp.templates import DNNTemplate
@@ -80,7 +82,7 @@ def ended(result: Result) -> dict[str, list[FrozenTrial]]:
     """Finished trials by their point, without those that do not count."""
     found: dict[str, list[FrozenTrial]] = {}
     for trial in trials(result):
-        if trial.state.is_finished() and not grid.is_undone(trial):
+        if trial.state.is_finished() and not retries_grid_point(trial):
             found.setdefault(point_key(trial.params), []).append(trial)
     return found
 
@@ -216,7 +218,7 @@ def test_what_was_cut_short_is_tried_again() -> None:
 
     storage = optuna.storages.InMemoryStorage()
     first = run(storage, pruner=Pressed(), cohort_size=4)
-    cut = [trial for trial in trials(first) if grid.is_cut_short(trial)]
+    cut = [trial for trial in trials(first) if not counts(trial, on_grid=True)]
     assert {trial.state for trial in cut} == {TrialState.PRUNED}
     result = run(storage)
     assert Counter(map(len, ended(result).values())) == {1: COUNT}
@@ -418,10 +420,10 @@ STORAGES = {"journal": "both.journal", "sqlite": "sqlite:///both.db"}
 WORKER = """
 import sys, time
 from pathlib import Path
-from optuna_nnhp.study.grid import Points
+from optuna_nnhp.study.grid import GridQueue
 from tests.study import test_grid
 
-add = Points.add
+add = GridQueue.add
 
 
 def add_together(points, missing):
@@ -431,7 +433,7 @@ def add_together(points, missing):
     add(points, missing)
 
 
-Points.add = add_together
+GridQueue.add = add_together
 for storage, url in test_grid.STORAGES.items():
     test_grid.run(url)
 """

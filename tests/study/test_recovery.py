@@ -91,7 +91,7 @@ elif kind == "own":
     )
     usual |= {"fixed": long | {"batch_size": 64}, "cohort_size": 3}
 elif kind == "poison":
-    recovery.SUSPECT, recovery.POISONOUS = 2, 4
+    recovery.QUARANTINE_DEATHS, recovery.MAX_WORKER_DEATHS = 2, 4
     original = Cohort.train_round
 
     def train_round(self, *args):
@@ -210,7 +210,7 @@ def test_who_kills_every_worker_is_trained_alone_and_ends_and_its_mates_do_not(
     while lasts[-1].returncode == -signal.SIGKILL and len(lasts) < 12:
         lasts.append(run("poison", "s.journal", **wishes))
     assert lasts[-1].returncode == 0, lasts[-1].stderr
-    assert len(lasts) == 6  # the first one, and POISONOUS that took the trial over, are killed
+    assert len(lasts) == 6  # the first one, and MAX_WORKER_DEATHS that took the trial over, are killed
     found = study_of("s.journal").trials
     assert [t.user_attrs["cause"] for t in found] == ["finished", "killed"] + ["finished"] * 3
     assert [t.state.name for t in found] == ["COMPLETE", "FAIL"] + ["COMPLETE"] * 3
@@ -348,7 +348,7 @@ def test_a_living_worker_keeps_its_trials(folder: Path) -> None:
 
 
 def test_checkpoints_take_their_share_of_the_time(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "me", every=10.0)
+    checkpoints = Checkpoints(tmp_path, "me", interval=10.0)
     assert checkpoints.is_due()  # the first one is written soon
     checkpoints.write([])
     assert not checkpoints.is_due()
