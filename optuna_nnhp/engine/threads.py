@@ -135,6 +135,8 @@ class _SingleThreadedBlas:
 
 @functools.cache
 def _thread_pools() -> ThreadpoolController:
+    import scipy.linalg  # noqa: F401  # only libraries that are loaded are found
+
     return ThreadpoolController()
 
 
