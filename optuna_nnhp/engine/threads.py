@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 import functools
+import importlib
 import logging
 import math
 import threading
@@ -135,7 +136,7 @@ class _SingleThreadedBlas:
 
 @functools.cache
 def _thread_pools() -> ThreadpoolController:
-    import scipy.linalg  # noqa: F401  # only libraries that are loaded are found
+    importlib.import_module("scipy.linalg")  # only BLAS libraries that are loaded are found
 
     return ThreadpoolController()
 
