@@ -59,7 +59,7 @@ from optuna_nnhp.data.parsing import factorize_texts
         ([datetime.date(2024, 1, 1), None], "date"),
     ],
 )
-def test_kinds(cells: Any, kind: str) -> None:
+def test_column_kinds_are_inferred(cells: Any, kind: str) -> None:
     assert infer_column_kind(pd.Series(cells))[0] == kind
 
 
@@ -67,7 +67,7 @@ def test_kinds(cells: Any, kind: str) -> None:
     ("cells", "held"),
     [([[1], [2]], "list"), (["a", {}], "dict"), ([1j, 2j], "complex128")],
 )
-def test_strange_cells(cells: list[Any], held: str) -> None:
+def test_unsupported_cells_are_rejected(cells: list[Any], held: str) -> None:
     message = f"The columns of X must hold .* but 'c' holds {held}"
     with pytest.raises(ValueError, match=message):
         fit_column(pd.Series(cells, name="c"))
@@ -82,7 +82,7 @@ def test_strange_cells(cells: list[Any], held: str) -> None:
         (["2024-01-01T00:30:00+02:00", "2024-06-02"], ["2023-12-31", "2024-06-02"]),
     ],
 )
-def test_dates_mean(cells: list[str], written: list[str]) -> None:
+def test_date_formats_are_inferred(cells: list[str], written: list[str]) -> None:
     column = fit_column(pd.Series(cells, name="d"))
     days, _ = numeric_features(column, pd.Series(cells))
     expected = pd.to_datetime(written)
@@ -92,7 +92,7 @@ def test_dates_mean(cells: list[str], written: list[str]) -> None:
     np.testing.assert_array_equal(whole, (expected - pd.Timestamp(0)).days)
 
 
-def test_date_parts() -> None:
+def test_constant_date_parts_are_dropped() -> None:
     cells = pd.Series(["2024-02-29 18:00", "2024-03-01 18:00", None], name="d")
     column = fit_column(cells)
     # Year and hour are constant here.
@@ -126,13 +126,13 @@ def test_far_dates_keep_their_distance() -> None:
         (["1", "0", ""], [1, 0, np.nan]),
     ],
 )
-def test_booleans(cells: Any, expected: list[float]) -> None:
+def test_boolean_texts_are_read(cells: Any, expected: list[float]) -> None:
     values, absent = numeric_features(Column("b", "boolean", ("",)), pd.Series(cells))
     np.testing.assert_array_equal(values[:, 0], expected)
     assert absent.tolist() == [False, False, True]
 
 
-def test_unreadable_counts_as_missing(log: pytest.LogCaptureFixture) -> None:
+def test_unreadable_cells_count_as_missing(log: pytest.LogCaptureFixture) -> None:
     column = fit_column(pd.Series(["1", "2"], name="n"))
     values, absent = numeric_features(column, pd.Series(["3", "many", "many", None]), "X_val")
     np.testing.assert_array_equal(values[:, 0], [3, np.nan, np.nan, np.nan])
@@ -153,7 +153,7 @@ def test_unreadable_counts_as_missing(log: pytest.LogCaptureFixture) -> None:
         (["x", None], Column("c", "categorical", missing=True, categories=("x",))),
     ],
 )
-def test_constant(cells: list[Any], expected: Column) -> None:
+def test_constant_columns_have_no_features(cells: list[Any], expected: Column) -> None:
     assert fit_column(pd.Series(cells, name="c")) == expected
 
 
@@ -163,7 +163,7 @@ def test_whole_floats_are_the_same_category_as_integers() -> None:
     assert category_codes(column, pd.Series([3.0, None, 1.0])).tolist() == [2, -1, 0]
 
 
-def test_codes_of_unseen_and_missing() -> None:
+def test_unseen_and_missing_cells_have_codes() -> None:
     few = Column("c", "categorical", categories=("a", "b"))
     assert category_codes(few, pd.Series(["b", "z", None])).tolist() == [1, -1, -1]
     many = Column("c", "categorical", categories=("a", "b"), infrequent=True)
@@ -174,19 +174,19 @@ def test_codes_of_unseen_and_missing() -> None:
     assert category_codes(full, pd.Series([None, np.nan])).tolist() == [3, 3]
 
 
-def test_texts() -> None:
+def test_texts_are_factorized() -> None:
     codes, values = factorize_texts(pd.Series(["a ", "NA", "a", None, 2.0, 2, True], dtype=object))
     assert codes.tolist() == [0, -1, 0, -1, 1, 1, 2]
     assert values.tolist() == ["a", "2", "True"]
 
 
 @pytest.mark.parametrize("cells", [[1, True, "x"], [True, 1, "x"]])
-def test_true_is_not_one(cells: list[Any]) -> None:
+def test_true_and_one_are_different_texts(cells: list[Any]) -> None:
     codes, values = factorize_texts(pd.Series(cells, dtype=object))
     assert values[codes].tolist() == [str(cell) for cell in cells]
 
 
-def test_many_categories_keep_the_frequent(log: pytest.LogCaptureFixture) -> None:
+def test_frequent_categories_are_kept(log: pytest.LogCaptureFixture) -> None:
     often = [f"often{i:02}" for i in range(30) for _ in range(5)]
     twice = [f"twice{i:03}" for i in range(300) for _ in range(2)]
     once = [f"once{i}" for i in range(500)]
@@ -208,11 +208,11 @@ def test_many_categories_keep_the_frequent(log: pytest.LogCaptureFixture) -> Non
         ({"a": pd.array([1.0, np.inf], dtype="Float64")}, "column 'a' of X has 1 infinite"),
     ],
 )
-def test_values_errors(frame: dict[str, Any], message: str) -> None:
+def test_invalid_columns_are_rejected(frame: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_values(pd.DataFrame(frame))
 
 
-def test_infinite_text() -> None:
+def test_infinity_as_text_is_rejected() -> None:
     with pytest.raises(ValueError, match="column 'a' of X has 1 infinite, the first in row 1"):
         fit_column(pd.Series(["1", "inf"], name="a"))

@@ -35,7 +35,7 @@ class Tensor:
         return self.values
 
 
-def test_csv(tmp_path: Path) -> None:
+def test_csv_becomes_table_and_target(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_bytes("\ufeffage, city, y\n39, Köln, <=50K\n?, 'x', >50K\n1,NA,>50K\n".encode())
     X, y = read_csv(file, "y")
@@ -48,14 +48,14 @@ def test_csv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("marker", MISSING_MARKERS)
-def test_csv_missing_markers(tmp_path: Path, marker: str) -> None:
+def test_missing_markers_become_missing_values(tmp_path: Path, marker: str) -> None:
     file = tmp_path / "t.csv"
     file.write_text(f"a,b,y\n1,x,0\n{marker},{marker},1\n")
     X, _ = read_csv(file, "y")
     assert X.isna().to_numpy().tolist() == [[False, False], [True, True]]
 
 
-def test_csv_compressed(tmp_path: Path) -> None:
+def test_compressed_csv_files_are_read(tmp_path: Path) -> None:
     file = tmp_path / "t.csv.gz"
     file.write_bytes(gzip.compress(b"a,y\n1,2\n"))
     X, y = read_csv(str(file), "y")
@@ -85,7 +85,9 @@ def test_csv_compressed(tmp_path: Path) -> None:
         ("t.csv", b"a,a,y\n1,2,3\n", "y", "must be unique, but .* repeats 'a'"),
     ],
 )
-def test_csv_errors(tmp_path: Path, name: str, content: bytes, target: str, message: str) -> None:
+def test_invalid_csv_files_are_rejected(
+    tmp_path: Path, name: str, content: bytes, target: str, message: str
+) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -93,14 +95,14 @@ def test_csv_errors(tmp_path: Path, name: str, content: bytes, target: str, mess
     assert "\n" not in str(error.value)
 
 
-def test_csv_absent(tmp_path: Path) -> None:
+def test_missing_csv_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"The CSV file '.*no.csv' does not exist"):
         read_csv(tmp_path / "no.csv", "y")
     with pytest.raises(ValueError, match="is a folder"):
         read_csv(tmp_path, "y")
 
 
-def test_csv_error_lists_few_columns(tmp_path: Path) -> None:
+def test_csv_errors_list_few_columns(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text(",".join(f"column{i}" for i in range(5000)) + "\n")
     with pytest.raises(ValueError, match="and 4,990 more") as error:
@@ -108,7 +110,7 @@ def test_csv_error_lists_few_columns(tmp_path: Path) -> None:
     assert len(str(error.value)) < 500
 
 
-def test_listing_shortens() -> None:
+def test_format_list_shortens_long_lists() -> None:
     assert len(format_list(["x" * 1000])) == 60
 
 
@@ -124,12 +126,12 @@ def test_listing_shortens() -> None:
         pd.DataFrame({"x0": [1.0, 3.0], "x1": [2.0, 4.0]}, index=[7, 7]),
     ],
 )
-def test_frame(X: Any) -> None:
+def test_as_frame_accepts_tables_of_many_types(X: Any) -> None:
     expected = pd.DataFrame({"x0": [1.0, 3.0], "x1": [2.0, 4.0]})
     pd.testing.assert_frame_equal(as_frame(X), expected)
 
 
-def test_frame_leaves_the_original() -> None:
+def test_as_frame_does_not_change_its_argument() -> None:
     X = pd.DataFrame({1: [1, 2], "b": np.array([1, None], dtype=object)}, index=[5, 6])
     before = X.copy()
     frame = as_frame(X)
@@ -155,7 +157,7 @@ def test_frame_leaves_the_original() -> None:
         (pd.DataFrame([[1, 2]], columns=["1", 1]), "must be unique, but X repeats '1'"),
     ],
 )
-def test_frame_errors(X: Any, message: str) -> None:
+def test_as_frame_rejects_invalid_tables(X: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         as_frame(X)
 
@@ -174,7 +176,7 @@ def test_frame_errors(X: Any, message: str) -> None:
         pd.DataFrame({"y": [0, 1]}),
     ],
 )
-def test_target_forms(y: Any) -> None:
+def test_as_target_accepts_columns_of_many_types(y: Any) -> None:
     series = as_target(y)
     assert series.dtype == np.int64
     assert series.tolist() == [0, 1]
@@ -191,17 +193,17 @@ def test_target_forms(y: Any) -> None:
         ([[1], [2, 3]], "The rows of y must all have the same length"),
     ],
 )
-def test_target_errors(y: Any, message: str) -> None:
+def test_as_target_rejects_invalid_columns(y: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         as_target(y)
 
 
-def test_lengths() -> None:
+def test_different_lengths_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"X and y must .* but have 2 and 3"):
         check_consistent_length(as_frame([[1], [2]]), as_target([1, 2, 3]))
 
 
-def test_match_columns() -> None:
+def test_align_columns_matches_by_name_or_position() -> None:
     X = pd.DataFrame({"c": [3], "b": [2], "a": [1]})
     assert align_columns(X, ["a", "b"], ["a"]).columns.tolist() == ["a", "b"]
     assert align_columns(X, ["a", "z"], ["a"]).columns.tolist() == ["a"]

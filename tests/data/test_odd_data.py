@@ -32,7 +32,7 @@ from optuna_nnhp.data.target import resolve_task
     ],
     ids=repr,
 )
-def test_a_cell_among_others_is_the_same_alone(cell: Any) -> None:
+def test_a_cell_is_parsed_the_same_in_one_row_and_in_many(cell: Any) -> None:
     cells = pd.Series(["x", cell, "y", cell], dtype=object)
     preprocessor = Preprocessor.fit(pd.DataFrame({"a": cells}))
     alone = pd.DataFrame({"a": pd.Series([cell], dtype=object)})
@@ -49,17 +49,17 @@ def test_an_empty_first_cell_after_an_empty_line_stays_the_first(tmp_path: Path)
         assert y.tolist() == [2, 3, 5] and X["a"].isna().tolist() == [False, True, False]
 
 
-def test_numbers_too_small_to_be_squared_are_zero() -> None:
+def test_numbers_whose_square_underflows_are_zero() -> None:
     with pytest.raises(ValueError, match="At least one column of X must vary"):
         Preprocessor.fit(pd.DataFrame({"a": [1e-166, 2e-261, 1e-200]}))
 
 
-def test_labels_in_half_precision() -> None:
+def test_float16_labels_are_classes() -> None:
     y = as_target(np.array([1, 2, 1], dtype=np.float16))
     assert Target.fit(y, "binary").encode(y).tolist() == [0, 1, 0]
 
 
-def test_numbers_of_another_byte_order() -> None:
+def test_other_byte_orders_are_converted() -> None:
     X, y = np.arange(20.0).reshape(10, 2), [0, 1] * 5
     expected = prepare_table(X, y)
     for other in (X.astype(">f8"), pd.DataFrame(X.astype(">f8"), columns=["x0", "x1"])):
@@ -68,7 +68,7 @@ def test_numbers_of_another_byte_order() -> None:
         assert found.train_y.tolist() == expected.train_y.tolist()
 
 
-def test_bfloat16_is_taken() -> None:
+def test_bfloat16_tensors_are_converted() -> None:
     tensor = torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16)
     assert as_frame(tensor)["x0"].tolist() == [1.0, 2.0]
     assert ArrayPreprocessor.fit(tensor).dtype == "float32"
@@ -85,16 +85,16 @@ def test_bfloat16_is_taken() -> None:
     ],
     ids=["sparse", "meta", "fields", "sNaN", "complex"],
 )
-def test_what_is_refused(X: Any, message: str) -> None:
+def test_unsupported_data_is_rejected(X: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocessor.fit(X)
 
 
-def test_masked_numbers_are_not_taken_for_numbers() -> None:
+def test_masked_arrays_are_rejected() -> None:
     with pytest.raises(ValueError, match="X must have no masked numbers, but has 2"):
         ArrayPreprocessor.fit(np.ma.masked_less(np.array([[1.0], [-1.0], [-2.0]]), 0))
 
 
-def test_a_task_of_another_type() -> None:
+def test_a_task_that_is_not_a_string_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"is not a task; |is not a task\. Known"):
         resolve_task(as_target(["a", "b"]), np.array([1, 2]))  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def restored(preprocessor: Preprocessor) -> Preprocessor:
 
 
 @pytest.mark.parametrize("limit", [4, 20])
-def test_equals_scikit_learn(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_features_equal_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     monkeypatch.setattr(columns, "MAX_CATEGORIES", limit)
     random = np.random.default_rng(0)
     numbers = [f"n{i}" for i in range(3)]
@@ -88,7 +88,7 @@ def test_equals_scikit_learn(monkeypatch: pytest.MonkeyPatch, limit: int) -> Non
     np.testing.assert_array_equal(preprocessor.transform(other), expected)
 
 
-def test_features() -> None:
+def test_feature_names_match_columns() -> None:
     frame = mixed(500, seed=0)
     preprocessor = Preprocessor.fit(frame)
     features = preprocessor.transform(frame)
@@ -110,7 +110,7 @@ def test_features() -> None:
     np.testing.assert_array_equal(features[:, names.index("town=Ulm")], frame["town"] == "Ulm")
 
 
-def test_json_gives_the_same_bits() -> None:
+def test_restored_preprocessor_gives_the_same_bits() -> None:
     preprocessor = Preprocessor.fit(mixed(500, seed=0))
     again = restored(preprocessor)
     other = mixed(300, seed=1)
@@ -119,7 +119,7 @@ def test_json_gives_the_same_bits() -> None:
     assert again.to_json() == preprocessor.to_json()
 
 
-def test_a_row_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_a_row_do_not_depend_on_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     preprocessor = Preprocessor.fit(mixed(500, seed=0))
     other = mixed(50, seed=1)
     together = preprocessor.transform(other)
@@ -136,7 +136,7 @@ def test_order_and_extra_columns_do_not_matter() -> None:
     np.testing.assert_array_equal(preprocessor.transform(shuffled), preprocessor.transform(frame))
 
 
-def test_array_in_place_of_a_frame() -> None:
+def test_arrays_are_matched_by_position() -> None:
     frame = pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, 5.0]})
     preprocessor = Preprocessor.fit(frame)
     expected = preprocessor.transform(frame)
@@ -145,7 +145,7 @@ def test_array_in_place_of_a_frame() -> None:
         preprocessor.transform(np.zeros((2, 3)))
 
 
-def test_everything_missing_or_unseen_at_prediction() -> None:
+def test_missing_and_unseen_cells_are_transformed() -> None:
     frame = mixed(300, seed=0).dropna()
     preprocessor = Preprocessor.fit(frame)
     empty = pd.DataFrame({name: [None, np.nan] for name in frame.columns})
@@ -157,7 +157,7 @@ def test_everything_missing_or_unseen_at_prediction() -> None:
     assert (features[:, towns] == 0).all()
 
 
-def test_missing_boolean_becomes_the_commoner_value() -> None:
+def test_missing_booleans_become_the_more_frequent_value() -> None:
     flags = pd.DataFrame({"b": [True, True, False, None]})
     preprocessor = Preprocessor.fit(flags)
     features = preprocessor.transform(flags)
@@ -182,12 +182,12 @@ def test_constant_columns_are_dropped(log: pytest.LogCaptureFixture) -> None:
         ({"a": [[1], [2]]}, "'a' holds list"),
     ],
 )
-def test_fit_errors(X: dict[str, Any], message: str) -> None:
+def test_fit_rejects_invalid_tables(X: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocessor.fit(pd.DataFrame(X))
 
 
-def test_transform_errors() -> None:
+def test_transform_rejects_invalid_tables() -> None:
     preprocessor = Preprocessor.fit(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
     with pytest.raises(ValueError, match=r"X must have .* but lacks 'b'"):
         preprocessor.transform(pd.DataFrame({"a": [1]}))
@@ -196,7 +196,7 @@ def test_transform_errors() -> None:
 
 
 @pytest.mark.parametrize("distinct", [1_000_000, 300_000])
-def test_a_million_texts_are_bounded(log: pytest.LogCaptureFixture, distinct: int) -> None:
+def test_number_of_categories_is_bounded(log: pytest.LogCaptureFixture, distinct: int) -> None:
     n = 1_000_000
     numbers = np.random.default_rng(0).permutation(n) % distinct
     frame = pd.DataFrame({"id": [f"row {i}" for i in numbers], "v": np.arange(n)})
@@ -214,7 +214,7 @@ def test_a_million_texts_are_bounded(log: pytest.LogCaptureFixture, distinct: in
     assert spent < 10
 
 
-def test_large_table_is_cheap() -> None:
+def test_large_tables_are_fast() -> None:
     n = 48842
     random = np.random.default_rng(0)
     frame = pd.DataFrame(random.integers(0, 90, (n, 6)), columns=pd.Index(list("abcdef")))

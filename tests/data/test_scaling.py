@@ -44,7 +44,7 @@ def test_heavy_tails_equal_scikit_learn() -> None:
     np.testing.assert_array_equal(scaler.transform(train), soft_clip(pipeline.transform(train)))
 
 
-def test_one_wild_value_does_not_press_the_others_together() -> None:
+def test_one_outlier_does_not_compress_other_values() -> None:
     random = np.random.default_rng(0)
     values = random.normal(size=(1000, 1))
     values[0] = 1e12
@@ -53,7 +53,7 @@ def test_one_wild_value_does_not_press_the_others_together() -> None:
     assert np.abs(scaled).max() <= SOFT_CLIP_BOUND
 
 
-def test_bending_is_straight_around_zero_and_bounded() -> None:
+def test_soft_clip_is_linear_around_zero_and_bounded() -> None:
     values = np.array([0.0, 1e-3, 3.0, -3.0, 1e9, -1e300])
     expected = [
         0.0,
@@ -75,7 +75,7 @@ def test_extremes_stay_within_bounds(wild: float) -> None:
     assert np.abs(scaled).max() <= SOFT_CLIP_BOUND
 
 
-def test_zero_range_with_rare_large_values() -> None:
+def test_rare_large_values_are_compressed() -> None:
     gain = np.zeros((1000, 1))
     gain[:80, 0] = np.geomspace(100, 99999, 80)
     scaled = Scaler.fit(gain).transform(gain)
@@ -84,7 +84,7 @@ def test_zero_range_with_rare_large_values() -> None:
 
 
 @pytest.mark.parametrize("heavy", [False, True])
-def test_json(heavy: bool) -> None:
+def test_scaler_is_restored_from_json(heavy: bool) -> None:
     random = np.random.default_rng(0)
     values = random.standard_cauchy((300, 4)) if heavy else random.normal(size=(300, 4))
     values = holes(values / 3, 1)

@@ -16,7 +16,7 @@ def table(n: int) -> pd.DataFrame:
 
 @pytest.mark.parametrize("task", ["binary", "regression"])
 @pytest.mark.parametrize(("fraction", "valid"), [(0.2, 20), (0.201, 21), (0.9, 90)])
-def test_parts(task: str, fraction: float, valid: int) -> None:
+def test_split_returns_all_rows_once(task: str, fraction: float, valid: int) -> None:
     y = pd.Series(np.arange(100) % 2)
     train_X, train_y, valid_X, valid_y = train_validation_split(
         table(100), y, fraction, task, seed=3
@@ -29,7 +29,7 @@ def test_parts(task: str, fraction: float, valid: int) -> None:
     assert valid_X.index.tolist() == valid_y.index.tolist() == list(range(valid))
 
 
-def test_seed_decides() -> None:
+def test_seed_determines_the_split() -> None:
     y = pd.Series(np.arange(100) % 2)
     rows = [
         train_validation_split(table(100), y, 0.2, "binary", seed)[2]["row"].tolist()
@@ -38,7 +38,7 @@ def test_seed_decides() -> None:
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_stratified() -> None:
+def test_classes_are_stratified() -> None:
     y = pd.Series(["a"] * 90 + ["b"] * 10)
     _, _, _, valid_y = train_validation_split(table(100), y, 0.3, "binary", seed=0)
     assert valid_y.value_counts().to_dict() == {"a": 27, "b": 3}
@@ -57,14 +57,14 @@ def test_every_class_is_in_both_parts(fraction: float, seed: int) -> None:
     assert y[train_X["row"]].tolist() == train_y.tolist()
 
 
-def test_tightest_split() -> None:
+def test_smallest_splits_have_every_class() -> None:
     y = pd.Series(np.repeat(np.arange(10), 2))
     for seed in range(10):
         _, train_y, _, valid_y = train_validation_split(table(20), y, 0.5, "multiclass", seed)
         assert sorted(train_y) == sorted(valid_y) == list(range(10))
 
 
-def test_pair() -> None:
+def test_given_validation_part_is_used() -> None:
     X, y = table(3), pd.Series([0, 1, 1])
     train_X, train_y, valid_X, valid_y = train_validation_split(
         X, y, ([[7]], [1]), "binary", seed=0
@@ -93,18 +93,20 @@ def test_pair() -> None:
         ([0.5, 1.5], 0.2, "regression", "at least 2 rows, but of 2 rows 1 are for validation"),
     ],
 )
-def test_errors(y: list[Any], validation: Any, task: str, message: str) -> None:
+def test_invalid_splits_are_rejected(
+    y: list[Any], validation: Any, task: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         train_validation_split(table(len(y)), pd.Series(y), validation, task, seed=0)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seed_error(seed: int) -> None:
+def test_invalid_seeds_are_rejected(seed: int) -> None:
     with pytest.raises(ValueError, match="`seed` must be from 0"):
         train_validation_split(table(4), pd.Series([0, 1, 0, 1]), 0.5, "binary", seed)
 
 
-def test_batch_order() -> None:
+def test_batch_order_is_a_permutation() -> None:
     order = batch_order(1000, seed=1, epoch=2)
     assert order.dtype == np.int64
     assert order.shape == (1000,)
@@ -114,7 +116,7 @@ def test_batch_order() -> None:
     assert len(orders) == 25
 
 
-def test_batch_order_stays_what_it_was() -> None:
+def test_batch_order_does_not_change_between_versions() -> None:
     # A resumed study depends on it; the numbers are NumPy 2.4's.
     assert batch_order(8, seed=7, epoch=3).tolist() == [3, 6, 7, 2, 5, 0, 1, 4]
 
@@ -127,6 +129,6 @@ def test_batch_order_stays_what_it_was() -> None:
         (5, 0, -2, "`epoch` must be at least 0, but got -2"),
     ],
 )
-def test_batch_order_errors(n: int, seed: int, epoch: int, message: str) -> None:
+def test_invalid_batch_orders_are_rejected(n: int, seed: int, epoch: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batch_order(n, seed, epoch)

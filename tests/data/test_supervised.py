@@ -27,7 +27,7 @@ def people(n: int, seed: int = 0) -> tuple[pd.DataFrame, pd.Series[Any]]:
     return X, pd.Series(random.choice(["<=50K", ">50K"], n))
 
 
-def test_classification() -> None:
+def test_classes_become_codes() -> None:
     X, y = people(200)
     data = prepare_table(X, y, seed=5)
     assert data.train_X.dtype == data.valid_X.dtype == np.float32
@@ -60,7 +60,7 @@ def state(data: Any) -> str:
     return json.dumps([data.preprocessor.to_json(), data.target.to_json()])
 
 
-def test_nothing_is_learnt_from_a_validation_fraction() -> None:
+def test_nothing_is_learned_from_a_validation_fraction() -> None:
     X, y = people(200)
     data = prepare_table(X, y)
     # The rows' own numbers tell which of them are for validation.
@@ -78,7 +78,7 @@ def test_nothing_is_learnt_from_a_validation_fraction() -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_nothing_is_learnt_from_a_validation_pair(task: str) -> None:
+def test_nothing_is_learned_from_a_validation_pair(task: str) -> None:
     X, labels = people(200)
     X_val, labels_val = people(50, seed=1)
     y = labels if task == "classification" else X["gain"] * 0.1
@@ -92,7 +92,7 @@ def test_nothing_is_learnt_from_a_validation_pair(task: str) -> None:
     np.testing.assert_array_equal(other.train_y, data.train_y)
 
 
-def test_a_class_of_one_row_is_fine_with_a_pair() -> None:
+def test_a_class_may_have_one_row_if_the_validation_part_is_given() -> None:
     data = prepare_table([[1], [2], [3]], ["a", "b", "b"], validation=([[4]], ["a"]))
     assert data.valid_y.tolist() == [0]
 
@@ -109,7 +109,7 @@ def test_a_column_without_values_in_the_training_part_is_dropped() -> None:
     np.testing.assert_array_equal(data.valid_X, prepare_table(X, y).valid_X)
 
 
-def test_fingerprint() -> None:
+def test_fingerprint_changes_with_the_data() -> None:
     X, y = people(100)
     data = prepare_table(X, y)
     assert len(data.fingerprint) == 12
@@ -137,14 +137,14 @@ def test_arrays_and_lists_give_the_same() -> None:
     assert len(marks) == 1
 
 
-def test_from_csv(tmp_path: Path) -> None:
+def test_csv_files_are_prepared(tmp_path: Path) -> None:
     X, y = people(100)
     file = tmp_path / "people.csv"
     X.assign(income=y).to_csv(file, index=False, na_rep="?")
     assert prepare_table(*read_csv(file, "income")).fingerprint == prepare_table(X, y).fingerprint
 
 
-def test_task_is_told(log: pytest.LogCaptureFixture) -> None:
+def test_inferred_task_is_logged(log: pytest.LogCaptureFixture) -> None:
     prepare_table([[1], [2]] * 5, [0, 1] * 5)
     assert log.messages == ["Inferred task: binary (0, 1); pass `task=` to override."]
 
@@ -193,7 +193,7 @@ GOOD_Y = [0, 1] * 5
         (GOOD_X, GOOD_Y, {"validation": (GOOD_X, [0])}, "X_val and y_val must .* 10 and 1"),
     ],
 )
-def test_errors(X: Any, y: Any, options: dict[str, Any], message: str) -> None:
+def test_invalid_data_is_rejected(X: Any, y: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         prepare_table(X, y, **options)
     assert "\n" not in str(error.value)

@@ -36,7 +36,7 @@ from optuna_nnhp.data.target import resolve_task
         (np.array([0, 1], dtype=np.uint8), "binary"),
     ],
 )
-def test_inferred(y: Any, task: str) -> None:
+def test_task_is_inferred(y: Any, task: str) -> None:
     assert infer_task(as_target(y)) == task
     assert resolve_task(as_target(y), None) == task
 
@@ -51,7 +51,7 @@ def test_inferred(y: Any, task: str) -> None:
         ([0, 1], "multiclass", "multiclass"),
     ],
 )
-def test_asked_for(y: list[float], task: str, expected: str) -> None:
+def test_given_task_is_checked(y: list[float], task: str, expected: str) -> None:
     assert resolve_task(as_target(y), task) == expected
 
 
@@ -66,7 +66,7 @@ def test_asked_for(y: list[float], task: str, expected: str) -> None:
         ([1.5, 1.5], "regression", "at least two distinct values, but every row is 1.5"),
     ],
 )
-def test_task_errors(y: list[Any], task: str | None, message: str) -> None:
+def test_invalid_tasks_are_rejected(y: list[Any], task: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_task(as_target(y), task)
 
@@ -86,7 +86,7 @@ def test_task_errors(y: list[Any], task: str | None, message: str) -> None:
         ([1j, 2j], "but holds complex128"),
     ],
 )
-def test_label_errors(y: Any, message: str) -> None:
+def test_invalid_labels_are_rejected(y: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_target(as_target(y))
 
@@ -106,7 +106,7 @@ def test_label_errors(y: Any, message: str) -> None:
         ([1.0, -1.0], float),
     ],
 )
-def test_labels_come_back(y: Any, kind: type) -> None:
+def test_decode_restores_labels(y: Any, kind: type) -> None:
     series = as_target(y)
     target = Target.fit(series, "multiclass")
     target = Target.from_json(json.loads(json.dumps(target.to_json())))
@@ -122,7 +122,7 @@ def test_classes_are_sorted() -> None:
     assert Target.fit(pd.Series([10, 9, 8, 10]), "multiclass").classes == (8, 9, 10)
 
 
-def test_regression() -> None:
+def test_regression_targets_are_standardized() -> None:
     y = pd.Series(np.random.default_rng(0).normal(1e6, 3.0, 1000))
     target = Target.fit(y, "regression")
     encoded = target.encode(y)
@@ -135,7 +135,7 @@ def test_regression() -> None:
     assert again.encode(y).tobytes() == encoded.tobytes()
 
 
-def test_constant_part_of_a_regression() -> None:
+def test_constant_regression_target_has_scale_one() -> None:
     target = Target.fit(pd.Series([2.0, 2.0]), "regression")
     assert target.encode(pd.Series([2.0, 3.0])).tolist() == [0, 1]
 
@@ -154,7 +154,7 @@ def test_constant_part_of_a_regression() -> None:
         (Target("regression", scale=1e-20), [1e30], "y_val must be within float32's range"),
     ],
 )
-def test_encode_errors(target: Target, y: list[Any], message: str) -> None:
+def test_unknown_labels_are_rejected(target: Target, y: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         target.encode(as_target(y), "y_val")
 

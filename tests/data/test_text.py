@@ -45,31 +45,31 @@ def shelf(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", [str, Path])
-def test_file(tmp_path: Path, path: type) -> None:
+def test_a_text_file_is_read(tmp_path: Path, path: type) -> None:
     file = tmp_path / "t.txt"
     file.write_bytes(AWKWARD.encode())
     assert read_text(path(file)) == AWKWARD
 
 
-def test_mark_of_utf8_is_dropped(tmp_path: Path) -> None:
+def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_bytes(b"\xef\xbb\xbfa\xef\xbb\xbf")
     assert read_text(file) == "a\ufeff"
 
 
-def test_folder(shelf: Path, log: pytest.LogCaptureFixture) -> None:
+def test_text_files_of_a_folder_are_joined(shelf: Path, log: pytest.LogCaptureFixture) -> None:
     assert read_text(shelf) == read_text(str(shelf)) == "a\nb\nc"
     assert "shelf', but not 'noname', 'z.png'." in log.text
 
 
-def test_hidden_folder_above(tmp_path: Path) -> None:
+def test_folders_below_hidden_ones_are_read(tmp_path: Path) -> None:
     folder = tmp_path / ".books"
     folder.mkdir()
     (folder / "a.txt").write_text("a")
     assert read_text(folder) == "a"
 
 
-def test_folder_without_texts(shelf: Path, tmp_path: Path) -> None:
+def test_folder_without_text_files_is_rejected(shelf: Path, tmp_path: Path) -> None:
     for name in ("b.txt", "a.md", "sub/c.TXT", "sub/d.py"):
         (shelf / name).unlink()
     with pytest.raises(ValueError, match=r"such as .txt .*shelf' has 'noname', 'z.png'\.$"):
@@ -79,7 +79,7 @@ def test_folder_without_texts(shelf: Path, tmp_path: Path) -> None:
         read_text(tmp_path / "empty")
 
 
-def test_files(shelf: Path) -> None:
+def test_several_files_are_joined(shelf: Path) -> None:
     # In the order given, whatever their suffix.
     assert read_text([shelf / "noname", str(shelf / "b.txt"), shelf / "a.md"]) == "n\nb\na"
     assert read_text((shelf / "sub", shelf / "a.md")) == "c\na"
@@ -97,11 +97,11 @@ def test_files(shelf: Path) -> None:
         "e.g.",
     ],
 )
-def test_text_itself(text: str) -> None:
+def test_text_itself_is_accepted(text: str) -> None:
     assert read_text(text) == text
 
 
-def test_a_path_that_exists_is_no_text(folder: Path) -> None:
+def test_existing_paths_are_read(folder: Path) -> None:
     Path("two words").write_text("content")
     assert read_text("two words") == "content"
 
@@ -110,12 +110,12 @@ def test_a_path_that_exists_is_no_text(folder: Path) -> None:
     "path",
     ["no.txt", "my novel.txt", "no/such/folder", "no\\such", "corpus.dat", "a" * 300 + ".txt"],
 )
-def test_a_path_that_does_not_exist(path: str) -> None:
+def test_missing_paths_are_reported(path: str) -> None:
     with pytest.raises(FileNotFoundError, match="`source` must be a file or folder that exists"):
         read_text(path)
 
 
-def test_paths_of_a_list_are_no_texts(tmp_path: Path) -> None:
+def test_lists_hold_paths_only(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="but got 'some words'"):
         read_text(["some words"])
     with pytest.raises(FileNotFoundError, match=r"but got '.*no'"):
@@ -133,7 +133,9 @@ def test_paths_of_a_list_are_no_texts(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf", "`source` must have at least one character"),
     ],
 )
-def test_file_errors(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_that_are_not_text_are_rejected(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     file = tmp_path / "t.txt"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -141,7 +143,7 @@ def test_file_errors(tmp_path: Path, content: bytes, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+def test_invalid_bytes_are_replaced_or_ignored(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_bytes(b"a\xff\xc3\xa9")
     assert read_text(file, errors="replace") == "a\ufffdé"
@@ -165,7 +167,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
         ("a\n\ud83d", r"`source` must be Unicode .* U\+D83D at character 2"),
     ],
 )
-def test_source_errors(source: Any, message: str) -> None:
+def test_invalid_sources_are_rejected(source: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare_text(source)
 
@@ -179,12 +181,12 @@ def test_the_last_part_is_for_validation(validation: Any, length: int, train: in
     assert (data.train, data.valid) == (text[:train], text[train:])
 
 
-def test_default_split_is_that_of_nanogpt() -> None:
+def test_default_split_equals_nanogpt() -> None:
     text = bundled_text()
     assert prepare_text(text).train == text[: int(0.9 * len(text))]
 
 
-def test_another_source_for_validation(tmp_path: Path) -> None:
+def test_validation_text_may_be_given(tmp_path: Path) -> None:
     (tmp_path / "v.txt").write_text("cab")
     text = "abc\n" * 9
     for validation in (tmp_path / "v.txt", str(tmp_path / "v.txt"), [tmp_path / "v.txt"]):
@@ -213,17 +215,17 @@ def test_another_source_for_validation(tmp_path: Path) -> None:
         (0.99, "of 40 gives 0 for training and 40 for validation"),
     ],
 )
-def test_validation_errors(validation: Any, message: str) -> None:
+def test_invalid_validation_is_rejected(validation: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare_text("abc\n" * 10, validation=validation)
 
 
-def test_absent_file_for_validation() -> None:
+def test_missing_validation_file_is_reported() -> None:
     with pytest.raises(FileNotFoundError, match="`validation` must be a file or folder"):
         prepare_text("abc\n" * 10, validation="no.txt")
 
 
-def test_one_character() -> None:
+def test_text_of_one_character_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"two different characters, but has only 'a'\."):
         prepare_text("a" * 5000)
     with pytest.raises(ValueError, match="two different characters"):
@@ -233,7 +235,7 @@ def test_one_character() -> None:
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
-def test_tokens(kind: str) -> None:
+def test_tokenize_returns_both_parts(kind: str) -> None:
     if kind == "bpe":
         pytest.importorskip("tokenizers")
     data = prepare_text(AWKWARD * 40, validation=f"unseen: é🙂 {AWKWARD}")
@@ -249,7 +251,7 @@ def test_tokens(kind: str) -> None:
             array[0] = 0
 
 
-def test_what_is_read_only_is_not_the_callers() -> None:
+def test_callers_arrays_stay_writable() -> None:
     ids = np.arange(3, dtype=np.int32)
     tokens = prepare_text("abc\n" * 10).tokenize("byte")
     made = TokenizedText(tokens.tokenizer, ids, ids, 3)
@@ -258,7 +260,7 @@ def test_what_is_read_only_is_not_the_callers() -> None:
     assert not made.train.flags.writeable
 
 
-def test_tokens_are_made_once() -> None:
+def test_tokenized_text_is_cached() -> None:
     pytest.importorskip("tokenizers")
     data, other = prepare_text(AWKWARD * 40), prepare_text(AWKWARD * 40)
     assert data.tokenize("char") is data.tokenize("char")
@@ -270,14 +272,14 @@ def test_tokens_are_made_once() -> None:
     assert data == other
 
 
-def test_default_vocabulary() -> None:
+def test_default_vocabulary_size_is_used() -> None:
     pytest.importorskip("tokenizers")
     data = prepare_text(bundled_text())
     assert data.tokenize("bpe") is data.tokenize("bpe", 1024)
     assert data.tokenize("bpe").tokenizer.size == 1024
 
 
-def test_bpe_never_sees_the_validation_part() -> None:
+def test_bpe_ignores_the_validation_part() -> None:
     pytest.importorskip("tokenizers")
     text = "the cat\n" * 50
     tokenizers = [
@@ -294,12 +296,12 @@ def test_bpe_never_sees_the_validation_part() -> None:
         ("byte", 256, "`vocabulary` must be None for the kind 'byte'"),
     ],
 )
-def test_tokens_errors(kind: str, vocabulary: int | None, message: str) -> None:
+def test_invalid_tokenizers_are_rejected(kind: str, vocabulary: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare_text("abc\n" * 10).tokenize(kind, vocabulary)
 
 
-def test_describe() -> None:
+def test_describe_returns_the_sizes() -> None:
     data = prepare_text("aé\n" * 10, validation="b🙂")
     assert json.loads(json.dumps(data.describe())) == {
         "characters": 32,
@@ -311,7 +313,7 @@ def test_describe() -> None:
     }
 
 
-def test_default_kind() -> None:
+def test_default_tokenizer_depends_on_the_alphabet() -> None:
     for size, kind in ((256, "char"), (257, "byte")):
         text = "".join(chr(0x400 + i) for i in range(size))
         assert prepare_text(text * 2, validation=0.5).default_tokenizer == kind
@@ -319,12 +321,12 @@ def test_default_kind() -> None:
     assert prepare_text(text[:256], validation=text[256:] + "\n").default_tokenizer == "byte"
 
 
-def test_a_text_is_not_printed() -> None:
+def test_repr_does_not_hold_the_text() -> None:
     data = prepare_text("abc\n" * 10)
     assert repr(data) == f"TextData(fingerprint={data.fingerprint!r})"
 
 
-def test_fingerprint() -> None:
+def test_fingerprint_changes_with_either_part() -> None:
     parts = [("ab", "c"), ("a", "bc"), ("ab", "d"), ("ac", "c"), ("é", "c"), ("ab", "c\n")]
     marks = [fingerprint(*part) for part in parts]
     assert Counter(map(len, marks)) == {8: len(parts)}
@@ -338,7 +340,7 @@ def lengths(train: int, valid: int) -> TokenizedText:
     return TokenizedText(tokenizer, np.zeros(train, np.int32), np.zeros(valid, np.int32), valid)
 
 
-def test_length() -> None:
+def test_too_long_contexts_are_rejected() -> None:
     check_context_fits(lengths(9, 9), 8)
     with pytest.raises(
         ValueError,
@@ -354,7 +356,7 @@ def test_length() -> None:
         check_context_fits(lengths(9, 9), 0)
 
 
-def test_bundled_text() -> None:
+def test_bundled_text_is_english() -> None:
     text = bundled_text()
     assert "assert" in text and len(text) > 100_000
     assert text.index('The "assert" statement') < text.index('The "while" statement')
@@ -363,7 +365,7 @@ def test_bundled_text() -> None:
     assert data.default_tokenizer == "char"
 
 
-def test_without_bundled_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bundled_text_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module.DEFAULT_TEXT_MODULE, None)
     with pytest.raises(ModuleNotFoundError, match=r"pydoc_data\.topics, .*give a text or file"):
         bundled_text()

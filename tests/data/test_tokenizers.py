@@ -43,7 +43,7 @@ def large() -> str:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
-def test_round_trip(kind: str, text: str) -> None:
+def test_decode_restores_the_text(kind: str, text: str) -> None:
     tokenizer = made(kind)
     ids = tokenizer.encode(text)
     assert tokenizer.kind == kind
@@ -54,7 +54,7 @@ def test_round_trip(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
-def test_json(kind: str) -> None:
+def test_tokenizers_are_restored_from_json(kind: str) -> None:
     tokenizer = made(kind, "abcabcabc" * 20, "é", 260)
     state = json.loads(json.dumps(tokenizer.to_json(), allow_nan=False))
     assert state["kind"] == kind
@@ -75,23 +75,23 @@ def test_json(kind: str) -> None:
         (["a"], "whole numbers"),
     ],
 )
-def test_ids_that_do_not_exist(kind: str, ids: Any, message: str) -> None:
+def test_unknown_ids_are_rejected(kind: str, ids: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"Token ids must be .*{message}|{message}"):
         made(kind).decode(ids)
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
-def test_nothing_to_decode(kind: str) -> None:
+def test_no_ids_decode_to_empty_text(kind: str) -> None:
     assert made(kind).decode([]) == ""
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
-def test_lone_surrogates(kind: str) -> None:
+def test_lone_surrogates_are_rejected(kind: str) -> None:
     with pytest.raises(ValueError, match=r"lone surrogate U\+D83D at character 1\."):
         made(kind).encode("a\ud83d")
 
 
-def test_characters() -> None:
+def test_each_character_has_a_token() -> None:
     tokenizer = CharTokenizer.fit("hello world")
     assert tokenizer == CharTokenizer(" dehlorw")
     assert tokenizer.size == 8
@@ -99,12 +99,12 @@ def test_characters() -> None:
 
 
 @pytest.mark.parametrize("strange", ["é", "z", "🙂", "\U0010ffff", "\x00"])
-def test_an_unknown_character_is_named(strange: str) -> None:
+def test_unknown_characters_are_reported(strange: str) -> None:
     with pytest.raises(ValueError, match=r"of the 2 characters that .* but has '.+'; the kinds"):
         CharTokenizer.fit("abab").encode(f"ab{strange}ab")
 
 
-def test_characters_of_the_validation_part_alone_are_spelled() -> None:
+def test_characters_only_in_the_validation_part_become_bytes() -> None:
     tokenizer = CharTokenizer.fit("aby", valid="aé🙂bé~")
     assert tokenizer.alphabet == "aby"
     assert tokenizer.fallback == bytes(sorted(set("é🙂~".encode())))
@@ -120,17 +120,17 @@ def test_characters_of_the_validation_part_alone_are_spelled() -> None:
     assert tokenizer.decode([0, ids[1], 1]) == "a\ufffdb"
 
 
-def test_a_character_that_the_fallback_can_half_spell_is_unknown() -> None:
+def test_characters_with_an_unknown_byte_are_rejected() -> None:
     tokenizer = CharTokenizer.fit("ab", valid="é")
     with pytest.raises(ValueError, match="but has 'è'; the"):
         tokenizer.encode("aéè")
 
 
-def test_no_fallback_where_none_is_needed() -> None:
+def test_fallback_is_empty_if_all_characters_are_known() -> None:
     assert CharTokenizer.fit("abc", valid="cab").fallback == b""
 
 
-def test_bytes() -> None:
+def test_each_byte_has_a_token() -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.size == 256
     assert tokenizer.encode("aé").tolist() == [97, 195, 169]
@@ -138,14 +138,14 @@ def test_bytes() -> None:
     assert tokenizer.decode([195, 97]) == "\ufffda"
 
 
-def test_bpe_decodes_half_a_character() -> None:
+def test_bpe_decodes_partial_characters() -> None:
     tokenizer = made("bpe", "abcabc" * 50, vocabulary=260)
     ids = tokenizer.encode("é")
     assert len(ids) == 2
     assert tokenizer.decode(ids[:1]) == "\ufffd"
 
 
-def test_bpe_merges_what_is_frequent() -> None:
+def test_bpe_merges_frequent_sequences() -> None:
     pytest.importorskip("tokenizers")
     tokenizer = bpe.BpeTokenizer.train("the cat the hat " * 30, 264)
     assert tokenizer.size == 264
@@ -153,11 +153,13 @@ def test_bpe_merges_what_is_frequent() -> None:
     assert tokenizer == bpe.BpeTokenizer.train("the cat the hat " * 30, 264)
 
 
-def test_bpe_learns_nothing_from_the_validation_part() -> None:
+def test_bpe_ignores_the_validation_part() -> None:
     assert made("bpe", TRAIN, "") == made("bpe", TRAIN, "zzzz" * 1000)
 
 
-def test_bpe_in_pieces_is_bpe_of_the_whole(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bpe_of_pieces_equals_bpe_of_the_whole_text(
+    large: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = made("bpe", large[:100_000])
     pieces = tokenizer.encode(large)
     assert len(list(bpe._split_for_encoding(large))) > 5
@@ -173,7 +175,7 @@ def test_a_text_without_line_ends_is_one_piece() -> None:
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
-def test_large_texts(kind: str, large: str) -> None:
+def test_large_texts_are_fast(kind: str, large: str) -> None:
     tokenizer = made(kind, large)
     assert tokenizer.decode(tokenizer.encode(large)) == large
 
@@ -188,23 +190,23 @@ def test_large_texts(kind: str, large: str) -> None:
         (10**15, r"must be at most 260 .* but got 1,000,000,000,000,000"),
     ],
 )
-def test_vocabularies_that_cannot_be(vocabulary: Any, message: str) -> None:
+def test_invalid_vocabulary_sizes_are_rejected(vocabulary: Any, message: str) -> None:
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match=message):
         fit_tokenizer("bpe", "ab cd " * 4, vocabulary=vocabulary)
 
 
-def test_a_vocabulary_is_for_bpe() -> None:
+def test_vocabulary_is_rejected_for_other_tokenizers() -> None:
     with pytest.raises(ValueError, match=r"must be None for the kind 'char', .* but got 300"):
         fit_tokenizer("char", "abc", vocabulary=300)
 
 
-def test_unknown_kind() -> None:
+def test_unknown_tokenizers_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"'chars' is not a kind .* 'char'\? Known: char, byte"):
         fit_tokenizer("chars", "abc")
 
 
-def test_bpe_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bpe_without_its_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'optuna_nnhp\[bpe\]'"):
         fit_tokenizer("bpe", TRAIN)
@@ -231,7 +233,7 @@ def test_bpe_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"kind": "char", "alphabet": "ab", "fallback": [2, 1]}, "fallback must be sorted"),
     ],
 )
-def test_damaged_states(state: Any, message: str) -> None:
+def test_damaged_states_are_rejected(state: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         tokenizer_from_json(state)
     assert "\n" not in str(error.value)
@@ -253,7 +255,7 @@ def without_decoder(state: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("damage", [without_a_byte, with_lower_case, without_decoder])
-def test_bpe_states_that_lose_text(damage: Callable[[dict[str, Any]], None]) -> None:
+def test_lossy_bpe_states_are_rejected(damage: Callable[[dict[str, Any]], None]) -> None:
     state = made("bpe").to_json()
     inner = json.loads(state["tokenizer"])
     damage(inner)
@@ -262,13 +264,13 @@ def test_bpe_states_that_lose_text(damage: Callable[[dict[str, Any]], None]) -> 
 
 
 @pytest.mark.parametrize("inner", ["", "{}", "no JSON", '{"model": {"type": "BPE"}}', None])
-def test_damaged_bpe_states(inner: Any) -> None:
+def test_damaged_bpe_states_are_rejected(inner: Any) -> None:
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match=r"must be that of `tokenizers`|must be a str"):
         tokenizer_from_json({"kind": "bpe", "tokenizer": inner})
 
 
-def test_bpe_of_one_long_word() -> None:
+def test_bpe_trains_on_one_long_word() -> None:
     # With a piece as long as the text this takes half a minute.
     tokenizer = made("bpe", "ab" * 5000 + "abcdefghijklmnop" * 20_000)
     assert tokenizer.decode(tokenizer.encode("abab" * 100)) == "abab" * 100

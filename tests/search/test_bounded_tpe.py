@@ -98,14 +98,14 @@ def proposals(sampler: BaseSampler, direction: str, n: int = 30) -> list[dict[st
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_a_short_history_is_optunas(direction: str) -> None:
+def test_short_studies_get_the_proposals_of_optuna(direction: str) -> None:
     ours = proposals(BoundedTPESampler(seed=3), direction)
     for own, theirs in zip(ours, proposals(TPESampler(seed=3), direction), strict=True):
         assert own.pop("loss") == theirs.pop("loss")
         assert own == pytest.approx(theirs, rel=1e-6)
 
 
-def test_a_long_history_is_another() -> None:
+def test_long_studies_get_other_proposals() -> None:
     def last_asked(max_trials: int) -> list[dict[str, float]]:
         study = optuna.create_study(sampler=BoundedTPESampler(seed=3, max_trials=max_trials))
         study.add_trials(random_trials(160))
@@ -118,7 +118,7 @@ def test_a_long_history_is_another() -> None:
 
 @pytest.mark.parametrize("kernels", [0, 1, 2, 40])
 @pytest.mark.parametrize("names", [["loss"], ["dropout"], ["width"], list(SPACE)])
-def test_densities_are_optunas(kernels: int, names: list[str]) -> None:
+def test_densities_equal_those_of_optuna(kernels: int, names: list[str]) -> None:
     space = {name: SPACE[name] for name in names}
     trials = [t for t in random_trials(60) if t.params][:kernels]
     observations = {
@@ -134,7 +134,7 @@ def test_densities_are_optunas(kernels: int, names: list[str]) -> None:
     np.testing.assert_allclose(ours.log_pdf(expected), theirs.log_pdf(expected), rtol=1e-9)
 
 
-def test_densities_far_from_all_observations_are_optunas() -> None:
+def test_densities_far_from_observations_equal_those_of_optuna() -> None:
     space = {"x": FloatDistribution(100.0, 101.0), "n": IntDistribution(90, 99)}
     observations = {"x": np.linspace(0, 1, 20), "n": np.arange(20.0)}
     ours = VectorizedParzenEstimator(observations, space, PARAMETERS)
@@ -161,7 +161,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[FrozenTrial]]:
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_good_trials_are_optunas(seen: list[list[FrozenTrial]], direction: str) -> None:
+def test_good_trials_equal_those_of_optuna(seen: list[list[FrozenTrial]], direction: str) -> None:
     study = optuna.create_study(sampler=BoundedTPESampler(seed=0), direction=direction)
     trials = [t for t in random_trials(80) if t.state != TrialState.FAIL]
     study.add_trials(trials)
@@ -172,7 +172,7 @@ def test_good_trials_are_optunas(seen: list[list[FrozenTrial]], direction: str) 
     assert seen[1] == own
 
 
-def test_a_long_history_is_cut_evenly(seen: list[list[FrozenTrial]]) -> None:
+def test_long_histories_are_thinned_evenly(seen: list[list[FrozenTrial]]) -> None:
     study = optuna.create_study(sampler=BoundedTPESampler(seed=0, max_trials=100))
     for number in range(400):
         values = {"dropout": number / 1000}
@@ -193,7 +193,7 @@ def test_a_long_history_is_cut_evenly(seen: list[list[FrozenTrial]]) -> None:
     assert np.diff([n for n in n_finished if n > 212]).max() <= 6
 
 
-def test_a_study_of_another_storage_is_another_history() -> None:
+def test_each_study_has_its_own_history() -> None:
     sampler = BoundedTPESampler(seed=0)
     first = optuna.create_study(sampler=sampler)
     first.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=15)
@@ -203,7 +203,7 @@ def test_a_study_of_another_storage_is_another_history() -> None:
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
-def test_a_copy_goes_on_alike(again: Callable[[optuna.Study], optuna.Study]) -> None:
+def test_copies_propose_the_same(again: Callable[[optuna.Study], optuna.Study]) -> None:
     study = optuna.create_study(sampler=BoundedTPESampler(seed=0))
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=15)
     other = again(study)
@@ -211,7 +211,7 @@ def test_a_copy_goes_on_alike(again: Callable[[optuna.Study], optuna.Study]) -> 
     assert other.ask(space).params == study.ask(space).params
 
 
-def test_new_random_numbers_are_new() -> None:
+def test_reseeding_changes_proposals() -> None:
     def last_asked(reseed: bool) -> float:
         study = optuna.create_study(sampler=BoundedTPESampler(seed=0))
         study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=15)
@@ -223,7 +223,7 @@ def test_new_random_numbers_are_new() -> None:
     assert last_asked(False) != last_asked(True)
 
 
-def test_a_hyperband_study_is_optunas() -> None:
+def test_hyperband_studies_use_optunas_method() -> None:
     study = optuna.create_study(
         sampler=BoundedTPESampler(seed=0), pruner=optuna.pruners.HyperbandPruner(max_resource=9)
     )
@@ -231,6 +231,6 @@ def test_a_hyperband_study_is_optunas() -> None:
     assert study.best_value < 0.05
 
 
-def test_a_history_must_be_long_enough() -> None:
+def test_too_small_max_trials_is_rejected() -> None:
     with pytest.raises(ValueError, match="`max_trials` must be at least 100, but got 99"):
         BoundedTPESampler(max_trials=99)

@@ -120,7 +120,7 @@ def test_it_beats_random_search(
         (NUMBERS | {"only": CategoricalDistribution(["one"])}, CmaEsSampler),
     ],
 )
-def test_who_proposes(
+def test_sampler_depends_on_categories(
     monkeypatch: pytest.MonkeyPatch, space: dict[str, BaseDistribution], kind: type[BaseSampler]
 ) -> None:
     called: list[type[BaseSampler]] = []
@@ -175,7 +175,7 @@ def test_parents_are_the_best_and_pruned_trials_come_last(direction: str) -> Non
     assert [trial.number for trial in parents] == [4, 1, 3, 6, 2]
 
 
-def test_children_are_made_of_parents_and_little_else() -> None:
+def test_children_resemble_their_parents() -> None:
     study = optuna.create_study(sampler=EvolutionSampler(seed=0, population_size=4))
     study.add_trials([numbered(float(value)) for value in (10, 11, 12, 13, 60, 70, 80, 90)])
     space: dict[str, BaseDistribution] = dict(study.trials[0].distributions)
@@ -197,7 +197,7 @@ def test_trials_that_end_late_become_parents() -> None:
     assert [trial.number for trial in parents] == [trial.number for trial in late]
 
 
-def test_cma_learns_from_pruned_trials_alone() -> None:
+def test_cma_learns_from_pruned_trials() -> None:
     study = optuna.create_study(sampler=EvolutionSampler(seed=0))
     for _ in range(300):
         trial = study.ask(NUMBERS)
@@ -208,7 +208,7 @@ def test_cma_learns_from_pruned_trials_alone() -> None:
 
 
 @pytest.mark.parametrize("space", [NUMBERS, MIXED], ids=["numbers", "mixed"])
-def test_proposals_follow_from_the_seed(space: dict[str, BaseDistribution]) -> None:
+def test_proposals_depend_on_the_seed(space: dict[str, BaseDistribution]) -> None:
     def asked(seed: int, again: Callable[[optuna.Study], optuna.Study]) -> list[dict[str, Any]]:
         study = optuna.create_study(sampler=EvolutionSampler(seed=seed))
         for _ in range(40):
@@ -241,7 +241,7 @@ def test_the_whole_catalogue_is_a_space_for_it() -> None:
         study.tell(trial, float((7 * number) % 5))
 
 
-def test_a_population_must_have_two() -> None:
+def test_too_small_populations_are_rejected() -> None:
     with pytest.raises(ValueError, match="`population_size` must be at least 2, but got 1"):
         EvolutionSampler(population_size=1)
 
@@ -266,7 +266,7 @@ def bowl(trial: optuna.Trial) -> float:
         pytest.param("no", id="no bytes"),
     ],
 )
-def test_what_a_storage_holds_runs_no_code(
+def test_stored_pickles_run_no_code(
     state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)

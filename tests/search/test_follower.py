@@ -85,14 +85,14 @@ def test_pinned_values_are_the_trials_and_the_rest_varies(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_pin_that_changes_nothing_changes_nothing(name: str) -> None:
+def test_identity_pin_keeps_proposals(name: str) -> None:
     plain = run(SAMPLERS[name](), 4 * FEW)
     wrapped = run(FollowerSampler(SAMPLERS[name](), same), 4 * FEW)
     assert [t.params for t in wrapped.get_trials()] == [t.params for t in plain.get_trials()]
 
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2"])
-def test_the_joint_space_of_the_other_sampler_stays_whole(name: str) -> None:
+def test_base_sampler_sees_the_whole_space(name: str) -> None:
     base = SAMPLERS[name]()
     study = run(base, 2 * FEW)
     study.sampler = FollowerSampler(base, pin)
@@ -106,7 +106,7 @@ def test_the_joint_space_of_the_other_sampler_stays_whole(name: str) -> None:
     assert len({t.params["depth"] for t in study.get_trials()[-2 * FEW :]}) > 1
 
 
-def test_the_pin_sees_what_was_proposed_once_for_each_parameter() -> None:
+def test_pin_is_called_once_per_parameter() -> None:
     seen: list[tuple[str, Any]] = []
 
     def note(name: str, proposed: Any) -> Any:
@@ -147,7 +147,7 @@ class Spy(RandomSampler):
         self.told.append(("after", trial.number, state, values))
 
 
-def test_the_other_sampler_is_told_of_everything() -> None:
+def test_base_sampler_gets_all_callbacks() -> None:
     spy = Spy()
     sampler = FollowerSampler(spy, pin)
     study = optuna.create_study(sampler=sampler)

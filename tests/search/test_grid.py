@@ -44,13 +44,15 @@ BINARY, REGRESSION = specs("binary"), specs("regression")
         ("own", CategoricalDistribution((None, True, "a")), (None, True, "a")),
     ],
 )
-def test_levels_of(name: str, distribution: BaseDistribution, expected: tuple[Any, ...]) -> None:
+def test_default_grid_values_lie_in_the_range(
+    name: str, distribution: BaseDistribution, expected: tuple[Any, ...]
+) -> None:
     levels = default_grid_values(distribution, BINARY.get(name))
     assert levels == pytest.approx(expected) if type(levels[0]) is float else levels == expected
     assert [type(level) for level in levels] == [type(level) for level in expected]
 
 
-def test_of_narrowed_levels_one_alone_is_not_enough() -> None:
+def test_ranges_with_one_default_value_use_their_ends() -> None:
     levels = default_grid_values(FloatDistribution(0.002, 0.05, log=True), BINARY["learning_rate"])
     assert levels == pytest.approx((0.002, 0.01, 0.05))
 
@@ -86,12 +88,12 @@ SPACE: dict[str, BaseDistribution] = {
         (["width"], "`levels` must name hyperparameters"),
     ],
 )
-def test_bad_levels(levels: Any, message: str) -> None:
+def test_invalid_grid_values_are_rejected(levels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_grid_values(levels, SPACE, BINARY)
 
 
-def test_levels_are_as_trials_hold_them_and_each_once() -> None:
+def test_grid_values_are_stored_once_as_trials_store_them() -> None:
     levels = {
         "learning_rate": np.array([0.5, 0.1, 0.5]),
         "width": (16, 32.0, np.int64(16)),
@@ -107,7 +109,7 @@ def test_levels_are_as_trials_hold_them_and_each_once() -> None:
     assert repr(check_grid_values(levels, SPACE, BINARY)) == repr(expected)
 
 
-def test_what_is_off_is_off_once() -> None:
+def test_equivalent_values_occur_once() -> None:
     levels = {"dropout": [0, 0.2, 0.01], "clip_norm": [1.0, math.inf, 50.0]}
     assert check_grid_values(levels, SPACE, BINARY) == {
         "dropout": (0.005, 0.2),
@@ -153,7 +155,7 @@ def test_points_are_all_combinations_that_differ_in_effect(names: tuple[str, ...
     assert len(spread) == len(points)
 
 
-def test_without_effect_a_value_rests() -> None:
+def test_values_without_effect_are_inactive() -> None:
     points = list(
         grid("regression", {"huber_delta": (0.1, 1.0), "loss": ("mse", "huber")}).points()
     )
@@ -162,7 +164,7 @@ def test_without_effect_a_value_rests() -> None:
     assert len(points) == 3
 
 
-def test_what_is_fixed_rules_too() -> None:
+def test_fixed_values_make_others_inactive() -> None:
     levels = {"beta2": (0.9, 0.99, 0.999)}
     assert grid("regression", levels, optimizer="sgd").count == 1
     assert grid("regression", levels, optimizer="adam").count == 3
@@ -178,7 +180,7 @@ def test_what_is_fixed_rules_too() -> None:
         ({"loss": "mae", "huber_delta": 0.1}, False),
     ],
 )
-def test_has(point: dict[str, Any], is_on: bool) -> None:
+def test_contains_checks_active_values(point: dict[str, Any], is_on: bool) -> None:
     a_grid = grid("regression", {"loss": ("mse", "huber"), "huber_delta": (0.1, 1.0)})
     assert a_grid.contains(point) is is_on
 
@@ -194,7 +196,7 @@ def unevenness(points: list[dict[str, Any]], levels: dict[str, tuple[Any, ...]])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_early_points_are_spread(seed: int) -> None:
+def test_early_points_cover_the_grid(seed: int) -> None:
     levels = {
         "learning_rate": (0.1, 0.01, 0.001),
         "batch_size": (16, 32, 64, 128, 256, 512),
@@ -210,14 +212,14 @@ def test_early_points_are_spread(seed: int) -> None:
         assert {point[name] for point in early} == set(values)
 
 
-def test_the_order_follows_from_the_seed() -> None:
+def test_the_order_depends_on_the_seed() -> None:
     a_grid = grid("regression", RULED)
     one, again, other = (a_grid.sobol_order(seed) for seed in (0, 0, 1))
     assert one == again != other
     assert a_grid.sobol_order(0, most=7) == one[:7]
 
 
-def test_late_points_are_none_of_the_early_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_point_occurs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SOBOL_EXPONENT", 5)
     a_grid = grid("regression", RULED)
     points = a_grid.sobol_order(seed=3)
@@ -241,7 +243,7 @@ def test_a_huge_grid_is_never_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({point_key(point) for point in points}) == len(points) == 3_000
 
 
-def test_the_text_says_the_size() -> None:
+def test_str_contains_the_size() -> None:
     assert str(grid("binary", {"width": (1, 2), "depth": (1, 2, 3), "one": (1,)})) == (
         "6 points: width 2 x depth 3"
     )

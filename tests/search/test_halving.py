@@ -28,7 +28,9 @@ Direction = Literal["maximize", "minimize"]
         (4, 40, {40}),
     ],
 )
-def test_is_rung(reduction_factor: int, min_resource: int, rungs: set[int]) -> None:
+def test_rungs_are_powers_of_the_reduction_factor(
+    reduction_factor: int, min_resource: int, rungs: set[int]
+) -> None:
     pruner = CohortHalvingPruner(reduction_factor=reduction_factor, min_resource=min_resource)
     assert {step for step in range(50) if pruner.is_rung(step)} == rungs
 
@@ -66,7 +68,7 @@ def test_is_rung(reduction_factor: int, min_resource: int, rungs: set[int]) -> N
         (2, {0: -INF, 1: 0.1}, True, {1}),
     ],
 )
-def test_keep(
+def test_select_survivors_keeps_the_best(
     reduction_factor: int, values: dict[int, float], maximize: bool, kept: set[int]
 ) -> None:
     assert (
@@ -79,7 +81,9 @@ def test_keep(
 
 @pytest.mark.parametrize("reduction_factor", [2, 3, 5])
 @pytest.mark.parametrize("n", [1, 2, 5, 30, 31])
-def test_keep_is_one_in_eta_and_the_two_directions_mirror(reduction_factor: int, n: int) -> None:
+def test_survivors_are_one_in_reduction_factor_in_both_directions(
+    reduction_factor: int, n: int
+) -> None:
     draw = random.Random(n)
     values = {i: draw.random() for i in range(n)}
     pruner = CohortHalvingPruner(reduction_factor=reduction_factor)
@@ -104,7 +108,7 @@ def test_keep_is_one_in_eta_and_the_two_directions_mirror(reduction_factor: int,
         ({1: 0.3, 2: NAN, 3: 0.2}, 3, False, 0.2),
     ],
 )
-def test_the_best_value_up_to_a_rung(
+def test_best_value_up_to_a_rung_counts(
     intermediate: dict[int, float], step: int, maximize: bool, expected: float
 ) -> None:
     trial = create_trial(value=0.0, intermediate_values=intermediate)
@@ -112,12 +116,12 @@ def test_the_best_value_up_to_a_rung(
 
 
 @pytest.mark.parametrize("maximize", [True, False])
-def test_nothing_but_nan_is_nan(maximize: bool) -> None:
+def test_trials_with_only_nan_have_nan(maximize: bool) -> None:
     trial = create_trial(value=0.0, intermediate_values={1: NAN, 2: NAN})
     assert math.isnan(best_values_at_rung([trial], 2, maximize=maximize)[trial.number])
 
 
-def test_who_has_not_reached_the_rung_has_no_say() -> None:
+def test_trials_below_the_rung_do_not_count() -> None:
     trial = create_trial(value=0.0, intermediate_values={1: 0.4})
     assert best_values_at_rung([trial], 2, maximize=True) == {}
     assert best_values_at_rung([], 1, maximize=True) == {}
@@ -132,7 +136,7 @@ def test_who_has_not_reached_the_rung_has_no_say() -> None:
         ({"min_resource": -3}, "^`min_resource` must be at least 1, but got -3"),
     ],
 )
-def test_mistakes(settings: dict[str, int], message: str) -> None:
+def test_invalid_options_are_rejected(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CohortHalvingPruner(**settings)
 

@@ -47,7 +47,7 @@ def descend(trials: int, sign: float = 1.0, **options: Any) -> optuna.Study:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_it_arrives_from_far_away(sign: float) -> None:
+def test_paths_converge_from_far_away(sign: float) -> None:
     study = descend(60, sign, starts=1, seed=3)
     best = study.best_trial.params
     assert best["rate"] == pytest.approx(1e-3, rel=0.5)
@@ -55,7 +55,7 @@ def test_it_arrives_from_far_away(sign: float) -> None:
     assert len({t.params["depth"] for t in study.trials}) == 1
 
 
-def test_starts_take_turns_and_keep_their_own_values() -> None:
+def test_paths_take_turns_and_keep_their_values() -> None:
     study = descend(12, starts=3, seed=0)
     assert [t.user_attrs["origin"] for t in study.trials] == [0, 1, 2] * 4
     for origin in range(3):
@@ -70,13 +70,13 @@ def test_another_sampler_continues_the_paths_with_the_same_momentum() -> None:
     assert parts.ask(SPACE).params == whole.trials[8].params
 
 
-def test_what_has_no_slope_and_what_is_not_named_stays() -> None:
+def test_parameters_without_gradient_or_name_stay() -> None:
     study = descend(4, starts=1, seed=0, names=["rate"])
     assert len({t.params["dropout"] for t in study.trials}) == 1
     assert len({t.params["rate"] for t in study.trials}) == 4
 
 
-def test_a_slope_per_unit_is_that_of_the_unit_scale() -> None:
+def test_slope_on_unit_scale_equals_differences() -> None:
     distribution, value = FloatDistribution(1e-4, 1.0, log=True), 0.01
     unit, h = to_unit(distribution, value), 1e-4
     above, below = from_unit(distribution, unit + h), from_unit(distribution, unit - h)
@@ -86,7 +86,7 @@ def test_a_slope_per_unit_is_that_of_the_unit_scale() -> None:
     )
 
 
-def test_nan_moves_nothing_and_no_step_is_longer_than_the_rate() -> None:
+def test_nan_gradients_and_long_steps_are_limited() -> None:
     adam = AdamOnUnitScale({"x": FloatDistribution(0.0, 1.0)}, rate=0.1)
     assert adam.step({"x": 0.5}, {"x": math.nan})["x"] == 0.5
     values = {"x": 0.9}
@@ -103,6 +103,6 @@ def test_nan_moves_nothing_and_no_step_is_longer_than_the_rate() -> None:
         ({"rate": 0.0}, "`rate` must be above 0, but got 0.0."),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HypergradientSampler(**options)

@@ -40,12 +40,12 @@ def proposals(method: str, seed: int, space: dict[str, BaseDistribution]) -> lis
         ("quasi-random", QMCSampler),
     ],
 )
-def test_what_a_method_is(method: str, kind: type) -> None:
+def test_each_method_has_its_sampler(method: str, kind: type) -> None:
     assert type(make_sampler(method, seed=0)) is kind
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_proposals_lie_in_the_space_and_follow_from_the_seed(method: str) -> None:
+def test_proposals_lie_in_the_space_and_depend_on_the_seed(method: str) -> None:
     names = ["learning_rate", "width", "activation", "hidden_layers", "warmup"]
     space = {name: SPACE[name] for name in names}
     found = proposals(method, 0, space)
@@ -65,7 +65,7 @@ def test_the_whole_catalogue_is_a_space_for_it(method: str) -> None:
         assert set(params) == set(SPACE)
 
 
-def test_where_trials_are_few_they_lie_around_the_first() -> None:
+def test_bayes_learns_from_the_first_of_few_trials() -> None:
     space = {name: SPACE[name] for name in ("learning_rate", "width", "dropout")}
 
     def near(few: bool) -> int:
@@ -102,7 +102,7 @@ def test_without_a_seed_runs_differ(method: str) -> None:
         ("Random", "^'Random' is not a method; did you mean 'random'"),
     ],
 )
-def test_an_unknown_method(method: str, message: str) -> None:
+def test_unknown_methods_are_rejected(method: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_sampler(method, seed=0)
 
@@ -115,6 +115,6 @@ def test_an_unknown_method(method: str, message: str) -> None:
         ("random", "seed", "^'seed' is not an option of the method 'random'"),
     ],
 )
-def test_an_option_that_a_method_does_not_have(method: str, option: str, message: str) -> None:
+def test_unknown_options_are_rejected(method: str, option: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split_options(method, {option: 1})

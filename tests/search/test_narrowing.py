@@ -31,7 +31,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("distribution", [*NUMBERS, CategoricalDistribution(("a", None, 3))])
-def test_values_and_places(distribution: BaseDistribution) -> None:
+def test_positions_map_to_values_and_back(distribution: BaseDistribution) -> None:
     axis, rng = ParameterAxis("x", distribution), np.random.RandomState(0)
     for _ in range(50):
         value = axis.sample(axis.full_range(), rng)
@@ -64,7 +64,7 @@ def test_a_narrowed_range_holds_the_best_and_is_of_the_same_kind(
         assert distribution._contains(new.to_internal_repr(axis.sample(part, rng)))
 
 
-def test_steps_beside_the_best_stay_however_narrow_the_box() -> None:
+def test_steps_beside_the_best_value_are_kept() -> None:
     axis = ParameterAxis("depth", IntDistribution(1, 8))
     part: Region = Interval()
     positions = [axis.position(1 + i % 8) for i in range(80)]
@@ -85,7 +85,9 @@ def test_a_range_is_never_empty() -> None:
 
 
 @pytest.mark.parametrize("best, low, high", [(0.41, 0.3, 0.6), (0.59, 0.4, 0.7), (0.5, 0.4, 0.6)])
-def test_beyond_a_bound(best: float, low: float, high: float) -> None:
+def test_intervals_grow_beyond_a_bound_with_the_best_trial(
+    best: float, low: float, high: float
+) -> None:
     """The best one on a bound, the others anywhere: half of the width more on its side."""
     axis = ParameterAxis("x", FloatDistribution(0.0, 1.0))
     tried = [best, *np.linspace(0.4, 0.6, 9)]
@@ -105,7 +107,9 @@ def test_beyond_a_bound(best: float, low: float, high: float) -> None:
         ([0, 1, 0, 1, 2, 1, 0, 2, 2, 0, 1, 2], 3, (0, 1, 2)),  # not among the best, not far behind
     ],
 )
-def test_choices(ranked: list[int], best: int, kept: tuple[int, ...]) -> None:
+def test_clearly_worse_choices_are_dropped(
+    ranked: list[int], best: int, kept: tuple[int, ...]
+) -> None:
     axis = ParameterAxis("x", CategoricalDistribution(("a", "b", "c")))
     positions = [float(index) for index in ranked]
     assert narrow(axis, axis.full_range(), positions[:best], positions, NARROWING) == Choices(kept)

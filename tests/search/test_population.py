@@ -47,7 +47,7 @@ def generations(
     return study.get_trials()
 
 
-def test_the_worst_go_on_from_the_best_with_other_values() -> None:
+def test_the_worst_continue_from_the_best_with_perturbed_values() -> None:
     trials = generations([[0.1, 0.9, 0.5, 0.4], [0.0] * 4])
     first, second = trials[:4], trials[4:]
     assert [t.user_attrs["slot"] for t in second] == [0, 1, 2, 3]
@@ -63,12 +63,12 @@ def test_the_worst_go_on_from_the_best_with_other_values() -> None:
     assert abs(copied["width"] - best["width"]) in range(1, 8)
 
 
-def test_the_best_are_the_least_where_the_study_minimizes() -> None:
+def test_the_best_are_the_lowest_when_minimizing() -> None:
     trials = generations([[0.1, 0.9, 0.5, 0.4], [0.0] * 4], direction="minimize")
     assert [t.user_attrs["parent"] for t in trials[4:]] == [0, 0, 2, 3]
 
 
-def test_what_is_inherited_never_moves() -> None:
+def test_inherited_parameters_are_never_perturbed() -> None:
     names = ("activation", "width", "momentum")
     trials = generations([[0.1, 0.9, 0.5, 0.4]] * 6, inherited=names)
     by_number = {t.number: t for t in trials}
@@ -80,7 +80,7 @@ def test_what_is_inherited_never_moves() -> None:
     assert len({t.params["rate"] for t in trials}) > len(trials[:4])
 
 
-def test_nobody_goes_on_from_a_state_that_was_no_good() -> None:
+def test_pruned_trials_are_never_parents() -> None:
     trials = generations([[0.1, 0.9, 0.5, 0.4], [0.2, None, 0.3, 0.4], [0.0] * 4])
     third = trials[8:]
     assert third[1].user_attrs["parent"] == 7  # the best of those that have a value
@@ -106,7 +106,7 @@ def test_populations_of_one_study_do_not_mix() -> None:
     assert [t.user_attrs["parent"] for t in study.trials] == [None, None, 1, None, None, 4]
 
 
-def test_members_take_turns_where_some_still_run() -> None:
+def test_idle_members_are_next() -> None:
     study = optuna.create_study(sampler=PopulationSampler(size=2, seed=0))
     first, second = study.ask(SPACE), study.ask(SPACE)
     study.tell(second, 0.5)
@@ -123,6 +123,6 @@ def test_members_take_turns_where_some_still_run() -> None:
         ({"factor": 1.0}, "`factor` must be above 1, but got 1.0."),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PopulationSampler(**options)

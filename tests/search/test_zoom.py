@@ -81,7 +81,7 @@ def told(values: list[tuple[float, float]]) -> optuna.Study:
         ({"patience": 0}, "^`patience` must be at least 1, but got 0.$"),
     ],
 )
-def test_bad_options(options: dict[str, int], message: str) -> None:
+def test_invalid_options_are_rejected(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ZoomSampler(**options)
 
@@ -109,7 +109,7 @@ def test_the_box_closes_in_on_the_logarithmic_scale_and_drops_what_is_worse() ->
     assert kind == Choices((1,))
 
 
-def test_maximization() -> None:
+def test_the_box_closes_in_on_maxima() -> None:
     study = optuna.create_study(direction="maximize", sampler=ZoomSampler(seed=0))
     for _ in range(100):
         trial = study.ask({"x": X})
@@ -141,7 +141,7 @@ def test_a_box_grows_beyond_the_bound_on_which_the_best_lies() -> None:
     assert isinstance(after, Interval) and after.high > before.high
 
 
-def test_what_was_not_tried_is_not_cut() -> None:
+def test_values_that_no_trial_had_are_not_cut() -> None:
     """Followers share a leader's value: nothing is known of the others."""
     study = told([(0.3, float(i)) for i in range(64)])
     assert box(study)["x"] == Interval(0.0, 1.0)
@@ -157,7 +157,7 @@ def test_a_dropped_choice_comes_back_with_the_best_trial() -> None:
     assert box(study)["kind"] == Choices((1, 2))
 
 
-def test_pruned_trials_count_by_how_far_they_came() -> None:
+def test_pruned_trials_rank_by_their_last_step() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0))
     for number in range(160):
         trial = study.ask(SPACE)
@@ -169,7 +169,7 @@ def test_pruned_trials_count_by_how_far_they_came() -> None:
     assert isinstance(rate, Interval) and rate.high - rate.low < 0.7
 
 
-def test_failed_trials_are_nothing() -> None:
+def test_failed_trials_do_not_count() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0))
     for _ in range(40):
         study.tell(study.ask(SPACE), state=TrialState.FAIL)
@@ -188,7 +188,7 @@ def test_values_of_a_new_sampler_lie_in_the_same_box() -> None:
     assert proposals[0] == proposals[1]
 
 
-def test_going_on_gives_what_starting_again_gives() -> None:
+def test_incremental_rounds_equal_recomputed_rounds() -> None:
     study, rounds = optuna.create_study(sampler=ZoomSampler(seed=0)), RoundHistory(16)
     for _ in range(10):
         run(study, 10)
@@ -202,7 +202,7 @@ def test_going_on_gives_what_starting_again_gives() -> None:
     assert stage.number == 6
 
 
-def test_a_trial_that_turns_up_late_is_put_where_it_belongs(
+def test_late_trials_are_inserted_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     study, rounds = optuna.create_study(sampler=ZoomSampler(seed=0)), RoundHistory(16)
@@ -237,7 +237,7 @@ def test_two_workers_see_the_same_box(tmp_path: Any) -> None:
     assert {a.name: p for a, p in first.box.items()} == {a.name: p for a, p in second.box.items()}
 
 
-def test_threads() -> None:
+def test_several_threads_may_sample() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0))
 
     def objective(trial: optuna.Trial) -> float:
@@ -257,20 +257,20 @@ def test_trials_that_began_before_a_round_do_not_end_it() -> None:
 
 
 @pytest.mark.parametrize("patience, count", [(2, 49), (None, 200)])
-def test_it_stops_when_nothing_improves(patience: int | None, count: int) -> None:
+def test_the_study_stops_without_improvement(patience: int | None, count: int) -> None:
     """A round that finds the best, two that do not, and the trial at whose end that is seen."""
     study = optuna.create_study(sampler=ZoomSampler(seed=0, patience=patience))
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1) * 0, n_trials=200)
     assert len(study.trials) == count
 
 
-def test_it_goes_on_while_it_improves() -> None:
+def test_the_study_continues_while_it_improves() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0, patience=1))
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1) - trial.number, n_trials=100)
     assert len(study.trials) == 100
 
 
-def test_outside_of_optimize_nothing_stops() -> None:
+def test_ask_and_tell_does_not_stop() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0, patience=1))
     for _ in range(60):
         trial = study.ask({"x": X})
@@ -278,7 +278,7 @@ def test_outside_of_optimize_nothing_stops() -> None:
     assert len(study.trials) == 60
 
 
-def test_pruned_trials_are_no_reason_to_stop() -> None:
+def test_pruned_trials_do_not_stop_the_study() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0, patience=1))
 
     def objective(trial: optuna.Trial) -> float:
@@ -291,7 +291,7 @@ def test_pruned_trials_are_no_reason_to_stop() -> None:
     assert len(study.trials) == 100
 
 
-def test_ranges_that_change_are_told_apart() -> None:
+def test_changed_ranges_have_their_own_box() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0))
     for _ in range(64):
         trial = study.ask({"x": FloatDistribution(0, 10)})
@@ -300,7 +300,7 @@ def test_ranges_that_change_are_told_apart() -> None:
     assert max(wider) > 50
 
 
-def test_a_copy_forgets_and_learns_again() -> None:
+def test_copies_recompute_their_state() -> None:
     study = optuna.create_study(sampler=ZoomSampler(seed=0, round_size=20))
     run(study, 40)
     for other in (copy.deepcopy(study.sampler), pickle.loads(pickle.dumps(study.sampler))):

@@ -56,7 +56,7 @@ def searched(count: int, *, seed: int = 0, maximize: bool = False) -> optuna.Stu
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_the_proposal(maximize: bool) -> None:
+def test_ranges_close_in_on_the_best_trials(maximize: bool) -> None:
     study = searched(1000, maximize=maximize)
     space = optuna_nnhp.zoom(study)
     assert list(space) == list(SPACE)
@@ -73,7 +73,7 @@ def test_the_proposal(maximize: bool) -> None:
     assert space["one"] == SPACE["one"]
 
 
-def test_reasons() -> None:
+def test_each_range_has_a_reason() -> None:
     space = optuna_nnhp.zoom(searched(1000))
     assert space.reasons["rate"] == "23 of the best 25 trials lie there"
     assert space.reasons["kind"] == "dropped a, d: none of the best 25 trials, and clearly worse"
@@ -81,7 +81,7 @@ def test_reasons() -> None:
     assert space.reasons["one"] == "one value only"
 
 
-def test_what_does_not_matter_mostly_stays() -> None:
+def test_parameters_without_effect_keep_their_range() -> None:
     spaces = [optuna_nnhp.zoom(searched(100, seed=seed)) for seed in range(20)]
     idle = [space.reasons["idle"] == "no clear effect" for space in spaces]
     rate = [space.reasons["rate"] == "no clear effect" for space in spaces]
@@ -112,7 +112,7 @@ def test_a_range_is_cut_to_a_quarter_at_most() -> None:
     assert 0.25 <= new.high - new.low < 0.26
 
 
-def test_pruned_trials_count_by_how_far_they_came() -> None:
+def test_pruned_trials_rank_by_their_last_step() -> None:
     study = optuna.create_study(sampler=RandomSampler(seed=0))
     for number in range(100):
         trial = study.ask({"x": FloatDistribution(0.0, 1.0)})
@@ -123,7 +123,7 @@ def test_pruned_trials_count_by_how_far_they_came() -> None:
     assert isinstance(new, FloatDistribution) and new.high < 0.4
 
 
-def test_the_space_that_the_study_notes_is_the_old_one() -> None:
+def test_the_stored_space_is_the_old_one() -> None:
     study = searched(100)
     noted = {n: distribution_to_json(d) for n, d in SPACE.items()} | {
         "new": distribution_to_json(IntDistribution(1, 3))
@@ -134,7 +134,7 @@ def test_the_space_that_the_study_notes_is_the_old_one() -> None:
     assert space.reasons["new"] == "no clear effect: 0 finished trials have it"
 
 
-def test_editing_keeps_where_it_comes_from() -> None:
+def test_edited_spaces_keep_their_source() -> None:
     space = optuna_nnhp.zoom(searched(100))
     space["rate"] = FloatDistribution(1e-5, 1e-2, log=True)
     for same in (space, copy.deepcopy(space), pickle.loads(pickle.dumps(space))):
@@ -145,7 +145,7 @@ def test_editing_keeps_where_it_comes_from() -> None:
         assert same == dict(space) and same.best == space.best
 
 
-def test_it_reads_as_a_table() -> None:
+def test_the_space_prints_as_a_table() -> None:
     text = str(optuna_nnhp.zoom(searched(1000)))
     lines = text.splitlines()
     assert lines[0] == "zoomed from study 'first'"
@@ -155,7 +155,7 @@ def test_it_reads_as_a_table() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 9])
-def test_too_few_trials(count: int) -> None:
+def test_too_few_trials_are_rejected(count: int) -> None:
     rule = f"^`study` must have at least 10 finished trials to zoom in on, but 'first' has {count}"
     study = searched(count)
     study.tell(study.ask(SPACE), state=TrialState.FAIL)
@@ -164,7 +164,7 @@ def test_too_few_trials(count: int) -> None:
         optuna_nnhp.zoom(study)
 
 
-def test_several_objectives() -> None:
+def test_several_objectives_are_rejected() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
     with pytest.raises(ValueError, match="one objective to zoom in on, but has 2"):
         optuna_nnhp.zoom(study)

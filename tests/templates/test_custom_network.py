@@ -120,7 +120,7 @@ CASES: list[Any] = [
 
 
 @pytest.mark.parametrize(("network", "X", "y", "space"), CASES)
-def test_a_study(
+def test_a_custom_network_is_tuned(
     network: Any, X: Any, y: Array, space: Any, folder: Path, log: pytest.LogCaptureFixture
 ) -> None:
     state = torch.random.get_rng_state()
@@ -165,7 +165,7 @@ def test_best_params_give_best_value(validation: Any) -> None:
     assert isinstance(result.model, nn.Sequential) and not result.model.training
 
 
-def test_plain_optuna() -> None:
+def test_custom_networks_work_in_plain_optuna() -> None:
     objective = optuna_nnhp.Objective(
         network=convolutional, X=images()[0], y=images()[1], space=CHANNELS, fixed=TINY
     )
@@ -176,21 +176,21 @@ def test_plain_optuna() -> None:
     assert objective.result(study).predict(images()[0]).shape == (80,)
 
 
-def test_a_csv_file(folder: Path) -> None:
+def test_a_csv_file_is_accepted(folder: Path) -> None:
     X, y = classes()
     pd.DataFrame(X, columns=["a", "b", "c"]).assign(label=y).to_csv("a.csv", index=False)
     result = tune(perceptron, "a.csv", target="label", n_trials=1)
     assert set(result.predict(pd.read_csv("a.csv"))) <= {"up", "down"}
 
 
-def test_numbers_come_back_in_their_unit() -> None:
+def test_predictions_have_the_targets_unit() -> None:
     X, y = tokens()
     result = tune(token_model, X, y, fixed={"epochs": 60, "batch_size": 16, "units": 8})
     assert np.sqrt(np.mean((result.predict(X) - y) ** 2)) < 0.5 * y.std()
     assert result.score(X, y) == pytest.approx(np.sqrt(np.mean((result.predict(X) - y) ** 2)))
 
 
-def test_what_is_tuned() -> None:
+def test_catalogue_parameters_that_the_function_reads_are_tuned() -> None:
     own = problem()
     assert next(iter(own.space)) == "channels" and {"optimizer", "l1"} <= own.space.keys()
     assert [n for n in STRUCTURAL_PARAMS if n in {*own.space, *own.fixed}] == ["dropout"]
@@ -214,7 +214,7 @@ def test_all_parameters_reach_the_function() -> None:
     assert seen == {"learning_rate": 0.5, "width": 9, "epochs": 3, "channels": 3, "other": 5}
 
 
-def test_what_is_read_in_some_cases_only_is_found() -> None:
+def test_conditionally_read_parameters_are_found() -> None:
     def network(params: Params) -> nn.Module:
         if params["kind"] == "narrow":
             return convolutional({"channels": 2, "dropout": 0.0})
@@ -236,7 +236,7 @@ def test_what_is_read_in_some_cases_only_is_found() -> None:
         ({}, True),
     ],
 )
-def test_names(options: dict[str, Any], is_equal: bool) -> None:
+def test_study_names_depend_on_the_function(options: dict[str, Any], is_equal: bool) -> None:
     other = problem(**options)
     assert (other.name == problem().name) is is_equal
     assert other.name.startswith("own-")
@@ -252,7 +252,9 @@ def test_names(options: dict[str, Any], is_equal: bool) -> None:
         ({"batch_size": 128}, False),
     ],
 )
-def test_signatures(changed: dict[str, Any], is_equal: bool) -> None:
+def test_networks_of_one_structure_share_a_signature(
+    changed: dict[str, Any], is_equal: bool
+) -> None:
     own = problem(fixed={"epochs": 3})
     usual = own.defaults() | {"batch_size": 64}
     one, two = own.member(0, usual), own.member(1, usual | changed)
@@ -289,7 +291,7 @@ def test_a_pinned_proposal_can_join_its_leader() -> None:
     assert [off("dropout", rate) for rate in (0.5, 0.02)] == [0.005, 0.02]
 
 
-def test_what_trains_alone_has_no_followers() -> None:
+def test_networks_that_cannot_be_stacked_train_alone() -> None:
     X, y = tokens()
     own = CustomNetworkTemplate(recurrent, X, y, space={"rate": FloatDistribution(0.0, 0.5)})
     one, two = (own.member(i, own.defaults()) for i in range(2))
@@ -298,7 +300,7 @@ def test_what_trains_alone_has_no_followers() -> None:
     assert isinstance(own.cohort([one]).network, SingleNetworkStack)
 
 
-def test_a_cohort_has_its_share_of_memory() -> None:
+def test_cohorts_fit_in_their_share_of_memory() -> None:
     sizes = []
     for channels in (2, 2**16):
         own = problem(fixed={"channels": channels}, space={})
@@ -306,7 +308,7 @@ def test_a_cohort_has_its_share_of_memory() -> None:
     assert 1 <= sizes[1] < sizes[0] == MAX_COHORT_SIZE
 
 
-def test_first_weights_follow_from_the_seed_and_the_number() -> None:
+def test_first_weights_depend_on_seed_and_number() -> None:
     def first(seed: int, number: int) -> Tensor:
         own = problem(seed=seed)
         network = own.network(own.member(number, own.defaults()))
@@ -393,7 +395,7 @@ X, Y = images()
         ({"template": X}, ValueError, "`template` must not be given with `network`"),
     ],
 )
-def test_what_makes_no_sense_is_said_before_any_trial(
+def test_invalid_arguments_are_rejected_before_training(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     usual = {"network": convolutional, "X": X, "y": Y, "space": CHANNELS, "n_trials": 1}
@@ -410,13 +412,13 @@ def test_what_makes_no_sense_is_said_before_any_trial(
         (X[0, 0, 0, 0], "at least one example"),
     ],
 )
-def test_arrays_that_cannot_be_predicted(new: Any, message: str) -> None:
+def test_invalid_arrays_are_rejected_by_predict(new: Any, message: str) -> None:
     result = tune(convolutional, X, Y, space=CHANNELS, n_trials=1)
     with pytest.raises(ValueError, match=message):
         result.predict(new)
 
 
-def test_tokens_must_stay_whole() -> None:
+def test_integer_inputs_must_stay_integers() -> None:
     result = tune(token_model, *tokens(), fixed=TINY | {"units": 2}, n_trials=1)
     assert result.predict(torch.tensor([[0, 1, 2, 3, 4, 0]])).shape == (1,)
     with pytest.raises(ValueError, match="X must hold whole numbers, but holds float64"):

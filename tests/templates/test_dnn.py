@@ -27,7 +27,7 @@ def params_of(problem: DNNTemplate, **changed: Any) -> dict[str, Any]:
     return {**problem.defaults(), **changed}
 
 
-def test_other_data_metrics_and_spaces_have_another_name() -> None:
+def test_study_names_depend_on_data_metric_and_space() -> None:
     X, y = classes()
     names = {
         DNNTemplate(X, y).name,
@@ -57,11 +57,11 @@ def test_other_data_metrics_and_spaces_have_another_name() -> None:
         ({"space": {"iterations": IntDistribution(1, 9)}}, "a tuned number of iterations: iter"),
     ],
 )
-def test_the_budget_in_words(wishes: dict[str, Any], expected: str) -> None:
+def test_describe_budget_names_the_limits(wishes: dict[str, Any], expected: str) -> None:
     assert expected in DNNTemplate(*classes(), **wishes).description["budget"]
 
 
-def test_members() -> None:
+def test_members_have_effective_parameters() -> None:
     problem = DNNTemplate(*classes(), fixed={"epochs": 9, "dropout": 0.0})
     member = problem.member(7, params_of(problem, clip_norm=50.0))
     assert member.number == 7
@@ -82,7 +82,7 @@ def test_members() -> None:
         ({"batch_size": 128}, False),
     ],
 )
-def test_signatures(changed: dict[str, Any], is_equal: bool) -> None:
+def test_members_of_one_shape_share_a_signature(changed: dict[str, Any], is_equal: bool) -> None:
     problem = DNNTemplate(*classes())
     one = problem.signature(problem.member(0, params_of(problem)))
     two = problem.signature(problem.member(1, params_of(problem, **changed)))
@@ -122,7 +122,7 @@ def test_a_pinned_proposal_can_join_its_leader(width: int, distribution: Any) ->
         (20_000, {"width": 16}, MAX_COHORT_SIZE, MAX_COHORT_SIZE),
     ],
 )
-def test_cohort_size(
+def test_cohort_size_fits_in_memory(
     rows: int, changed: dict[str, Any], low: int, high: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervised, "free_memory", lambda device: 2 * GIB)
@@ -135,7 +135,7 @@ def test_cohort_size(
 
 @pytest.mark.parametrize("make", [classes, numbers])
 @pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
-def test_weights_are_those_of_the_network(make: Any, normalization: str) -> None:
+def test_count_weights_equals_the_network(make: Any, normalization: str) -> None:
     problem = DNNTemplate(*make())
     changed = {"width": 20, "width_shape": "funnel", "hidden_layers": 3}
     member = problem.member(0, params_of(problem, **changed, normalization=normalization))
@@ -145,7 +145,7 @@ def test_weights_are_those_of_the_network(make: Any, normalization: str) -> None
     assert outputs.shape == (5, 2 if make is classes else 1)
 
 
-def test_first_weights_follow_from_the_seed_and_the_number() -> None:
+def test_first_weights_depend_on_seed_and_number() -> None:
     def first(seed: int, number: int) -> torch.Tensor:
         problem = DNNTemplate(*classes(), seed=seed)
         network = problem.cohort([problem.member(number, params_of(problem))]).network
@@ -157,7 +157,7 @@ def test_first_weights_follow_from_the_seed_and_the_number() -> None:
     assert not torch.equal(first(0, 1), first(1, 1))
 
 
-def test_standardized_numbers_come_back_in_their_unit() -> None:
+def test_metrics_use_the_targets_unit() -> None:
     X, y = numbers()
     problem = DNNTemplate(X, y, fixed={"epochs": 30, "width": 32, "learning_rate": 0.03})
     member = problem.member(0, params_of(problem))
@@ -182,7 +182,7 @@ def test_the_portfolio_lies_in_the_space_and_differs() -> None:
         )
 
 
-def test_the_portfolio_is_what_is_left_of_it_in_a_users_space() -> None:
+def test_the_portfolio_fits_a_users_space() -> None:
     def portfolio(**wishes: Any) -> list[dict[str, Any]]:
         return DNNTemplate(*classes(), **wishes).portfolio()
 

@@ -65,7 +65,7 @@ def bits_by_counting(train: str, valid: str, length: int) -> float:
     return bits / len(places)
 
 
-def test_training_learns_the_text() -> None:
+def test_training_lowers_bits_per_byte() -> None:
     result = tune(n_trials=1, fixed=SMALL | {"iterations": 300})
     text = GPTTemplate(TEXT).text
     counted = min(bits_by_counting(text.train, text.valid, length) for length in range(5))
@@ -91,7 +91,7 @@ def test_the_same_call_continues_the_study(tmp_path: Path) -> None:
     assert again.study.user_attrs["generated_text"]["text"]
 
 
-def test_pieces_of_text_are_judged_alike() -> None:
+def test_tokenizers_are_compared_in_bits_per_byte() -> None:
     pytest.importorskip("tokenizers")
     space = {"tokens": CategoricalDistribution(("char", "byte", "bpe"))}
     fixed = SMALL | {"iterations": 9, "vocabulary": 300}
@@ -137,7 +137,7 @@ def test_a_preset_is_the_first_trial() -> None:
     assert member.params["optimizer"] == "adamw"
 
 
-def test_trials_that_cannot_fit_are_refused_with_both_numbers(
+def test_trials_larger_than_memory_are_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     problem = GPTTemplate(TEXT, fixed=SMALL | {"iterations": 9})
@@ -159,7 +159,7 @@ def test_the_default_pruner_waits_for_a_third_of_the_budget() -> None:
     assert all(max(t.intermediate_values) >= 3 for t in pruned)
 
 
-def test_trials_are_trained_one_by_one() -> None:
+def test_trials_are_sequential() -> None:
     result = tune(n_trials=4)
     times = [(t.datetime_start, t.datetime_complete) for t in result.study.trials]
     assert all(end <= start for (_, end), (start, _) in pairwise(times))
@@ -185,7 +185,7 @@ def test_trials_are_trained_one_by_one() -> None:
         (TEXT, {"validation": 2.0}, "`validation`"),
     ],
 )
-def test_bad_input_is_refused_before_any_training(
+def test_invalid_arguments_are_rejected_before_training(
     X: str, wishes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -213,13 +213,13 @@ def test_a_vocabulary_larger_than_the_text_supports() -> None:
         ),
     ],
 )
-def test_a_vocabulary_is_for_byte_pairs(wishes: dict[str, Any], value: str) -> None:
+def test_vocabulary_is_rejected_without_bpe(wishes: dict[str, Any], value: str) -> None:
     message = rf"^`vocabulary` must be given only where `tokens` can be 'bpe', but got {value}\.$"
     with pytest.raises(ValueError, match=message):
         tune(**{"fixed": {}, **wishes})
 
 
-def test_options_of_texts_are_not_for_tables() -> None:
+def test_text_options_are_rejected_for_tables() -> None:
     with pytest.raises(ValueError, match="`preset` must not be given here"):
         optimize("dnn", [[1.0]], [1.0], n_trials=1, storage=None, preset="gpt2")
 
@@ -239,7 +239,7 @@ def test_language_models_do_not_predict_and_tables_do_not_generate() -> None:
         ({"top_k": 0}, "`top_k`"),
     ],
 )
-def test_bad_wishes_for_a_text(wishes: dict[str, Any], message: str) -> None:
+def test_invalid_generate_arguments_are_rejected(wishes: dict[str, Any], message: str) -> None:
     result = _MODEL.setdefault("result", tune(n_trials=1))
     with pytest.raises(ValueError, match=message):
         result.generate(**wishes)
@@ -248,7 +248,7 @@ def test_bad_wishes_for_a_text(wishes: dict[str, Any], message: str) -> None:
 _MODEL: dict[str, Any] = {}
 
 
-def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+def test_damaged_metadata_is_rejected(tmp_path: Path) -> None:
     folder = tune(n_trials=1).save(tmp_path / "model")
     record = folder / "model.json"
     record.write_text(record.read_text().replace('"alphabet"', '"alphabets"'))
@@ -272,7 +272,7 @@ def test_a_text_without_a_new_line_has_a_sample_too() -> None:
         result.generate(tokens=1.5)
 
 
-def test_a_trial_that_cannot_end_in_time_is_refused_at_once() -> None:
+def test_trials_longer_than_the_timeout_are_rejected() -> None:
     with pytest.raises(ValueError, match="`seconds` must be at most the timeout of 5, but got 9"):
         GPTTemplate(TEXT, fixed={"seconds": 9.0}, timeout=5.0)
     with pytest.raises(ValueError, match=r"trials in a row must be possible.*steps would take"):
@@ -301,7 +301,7 @@ def test_the_default_fits_a_short_text() -> None:
     problem.signature(problem.member(0, problem.defaults()))
 
 
-def test_an_objective_refuses_what_does_not_fit() -> None:
+def test_objectives_reject_trials_larger_than_memory() -> None:
     objective = Objective("gpt", "to be or not to be\n" * 53, fixed={"iterations": 9})
     study = optuna.create_study(direction=objective.direction)
     study.enqueue_trial(objective.defaults | {"context": 256})
@@ -309,12 +309,12 @@ def test_an_objective_refuses_what_does_not_fit() -> None:
         study.optimize(objective, n_trials=1)
 
 
-def test_trials_of_different_ages_are_not_judged_together() -> None:
+def test_trials_at_different_steps_are_not_evaluated_together() -> None:
     problem = GPTTemplate(TEXT, fixed=SMALL | {"seconds": 0.1})
     assert not problem.cohort([problem.member(0, problem.defaults())]).can_append
 
 
-def test_a_model_that_is_trained_again_has_as_many_steps() -> None:
+def test_retrained_models_have_as_many_steps() -> None:
     result = tune(n_trials=1, fixed=SMALL | {"seconds": 0.05, "dropout": 0.3})
     elsewhere = GPTTemplate(TEXT, fixed=SMALL | {"seconds": 9.0, "dropout": 0.3})
     again = Result(result.study, elsewhere, BestWeights(None))

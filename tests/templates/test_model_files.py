@@ -34,13 +34,13 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_record_comes_back(folder: Path) -> None:
+def test_metadata_is_read_as_written(folder: Path) -> None:
     record = read_metadata(folder)
     assert record["word"] == "up"
     assert {path.name for path in folder.iterdir()} == {WEIGHTS_FILE, METADATA_FILE}
 
 
-def test_a_word_that_became_another_one(folder: Path) -> None:
+def test_edited_metadata_is_rejected(folder: Path) -> None:
     text = (folder / METADATA_FILE).read_text()
     (folder / METADATA_FILE).write_text(text.replace('"up"', '"uq"'))
     with pytest.raises(ValueError, match=r"model\.json .* cannot be read: it is damaged") as error:
@@ -48,20 +48,20 @@ def test_a_word_that_became_another_one(folder: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_another_layout_is_the_same_record(folder: Path) -> None:
+def test_metadata_layout_does_not_matter(folder: Path) -> None:
     record = json.loads((folder / METADATA_FILE).read_text())
     (folder / METADATA_FILE).write_text(json.dumps(dict(reversed(record.items()))))
     assert read_metadata(folder)["word"] == "up"
 
 
-def test_every_bit_of_the_weights_counts(folder: Path) -> None:
+def test_changed_weights_are_rejected(folder: Path) -> None:
     flip(folder / WEIGHTS_FILE, -3)
     with pytest.raises(ValueError, match=r"model\.safetensors must hold .* damaged") as error:
         read_metadata(folder)
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_was_written_in_part(folder: Path) -> None:
+def test_incomplete_models_are_reported(folder: Path) -> None:
     record = (folder / METADATA_FILE).read_bytes()
     with torch.no_grad():
         other = nn.Linear(2, 1)
@@ -84,7 +84,7 @@ def test_models_of_versions_without_checksums_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, METADATA_FILE])
 @pytest.mark.parametrize("place", [0, 9, -200, -1])
-def test_a_damaged_language_model(name: str, place: int, tmp_path: Path) -> None:
+def test_damaged_language_models_are_rejected(name: str, place: int, tmp_path: Path) -> None:
     folder = tune_text(n_trials=1).save(tmp_path)
     assert isinstance(load(folder), LanguageModel)
     flip(folder / name, place)

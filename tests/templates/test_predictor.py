@@ -41,7 +41,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("make", [classes, numbers, mixed])
 @pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
-def test_loaded_is_saved(make: Callable[[], Any], normalization: str, tmp_path: Path) -> None:
+def test_loaded_models_predict_the_same(
+    make: Callable[[], Any], normalization: str, tmp_path: Path
+) -> None:
     X, y = make()
     fixed = {"epochs": 2, "normalization": normalization, "hidden_layers": 2}
     result = tune(X, y, n_trials=2, fixed=fixed)
@@ -92,14 +94,14 @@ def copy(saved: Path, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
-def test_a_missing_file(name: str, saved: Path, tmp_path: Path) -> None:
+def test_missing_files_are_reported(name: str, saved: Path, tmp_path: Path) -> None:
     folder = copy(saved, tmp_path / "m")
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"m must hold a saved model, but has no {name}"):
         load(folder)
 
 
-def test_a_missing_folder(tmp_path: Path) -> None:
+def test_missing_folders_are_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing must hold .* but has no model\.json"):
         load(tmp_path / "nothing")
 
@@ -120,7 +122,7 @@ def test_a_missing_folder(tmp_path: Path) -> None:
         pytest.param(lambda content: b'{"format": 1}', id="a foreign json"),
     ],
 )
-def test_a_damaged_file(
+def test_damaged_files_are_rejected(
     name: str, damage: Callable[[bytes], bytes], saved: Path, tmp_path: Path
 ) -> None:
     folder = copy(saved, tmp_path / "m")
@@ -149,7 +151,7 @@ def test_a_damaged_file(
         (("best_value",), ...),
     ],
 )
-def test_a_record_that_was_edited(
+def test_edited_metadata_is_rejected(
     path: tuple[str, ...], value: Any, saved: Path, tmp_path: Path
 ) -> None:
     folder = copy(saved, tmp_path / "m")
@@ -168,7 +170,7 @@ def test_a_record_that_was_edited(
     assert "\n" not in str(error.value)
 
 
-def test_weights_of_another_network(saved: Path, tmp_path: Path) -> None:
+def test_weights_of_another_network_are_rejected(saved: Path, tmp_path: Path) -> None:
     folder = copy(saved, tmp_path / "m")
     other = tune(n_trials=1, fixed={"width": 20, "epochs": 1}).save(tmp_path / "other")
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
@@ -191,7 +193,9 @@ def predictor(saved: Path) -> Predictor:
         (pd.DataFrame({"x0": [1.0]}), "must have the columns of the training data, but lacks"),
     ],
 )
-def test_tables_that_cannot_be_predicted(X: Any, message: str, predictor: Predictor) -> None:
+def test_invalid_tables_are_rejected_by_predict(
+    X: Any, message: str, predictor: Predictor
+) -> None:
     with pytest.raises(ValueError, match=message):
         predictor.predict(X)
 
@@ -204,12 +208,12 @@ def test_tables_that_cannot_be_predicted(X: Any, message: str, predictor: Predic
         (["up", None], "must have no missing values"),
     ],
 )
-def test_labels_that_cannot_be_scored(y: Any, message: str, predictor: Predictor) -> None:
+def test_invalid_labels_are_rejected_by_score(y: Any, message: str, predictor: Predictor) -> None:
     with pytest.raises(ValueError, match=message):
         predictor.score(np.zeros((2, 3)), y)
 
 
-def test_probabilities_are_of_classes() -> None:
+def test_predict_proba_is_rejected_for_regressions() -> None:
     result = tune(*numbers(), n_trials=1)
     with pytest.raises(ValueError, match="`predict_proba` must be called for classes"):
         result.predict_proba(numbers()[0])

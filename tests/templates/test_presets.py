@@ -76,19 +76,19 @@ CHOICES: dict[str, set[Any]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_sizes_are_the_published_ones(name: str) -> None:
+def test_sizes_equal_the_published_ones(name: str) -> None:
     assert preset(name).parameters == pytest.approx(PUBLISHED[name] * 1e6, rel=0.02)
     assert preset(name).width == WIDTHS[name]
 
 
-def test_all_are_listed() -> None:
+def test_all_presets_are_tested() -> None:
     assert list(PRESETS) == list(PUBLISHED)
     assert all(name == known.name for name, known in PRESETS.items())
 
 
 @pytest.mark.parametrize("scale", [None, *SCALES])
 @pytest.mark.parametrize("name", PRESETS)
-def test_everything_fits_together(name: str, scale: str | None) -> None:
+def test_sizes_are_consistent(name: str, scale: str | None) -> None:
     found = preset(name, scale=scale)
     params: dict[str, Any] = found.params
     assert list(params) == list(preset("gpt2").params)
@@ -104,7 +104,7 @@ def test_everything_fits_together(name: str, scale: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_is_for_a_cpu_is_small(name: str) -> None:
+def test_cpu_presets_are_small(name: str) -> None:
     full, small = preset(name), preset(name, scale="cpu")
     params: dict[str, Any] = small.params
     assert params["layers"] in (2, 3, 4) and small.width in (64, 96, 128)
@@ -136,7 +136,7 @@ def test_the_width_per_layer_is_kept(name: str, layers: int, width: int) -> None
     assert (small.params["layers"], small.width) == (layers, width)
 
 
-def test_quantities_are_those_of_their_formulas() -> None:
+def test_quantities_equal_their_formulas() -> None:
     found = preset("gpt2")
     blocks = 12 * (12 * 768**2 + 2 * 768) + 768
     assert found.non_embedding_parameters == blocks
@@ -149,7 +149,7 @@ def test_quantities_are_those_of_their_formulas() -> None:
 
 
 @pytest.mark.parametrize("name, layers, width, heads, head_size, millions, rate", TABLE)
-def test_the_series_of_gpt3_is_that_of_its_table(
+def test_gpt3_sizes_equal_the_published_table(
     name: str, layers: int, width: int, heads: int, head_size: int, millions: str, rate: float
 ) -> None:
     found = preset(name)
@@ -162,7 +162,7 @@ def test_the_series_of_gpt3_is_that_of_its_table(
     assert params["context"] == 2048
 
 
-def test_the_table_has_all_of_the_series() -> None:
+def test_the_published_table_is_complete() -> None:
     assert [row[0] for row in TABLE] == [name for name in PRESETS if name.startswith("gpt3")]
 
 
@@ -176,13 +176,13 @@ def test_gpt3_has_300e9_tokens() -> None:
 
 
 @pytest.mark.parametrize("name, printed", [("gpt3-xl", "24 heads"), ("gpt3-13b", "5140")])
-def test_misprints_are_corrected_and_said(name: str, printed: str) -> None:
+def test_corrected_misprints_are_noted(name: str, printed: str) -> None:
     assert printed in preset(name).note and "corrected" in preset(name).note
 
 
 @pytest.mark.parametrize("scale", [None, *SCALES])
 @pytest.mark.parametrize("name", ["gpt2", "nanogpt-cpu"])
-def test_a_preset_is_the_callers_own(name: str, scale: str | None) -> None:
+def test_presets_are_copies(name: str, scale: str | None) -> None:
     before = dict(PRESETS[name].params)
     found = preset(name, scale=scale, vocabulary=256)
     assert found.params["vocabulary"] == 256
@@ -190,7 +190,7 @@ def test_a_preset_is_the_callers_own(name: str, scale: str | None) -> None:
     assert PRESETS[name].params == before
 
 
-def test_it_can_be_read() -> None:
+def test_describe_is_readable() -> None:
     lines = preset("gpt1").describe().splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("gpt1: 12 layers of width 768, 12 heads of 64; context 512")
@@ -218,13 +218,13 @@ def test_it_can_be_read() -> None:
         ({"vocabulary": "65"}, "but got '65'."),
     ],
 )
-def test_what_does_not_exist_is_refused(wishes: dict[str, Any], message: str) -> None:
+def test_unknown_presets_are_rejected(wishes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         preset(**{"name": "gpt2", **wishes})
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_torch_is_not_needed() -> None:
+def test_presets_do_not_import_torch() -> None:
     tree = ast.parse(Path(presets.__file__).read_text(encoding="utf-8"))
     imports = [
         ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)

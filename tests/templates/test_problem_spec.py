@@ -89,7 +89,7 @@ def noted(problem_spec: ProblemSpec) -> tuple[optuna.Study, Template]:
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("case", CASES)
-def test_a_study_s_problem_is_made_again(case: str) -> None:
+def test_from_study_makes_the_same_problem(case: str) -> None:
     wishes = CASES[case]
     study, problem = noted(ProblemSpec(**wishes))
     needed = {n: wishes[n] for n in ("X", "y", "network", "validation") if n in wishes}
@@ -115,7 +115,7 @@ def test_attributes_hold_no_data_and_no_code() -> None:
     assert secret["data"] == {"not kept": "text of 990 characters"}
 
 
-def test_paths_are_kept(folder: Path) -> None:
+def test_paths_are_stored(folder: Path) -> None:
     frame = pd.DataFrame(X, columns=list("abc")).assign(label=Y)
     frame.to_csv("data.csv", index=False)
     study, problem = noted(ProblemSpec(X="data.csv", target="label", fixed=TINY))
@@ -142,7 +142,7 @@ def test_the_default_text_needs_no_path() -> None:
     )
 
 
-def test_other_data_are_refused() -> None:
+def test_other_data_are_rejected() -> None:
     study, _ = noted(ProblemSpec(X=X, y=Y))
     with pytest.raises(ValueError, match=r"The data must be the study's, with the fingerprint "):
         ProblemSpec.from_study(study, X + 1, Y).problem()
@@ -153,7 +153,7 @@ def test_other_data_are_refused() -> None:
         ProblemSpec.from_study(study, X, Y, network=build, metric=lambda y, p: 0.0).problem()
 
 
-def test_what_is_not_kept_must_be_given() -> None:
+def test_arguments_that_are_not_stored_must_be_given() -> None:
     study, _ = noted(ProblemSpec(**CASES["own and metric"], validation=(X, Y)))
     given = {"X": X, "y": Y, "network": build, "metric": error_rate, "validation": (X, Y)}
     ProblemSpec.from_study(study, **given).problem()
@@ -168,7 +168,7 @@ def test_what_is_not_kept_must_be_given() -> None:
         ProblemSpec.from_study(study, X).problem()
 
 
-def test_a_study_of_others_has_no_recipe() -> None:
+def test_studies_of_plain_optuna_are_rejected() -> None:
     study = optuna.create_study(study_name="theirs")
     with pytest.raises(
         ValueError, match=r"must be one that `optimize` started, .* 'theirs' is not"
@@ -176,7 +176,7 @@ def test_a_study_of_others_has_no_recipe() -> None:
         ProblemSpec.from_study(study, X, Y)
 
 
-def test_it_travels() -> None:
+def test_specifications_can_be_pickled() -> None:
     first = tune(X, Y, n_trials=10, fixed=TINY | {"epochs": 1})
     for problem_spec in (
         ProblemSpec(X=X, y=Y, fixed=TINY, device="cpu"),
@@ -188,7 +188,7 @@ def test_it_travels() -> None:
         assert type(again.space) is type(problem_spec.space)
 
 
-def test_optimize_notes_it() -> None:
+def test_optimize_stores_the_specification() -> None:
     result = tune(X, Y, n_trials=1)
     assert result.study.user_attrs[PROBLEM_SPEC] == ProblemSpec(X=X, y=Y).attributes()
     own = optimize(network=build, X=X, y=Y, space=UNITS, fixed={"epochs": 1}, n_trials=1,
