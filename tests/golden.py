@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from contextlib import contextmanager
 import hashlib
-import importlib
 import json
 import os
 from pathlib import Path
@@ -42,6 +41,8 @@ import torch
 from torch import nn
 
 import optuna_nnhp
+from optuna_nnhp.study import autotune
+from optuna_nnhp.study.checkpoints import Checkpoints
 
 RECORD = Path(__file__).with_name("golden.json")
 COHORT = 4  # trials of a cohort, where the study is told how many
@@ -65,30 +66,17 @@ def without_clock(*, every_round: bool = False) -> Iterator[None]:
         every_round:
             Whether checkpoints are written after every round; else when they are due.
     """
-    sizes: Any = _first_module("study.sizes", "study.autotune")
-    checkpoints: Any = _first_module("study.checkpoints")
-    measured = getattr(sizes, "Pace", None) or sizes.Throughput
+    throughput = autotune.Throughput
     with (
         tempfile.TemporaryDirectory() as cache,
         patch.dict(os.environ, XDG_CACHE_HOME=cache),
-        patch.dict(sizes._known, clear=True),
-        patch.object(sizes, "_measure", lambda make, most: measured(min(most, COHORT), 1e-4)),
+        patch.dict(autotune._known, clear=True),
+        patch.object(autotune, "_measure", lambda make, most: throughput(min(most, COHORT), 1e-4)),
         ExitStack() as stack,
     ):
         if every_round:
-            stack.enter_context(
-                patch.object(checkpoints.Checkpoints, "is_due", lambda self: self.is_on)
-            )
+            stack.enter_context(patch.object(Checkpoints, "is_due", lambda self: self.is_on))
         yield
-
-
-def _first_module(*names: str) -> Any:
-    for name in names:
-        try:
-            return importlib.import_module(f"optuna_nnhp.{name}")
-        except ModuleNotFoundError:
-            continue
-    raise ModuleNotFoundError(f"None of {names} is in optuna_nnhp.")
 
 
 # --- Studies ---
