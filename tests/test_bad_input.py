@@ -30,7 +30,7 @@ def with_value(array: Any, place: Any, value: Any) -> Any:
     return changed
 
 
-# What is wrong, the error's type, and what it says.
+# Arguments, type of the error, pattern of its message.
 Row = tuple[dict[str, Any], type[Exception], str]
 DATA: dict[str, Row] = {
     "no data": ({"X": None, "y": None}, ValueError, "`X` and `y` must both be given"),
@@ -355,12 +355,12 @@ def test_invalid_input_is_rejected_before_training(
     def forbidden(*arguments: Any) -> None:
         raise AssertionError("Something was trained.")
 
-    wishes, kind, message = TABLE[row]
+    arguments, kind, message = TABLE[row]
     monkeypatch.setattr(Cohort, "__init__", forbidden)
     before = sorted(files.iterdir())
     usual: dict[str, Any] = {"template": "dnn", "X": X, "y": LABELS, "n_trials": 2}
     with pytest.raises(kind, match=message) as error:
-        optimize(**(usual | wishes))
+        optimize(**(usual | arguments))
     assert type(error.value) is kind
     assert "\n" not in str(error.value)
     assert sorted(files.iterdir()) == before  # no journal, no folder of models
@@ -381,20 +381,20 @@ def test_optuna_rejects_reversed_bounds(make: Callable[[], Any]) -> None:
 
 
 def test_other_study_with_the_same_name_is_not_changed(folder: Path) -> None:
-    def run(**wishes: Any) -> list[Any]:
+    def run(**arguments: Any) -> list[Any]:
         usual: dict[str, Any] = {"study_name": "s", "n_trials": 2, "fixed": TINY}
-        return optimize("dnn", X, **({"y": LABELS} | usual | wishes)).study.trials
+        return optimize("dnn", X, **({"y": LABELS} | usual | arguments)).study.trials
 
     before = run()
     content = (folder / "optuna_nnhp.journal").read_bytes()
-    for wishes, message in [
+    for arguments, message in [
         ({"space": {"dropout": FloatDistribution(0.1, 0.2)}}, "another range of `dropout`"),
         ({"fixed": TINY | {"epochs": 9}}, "another value of `epochs`: 4, but this one has 9"),
         ({"metric": "f1"}, "another metric: 'accuracy', but this one has 'f1'"),
         ({"y": NUMBERS}, "another task: 'binary', but this one has 'regression'"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
-            run(**wishes)  # type: ignore[arg-type]
+            run(**arguments)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
     assert len(run()) == len(before) == 2
     assert (folder / "optuna_nnhp.journal").read_bytes().startswith(content)

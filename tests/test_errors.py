@@ -28,7 +28,7 @@ def test_any_value_is_shown_on_one_short_line(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("arguments", "message"),
     [
         ({"fixed": [1]}, r"`fixed` must map names to values, but got \[1\]\."),
         ({"space": np.zeros(2)}, r"`space` must map names to distributions, but got array"),
@@ -38,6 +38,6 @@ def test_any_value_is_shown_on_one_short_line(value: Any) -> None:
         ({"fixed": {"activation": np.zeros(2)}}, "is not a choice of `activation`"),
     ],
 )
-def test_space_and_fixed_must_be_mappings(wishes: dict[str, Any], message: str) -> None:
+def test_space_and_fixed_must_be_mappings(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_space("binary", **wishes)
+        resolve_space("binary", **arguments)

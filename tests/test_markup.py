@@ -131,10 +131,10 @@ def test_notes_escape_all_texts(tuned: tuple[Result, Path]) -> None:
     note = study_note(study) + "\n" + trial_note(study, study.best_trial)
     assert "Generated text" not in trial_note(study, study.best_trial)
     for line in note.splitlines():
-        if not line.startswith("    "):  # a block of code
+        if not line.startswith("    "):  # a code block
             bare = re.sub(r"\\[\\`*_\[\]<>|$~&#!]", "", line).replace("&emsp;", "")
             assert not re.search(r"[<>$\[\]]", bare), line
-            # A table's rows have two cells, whatever stands in them.
+            # Rows of a table have two cells, whatever they contain.
             assert not line.startswith("|") or bare.count("|") == 3, line
     assert r"\<script\>alert(1)\</script\>" in note and r"\[x\](javascript:alert(1))" in note
 

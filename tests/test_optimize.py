@@ -265,7 +265,7 @@ def test_trials_have_all_user_attributes() -> None:
     assert np.isfinite([*attributes["train_loss"], *attributes["validation_loss"]]).all()
     assert attributes["best_value"] == trial.value == max(trial.intermediate_values.values())
     assert trial.intermediate_values[attributes["best_epoch"]] == trial.value
-    assert list(trial.intermediate_values) == [1, 2, 3, 4]  # a step is an epoch
+    assert list(trial.intermediate_values) == [1, 2, 3, 4]  # one step per epoch
     assert attributes["weights"] == 3 * 16 + 16 + 16 * 2 + 2
     assert attributes["seconds"] >= 0
     assert attributes["cause"] == "finished"
@@ -302,13 +302,13 @@ def test_early_stopped_trial_is_complete_with_its_best_value() -> None:
 
 @pytest.mark.parametrize("cohort_size", [None, 1, 4])
 def test_same_seed_gives_the_same_study(cohort_size: int | None) -> None:
-    wishes: dict[str, Any] = {"n_trials": 6, "pruner": None, "cohort_size": cohort_size}
-    first, second = tune(**wishes, seed=5), tune(**wishes, seed=5)
+    options: dict[str, Any] = {"n_trials": 6, "pruner": None, "cohort_size": cohort_size}
+    first, second = tune(**options, seed=5), tune(**options, seed=5)
     assert courses(first) == courses(second)
     assert first.predict_proba(classes()[0]).tolist() == (
         second.predict_proba(classes()[0]).tolist()
     )
-    other = tune(**wishes, seed=6)
+    other = tune(**options, seed=6)
     assert courses(other) != courses(first)
     assert trials(other)[1].params != trials(first)[1].params
 
@@ -327,10 +327,10 @@ def test_global_random_generators_have_no_effect() -> None:
 def test_callbacks_are_called_once_per_trial() -> None:
     calls: list[tuple[str, int, TrialState]] = []
 
-    def note(name: str) -> Callable[[optuna.Study, FrozenTrial], None]:
+    def record(name: str) -> Callable[[optuna.Study, FrozenTrial], None]:
         return lambda study, trial: calls.append((name, trial.number, trial.state))
 
-    result = tune(callbacks=[note("a"), note("b")], n_trials=5, cohort_size=2, pruner=None)
+    result = tune(callbacks=[record("a"), record("b")], n_trials=5, cohort_size=2, pruner=None)
     for name in ("a", "b"):
         called = sorted(number for n, number, _ in calls if n == name)
         assert called == [0, 1, 2, 3, 4]
@@ -354,7 +354,7 @@ def test_progress_bar_shows_trials_and_best_value(
 def test_timeout_alone_ends_a_study() -> None:
     result = tune(n_trials=None, timeout=1)
     assert len(trials(result)) > 3
-    assert TrialState.RUNNING not in states(result)  # what never began may wait for another call
+    assert TrialState.RUNNING not in states(result)  # others may be waiting for the next call
 
 
 def test_networks_are_on_the_given_device() -> None:

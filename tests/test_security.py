@@ -144,7 +144,7 @@ PASSWORDS = (
 PIECES = ("hunt", "hünt", "er2")
 
 
-def said(error: BaseException | None) -> Iterator[str]:
+def messages(error: BaseException | None) -> Iterator[str]:
     """Return the messages of an error and of its causes."""
     while error is not None:
         yield str(error)
@@ -174,7 +174,7 @@ def test_storage_errors_do_not_contain_the_password(url: str, password: str) -> 
         with pytest.raises(ValueError, match="must be one that can be written") as caught:
             open_storage(url.format(written))
         assert "\n" not in str(caught.value)
-        for text in said(caught.value):
+        for text in messages(caught.value):
             assert not any(piece in text for piece in PIECES), text
 
 

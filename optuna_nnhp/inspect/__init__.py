@@ -1,1 +1,1 @@
-"""Results, figures and notes: they read a study and never change its course."""
+"""Read a finished or running study: result, replay, figures, HTML page, notes."""

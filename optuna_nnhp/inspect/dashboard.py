@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial
 from optuna_nnhp.inspect.figures import plot_learning_curves
 from optuna_nnhp.inspect.figures import plot_learning_rate
 from optuna_nnhp.inspect.replicates import replicated_trials
-from optuna_nnhp.inspect.schedules import plot_schedules
+from optuna_nnhp.inspect.schedule_figure import plot_schedules
 from optuna_nnhp.inspect.summary import GENERATED_TEXT
 from optuna_nnhp.inspect.summary import find_best_trial
 from optuna_nnhp.inspect.summary import format_value

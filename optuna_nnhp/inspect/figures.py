@@ -22,7 +22,7 @@ from optuna_nnhp.inspect.plot_style import apply_style
 from optuna_nnhp.inspect.plot_style import escape_markup
 from optuna_nnhp.inspect.plot_style import robust_range
 from optuna_nnhp.inspect.plot_style import round_to_five_digits
-from optuna_nnhp.inspect.schedules import plot_schedules
+from optuna_nnhp.inspect.schedule_figure import plot_schedules
 from optuna_nnhp.inspect.summary import best_value
 from optuna_nnhp.inspect.summary import epoch_axis_title
 from optuna_nnhp.inspect.summary import finite_reports

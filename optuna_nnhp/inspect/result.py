@@ -22,6 +22,7 @@ from optuna_nnhp.inspect.replay import replay_trial
 from optuna_nnhp.inspect.replay import retrain_trial
 from optuna_nnhp.inspect.replay import with_trial_seed
 from optuna_nnhp.inspect.replicates import replicates_dataframe
+from optuna_nnhp.inspect.schedules import schedule_dataframe
 from optuna_nnhp.inspect.summary import find_best_trial
 from optuna_nnhp.study.running import member_at_best_round
 from optuna_nnhp.templates.base import Template
@@ -119,8 +120,6 @@ class Result:
             >>> result.schedule["epoch"].tolist()
             [0, 1, 2, 3]
         """
-        from optuna_nnhp.inspect.schedules import schedule_dataframe  # imports plotly
-
         return schedule_dataframe(self.study, self.best_trial)
 
     @property

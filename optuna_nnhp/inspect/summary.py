@@ -43,7 +43,6 @@ MAIN_PARAMETERS = (
 )
 # Attribute of a study of language models: a text that its best model generated, and its trial.
 GENERATED_TEXT = "generated_text"
-MAX_EXPONENT = 700.0  # larger arguments overflow math.exp
 
 
 def format_value(value: object) -> str:

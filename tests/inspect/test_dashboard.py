@@ -276,7 +276,7 @@ def test_requests_are_answered_in_parallel_until_ctrl_c(
     url, process = served
     assert url.startswith("http://127.0.0.1:") and url.endswith("/dashboard/studies/0")
     port = int(url.split(":")[2].split("/")[0])
-    # A client that connects and says nothing would hold up a server of one thread.
+    # A client that connects and sends nothing would block a server with one thread.
     api = f"http://127.0.0.1:{port}/api/studies"
     with socket.create_connection(("127.0.0.1", port)), urlopen(api, timeout=20) as answer:
         assert json.load(answer)["study_summaries"][0]["study_name"] == "digits"

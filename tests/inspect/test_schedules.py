@@ -20,7 +20,7 @@ from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
 from optuna_nnhp.inspect.figures import figures
 from optuna_nnhp.inspect.html_page import save_html
-from optuna_nnhp.inspect.schedules import plot_schedules
+from optuna_nnhp.inspect.schedule_figure import plot_schedules
 from optuna_nnhp.inspect.schedules import schedule_dataframe
 from optuna_nnhp.inspect.schedules import schedule_of
 from optuna_nnhp.inspect.summary import summary
@@ -158,7 +158,7 @@ def test_parameters_of_any_type_and_name_are_drawn() -> None:
 
 def test_axis_of_language_models_is_the_share_of_the_budget(study: optuna.Study) -> None:
     assert plot_schedules(study).layout.xaxis.title.text == "epoch"
-    study.set_user_attr("task", "language")
+    study.set_user_attr("template", "gpt")
     assert plot_schedules(study).layout.xaxis.title.text == "share of the budget"
 
 

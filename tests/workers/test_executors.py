@@ -96,7 +96,7 @@ def test_two_processes_share_a_study(
     best = result.best_trial.number
     assert [p.name for p in folder.rglob("trial-*.safetensors")] == [f"trial-{best}.safetensors"]
     assert result.replay().is_exact
-    # The same call again has nothing to do, and more trials go on with the study.
+    # The same call again does nothing; a call with more trials resumes the study.
     again = tune(X, Y, storage=storage, n_trials=13, workers=2, executor=pool, **options)
     assert (len(trials(again)), again.best_value) == (13, result.best_value)
     more = tune(X, Y, storage=storage, n_trials=15, workers=2, executor=pool, **options)
