@@ -1,4 +1,4 @@
-"""Whether a storage answers: what is an outage and what an error, and when to try again."""
+"""Tells outages of a storage from errors, and when to call it again."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 Answer = TypeVar("Answer")
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds from one attempt to the next
-ANSWERS = (KeyError, UpdateFinishedTrialError, DuplicatedStudyError)  # only a storage says so
-LONGEST_REASON = 300  # letters
-# What SQLAlchemy calls errors of the question, not of the database.
-REAL = ("IntegrityError", "DataError", "ProgrammingError", "NotSupportedError")
-STALE = ("40001", "40P01")  # PostgreSQL: two were in each other's way, and this one gave up
+FIRST_PAUSE, MAX_PAUSE = 1.0, 30.0  # seconds between attempts
+# Errors that only a storage that answers raises.
+ANSWERS = (KeyError, UpdateFinishedTrialError, DuplicatedStudyError)
+MAX_REASON_LENGTH = 300  # letters
+# SQLAlchemy's errors of a query, not of the database.
+QUERY_ERRORS = ("IntegrityError", "DataError", "ProgrammingError", "NotSupportedError")
+CONFLICTS = ("40001", "40P01")  # PostgreSQL: one of two conflicting transactions was cancelled
 
 
 class StorageUnavailable(RuntimeError):
-    """The storage does not answer now, and nothing is kept here that would do instead.
+    """The storage does not answer, and nothing in memory can be used instead.
 
     The text says why, without any password. Try again later: see
     `BufferedStorage.wait_until_available`.
@@ -36,18 +37,17 @@ class StorageUnavailable(RuntimeError):
 
 
 class CircuitBreaker:
-    """Asks a storage, and once it does not answer only when the time has come.
+    """Calls a storage; after an outage it refuses calls until the next attempt is due.
 
-    The pause before the next attempt doubles from 1 to 30 seconds. There is no sleeping: before
-    its time a question is refused at once.
+    The pause before the next attempt doubles from 1 to 30 seconds. It does not sleep.
 
     Args:
         url:
             The storage's URL, so that its password can be hidden.
 
     Example:
-        >>> reach = CircuitBreaker()
-        >>> reach.ask(lambda: 1 + 1)
+        >>> breaker = CircuitBreaker()
+        >>> breaker.call(lambda: 1 + 1)
         2
     """
 
@@ -55,51 +55,51 @@ class CircuitBreaker:
         self._url = url
         self._lock = threading.Lock()
         self._failures = 0
-        self._since, self._due = 0.0, 0.0
+        self._outage_began, self._retry_at = 0.0, 0.0
         self._reason: str | None = None
-        self._is_for_writing = False
+        self._needs_write = False  # only a write can end the outage
 
     @property
-    def is_up(self) -> bool:
+    def is_available(self) -> bool:
         """Whether the last attempt was answered."""
         return self._reason is None
 
     @property
-    def may_try(self) -> bool:
-        """Whether an attempt is allowed now."""
-        return self._reason is None or time.monotonic() >= self._due
+    def allows_call(self) -> bool:
+        """Whether an attempt is due now."""
+        return self._reason is None or time.monotonic() >= self._retry_at
 
     @property
-    def due(self) -> float:
-        """Clock of the next attempt."""
-        return self._due
+    def retry_at(self) -> float:
+        """Clock of the next attempt, seconds."""
+        return self._retry_at
 
-    def ask(
-        self, question: Callable[[], Answer], *, writes: bool = False, again: bool = True
+    def call(
+        self, function: Callable[[], Answer], *, writes: bool = False, retry: bool = True
     ) -> Answer:
-        """Ask the storage.
+        """Call the storage.
 
         Args:
-            question:
-                What asks it.
+            function:
+                Calls it.
             writes:
-                Whether it writes. A full disk can be read: what was found out by writing is over
-                only when something is written.
-            again:
-                Whether it may be asked once more at once, if a connection was an old one.
+                Whether it writes. A full disk can be read: an outage found by a write ends only
+                with a write.
+            retry:
+                Whether it may be called again at once if its connection was an old one.
 
         Raises:
-            StorageUnavailable: If the storage does not answer, or did not lately.
+            StorageUnavailable: If the storage does not answer, or the next attempt is not due.
         """
-        if not self.may_try:
+        if not self.allows_call:
             raise self._error()
         try:
             try:
-                answer = question()
+                answer = function()
             except Exception as error:
-                if not (again and self.is_up and is_stale(error)):
+                if not (retry and self.is_available and is_stale_connection(error)):
                     raise
-                answer = question()
+                answer = function()
         except ANSWERS:
             self._note_answer(writes)
             raise
@@ -113,36 +113,36 @@ class CircuitBreaker:
         raise self._error()  # here, so that a driver's own text is not shown above it
 
     def _error(self) -> StorageUnavailable:
-        return StorageUnavailable(f"The storage cannot be reached: {self._reason}")
+        return StorageUnavailable(f"The storage is unavailable: {self._reason}")
 
     def _note_answer(self, writes: bool) -> None:
-        if self.is_up:
+        if self.is_available:
             return
         with self._lock:
-            if self.is_up or (self._is_for_writing and not writes):
+            if self.is_available or (self._needs_write and not writes):
                 return
-            seconds = time.monotonic() - self._since
-            self._reason, self._failures, self._is_for_writing = None, 0, False
-        _logger.info(f"The storage can be reached again after {seconds:.0f} s.")
+            seconds = time.monotonic() - self._outage_began
+            self._reason, self._failures, self._needs_write = None, 0, False
+        _logger.info(f"The storage is available again after {seconds:.0f} s.")
 
     def _note_outage(self, error: Exception, writes: bool) -> None:
         with self._lock:
-            is_new, now = self.is_up, time.monotonic()
-            self._reason = reason_of(error, self._url)
-            self._is_for_writing |= writes
-            self._since = now if is_new else self._since
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures, 10))
+            is_new, now = self.is_available, time.monotonic()
+            self._reason = outage_reason(error, self._url)
+            self._needs_write |= writes
+            self._outage_began = now if is_new else self._outage_began
+            pause = min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures, 10))
             self._failures += 1
-            self._due = now + pause
+            self._retry_at = now + pause
         if is_new:
             _logger.warning(
-                f"The storage cannot be reached: {self._reason}. What runs goes on; what it "
-                "writes is kept in memory until the storage is back."
+                f"The storage is unavailable: {self._reason}. Running trials continue; their data "
+                "is kept in memory and written later."
             )
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether an error says that a storage is away, busy or full, and not that a call is wrong.
+    """Return whether an error says that a storage is away, busy or full, not that a call is wrong.
 
     Example:
         >>> is_outage(OSError("No space left on device")), is_outage(KeyError("no such study"))
@@ -151,11 +151,12 @@ def is_outage(error: BaseException) -> bool:
     cause = _cause(error)
     if isinstance(cause, OSError | StorageInternalError):
         return True
-    # Whoever raises one of these has imported its module; SQLAlchemy alone takes 0.3 s.
+    # Code that raises one of these has imported its module; SQLAlchemy alone takes 0.3 s.
     if alchemy := sys.modules.get("sqlalchemy.exc"):
-        if isinstance(cause, tuple(getattr(alchemy, name) for name in REAL)):
-            return _is_lost(cause)
-        if isinstance(cause, alchemy.DBAPIError | alchemy.TimeoutError) or _is_lost(cause):
+        if isinstance(cause, tuple(getattr(alchemy, name) for name in QUERY_ERRORS)):
+            return _is_broken_connection(cause)
+        is_database = isinstance(cause, alchemy.DBAPIError | alchemy.TimeoutError)
+        if is_database or _is_broken_connection(cause):
             return True
     for module, name in (("grpc", "RpcError"), ("redis.exceptions", "RedisError")):
         kind = getattr(sys.modules.get(module), name, None)
@@ -165,15 +166,15 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(cause, RuntimeError) and "did not possess lock" in str(cause)
 
 
-def is_stale(error: BaseException) -> bool:
-    """Whether the next attempt may do: the connection was one from before a restart."""
+def is_stale_connection(error: BaseException) -> bool:
+    """Return whether a second attempt may succeed: the connection was from before a restart."""
     cause = _cause(error)
     code = getattr(getattr(cause, "orig", None), "pgcode", None)
-    return _is_lost(cause) or code in STALE
+    return _is_broken_connection(cause) or code in CONFLICTS
 
 
-def reason_of(error: BaseException, url: str = "") -> str:
-    """An outage in one line without passwords.
+def outage_reason(error: BaseException, url: str = "") -> str:
+    """Return an outage's reason in one line without passwords.
 
     Args:
         error:
@@ -182,23 +183,24 @@ def reason_of(error: BaseException, url: str = "") -> str:
             The storage's URL, if it is known.
 
     Example:
-        >>> reason_of(OSError("cannot open postgresql://me:secret@host/db\\nCheck the host."))
+        >>> outage_reason(OSError("cannot open postgresql://me:secret@host/db\\nCheck the host."))
         'cannot open postgresql://me:***@host/db'
     """
     cause = _cause(error)
     text = str(cause)
     if callable(details := getattr(cause, "details", None)):  # gRPC's own text has many lines
         text = str(details() or text)
-    return first_line(text.strip() or type(cause).__name__, url).rstrip(" .")[:LONGEST_REASON]
+    line = first_line(text.strip() or type(cause).__name__, url)
+    return line.rstrip(" .")[:MAX_REASON_LENGTH]
 
 
-def _is_lost(cause: BaseException) -> bool:
-    """Whether SQLAlchemy says that a connection is broken, or was when it was last used."""
+def _is_broken_connection(cause: BaseException) -> bool:
+    """Return whether SQLAlchemy says that a connection is broken, or was in its last use."""
     is_follow_up = type(cause).__name__ == "PendingRollbackError"
     return is_follow_up or bool(getattr(cause, "connection_invalidated", False))
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What Optuna's own error stands for: its text is about anything that may have happened."""
+    """Return the error behind Optuna's own one, whose text fits anything."""
     is_wrapped = isinstance(error, StorageInternalError) and error.__cause__ is not None
     return error.__cause__ if is_wrapped and error.__cause__ is not None else error

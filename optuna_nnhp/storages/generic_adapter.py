@@ -1,7 +1,10 @@
-"""How any storage takes a batch of changes: call by call."""
+"""Applies operations to any other storage, call by call."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import nullcontext
 import threading
 import time
@@ -12,25 +15,33 @@ from optuna.storages import BaseStorage
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
+from optuna.trial import create_trial
 
+from optuna_nnhp.storages.operations import TOKEN
 from optuna_nnhp.storages.operations import WORKER
-from optuna_nnhp.storages.operations import Batch
-from optuna_nnhp.storages.operations import Change
+from optuna_nnhp.storages.operations import Applied
+from optuna_nnhp.storages.operations import Op
+from optuna_nnhp.storages.operations import Operation
+from optuna_nnhp.storages.operations import Outcome
+from optuna_nnhp.storages.operations import StudyAttr
+from optuna_nnhp.storages.operations import StudyCounts
+from optuna_nnhp.storages.operations import TrialLimitReached
+from optuna_nnhp.storages.operations import TrialStatus
 from optuna_nnhp.storages.operations import TrialTakenOver
-from optuna_nnhp.storages.operations import Written
-from optuna_nnhp.storages.operations import json_copy
-from optuna_nnhp.storages.operations import surplus
+from optuna_nnhp.storages.operations import check
+from optuna_nnhp.storages.operations import json_round_trip
 
-REFUSALS = (KeyError, UpdateFinishedTrialError)  # deleted, or ended by somebody else
-SETTLING = 0.2  # seconds after which the last of several owners is the one that stays
-_alone = threading.Lock()  # what is in memory is this process's only
+REJECTIONS = (KeyError, UpdateFinishedTrialError)  # a storage says: deleted, or finished
+SETTLING_TIME = 0.2  # seconds after which the last of several new owners has a trial
+_memory_lock = threading.Lock()  # only threads of this process can change what is in memory
 
 
 class GenericAdapter:
-    """Any storage, call by call.
+    """Uses Optuna's calls of a storage, one for each value.
 
-    What a trial may become depends on what it is, and another process may come in between: there
-    it is looked at afterwards, and what was too much goes back. In memory nobody comes in between.
+    Another process may change a trial between the check of a condition and the call. So takeovers
+    and the number of trials are checked again afterwards, and trials over the limit are requeued.
+    In memory one lock keeps others away.
 
     Args:
         storage:
@@ -39,33 +50,75 @@ class GenericAdapter:
 
     def __init__(self, storage: BaseStorage) -> None:
         self._storage = storage
-        self._is_ours = isinstance(storage, InMemoryStorage)
+        self._is_exclusive = isinstance(storage, InMemoryStorage)
 
-    def write(self, batch: Batch) -> Written:
-        """One call for each value, as Optuna itself does it."""
-        written = Written()
-        with _alone if self._is_ours else nullcontext():
-            for trial_id, change in batch.changes.items():
-                try:
-                    self._check_owner(trial_id, batch.owner)
-                    self._change(trial_id, change)
-                except REFUSALS as error:
-                    written.refused[trial_id] = error
-            if batch.takes:
-                self._take(batch, written)
-            if batch.claims or batch.templates:
-                self._start(batch, written)
-        return written
+    def apply(self, ops: Sequence[Operation]) -> list[Outcome]:
+        """Apply operations one by one; an error leaves those before it applied."""
+        with _memory_lock if self._is_exclusive else nullcontext():
+            counts = dict[int, StudyCounts]()
+            outcomes = [self._apply_one(op, counts) for op in ops]
+            if not self._is_exclusive:
+                self._check_takeovers(ops, outcomes)
+                self._requeue_excess(ops, outcomes)
+        return outcomes
 
-    def _check_owner(self, trial_id: int, owner: str | None) -> None:
-        """Raise if a trial is another worker's by now."""
-        if owner is not None:
-            now = self._storage.get_trial(trial_id).user_attrs.get(WORKER)
-            if now not in (None, owner):
-                raise TrialTakenOver(trial_id, now)
+    def _apply_one(self, op: Operation, counts: dict[int, StudyCounts]) -> Outcome:
+        try:
+            if isinstance(op, StudyAttr):
+                set_attr = getattr(self._storage, f"set_study_{op.kind}_attr")
+                set_attr(op.study_id, op.key, op.value)
+                return Applied()
+            return self._apply_to_trial(op, self._count(op, counts))
+        except REJECTIONS as error:
+            return error
 
-    def _change(self, trial_id: int, change: Change) -> None:
-        storage = self._storage
+    def _apply_to_trial(self, op: Op, study: StudyCounts) -> Outcome:
+        if op.limit is not None and op.starts and study.begun >= op.limit:
+            return TrialLimitReached(op.limit)
+        if op.trial_id is None:
+            outcome: Outcome = self._create(op)
+        else:
+            # The storage itself rejects changes of finished trials: one call less.
+            if op.if_owner is not None:
+                rejection = check(op, self._status(op.trial_id), study)
+                if rejection is not None:
+                    return rejection
+            try:
+                outcome = self._change(op.trial_id, op)
+            except UpdateFinishedTrialError as error:
+                return check(op, self._status(op.trial_id), study) or error
+        study.begun += op.starts and isinstance(outcome, Applied)
+        return outcome
+
+    def _count(self, op: Op, counts: dict[int, StudyCounts]) -> StudyCounts:
+        """Return the number of trials that have begun, if the operation depends on it."""
+        if op.limit is None:
+            return StudyCounts()
+        if op.study_id not in counts:
+            trials = self._storage.get_all_trials(op.study_id, deepcopy=False)
+            begun = sum(trial.state != TrialState.WAITING for trial in trials)
+            counts[op.study_id] = StudyCounts(begun, len(trials))
+        return counts[op.study_id]
+
+    def _status(self, trial_id: int) -> TrialStatus:
+        trial = self._storage.get_trial(trial_id)
+        owner, token = trial.user_attrs.get(WORKER), trial.system_attrs.get(TOKEN)
+        return TrialStatus(trial.state, owner, token)
+
+    def _create(self, op: Op) -> Outcome:
+        change = op.signed_change
+        assert change.state is not None
+        template = create_trial(
+            state=change.state, user_attrs=change.user_attrs, system_attrs=change.system_attrs
+        )
+        template.datetime_start = change.started
+        trial_id = self._storage.create_new_trial(op.study_id, template)
+        return Applied(trial_id, self._storage.get_trial_number_from_id(trial_id))
+
+    def _change(self, trial_id: int, op: Op) -> Outcome:
+        storage, change = self._storage, op.signed_change
+        if op.starts and not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+            return UpdateFinishedTrialError(f"Another process has started the trial {trial_id}.")
         for name, (value, distribution) in change.params.items():
             storage.set_trial_param(trial_id, name, value, distribution)
         for key, attribute in change.system_attrs.items():
@@ -74,60 +127,74 @@ class GenericAdapter:
             storage.set_trial_user_attr(trial_id, key, attribute)
         for step, number in change.intermediate_values.items():
             storage.set_trial_intermediate_value(trial_id, step, number)
-        if change.state is not None:
+        if change.state is not None and not op.starts:
             storage.set_trial_state_values(trial_id, change.state, change.values)
+        return Applied(trial_id)
 
-    def _take(self, batch: Batch, written: Written) -> None:
-        """Write a new owner where the old one is, and see whether it stays."""
-        mine, tried = batch.mark[WORKER], list[int]()
-        for trial_id, owner in batch.takes.items():
-            if self._is_owned(trial_id, (owner, mine)):
-                for key, value in batch.mark.items():
-                    self._storage.set_trial_user_attr(trial_id, key, value)
-                tried.append(trial_id)
-        if tried and not self._is_ours:
-            time.sleep(SETTLING)
-        written.taken += [trial_id for trial_id in tried if self._is_owned(trial_id, (mine,))]
+    def _check_takeovers(self, ops: Sequence[Operation], outcomes: list[Outcome]) -> None:
+        """Reject takeovers of trials for which another process has written its name later."""
+        taken = [
+            (place, op.trial_id, op.change.user_attrs[WORKER])
+            for place, (op, outcome) in enumerate(zip(ops, outcomes, strict=True))
+            if isinstance(op, Op) and isinstance(outcome, Applied) and op.trial_id is not None
+            if op.change.state is None and op.change.user_attrs.get(WORKER) is not None
+        ]
+        if taken:
+            time.sleep(SETTLING_TIME)
+        for place, trial_id, worker in taken:
+            owner = self._status(trial_id).owner
+            if owner != worker:
+                outcomes[place] = TrialTakenOver(trial_id, owner)
 
-    def _is_owned(self, trial_id: int, owners: tuple[str, ...]) -> bool:
-        try:
-            trial = self._storage.get_trial(trial_id)
-        except KeyError:
-            return False
-        return trial.state == TrialState.RUNNING and trial.user_attrs.get(WORKER) in owners
+    def _requeue_excess(self, ops: Sequence[Operation], outcomes: list[Outcome]) -> None:
+        """Let started trials wait again if others have started some meanwhile."""
+        for study_id, limit in {(op.study_id, op.limit) for op in ops if isinstance(op, Op)}:
+            if limit is None:
+                continue
+            started = {
+                outcome.trial_id: (place, op)
+                for place, (op, outcome) in enumerate(zip(ops, outcomes, strict=True))
+                if isinstance(op, Op) and isinstance(outcome, Applied) and op.starts
+                if (op.study_id, op.limit) == (study_id, limit)
+            }
+            trials = self._storage.get_all_trials(study_id, deepcopy=False)
+            created = {i for i, (_, op) in started.items() if op.trial_id is None}
+            for trial_id in excess_trials(trials, created, started.keys() - created, limit):
+                place, op = started[trial_id]
+                self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+                for key in op.change.user_attrs:
+                    self._storage.set_trial_user_attr(trial_id, key, None)
+                outcomes[place] = TrialLimitReached(limit)
 
-    def _start(self, batch: Batch, written: Written) -> None:
-        """Claim and create trials; those that others left no room for go back."""
-        storage, begun = self._storage, 0
-        if batch.most is not None:
-            begun = sum(t.state != TrialState.WAITING for t in self._all(batch))
-        claims, templates = batch.possible(batch.room(begun), batch.claims)
-        for trial_id in claims:
-            try:
-                if storage.set_trial_state_values(trial_id, TrialState.RUNNING):
-                    written.claimed.append(trial_id)
-                    for key, value in batch.mark.items():
-                        storage.set_trial_user_attr(trial_id, key, value)
-            except UpdateFinishedTrialError:
-                continue  # another process has run it already
-        for template in templates:
-            trial_id = storage.create_new_trial(batch.study_id, template)
-            written.created.append((trial_id, storage.get_trial_number_from_id(trial_id)))
-        back = surplus(self._all(batch), written, batch.most) if batch.most is not None else []
-        for trial_id in back:
-            storage.set_trial_state_values(trial_id, TrialState.WAITING)
-            for key in batch.mark:
-                storage.set_trial_user_attr(trial_id, key, None)
-        written.claimed = [i for i in written.claimed if i not in back]
-        written.created = [(i, number) for i, number in written.created if i not in back]
-
-    def _all(self, batch: Batch) -> list[FrozenTrial]:
-        return self._storage.get_all_trials(batch.study_id, deepcopy=False)
-
-    def read(self, study_id: int, unfinished: set[int], after: int) -> list[FrozenTrial]:
-        """All trials: such a storage keeps them in memory."""
+    def read(self, study_id: int, unfinished: set[int], last_trial_id: int) -> list[FrozenTrial]:
+        """Return all trials: such storages keep them in memory."""
         return self._storage.get_all_trials(study_id, deepcopy=False)
 
-    def frozen(self, value: Any) -> Any:
-        """The value itself if it stays in memory, else after a way through JSON."""
-        return value if self._is_ours else json_copy(value)
+    def as_stored(self, value: Any) -> Any:
+        """Return a value as it is if it stays in memory, else as JSON returns it."""
+        return value if self._is_exclusive else json_round_trip(value)
+
+
+def excess_trials(
+    trials: Iterable[FrozenTrial], created: Iterable[int], claimed: Iterable[int], limit: int
+) -> list[int]:
+    """Return the started trials that are to wait again, because a study has too many.
+
+    Of created trials those with the lower numbers stay: all processes see it the same way. Claimed
+    ones have any number, and wait again if there are too many at all.
+
+    Args:
+        trials:
+            All of the study, as they are now.
+        created:
+            Ids of the trials that this process has created.
+        claimed:
+            Ids of the WAITING trials that it has started.
+        limit:
+            Number of trials that may have begun.
+    """
+    numbers = {t._trial_id: t._number for t in trials if t.state != TrialState.WAITING}
+    begun = sorted(numbers.values())
+    late = [i for i in created if i in numbers and bisect_left(begun, numbers[i]) >= limit]
+    excess, claims = max(0, len(begun) - limit - len(late)), sorted(claimed)
+    return sorted(late) + claims[max(0, len(claims) - excess) :]

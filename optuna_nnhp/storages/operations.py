@@ -1,8 +1,7 @@
-"""What is written at once: many changes of many trials."""
+"""Conditional operations: what a storage is asked to change, and under which conditions."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -10,23 +9,28 @@ from dataclasses import dataclass
 from dataclasses import field
 from datetime import datetime
 import json
-import math
 from typing import Any
+from typing import NamedTuple
 from typing import Protocol
+from uuid import uuid4
 
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-WORKER = "worker"  # trial attribute: who trains it
-REQUEUED_BY = "requeued_by"  # attribute of a WAITING trial that has been trained in part: by whom
-PLAIN = (float, int, str, bool, type(None))  # what JSON gives back as it was
+from optuna_nnhp.storages._optuna_internals import copy_trial
+
+WORKER = "worker"  # user attribute of a trial: the worker that trains it
+REQUEUED_BY = "requeued_by"  # user attribute of a partly trained WAITING trial: its last worker
+TOKEN = "optuna_nnhp:token"  # system attribute of a trial: the last operation on its state
+UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+_JSON_SCALARS = (float, int, str, bool, type(None))  # types that JSON returns unchanged
 
 
 @dataclass
-class Change:
-    """What one trial has become since it was last written.
+class TrialChange:
+    """New values of a trial's fields.
 
     Args:
         params:
@@ -38,11 +42,13 @@ class Change:
         intermediate_values:
             By step.
         state:
-            New state, None if it is the same.
+            New state, None to keep it.
         values:
-            Values of the objectives, if there are any.
+            Values of the objectives.
+        started:
+            Start, local time.
         completed:
-            When it ended, local time.
+            End, local time.
     """
 
     params: dict[str, tuple[float, BaseDistribution]] = field(default_factory=dict)
@@ -51,135 +57,163 @@ class Change:
     intermediate_values: dict[int, float] = field(default_factory=dict)
     state: TrialState | None = None
     values: list[float] | None = None
+    started: datetime | None = None
     completed: datetime | None = None
 
-    def applied_to(self, trial: FrozenTrial) -> FrozenTrial:
-        """A copy of a trial that has changed so."""
-        changed = copied(trial)
+    def apply_to(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return a changed copy of a trial."""
+        changed = copy_trial(trial)
         for name, (value, distribution) in self.params.items():
             changed._params[name] = distribution.to_external_repr(value)
             changed._distributions[name] = distribution
         changed._user_attrs.update(self.user_attrs)
         changed._system_attrs.update(self.system_attrs)
         changed.intermediate_values.update(self.intermediate_values)
-        if self.state is not None:
-            changed.state = self.state
-        if self.values is not None:
-            changed._values = self.values
-        if self.completed is not None:
-            changed.datetime_complete = self.completed
+        changed.state = changed.state if self.state is None else self.state
+        changed._values = changed._values if self.values is None else self.values
+        changed.datetime_start = self.started or changed.datetime_start
+        changed.datetime_complete = self.completed or changed.datetime_complete
         return changed
+
+    def merged(self, later: TrialChange) -> TrialChange:
+        """Return this change followed by another one."""
+        return TrialChange(
+            params={**self.params, **later.params},
+            user_attrs={**self.user_attrs, **later.user_attrs},
+            system_attrs={**self.system_attrs, **later.system_attrs},
+            intermediate_values={**self.intermediate_values, **later.intermediate_values},
+            state=self.state if later.state is None else later.state,
+            values=self.values if later.values is None else later.values,
+            started=later.started or self.started,
+            completed=later.completed or self.completed,
+        )
 
 
 @dataclass
-class Batch:
-    """What is written at once, in this order.
+class Op:
+    """One conditional operation on one trial.
+
+    A change of state leaves the operation's token in the trial, so that an operation whose answer
+    was lost can be recognized, and repeated without harm.
 
     Args:
-        changes:
-            Of trials that run here, by trial id.
-        takes:
-            Trials that shall run here instead of with another worker: its name, by trial id.
-        claims:
-            Ids of WAITING trials that shall run here.
         study_id:
-            Study of the claimed and of the new trials.
-        templates:
-            The new trials: RUNNING or WAITING, without values.
-        mark:
-            User attributes of the trials that are taken over or claimed.
-        most:
-            How many trials of the study may have begun; None: any number.
-        owner:
-            Whose the changed trials must be still; None: there is no doubt.
-        now:
-            When the claimed trials start, local time.
+            Study of the trial.
+        trial_id:
+            The trial; None to create one.
+        change:
+            New values of its fields.
+        if_state:
+            States in which the trial is changed; in any other one the operation is rejected.
+        if_owner:
+            Workers of which one must have the trial (None: no worker); no condition if None.
+        limit:
+            Number of trials of the study that may have begun, this one included; None for any.
+        token:
+            Unique name of the operation.
+
+    Example:
+        >>> op = Op(study_id=0, trial_id=7, change=TrialChange(state=TrialState.COMPLETE))
+        >>> op.signed_change.system_attrs == {TOKEN: op.token}
+        True
     """
 
-    changes: Mapping[int, Change] = field(default_factory=dict)
-    takes: Mapping[int, str] = field(default_factory=dict)
-    claims: Sequence[int] = ()
-    study_id: int = -1
-    templates: Sequence[FrozenTrial] = ()
-    mark: Mapping[str, Any] = field(default_factory=dict)
-    most: int | None = None
-    owner: str | None = None
-    now: datetime = field(default_factory=datetime.now)
+    study_id: int
+    trial_id: int | None
+    change: TrialChange
+    if_state: tuple[TrialState, ...] = UNFINISHED
+    if_owner: tuple[str | None, ...] | None = None
+    limit: int | None = None
+    token: str = field(default_factory=lambda: uuid4().hex[:16])
+
+    @property
+    def signed_change(self) -> TrialChange:
+        """The change, with the token if it changes the state."""
+        if self.change.state is None:
+            return self.change
+        return self.change.merged(TrialChange(system_attrs={TOKEN: self.token}))
 
     @property
     def starts(self) -> bool:
-        """Whether trials shall start here."""
-        return bool(self.claims or self.takes or self.templates)
-
-    def room(self, begun: int) -> float:
-        """How many trials may start yet."""
-        return math.inf if self.most is None else max(0, self.most - begun)
-
-    def possible(self, room: float, claims: Iterable[int]) -> tuple[list[int], list[FrozenTrial]]:
-        """The claims and the new trials that there is room for.
-
-        Example:
-            >>> Batch(claims=[4, 5]).possible(1, claims=[5, 6])
-            ([5], [])
-        """
-        claimed: list[int] = []
-        for trial_id in claims:
-            if room > len(claimed):
-                claimed.append(trial_id)
-        room -= len(claimed)
-        created: list[FrozenTrial] = []
-        for template in self.templates:
-            begins = template.state != TrialState.WAITING
-            if begins and room <= 0:
-                continue
-            room -= begins
-            created.append(template)
-        return claimed, created
+        """Whether a trial begins to run."""
+        return self.change.state == TrialState.RUNNING
 
 
 @dataclass
-class Written:
-    """What became of a batch.
+class StudyAttr:
+    """A new value of a study's attribute.
 
     Args:
-        refused:
-            Why a trial's changes cannot be written any more, by its id: another process has
-            ended or deleted it, or taken it over.
-        taken:
-            Ids of the trials that this worker has now instead of the named one.
-        claimed:
-            Ids of the claimed trials that no other process has taken first.
-        created:
-            Ids and numbers of the new trials; fewer than wanted if there was no room.
+        study_id:
+            The study.
+        kind:
+            "user" or "system".
+        key:
+            Its name.
+        value:
+            Its value.
     """
 
-    refused: dict[int, Exception] = field(default_factory=dict)
-    taken: list[int] = field(default_factory=list)
-    claimed: list[int] = field(default_factory=list)
-    created: list[tuple[int, int]] = field(default_factory=list)
+    study_id: int
+    kind: str
+    key: str
+    value: Any
+
+
+@dataclass
+class Applied:
+    """The outcome of an operation that was applied.
+
+    Args:
+        trial_id:
+            The trial, -1 for an attribute of a study.
+        number:
+            Number of a created trial, else -1.
+        is_repeated:
+            Whether it had been applied before, and nothing was written now.
+    """
+
+    trial_id: int = -1
+    number: int = -1
+    is_repeated: bool = False
+
+
+Operation = Op | StudyAttr
+Outcome = Applied | Exception  # an exception says why an operation was rejected
 
 
 class TrialTakenOver(UpdateFinishedTrialError):
-    """Another worker has the trial: for this one it is over."""
+    """Another worker has taken the trial over, so that this one cannot change it any more."""
 
     def __init__(self, trial_id: int, owner: object) -> None:
-        super().__init__(f"The trial with the id {trial_id} has been taken over by {owner}.")
+        super().__init__(f"The trial with the id {trial_id} was taken over by {owner}.")
         self.owner = owner
 
 
+class TrialLimitReached(Exception):
+    """As many trials of the study have begun as its limit allows."""
+
+    def __init__(self, limit: int | None) -> None:
+        super().__init__(f"The study has reached its limit of {limit} trials.")
+
+
 class StorageAdapter(Protocol):
-    """One kind of storage."""
+    """Applies operations to one kind of storage."""
 
-    def write(self, batch: Batch) -> Written:
-        """Make a batch durable: as one transaction, if the storage can."""
+    def apply(self, ops: Sequence[Operation]) -> list[Outcome]:
+        """Apply operations in their order and make them durable.
+
+        Returns:
+            One outcome for each operation.
+        """
         ...
 
-    def read(self, study_id: int, unfinished: set[int], after: int) -> list[FrozenTrial]:
-        """Trials that may be new: at least those unfinished, and those with ids above `after`."""
+    def read(self, study_id: int, unfinished: set[int], last_trial_id: int) -> list[FrozenTrial]:
+        """Return the unfinished trials that may have changed, and all with later ids."""
         ...
 
-    def frozen(self, value: Any) -> Any:
-        """An attribute as the storage will give it back.
+    def as_stored(self, value: Any) -> Any:
+        """Return an attribute as the storage will return it.
 
         Raises:
             TypeError: If the storage cannot keep it.
@@ -187,55 +221,158 @@ class StorageAdapter(Protocol):
         ...
 
 
-def copied(trial: FrozenTrial) -> FrozenTrial:
-    """A trial that can be changed, and this one stays; three times as fast as `copy.copy`.
+class TrialStatus(NamedTuple):
+    """What the conditions of operations depend on: a trial's state, worker, and last token."""
 
-    Example:
-        >>> import optuna
-        >>> trial = optuna.trial.create_trial(value=1.0)
-        >>> copied(trial) == trial, copied(trial).params is trial.params
-        (True, False)
-    """
-    twin = FrozenTrial.__new__(FrozenTrial)
-    twin.__dict__.update(trial.__dict__)
-    twin._params = trial._params.copy()
-    twin._distributions = trial._distributions.copy()
-    twin._user_attrs = trial._user_attrs.copy()
-    twin._system_attrs = trial._system_attrs.copy()
-    twin.intermediate_values = trial.intermediate_values.copy()
-    return twin
+    state: TrialState
+    owner: object
+    token: object
 
 
-def surplus(trials: Iterable[FrozenTrial], written: Written, most: int | None) -> list[int]:
-    """Ids of started trials that go back to WAITING, as others have started some meanwhile.
+@dataclass
+class StudyCounts:
+    """Numbers of a study's trials: those that have begun (are not WAITING), and all."""
 
-    For storages in which nobody can look and write in one. Of new trials those with the lower
-    numbers stay: all see it the same way. Claimed ones have any number, and go back if there are
-    too many at all.
+    begun: int = 0
+    created: int = 0
+
+
+@dataclass
+class Plan:
+    """What a storage is to write for a list of operations.
 
     Args:
-        trials:
-            All of the study, as they are now.
-        written:
-            What this process has started.
-        most:
-            How many may have begun.
+        outcomes:
+            One for each operation.
+        changes:
+            Of trials that exist, by id.
+        new:
+            Operations that create trials.
+        study_attrs:
+            Attributes of studies.
     """
-    if most is None:
-        return []
-    begun = sorted(t._number for t in trials if t.state != TrialState.WAITING)
-    theirs = set(begun)
-    new = [(i, number) for i, number in written.created if number in theirs]
-    back = [i for i, number in new if bisect_left(begun, number) >= most]
-    over = max(0, len(begun) - most - len(back))
-    return back + written.claimed[max(0, len(written.claimed) - over) :]
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    changes: dict[int, TrialChange] = field(default_factory=dict)
+    new: list[Op] = field(default_factory=list)
+    study_attrs: list[StudyAttr] = field(default_factory=list)
+
+    def set_ids(self, ids: Iterable[int]) -> None:
+        """Note the ids of the created trials."""
+        created = (o for o in self.outcomes if isinstance(o, Applied) and o.number >= 0)
+        for outcome, trial_id in zip(created, ids, strict=True):
+            outcome.trial_id = trial_id
 
 
-def json_copy(value: Any) -> Any:
-    """A value after a way through JSON: tuples are lists, keys are texts.
+def plan(
+    ops: Sequence[Operation],
+    trials: dict[int, TrialStatus],
+    studies: Mapping[int, StudyCounts],
+) -> Plan:
+    """Check operations in their order against a storage that nobody else can change meanwhile.
+
+    Args:
+        ops:
+            The operations.
+        trials:
+            The trials of the operations that exist, by id.
+        studies:
+            The studies of which the operations create trials, limit their number, or set
+            attributes, as far as they exist.
+    """
+    planned = Plan()
+    for op in ops:
+        outcome: Outcome | None = None
+        study = studies.get(op.study_id)
+        if isinstance(op, Op):
+            trial = None if op.trial_id is None else trials.get(op.trial_id)
+            outcome = check(op, trial, study) or _accept(op, planned, trials, study)
+        elif study is None:
+            outcome = _no_study(op.study_id)
+        else:
+            planned.study_attrs.append(op)
+            outcome = Applied()
+        planned.outcomes.append(outcome)
+    return planned
+
+
+def _accept(
+    op: Op, planned: Plan, trials: dict[int, TrialStatus], study: StudyCounts | None
+) -> Applied:
+    """Add an operation to a plan; later operations depend on it."""
+    study = study or StudyCounts()
+    study.begun += op.starts
+    if op.trial_id is None:
+        study.created += 1
+        planned.new.append(op)
+        return Applied(number=study.created - 1)
+    change, now = op.signed_change, trials[op.trial_id]
+    trials[op.trial_id] = TrialStatus(
+        now.state if change.state is None else change.state,
+        change.user_attrs.get(WORKER, now.owner),
+        change.system_attrs.get(TOKEN, now.token),
+    )
+    if op.trial_id in planned.changes:
+        planned.changes[op.trial_id] = planned.changes[op.trial_id].merged(change)
+    else:
+        planned.changes[op.trial_id] = change
+    return Applied(op.trial_id)
+
+
+def check(op: Op, trial: TrialStatus | None, study: StudyCounts | None) -> Outcome | None:
+    """Check an operation's conditions.
+
+    Args:
+        op:
+            The operation.
+        trial:
+            Its trial, None if there is none.
+        study:
+            Its study; None if there is none, or its trials need not be counted.
+
+    Returns:
+        None if the operation is to be applied, else its outcome.
+    """
+    if op.trial_id is None and study is None:
+        return _no_study(op.study_id)
+    if op.trial_id is not None:
+        if trial is None:
+            return KeyError(f"There is no trial with the id {op.trial_id}.")
+        if (trial.state, trial.token) == (op.change.state, op.token):
+            return Applied(op.trial_id, is_repeated=True)
+        if trial.state not in op.if_state:
+            text = f"The trial with the id {op.trial_id} is already {trial.state.name}."
+            return UpdateFinishedTrialError(text)
+        if op.if_owner is not None and trial.owner not in op.if_owner:
+            return TrialTakenOver(op.trial_id, trial.owner)
+    if op.limit is not None and op.starts and study is not None and study.begun >= op.limit:
+        return TrialLimitReached(op.limit)
+    return None
+
+
+def _no_study(study_id: int) -> KeyError:
+    return KeyError(f"There is no study with the id {study_id}.")
+
+
+def new_trial_op(study_id: int, trial: FrozenTrial, limit: int | None = None) -> Op:
+    """Return the operation that adds a trial without parameters and values."""
+    change = TrialChange(
+        user_attrs=dict(trial.user_attrs),
+        system_attrs=dict(trial.system_attrs),
+        state=trial.state,
+        started=trial.datetime_start,
+    )
+    return Op(study_id, None, change, limit=limit)
+
+
+def json_round_trip(value: Any) -> Any:
+    """Return a value as JSON returns it: tuples become lists, keys become texts.
+
+    Raises:
+        TypeError: If JSON cannot keep it.
 
     Example:
-        >>> json_copy({1: (2.0, None)})
+        >>> json_round_trip({1: (2.0, None)})
         {'1': [2.0, None]}
     """
-    return value if type(value) in PLAIN else json.loads(json.dumps(value))
+    return value if type(value) in _JSON_SCALARS else json.loads(json.dumps(value))

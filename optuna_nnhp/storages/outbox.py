@@ -1,4 +1,4 @@
-"""What could not be written before the end: one file beside the study, and its replay."""
+"""Files with the operations that a worker could not write before its end, and their replay."""
 
 from __future__ import annotations
 
@@ -19,57 +19,74 @@ from optuna.distributions import distribution_to_json
 from optuna.distributions import json_to_distribution
 from optuna.trial import TrialState
 
-from optuna_nnhp.storages.operations import WORKER
-from optuna_nnhp.storages.operations import Batch
-from optuna_nnhp.storages.operations import Change
+from optuna_nnhp.storages.operations import Applied
+from optuna_nnhp.storages.operations import Op
+from optuna_nnhp.storages.operations import Operation
+from optuna_nnhp.storages.operations import StudyAttr
+from optuna_nnhp.storages.operations import TrialChange
 from optuna_nnhp.training.weight_files import write_atomically
 
 if TYPE_CHECKING:
     from optuna_nnhp.storages.buffered import BufferedStorage
-    from optuna_nnhp.storages.ledger import View
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-VERSION = 1  # of the file
-LONGEST_NAME = 100  # letters of a worker's name that are in the file's
+VERSION = 2  # of the file's format
+MAX_NAME_LENGTH = 100  # letters of a worker's name in the file's name
 
 
 @dataclass
-class Unsent:
-    """What one study has not got yet.
+class SavedOp:
+    """An operation in an outbox.
 
     Args:
-        changes:
-            Of its trials, by number.
-        attributes:
-            Of itself, by kind ("user" or "system") and key.
+        study:
+            Name of the study: its id may be another one in the next process.
+        op:
+            The operation.
+        number:
+            Number of its trial, None for an attribute of the study.
     """
 
-    changes: dict[int, Change] = field(default_factory=dict)
-    attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
+    study: str
+    op: Operation
+    number: int | None = None
 
 
-def path_of(folder: Path, worker: str) -> Path:
-    """The file of one worker.
+@dataclass
+class Outbox:
+    """The operations that a worker could not write, in their order.
+
+    Args:
+        worker:
+            The worker.
+        ops:
+            The operations.
+    """
+
+    worker: str
+    ops: list[SavedOp] = field(default_factory=list)
+
+
+def outbox_path(folder: Path, worker: str) -> Path:
+    """Return the file of a worker.
 
     Example:
-        >>> path_of(Path("a.models"), "host:17/../x").name
+        >>> outbox_path(Path("a.models"), "host:17/../x").name
         'outbox-host_17_.._x.json'
     """
-    plain = re.sub(r"[^\w.-]+", "_", worker)[:LONGEST_NAME]
+    plain = re.sub(r"[^\w.-]+", "_", worker)[:MAX_NAME_LENGTH]
     return folder / f"outbox-{plain}.json"
 
 
-def keep(folder: Path, worker: str, studies: Mapping[str, Unsent]) -> Path:
-    """Write a file, whole or not at all.
+def write_outbox(folder: Path, outbox: Outbox) -> Path:
+    """Write a worker's file, whole or not at all.
 
     Args:
         folder:
-            Where; it is made.
-        worker:
-            Who could not write.
-        studies:
-            What, by study name.
+            Folder of the file; it is made.
+        outbox:
+            What to write.
 
     Returns:
         The file.
@@ -79,21 +96,18 @@ def keep(folder: Path, worker: str, studies: Mapping[str, Unsent]) -> Path:
     """
     content = {
         "version": VERSION,
-        "worker": worker,
-        "studies": {name: _as_json(unsent) for name, unsent in studies.items()},
+        "worker": outbox.worker,
+        "operations": [_to_json(saved) for saved in outbox.ops],
     }
-    path = path_of(folder, worker)
+    path = outbox_path(folder, outbox.worker)
     write_atomically(
         path, json.dumps({"content": content, "checksum": _checksum(content)}, indent=1)
     )
     return path
 
 
-def load(path: Path) -> tuple[str, dict[str, Unsent]]:
-    """Read what `keep` wrote.
-
-    Returns:
-        The worker, and what it could not write, by study name.
+def read_outbox(path: Path) -> Outbox:
+    """Read what `write_outbox` has written.
 
     Raises:
         OSError: If there is no such file.
@@ -103,30 +117,30 @@ def load(path: Path) -> tuple[str, dict[str, Unsent]]:
         whole = json.loads(path.read_text(encoding="utf-8"))
         content = whole["content"]
         if whole["checksum"] != _checksum(content):
-            raise ValueError("its checksum is another one")
+            raise ValueError("its checksum is wrong")
         if content["version"] != VERSION:
             raise ValueError(f"its version is {content['version']}")
-        studies = {name: _from_json(unsent) for name, unsent in content["studies"].items()}
-        return str(content["worker"]), studies
+        worker = str(content["worker"])
+        return Outbox(worker, [_from_json(saved, worker) for saved in content["operations"]])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{path} must be a whole file of version {VERSION}, but is damaged: {error}"
         raise ValueError(reason) from error
 
 
 def replay_outbox(storage: BufferedStorage, folder: Path) -> int:
-    """Write what earlier runs could not, and delete their files.
+    """Write the operations of earlier processes' outboxes, and delete the files.
 
-    What belongs to studies of other storages stays. A trial that has ended meanwhile, or that
-    another worker has taken over, stays as it is, and a warning says so.
+    A file with operations on studies of other storages stays. A trial that has ended meanwhile, or
+    that another worker has taken over, is not changed, and a warning says so.
 
     Args:
         storage:
             The storage.
         folder:
-            Where `BufferedStorage.save_outbox` put the files.
+            Folder of the files, as given to `BufferedStorage.save_outbox`.
 
     Returns:
-        How many trials have been changed.
+        The number of trials that were changed.
 
     Raises:
         ValueError: If a file is damaged; it stays, and all others have been replayed.
@@ -135,20 +149,21 @@ def replay_outbox(storage: BufferedStorage, folder: Path) -> int:
     count, damage = 0, None
     for path in sorted(folder.glob("outbox-*.json")):
         try:
-            worker, studies = load(path)
+            outbox = read_outbox(path)
         except FileNotFoundError:  # another process has replayed it
             continue
         except ValueError as error:
             damage = error
             continue
         is_whole = True
-        for name, unsent in studies.items():
+        for name in dict.fromkeys(saved.study for saved in outbox.ops):
             try:
                 study_id = storage.get_study_id_from_name(name)
             except KeyError:
                 is_whole = False
                 continue
-            count += _replay(storage, study_id, worker, unsent)
+            ops = [saved for saved in outbox.ops if saved.study == name]
+            count += _replay(storage, study_id, Outbox(outbox.worker, ops))
         if is_whole:
             path.unlink(missing_ok=True)
     if damage is not None:
@@ -156,97 +171,90 @@ def replay_outbox(storage: BufferedStorage, folder: Path) -> int:
     return count
 
 
-def _replay(storage: BufferedStorage, study_id: int, worker: str, unsent: Unsent) -> int:
-    """Write what one study has not got; how many of its trials have changed."""
-    ledger = storage._ledger
-    with storage._lock:
-        view = storage._known(study_id)
-        ledger.sync(view)
-        changes, refused = dict[int, Change](), dict[int, str]()
-        for number, change in unsent.changes.items():
-            if (reason := _refusal(view, number, worker, change)) is not None:
-                refused[number] = reason
-            else:
-                changes[view.trials[number]._trial_id] = change
-        if changes:
-            batch = Batch(changes=changes)
-            written = ledger.reach.ask(lambda: ledger.writer.write(batch), writes=True)
-            for trial_id, error in written.refused.items():
-                if not ledger.is_written(trial_id, changes[trial_id]):
-                    refused[ledger.homes[trial_id][1]] = str(error)
-        for number, reason in refused.items():
-            if reason:
-                _logger.warning(f"What {worker} did in trial {number} is lost: {reason}.")
-        storage.notes |= {(study_id, *key): value for key, value in unsent.attributes.items()}
-        storage.send_notes()
-        storage.refresh()
-    return len(unsent.changes) - len(refused)
+def _replay(storage: BufferedStorage, study_id: int, outbox: Outbox) -> int:
+    """Write the operations on one study; return how many trials were changed."""
+    storage.refresh()
+    found, lost = list[SavedOp](), dict[int, object]()
+    for saved in outbox.ops:
+        saved.op.study_id = study_id
+        if isinstance(saved.op, Op) and saved.number is not None:
+            try:
+                number = saved.number
+                trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+            except KeyError as error:
+                lost[saved.number] = error.args[0]
+                continue
+            saved.op.trial_id = trial_id
+        found.append(saved)
+    outcomes = storage.write_ops([saved.op for saved in found])
+    count = 0
+    for saved, outcome in zip(found, outcomes, strict=True):
+        if saved.number is None:
+            continue
+        if isinstance(outcome, Applied):
+            count += not outcome.is_repeated
+        else:
+            lost[saved.number] = outcome
+    for number, reason in lost.items():
+        text = f"Discarded the changes of worker {outbox.worker} to trial {number}: {reason}"
+        _logger.warning(text)
+    return count
 
 
-def _refusal(view: View, number: int, worker: str, change: Change) -> str | None:
-    """Why a trial cannot change so; an empty text if it is so already, None if it can."""
-    if number >= len(view.trials):
-        return "it does not exist"
-    trial = view.trials[number]
-    if trial.state.is_finished():
-        is_same = (trial.state, trial.values) == (change.state, change.values)
-        return "" if is_same else f"it is {trial.state.name} already"
-    owner = trial.user_attrs.get(WORKER)
-    return None if owner in (None, worker) else f"{owner} has taken it over"
-
-
-def _as_json(unsent: Unsent) -> dict[str, Any]:
-    """What JSON can keep of it: numbers are as they are, also those that are none."""
-    trials = {
-        str(number): {
-            "params": {
-                name: [value, distribution_to_json(distribution)]
-                for name, (value, distribution) in change.params.items()
-            },
-            "user_attrs": change.user_attrs,
-            "system_attrs": change.system_attrs,
-            "intermediate_values": list(change.intermediate_values.items()),
-            "state": change.state and change.state.name,
-            "values": change.values,
-            "completed": change.completed and change.completed.astimezone(UTC).isoformat(),
-        }
-        for number, change in unsent.changes.items()
+def _to_json(saved: SavedOp) -> dict[str, Any]:
+    """Return an operation as JSON can keep it: with all numbers, also those that are NaN."""
+    op = saved.op
+    if isinstance(op, StudyAttr):
+        return {"study": saved.study, "kind": op.kind, "key": op.key, "value": op.value}
+    change = op.change
+    return {
+        "study": saved.study,
+        "trial": saved.number,
+        "token": op.token,
+        "params": {
+            name: [value, distribution_to_json(distribution)]
+            for name, (value, distribution) in change.params.items()
+        },
+        "user_attrs": change.user_attrs,
+        "system_attrs": change.system_attrs,
+        "intermediate_values": list(change.intermediate_values.items()),
+        "state": change.state and change.state.name,
+        "values": change.values,
+        "completed": change.completed and change.completed.astimezone(UTC).isoformat(),
     }
-    attributes = [[*key, value] for key, value in unsent.attributes.items()]
-    return {"trials": trials, "attributes": attributes}
 
 
-def _from_json(unsent: Mapping[str, Any]) -> Unsent:
-    changes = {int(number): _change(change) for number, change in unsent["trials"].items()}
-    attributes = {(_kind(kind), str(key)): value for kind, key, value in unsent["attributes"]}
-    return Unsent(changes, attributes)
+def _from_json(saved: Mapping[str, Any], worker: str) -> SavedOp:
+    """Return an operation; only a trial that is the worker's or nobody's is changed."""
+    study = str(saved["study"])
+    if "kind" in saved:
+        if saved["kind"] not in ("user", "system"):
+            raise ValueError(f"{saved['kind']!r} is no kind of attribute")
+        attr = StudyAttr(-1, saved["kind"], str(saved["key"]), saved["value"])
+        return SavedOp(study, attr)
+    change, token = _change(saved), str(saved["token"])
+    op = Op(-1, -1, change, if_owner=(None, worker), token=token)
+    return SavedOp(study, op, int(saved["trial"]))
 
 
-def _change(change: Mapping[str, Any]) -> Change:
-    state = None if change["state"] is None else TrialState[change["state"]]
-    completed = _local(change["completed"]) if change["completed"] else None
+def _change(saved: Mapping[str, Any]) -> TrialChange:
+    state = None if saved["state"] is None else TrialState[saved["state"]]
+    completed = _local(saved["completed"]) if saved["completed"] else None
     if state is not None and state.is_finished() and completed is None:
-        raise ValueError("a trial has ended without a time")  # no journal could be read any more
-    return Change(
+        raise ValueError("a trial has ended without a time")  # it would make a journal unreadable
+    values = saved["intermediate_values"]
+    return TrialChange(
         params={
             name: (float(value), json_to_distribution(text))
-            for name, (value, text) in change["params"].items()
+            for name, (value, text) in saved["params"].items()
         },
-        user_attrs=dict(change["user_attrs"]),
-        system_attrs=dict(change["system_attrs"]),
-        intermediate_values={
-            int(step): float(value) for step, value in change["intermediate_values"]
-        },
+        user_attrs=dict(saved["user_attrs"]),
+        system_attrs=dict(saved["system_attrs"]),
+        intermediate_values={int(step): float(value) for step, value in values},
         state=state,
-        values=change["values"] and [float(value) for value in change["values"]],
+        values=saved["values"] and [float(value) for value in saved["values"]],
         completed=completed,
     )
-
-
-def _kind(kind: str) -> str:
-    if kind not in ("user", "system"):
-        raise ValueError(f"{kind!r} is no kind of attribute")
-    return kind
 
 
 def _local(text: str) -> datetime:

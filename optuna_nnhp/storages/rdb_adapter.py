@@ -1,7 +1,8 @@
-"""How a database of Optuna takes many changes of many trials: as one transaction."""
+"""Applies operations to a database: one transaction, in which each table is written once."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -15,14 +16,13 @@ from typing import Any
 from optuna.distributions import BaseDistribution
 from optuna.distributions import distribution_to_json
 from optuna.exceptions import StorageInternalError
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from sqlalchemy import Connection
 from sqlalchemy import Table
 from sqlalchemy import bindparam
+from sqlalchemy import case
 from sqlalchemy import func
 from sqlalchemy import select
 from sqlalchemy.dialects import mysql
@@ -30,41 +30,48 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
+from optuna_nnhp.storages._optuna_internals import load_tables
+from optuna_nnhp.storages._optuna_internals import read_trials
+from optuna_nnhp.storages._optuna_internals import stored_intermediate_value
+from optuna_nnhp.storages._optuna_internals import stored_value
+from optuna_nnhp.storages.operations import TOKEN
 from optuna_nnhp.storages.operations import WORKER
-from optuna_nnhp.storages.operations import Batch
-from optuna_nnhp.storages.operations import Change
-from optuna_nnhp.storages.operations import TrialTakenOver
-from optuna_nnhp.storages.operations import Written
-from optuna_nnhp.storages.operations import json_copy
+from optuna_nnhp.storages.operations import Applied
+from optuna_nnhp.storages.operations import Op
+from optuna_nnhp.storages.operations import Operation
+from optuna_nnhp.storages.operations import Outcome
+from optuna_nnhp.storages.operations import Plan
+from optuna_nnhp.storages.operations import StudyAttr
+from optuna_nnhp.storages.operations import StudyCounts
+from optuna_nnhp.storages.operations import TrialChange
+from optuna_nnhp.storages.operations import TrialStatus
+from optuna_nnhp.storages.operations import json_round_trip
+from optuna_nnhp.storages.operations import plan
 
 Row = dict[str, Any]
 DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
-
-STUDIES: Table = models.StudyModel.__table__
-TRIALS: Table = models.TrialModel.__table__
-PARAMS: Table = models.TrialParamModel.__table__
-VALUES: Table = models.TrialValueModel.__table__
-REPORTS: Table = models.TrialIntermediateValueModel.__table__
-USER_ATTRS: Table = models.TrialUserAttributeModel.__table__
-SYSTEM_ATTRS: Table = models.TrialSystemAttributeModel.__table__
-# What else than the trial makes a row of a table unique.
-KEYS = (
-    (PARAMS, "param_name"),
-    (SYSTEM_ATTRS, "key"),
-    (USER_ATTRS, "key"),
-    (REPORTS, "step"),
-    (VALUES, "objective"),
+TABLES = load_tables()
+TRIALS = TABLES.trials
+# Columns that make a row of a table unique.
+UNIQUE_COLUMNS = (
+    (TABLES.params, ("trial_id", "param_name")),
+    (TABLES.system_attrs, ("trial_id", "key")),
+    (TABLES.user_attrs, ("trial_id", "key")),
+    (TABLES.intermediate_values, ("trial_id", "step")),
+    (TABLES.values, ("trial_id", "objective")),
+    (TABLES.study_user_attrs, ("study_id", "key")),
+    (TABLES.study_system_attrs, ("study_id", "key")),
 )
-SELDOM = 20  # times as long as it takes to read what others run, until it is read again
-MOST = 500  # ids in one question: SQLite has had a limit of 999
+STUDY_ATTRS = {"user": TABLES.study_user_attrs, "system": TABLES.study_system_attrs}
+FULL_READ_INTERVAL = 20  # durations of a full read, until running trials of others are read again
+MAX_IDS = 500  # in one query: SQLite has had a limit of 999
 
 
 class RdbAdapter:
-    """A database: one transaction, in which every table is written once.
+    """Writes Optuna's tables directly, in one transaction for any number of operations.
 
-    What Optuna's own calls write one by one, each with a transaction and several questions, goes
-    through the same tables. Rows that are there already are replaced, so that writing again
-    after an error is harmless.
+    Optuna's own calls write one value each, with a transaction and several queries. Rows that
+    exist are replaced, so that writing again after an error is harmless.
 
     Args:
         storage:
@@ -73,253 +80,230 @@ class RdbAdapter:
 
     def __init__(self, storage: RDBStorage) -> None:
         self._storage = storage
-        self._texts: dict[int, tuple[BaseDistribution, str]] = {}  # by id
-        # Of other trials: when all are read again, and the states they were in.
-        self._again, self._seen = -math.inf, dict[int, TrialState]()
+        self._distributions_as_json: dict[int, tuple[BaseDistribution, str]] = {}  # by id
+        self._full_read_at = -math.inf  # clock of the next reading of all unfinished trials
+        self._states_read: dict[int, TrialState] = {}  # of other workers' trials, when last read
 
-    def write(self, batch: Batch) -> Written:
-        """Write the batch and commit it.
+    def apply(self, ops: Sequence[Operation]) -> list[Outcome]:
+        """Apply operations and commit them.
 
         Raises:
             StorageInternalError: If the database fails; nothing is written then.
         """
-        written = Written()
         try:
             with self._storage.engine.begin() as connection:
                 if connection.dialect.name == "sqlite":  # else it locks at the first row it writes
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
-                # Always the study first, so that no two wait for each other.
-                begun = _begun(connection, batch) if batch.claims or batch.templates else 0
-                self._write_changes(connection, batch, written)
-                self._start(connection, batch, begun, written)
+                outcomes = self._apply(connection, ops)
         except SQLAlchemyError as error:
             raise StorageInternalError(f"The database could not be written: {error}") from error
-        if batch.takes:  # what their last owner wrote is wanted, too
-            self._again = -math.inf
-        return written
+        if any(isinstance(op, Op) and op.if_owner is not None for op in ops):
+            self._full_read_at = -math.inf  # the last owner's values of a takeover are needed
+        return outcomes
 
-    def _write_changes(self, connection: Connection, batch: Batch, written: Written) -> None:
-        """Write what has changed of the trials that are still running, and take others over."""
-        changes = batch.changes
-        states = _states(connection, sorted({*changes, *batch.takes}))
-        owners = _owners(connection, list(changes)) if batch.owner is not None else {}
-        for trial_id in changes:
-            state = states.get(trial_id)
-            owner = owners.get(trial_id, batch.owner)
-            if state is None:
-                written.refused[trial_id] = KeyError(f"There is no trial with the id {trial_id}.")
-            elif state.is_finished():
-                text = f"The trial with the id {trial_id} is {state.name} already."
-                written.refused[trial_id] = UpdateFinishedTrialError(text)
-            elif owner not in (None, batch.owner):
-                written.refused[trial_id] = TrialTakenOver(trial_id, owner)
-        if batch.takes:
-            owners = _owners(connection, list(batch.takes))
-            written.taken = [
-                trial_id
-                for trial_id, owner in batch.takes.items()
-                if states.get(trial_id) == TrialState.RUNNING
-                and owners.get(trial_id) in (owner, batch.mark[WORKER])
-            ]
-        left = {i: change for i, change in changes.items() if i not in written.refused}
-        marks = {trial_id: Change(user_attrs=dict(batch.mark)) for trial_id in written.taken}
-        self._write_rows(connection, left | marks)
-        ends = [
+    def _apply(self, connection: Connection, ops: Sequence[Operation]) -> list[Outcome]:
+        # Studies are always locked before trials, so that no two transactions wait for each other.
+        studies = _lock_studies(connection, ops)
+        planned = plan(ops, _lock_trials(connection, ops), studies)
+        rows: dict[Table, list[Row]] = defaultdict(list)
+        for attr in planned.study_attrs:
+            row = {"study_id": attr.study_id, "key": attr.key}
+            rows[STUDY_ATTRS[attr.kind]].append({**row, "value_json": json.dumps(attr.value)})
+        changes = dict(planned.changes)
+        if planned.new:
+            ids = _create_trials(connection, planned)
+            planned.set_ids(ids)
+            changes |= {i: op.signed_change for i, op in zip(ids, planned.new, strict=True)}
+        self._write_rows(connection, changes, rows)
+        _write_states(connection, planned.changes)
+        return planned.outcomes
+
+    def _write_rows(
+        self,
+        connection: Connection,
+        changes: Mapping[int, TrialChange],
+        rows: dict[Table, list[Row]],
+    ) -> None:
+        """Write parameters, attributes and values, each table with one statement."""
+        for trial_id, change in changes.items():
+            trial = {"trial_id": trial_id}
+            rows[TABLES.params] += self._param_rows(trial, change)
+            rows[TABLES.system_attrs] += _attr_rows(trial, change.system_attrs)
+            rows[TABLES.user_attrs] += _attr_rows(trial, change.user_attrs)
+            rows[TABLES.intermediate_values] += _report_rows(trial, change.intermediate_values)
+            rows[TABLES.values] += _value_rows(trial, change.values or ())
+        for table, unique in UNIQUE_COLUMNS:
+            if rows[table]:
+                _upsert(connection, table, unique, rows[table])
+
+    def _param_rows(self, trial: Row, change: TrialChange) -> Iterator[Row]:
+        for name, (value, distribution) in change.params.items():
+            text = self._as_json(distribution)
+            yield {**trial, "param_name": name, "param_value": value, "distribution_json": text}
+
+    def _as_json(self, distribution: BaseDistribution) -> str:
+        """Return a distribution as JSON; there are few of them, and many parameters."""
+        known = self._distributions_as_json.get(id(distribution))
+        if known is None:
+            known = distribution, distribution_to_json(distribution)
+            self._distributions_as_json[id(distribution)] = known
+        return known[1]
+
+    def read(self, study_id: int, unfinished: set[int], last_trial_id: int) -> list[FrozenTrial]:
+        """Return the trials that may be new: the object-relational mapper takes 1 ms for one.
+
+        Trials of other workers that have kept their state are read again so seldom that this takes
+        a twentieth of the time: a thousand workers run thousands of trials.
+        """
+        began = time.monotonic()
+        is_full = began >= self._full_read_at
+        if not is_full:
+            states, known = self._unfinished_states(study_id), self._states_read
+            unfinished = {i for i in unfinished if i not in known or states.get(i) != known[i]}
+        trials = read_trials(self._storage, study_id, unfinished, last_trial_id)
+        if is_full:
+            ended = time.monotonic()
+            share = len(unfinished) / max(1, len(trials))  # new trials are read only once
+            self._full_read_at = ended + FULL_READ_INTERVAL * (ended - began) * share
+            self._states_read.clear()
+        self._states_read.update((t._trial_id, t.state) for t in trials)
+        return trials
+
+    def _unfinished_states(self, study_id: int) -> dict[int, TrialState]:
+        unfinished = TRIALS.c.state.in_((TrialState.RUNNING, TrialState.WAITING))
+        query = select(TRIALS.c.trial_id, TRIALS.c.state)
+        with self._storage.engine.connect() as connection:
+            rows = connection.execute(query.where(TRIALS.c.study_id == study_id, unfinished))
+            return {row.trial_id: row.state for row in rows}
+
+    def as_stored(self, value: Any) -> Any:
+        """Return a value as JSON returns it."""
+        return json_round_trip(value)
+
+
+def _lock_studies(connection: Connection, ops: Sequence[Operation]) -> dict[int, StudyCounts]:
+    """Find the studies of operations; those in which trials may start are locked until the end."""
+    starting = {
+        op.study_id
+        for op in ops
+        if isinstance(op, Op) and (op.trial_id is None or op.limit is not None)
+    }
+    studies = dict[int, StudyCounts]()
+    for study_id in sorted(starting | {op.study_id for op in ops if isinstance(op, StudyAttr)}):
+        query = select(TABLES.studies.c.study_id).where(TABLES.studies.c.study_id == study_id)
+        query = query.with_for_update() if study_id in starting else query
+        if connection.execute(query).first() is None:
+            continue
+        studies[study_id] = StudyCounts()
+        if study_id in starting:
+            begun = case((TRIALS.c.state != TrialState.WAITING, TRIALS.c.trial_id))
+            counts = select(func.count(begun), func.count()).where(TRIALS.c.study_id == study_id)
+            studies[study_id] = StudyCounts(*connection.execute(counts).one())
+    return studies
+
+
+def _lock_trials(connection: Connection, ops: Sequence[Operation]) -> dict[int, TrialStatus]:
+    """Read the trials of operations, which stay so until the end of the transaction."""
+    on_trials = [(op.trial_id, op) for op in ops if isinstance(op, Op) and op.trial_id is not None]
+    states = dict[int, TrialState]()
+    for some in _in_parts(sorted({i for i, _ in on_trials})):
+        query = select(TRIALS.c.trial_id, TRIALS.c.state).where(TRIALS.c.trial_id.in_(some))
+        query = query.order_by(TRIALS.c.trial_id).with_for_update()
+        states.update({row.trial_id: row.state for row in connection.execute(query)})
+    owned = {i for i, op in on_trials if op.if_owner is not None}
+    owners = _attrs(connection, TABLES.user_attrs, WORKER, sorted(owned))
+    # A token matters only where the operation may have been applied before.
+    repeated = {i for i, op in on_trials if i in states and op.change.state == states[i]}
+    tokens = _attrs(connection, TABLES.system_attrs, TOKEN, sorted(repeated))
+    return {i: TrialStatus(s, owners.get(i), tokens.get(i)) for i, s in states.items()}
+
+
+def _attrs(
+    connection: Connection, table: Table, key: str, trial_ids: Sequence[int]
+) -> dict[int, Any]:
+    """Read an attribute of trials."""
+    found = dict[int, Any]()
+    for some in _in_parts(trial_ids):
+        query = select(table.c.trial_id, table.c.value_json)
+        rows = connection.execute(query.where(table.c.trial_id.in_(some), table.c.key == key))
+        found.update({row.trial_id: json.loads(row.value_json) for row in rows})
+    return found
+
+
+def _in_parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(ids), MAX_IDS):
+        yield ids[start : start + MAX_IDS]
+
+
+def _create_trials(connection: Connection, planned: Plan) -> list[int]:
+    """Insert trials into a study that is locked; return their ids."""
+    numbers = [o.number for o in planned.outcomes if isinstance(o, Applied) and o.number >= 0]
+    rows = [
+        {
+            "number": number,
+            "study_id": op.study_id,
+            "state": op.change.state,
+            "datetime_start": _utc(op.change.started),
+        }
+        for number, op in zip(numbers, planned.new, strict=True)
+    ]
+    connection.execute(TRIALS.insert(), rows)
+    (study_id,) = {op.study_id for op in planned.new}
+    query = select(TRIALS.c.trial_id).where(TRIALS.c.study_id == study_id)
+    query = query.where(TRIALS.c.number >= numbers[0]).order_by(TRIALS.c.number)
+    return list(connection.execute(query).scalars())
+
+
+def _write_states(connection: Connection, changes: Mapping[int, TrialChange]) -> None:
+    """Write the states and times of trials that exist."""
+    for column, starts in (("datetime_start", True), ("datetime_complete", False)):
+        rows = [
             {
                 "id": trial_id,
                 "new": change.state,
-                "end": change.completed and _utc(change.completed),
+                "time": _utc(change.started if starts else change.completed),
             }
-            for trial_id, change in left.items()
-            if change.state is not None
+            for trial_id, change in changes.items()
+            if change.state is not None and (change.state == TrialState.RUNNING) == starts
         ]
-        if ends:
+        if rows:
             update = TRIALS.update().where(TRIALS.c.trial_id == bindparam("id"))
-            update = update.values(state=bindparam("new"), datetime_complete=bindparam("end"))
-            connection.execute(update, ends)
-
-    def _write_rows(self, connection: Connection, changes: Mapping[int, Change]) -> None:
-        """Write parameters, attributes and values: each table once."""
-        rows: dict[Table, list[Row]] = {table: [] for table, _ in KEYS}
-        for trial_id, change in changes.items():
-            head = {"trial_id": trial_id}
-            rows[PARAMS] += (
-                {
-                    **head,
-                    "param_name": name,
-                    "param_value": value,
-                    "distribution_json": self._text(distribution),
-                }
-                for name, (value, distribution) in change.params.items()
-            )
-            rows[SYSTEM_ATTRS] += _attribute_rows(head, change.system_attrs)
-            rows[USER_ATTRS] += _attribute_rows(head, change.user_attrs)
-            rows[REPORTS] += _report_rows(head, change.intermediate_values)
-            rows[VALUES] += _value_rows(head, change.values or ())
-        for table, key in KEYS:
-            if rows[table]:
-                _put_rows(connection, table, key, rows[table])
-
-    def _text(self, distribution: BaseDistribution) -> str:
-        """A distribution as JSON; there are few of them, and many parameters."""
-        known = self._texts.get(id(distribution))
-        if known is None:
-            known = self._texts[id(distribution)] = (
-                distribution,
-                distribution_to_json(distribution),
-            )
-        return known[1]
-
-    def _start(self, connection: Connection, batch: Batch, begun: int, written: Written) -> None:
-        """Claim and create trials while there is room."""
-        room = batch.room(begun)
-        for trial_id in batch.claims:
-            if room > len(written.claimed) and _claim(connection, trial_id, batch.now):
-                written.claimed.append(trial_id)
-        if written.claimed and batch.mark:
-            marks = {i: Change(user_attrs=dict(batch.mark)) for i in written.claimed}
-            self._write_rows(connection, marks)
-        _, templates = batch.possible(room - len(written.claimed), ())
-        if templates:
-            written.created = self._create(connection, batch.study_id, templates)
-
-    def _create(
-        self, connection: Connection, study_id: int, templates: Sequence[FrozenTrial]
-    ) -> list[tuple[int, int]]:
-        """Insert trials, and number them while nobody else can insert any into the study."""
-        ids: list[int] = []
-        for template in templates:
-            start = _utc(template.datetime_start)
-            row = {"study_id": study_id, "state": template.state, "datetime_start": start}
-            key = connection.execute(TRIALS.insert().values(row)).inserted_primary_key
-            assert key is not None
-            ids.append(key[0])
-        same = TRIALS.c.study_id == study_id
-        before = select(func.count()).where(same, TRIALS.c.trial_id < ids[0])
-        first = connection.execute(before).scalar_one()
-        numbers = [{"id": i, "new": first + place} for place, i in enumerate(ids)]
-        update = TRIALS.update().where(TRIALS.c.trial_id == bindparam("id"))
-        connection.execute(update.values(number=bindparam("new")), numbers)
-        attributes = {
-            i: Change(user_attrs=template.user_attrs, system_attrs=template.system_attrs)
-            for i, template in zip(ids, templates, strict=True)
-        }
-        self._write_rows(connection, attributes)
-        return [(i, first + place) for place, i in enumerate(ids)]
-
-    def read(self, study_id: int, unfinished: set[int], after: int) -> list[FrozenTrial]:
-        """Only what may be new: an object-relational mapper takes 1 ms for a trial.
-
-        Others' trials that are in the state they were in are read again so seldom that it takes
-        a twentieth of the time: a thousand workers run thousands of them.
-        """
-        began = time.monotonic()
-        is_whole = began >= self._again
-        if not is_whole:
-            states = self._unfinished(study_id)
-            seen = self._seen
-            unfinished = {i for i in unfinished if i not in seen or states.get(i) != seen[i]}
-        trials = self._storage._get_trials(study_id, None, unfinished, after)
-        if is_whole:
-            ended = time.monotonic()
-            share = len(unfinished) / max(1, len(trials))  # the rest is new, and read once
-            self._again = ended + SELDOM * (ended - began) * share
-            self._seen.clear()
-        self._seen.update((t._trial_id, t.state) for t in trials)
-        return trials
-
-    def _unfinished(self, study_id: int) -> dict[int, TrialState]:
-        """States of a study's trials that run or wait, by id."""
-        going_on = TRIALS.c.state.in_((TrialState.RUNNING, TrialState.WAITING))
-        question = select(TRIALS.c.trial_id, TRIALS.c.state)
-        with self._storage.engine.connect() as connection:
-            rows = connection.execute(question.where(TRIALS.c.study_id == study_id, going_on))
-            return {row.trial_id: row.state for row in rows}
-
-    def frozen(self, value: Any) -> Any:
-        """The value after a way through JSON."""
-        return json_copy(value)
+            values: Row = {"state": bindparam("new"), column: bindparam("time")}
+            connection.execute(update.values(values), rows)
 
 
-def _states(connection: Connection, ids: Sequence[int]) -> dict[int, TrialState]:
-    """States of trials, which stay so until the end of the transaction."""
-    states: dict[int, TrialState] = {}
-    for start in range(0, len(ids), MOST):
-        some = TRIALS.c.trial_id.in_(ids[start : start + MOST])
-        question = select(TRIALS.c.trial_id, TRIALS.c.state).where(some)
-        question = question.order_by(TRIALS.c.trial_id).with_for_update()
-        states.update({row.trial_id: row.state for row in connection.execute(question)})
-    return states
-
-
-def _owners(connection: Connection, ids: Sequence[int]) -> dict[int, Any]:
-    """Who has trials that `_states` keeps as they are."""
-    owners: dict[int, Any] = {}
-    for start in range(0, len(ids), MOST):
-        some = USER_ATTRS.c.trial_id.in_(ids[start : start + MOST])
-        question = select(USER_ATTRS.c.trial_id, USER_ATTRS.c.value_json)
-        rows = connection.execute(question.where(some, USER_ATTRS.c.key == WORKER))
-        owners.update({row.trial_id: json.loads(row.value_json) for row in rows})
-    return owners
-
-
-def _begun(connection: Connection, batch: Batch) -> int:
-    """How many trials have begun, if that matters; no other can until the transaction's end."""
-    if batch.templates or batch.most is not None:
-        study = select(STUDIES.c.study_id).where(STUDIES.c.study_id == batch.study_id)
-        if connection.execute(study.with_for_update()).first() is None:
-            raise KeyError(f"There is no study with the id {batch.study_id}.")
-    if batch.most is None:
-        return 0
-    same = TRIALS.c.study_id == batch.study_id
-    begun = select(func.count()).where(same, TRIALS.c.state != TrialState.WAITING)
-    return connection.execute(begun).scalar_one()
-
-
-def _claim(connection: Connection, trial_id: int, now: datetime) -> bool:
-    """Start a WAITING trial, unless another process is the first to do so."""
-    waiting = TRIALS.c.trial_id == trial_id, TRIALS.c.state == TrialState.WAITING
-    started = {"state": TrialState.RUNNING, "datetime_start": _utc(now)}
-    return connection.execute(TRIALS.update().where(*waiting).values(started)).rowcount == 1
-
-
-def _put_rows(connection: Connection, table: Table, key: str, rows: list[Row]) -> None:
-    """Insert rows, or replace those that are there."""
-    new = [name for name in rows[0] if name not in ("trial_id", key)]
+def _upsert(
+    connection: Connection, table: Table, unique: tuple[str, ...], rows: list[Row]
+) -> None:
+    """Insert rows, or replace those that exist."""
+    columns = [name for name in rows[0] if name not in unique]
     if connection.dialect.name in ("mysql", "mariadb"):
         into = mysql.insert(table)
-        replaced = {name: into.inserted[name] for name in new}
+        replaced = {name: into.inserted[name] for name in columns}
         connection.execute(into.on_duplicate_key_update(replaced), rows)
         return
     insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     add = insert(table)
-    change = {name: add.excluded[name] for name in new}
-    connection.execute(
-        add.on_conflict_do_update(index_elements=["trial_id", key], set_=change), rows
-    )
+    change = {name: add.excluded[name] for name in columns}
+    connection.execute(add.on_conflict_do_update(index_elements=unique, set_=change), rows)
 
 
-def _attribute_rows(head: Row, attributes: Mapping[str, Any]) -> Iterator[Row]:
+def _attr_rows(trial: Row, attributes: Mapping[str, Any]) -> Iterator[Row]:
     for key, value in attributes.items():
-        yield {**head, "key": key, "value_json": json.dumps(value)}
+        yield {**trial, "key": key, "value_json": json.dumps(value)}
 
 
-def _report_rows(head: Row, values: Mapping[int, float]) -> Iterator[Row]:
-    stored = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr
+def _report_rows(trial: Row, values: Mapping[int, float]) -> Iterator[Row]:
     for step, value in values.items():
-        number, kind = stored(value)
-        yield {
-            **head,
-            "step": step,
-            "intermediate_value": number,
-            "intermediate_value_type": kind,
-        }
+        number, kind = stored_intermediate_value(value)
+        columns = {"intermediate_value": number, "intermediate_value_type": kind}
+        yield {**trial, "step": step, **columns}
 
 
-def _value_rows(head: Row, values: Sequence[float]) -> Iterator[Row]:
+def _value_rows(trial: Row, values: Sequence[float]) -> Iterator[Row]:
     for objective, value in enumerate(values):
-        number, kind = models.TrialValueModel.value_to_stored_repr(value)
-        yield {**head, "objective": objective, "value": number, "value_type": kind}
+        number, kind = stored_value(value)
+        yield {**trial, "objective": objective, "value": number, "value_type": kind}
 
 
 def _utc(time: datetime | None) -> datetime | None:

@@ -113,8 +113,8 @@ def record_environment(study: Study, problem: Problem) -> str:
     if f"{ENVIRONMENT}:{key}" not in known:
         study.set_user_attr(f"{ENVIRONMENT}:{key}", environment)
     storage = storage_of(study)
-    if isinstance(storage, BufferedStorage) and isinstance(storage._mark, TrialMetadata):
-        marks = storage._mark.attributes
+    if isinstance(storage, BufferedStorage) and isinstance(storage.trial_attrs, TrialMetadata):
+        marks = storage.trial_attrs.attributes
         marks[ENVIRONMENT] = key
         marks.pop(SEED, None)
         if known.get(SEED, problem.seed) != problem.seed:

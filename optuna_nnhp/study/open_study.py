@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage
 
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
-from optuna_nnhp.storages.lease import new_worker_name
+from optuna_nnhp.storages.liveness import new_worker_name
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.paths import safe_file_name
 from optuna_nnhp.storages.paths import safe_join
@@ -66,7 +66,7 @@ def open_study(
         ValueError: If the storage holds another study under this name.
     """
     if not isinstance(storage, BufferedStorage):
-        storage = BufferedStorage(storage, mark=TrialMetadata({WORKER: new_worker_name()}))
+        storage = BufferedStorage(storage, trial_attrs=TrialMetadata({WORKER: new_worker_name()}))
     name = study_name or problem.name
     create = functools.partial(
         optuna.create_study,
@@ -139,10 +139,10 @@ def worker_name(storage: BufferedStorage) -> str:
 
     Example:
         >>> memory = optuna.storages.InMemoryStorage()
-        >>> worker_name(BufferedStorage(memory, mark=lambda: {"worker": "me"}))
+        >>> worker_name(BufferedStorage(memory, trial_attrs=lambda: {"worker": "me"}))
         'me'
     """
-    return str(storage._mark().get(WORKER) or new_worker_name())
+    return str(storage.trial_attrs().get(WORKER) or new_worker_name())
 
 
 def _check_same(study: optuna.Study, problem: Problem) -> None:

@@ -124,7 +124,7 @@ class Recovery:
 
     def released(self) -> list[FrozenTrial]:
         """Trials that wait for somebody who goes on with them."""
-        return self.storage.released(study_id(self.study))
+        return self.storage.requeued_trials(study_id(self.study))
 
     def checkpoint(self, worker: str) -> Checkpoint | None:
         """A worker's newest checkpoint, read once for each `claim`."""
@@ -148,7 +148,7 @@ class Recovery:
             return True
         workers = {self._owner(trial) for trial in self._listed(TrialState.RUNNING)}
         leases = self.lease.read() if workers else {}
-        return any(self.lease.is_doubtful(worker, leases) for worker in workers if worker)
+        return any(self.lease.may_be_dead(worker, leases) for worker in workers if worker)
 
     def revive(
         self, claimed: Mapping[str, Sequence[FrozenTrial]], broken: Broken

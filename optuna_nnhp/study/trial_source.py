@@ -21,7 +21,7 @@ from optuna_nnhp.search.grid import GridPointsSampler
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.operations import REQUEUED_BY
-from optuna_nnhp.storages.starting import TrialLimitReached
+from optuna_nnhp.storages.operations import TrialLimitReached
 from optuna_nnhp.study._optuna_internals import is_stopped
 from optuna_nnhp.study._optuna_internals import study_id
 from optuna_nnhp.study._optuna_internals import trial_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 import copy
@@ -45,8 +46,9 @@ from sqlalchemy import Connection
 from optuna_nnhp.storages import journal_adapter
 from optuna_nnhp.storages import journal_file
 from optuna_nnhp.storages.buffered import BufferedStorage
-from optuna_nnhp.storages.operations import Batch
-from optuna_nnhp.storages.operations import Written
+from optuna_nnhp.storages.operations import Operation
+from optuna_nnhp.storages.operations import Outcome
+from optuna_nnhp.storages.write_buffer import without_token
 
 KINDS = ("memory", "journal", "sqlite")
 
@@ -108,8 +110,9 @@ class Data:
         return create_study(storage=storage, study_name="s", sampler=sampler, load_if_exists=True)
 
     def trials(self) -> list[FrozenTrial]:
-        """What anybody else sees."""
-        return optuna.load_study(storage=self.open(), study_name="s").get_trials()
+        """Return what any other process reads, without the tokens of operations."""
+        study = optuna.load_study(storage=self.open(), study_name="s")
+        return [without_token(trial) for trial in study.get_trials()]
 
     def states(self) -> str:
         return "".join(trial.state.name[0] for trial in self.trials())
@@ -152,7 +155,7 @@ def test_a_cohort_is_written_once_at_its_start_and_once_a_round(
     kind: str, tmp_path: Path, writings: list[str]
 ) -> None:
     data = Data(kind, tmp_path)
-    study = data.worker(mark=lambda: {"worker": "here"})
+    study = data.worker(trial_attrs=lambda: {"worker": "here"})
     study.get_trials()
     writings.clear()
     with deferred(study).prefetch_trials(20):
@@ -274,7 +277,7 @@ def test_workers_never_share_a_number_or_an_enqueued_trial(
 
 
 def test_what_was_reserved_and_not_asked_for_waits(data: Data) -> None:
-    study = data.worker(mark=lambda: {"worker": "here"})
+    study = data.worker(trial_attrs=lambda: {"worker": "here"})
     study.enqueue_trial({"layers": 3})
     study.enqueue_trial({"layers": 5})
     with pytest.raises(RuntimeError, match="stop"), deferred(study).prefetch_trials(4):
@@ -290,7 +293,7 @@ def test_what_was_reserved_and_not_asked_for_waits(data: Data) -> None:
     assert data.states() == "RRRWW"
     waiting = data.trials()[3]
     assert waiting.user_attrs == {"worker": None}
-    other = data.worker(mark=lambda: {"worker": "there"})
+    other = data.worker(trial_attrs=lambda: {"worker": "there"})
     trial = other.ask(SPACE)
     assert (trial.number, set(trial.params)) == (3, set(SPACE))
     deferred(other).flush()
@@ -300,7 +303,7 @@ def test_what_was_reserved_and_not_asked_for_waits(data: Data) -> None:
 
 def test_a_reservation_needs_a_count() -> None:
     storage = BufferedStorage(InMemoryStorage())
-    with pytest.raises(ValueError, match="`trials` must be at least 0, but got -1"):
+    with pytest.raises(ValueError, match="`n_trials` must be at least 0, but got -1"):
         storage.prefetch_trials(-1).__enter__()
     with pytest.raises(ValueError, match="`flush_every` must be at least 0 seconds, but got -1"):
         BufferedStorage(InMemoryStorage(), -1)
@@ -314,16 +317,16 @@ def test_what_could_not_be_written_is_written_next_time(
     with deferred(study).prefetch_trials(2):
         trial, other = study.ask(SPACE), study.ask(SPACE)
     other.report(0.5, 1)
-    writer = deferred(study)._ledger.writer
-    original = writer.write
+    adapter = deferred(study)._buffer.adapter
+    original = adapter.apply
 
-    def broken(batch: Batch) -> Written:
+    def broken(ops: Sequence[Operation]) -> list[Outcome]:
         if is_late:  # written, but the answer is lost
-            original(batch)
+            original(ops)
         raise StorageInternalError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write", broken)
+        patch.setattr(adapter, "apply", broken)
         study.tell(trial, 0.5)
         assert not deferred(study).is_available
         deferred(study).flush()
@@ -333,9 +336,9 @@ def test_what_could_not_be_written_is_written_next_time(
     assert data.states() == "CR"
     assert data.trials()[0].value == 0.5
     assert data.trials()[1].intermediate_values == {1: 0.5}
-    assert "is lost" not in log.text
-    assert log.text.count("The storage cannot be reached: the disk is full. What runs") == 1
-    assert log.text.count("The storage can be reached again after") == 1
+    assert "Discarded" not in log.text
+    assert log.text.count("The storage is unavailable: the disk is full. Running trials") == 1
+    assert log.text.count("The storage is available again after") == 1
     study.tell(other, 1.0)
     assert data.states() == "CC"
 
@@ -347,12 +350,12 @@ def test_a_batch_is_written_whole_or_not_at_all(kind: str, tmp_path: Path) -> No
     with deferred(study).prefetch_trials(2):
         trials = [study.ask(SPACE) for _ in range(2)]
     deferred(study).flush()
-    deferred(study)._ledger.change(trials[1]._trial_id).user_attrs["bad"] = {1, 2}
+    deferred(study)._buffer.change(trials[1]._trial_id).user_attrs["bad"] = {1, 2}
     with pytest.raises(TypeError), deferred(study).batch():
         for trial in trials:
             study.tell(trial, 1.0)
     assert data.states() == "RR"
-    del deferred(study)._ledger.change(trials[1]._trial_id).user_attrs["bad"]
+    del deferred(study)._buffer.change(trials[1]._trial_id).user_attrs["bad"]
     deferred(study).flush()
     assert data.states() == "CC"
 
@@ -370,7 +373,7 @@ def test_a_trial_that_somebody_else_has_ended_stays_so(
     with deferred(study).batch():
         study.tell(trials[1], 0.5)
         study.tell(trials[2], 0.5)
-    assert "What trial 1 did here since its end is lost" in log.text
+    assert "Discarded the changes to trial 1" in log.text
     study.get_trials()
     other.tell(3, state=TrialState.FAIL)
     with pytest.raises(UpdateFinishedTrialError):

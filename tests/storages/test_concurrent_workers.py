@@ -28,14 +28,12 @@ from optuna.trial import TrialState
 from optuna.trial import create_trial
 import pytest
 
-from optuna_nnhp.storages import ledger
+from optuna_nnhp.storages import write_buffer
 from optuna_nnhp.storages.buffered import BufferedStorage
-from optuna_nnhp.storages.buffered import TrialLimitReached
 from optuna_nnhp.storages.generic_adapter import GenericAdapter
-from optuna_nnhp.storages.journal_adapter import JournalAdapter
+from optuna_nnhp.storages.generic_adapter import excess_trials
+from optuna_nnhp.storages.operations import TrialLimitReached
 from optuna_nnhp.storages.operations import TrialTakenOver
-from optuna_nnhp.storages.operations import Written
-from optuna_nnhp.storages.operations import surplus
 from tests.storages.test_buffered import SPACE
 from tests.storages.test_buffered import Data
 
@@ -72,7 +70,7 @@ def opened(
         lines = Lines()
         return lambda: JournalStorage(lines)
     if kind == "calls":
-        monkeypatch.setattr("optuna_nnhp.storages.generic_adapter.SETTLING", 0.02)
+        monkeypatch.setattr("optuna_nnhp.storages.generic_adapter.SETTLING_TIME", 0.02)
         calls = Calls()
         return lambda: calls
     url = request.getfixturevalue("postgresql").url if kind == "postgresql" else ""
@@ -80,11 +78,11 @@ def opened(
 
 
 def worker(backend: BaseStorage, name: str, flush_every: float = 100.0) -> Study:
-    storage = BufferedStorage(backend, flush_every, mark=functools.partial(_mark, name))
-    writer = storage._ledger.writer
+    storage = BufferedStorage(backend, flush_every, trial_attrs=functools.partial(_mark, name))
+    adapter = storage._buffer.adapter
     if isinstance(backend, Calls):
-        assert isinstance(writer, GenericAdapter)
-        writer._is_ours = False
+        assert isinstance(adapter, GenericAdapter)
+        adapter._is_exclusive = False
     return optuna.create_study(
         storage=storage,
         study_name="s",
@@ -165,7 +163,7 @@ def test_only_what_is_still_the_named_workers_is_taken(opened: Callable[[], Base
     assert deferred(third).take_over({ids[0]: "b"}) == [ids[0]]
     states = optuna.load_study(storage=opened(), study_name="s").get_trials()
     assert [t.user_attrs.get("worker") for t in states] == ["c", "a", None]
-    with pytest.raises(ValueError, match="`mark` must give the attribute 'worker'"):
+    with pytest.raises(ValueError, match="`trial_attrs` must have the attribute 'worker'"):
         BufferedStorage(opened()).take_over({ids[0]: "c"})
 
 
@@ -180,11 +178,11 @@ def test_who_was_silent_for_long_does_not_write_to_another_workers_trial(
     deferred(first).flush()
     second.get_trials()
     assert deferred(second).take_over({trial._trial_id: "a"}) == [trial._trial_id]
-    monkeypatch.setattr(ledger, "LONG_SILENCE", -1.0)
+    monkeypatch.setattr(write_buffer, "MAX_SILENCE", -1.0)
     trial.report(0.5, 1)
     other.report(0.5, 1)
     deferred(first).flush()
-    assert "Trial 0 goes on elsewhere" in log.text
+    assert "Discarded the changes to trial 0: The trial with the id" in log.text
     for write in (
         lambda: trial.report(0.5, 2),
         lambda: trial.set_user_attr("note", 1),
@@ -238,7 +236,7 @@ def test_of_two_processes_one_gets_each_trial(
 def test_of_many_threads_one_gets_each_trial(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optuna_nnhp.storages.generic_adapter.SETTLING", 0.1)
+    monkeypatch.setattr("optuna_nnhp.storages.generic_adapter.SETTLING_TIME", 0.1)
     shared: BaseStorage | Lines = {"memory": InMemoryStorage, "lines": Lines, "calls": Calls}[
         kind
     ]()
@@ -272,7 +270,7 @@ def test_no_more_than_the_limit_begin(opened: Callable[[], BaseStorage]) -> None
     deferred(study).set_trial_limit(study._study_id, 3)
     with deferred(study).prefetch_trials(4):
         assert [study.ask(SPACE).params["layers"] for _ in range(2)] == [3, 5]
-        with pytest.raises(TrialLimitReached, match="All 3 trials have begun"):
+        with pytest.raises(TrialLimitReached, match="reached its limit of 3 trials"):
             study.ask(SPACE)
     study.enqueue_trial({"layers": 7})  # it may wait
     with pytest.raises(TrialLimitReached):
@@ -290,7 +288,7 @@ def test_no_more_than_the_limit_begin(opened: Callable[[], BaseStorage]) -> None
     assert study.ask().number == 6
     states = [t.state for t in optuna.load_study(storage=opened(), study_name="s").get_trials()]
     assert states.count(TrialState.WAITING) == 0
-    with pytest.raises(ValueError, match="`most` must be at least 0, but got -1"):
+    with pytest.raises(ValueError, match="`limit` must be at least 0, but got -1"):
         deferred(study).set_trial_limit(0, -1)
 
 
@@ -362,19 +360,17 @@ def test_what_is_too_much_waits_again(kind: str, monkeypatch: pytest.MonkeyPatch
     study.enqueue_trial({"layers": 3})
     for one in (study, other):
         deferred(one).set_trial_limit(study._study_id, 3)
-    place = JournalAdapter if kind == "lines" else GenericAdapter
-    name = "_possible" if kind == "lines" else "_all"
-    original, faster = getattr(place, name), list[Trial]()
+    original, faster = GenericAdapter._count, list[Trial]()
 
     def late(self: Any, *arguments: Any) -> Any:
         found = original(self, *arguments)
-        if self is deferred(study)._ledger.writer and not faster:
+        if self is deferred(study)._buffer.adapter and not faster:
             faster.append(Trial.__new__(Trial))
             faster[:] = [other.ask() for _ in range(2)]
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, late)
+        patch.setattr(GenericAdapter, "_count", late)
         with deferred(study).prefetch_trials(3), pytest.raises(TrialLimitReached):
             for _ in range(3):
                 study.ask()
@@ -389,10 +385,8 @@ def test_of_two_that_created_too_many_the_later_ones_give_back() -> None:
     for number, trial in enumerate(trials):
         trial._number = trial._trial_id = number
     trials[1].state = TrialState.WAITING
-    created = Written(created=[(2, 2), (4, 4)])
-    assert surplus(trials, created, 3) == [4]
-    assert surplus(trials, created, None) == []
-    assert surplus(trials, Written(created=[(2, 2)]), 3) == []
-    assert surplus(trials, Written(claimed=[0, 3]), 3) == [3]
-    assert surplus(trials, Written(claimed=[0], created=[(4, 4)]), 3) == [4]
-    assert surplus(trials, Written(created=[(1, 1)]), 0) == []  # it was added as WAITING
+    assert excess_trials(trials, [2, 4], [], 3) == [4]
+    assert excess_trials(trials, [2], [], 3) == []
+    assert excess_trials(trials, [], [0, 3], 3) == [3]
+    assert excess_trials(trials, [4], [0], 3) == [4]
+    assert excess_trials(trials, [1], [], 0) == []  # it was added as WAITING

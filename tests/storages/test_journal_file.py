@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+import errno
 import json
 import os
 from pathlib import Path
@@ -25,10 +26,10 @@ from optuna_nnhp.storages import journal_lock
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.journal_file import JournalFile
 from optuna_nnhp.storages.journal_file import append
-from optuna_nnhp.storages.journal_file import encoded
-from optuna_nnhp.storages.journal_file import mend
+from optuna_nnhp.storages.journal_file import encode
 from optuna_nnhp.storages.journal_file import open_journal
-from optuna_nnhp.storages.journal_lock import WatchedLock
+from optuna_nnhp.storages.journal_file import repair
+from optuna_nnhp.storages.journal_lock import KernelReleasedLock
 from optuna_nnhp.storages.open_storage import open_storage
 from tests.tiny import ENVIRONMENT
 
@@ -65,12 +66,12 @@ def test_a_torn_last_line_is_removed(
     torn: bytes, path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     whole = path.read_bytes()
-    assert not mend(path)
-    assert log.text.count("not finished") == 0
+    assert not repair(path)
+    assert log.text.count("unfinished") == 0
     path.write_bytes(whole + torn)
     study = optuna.load_study(storage=open_journal(path), study_name="a")
     assert study.trials == []
-    text = f"The last line of study.journal was not finished: its {len(torn)} bytes are gone."
+    text = f"Removed the unfinished last line of study.journal ({len(torn)} bytes)."
     assert text in log.text
     assert path.read_bytes() == whole
     add(path, "c")
@@ -126,7 +127,7 @@ def test_what_others_have_written_behind_a_torn_line_is_not_lost(
     for name in "cde"[:behind]:  # by a plain Optuna process that was running already
         record = {"worker_id": "y", "study_name": name, "directions": [1]}
         with path.open("ab") as file:
-            file.write(encoded([{"op_code": 0, **record}]))
+            file.write(encode([{"op_code": 0, **record}]))
     size, expected = path.stat().st_size, list("abcde"[: 2 + behind])
     if behind > 1:
         with pytest.raises(ValueError):
@@ -134,7 +135,7 @@ def test_what_others_have_written_behind_a_torn_line_is_not_lost(
     reader = reader or open_journal(path)
     assert [study.study_name for study in reader.get_all_studies()] == expected
     assert names(path) == expected
-    assert f"Line {lines + 1} of study.journal began with a torn one." in log.text
+    assert f"Removed a torn line at the start of line {lines + 1} of study.journal." in log.text
     assert path.stat().st_size == size  # so that who has read a part of it reads on
 
 
@@ -159,7 +160,7 @@ def full_disk(path: Path, free: int) -> Iterator[None]:
 
 def test_a_full_disk_leaves_whole_lines(path: Path) -> None:
     before = path.read_bytes()
-    lines = encoded([{"op_code": 2, "study_id": 9}, {"op_code": 2, "study_id": 10}])
+    lines = encode([{"op_code": 2, "study_id": 9}, {"op_code": 2, "study_id": 10}])
     with full_disk(path, 40), pytest.raises(OSError):
         append(path, lines)
     assert path.read_bytes() == before + lines[: lines.index(b"\n") + 1]
@@ -183,9 +184,9 @@ def test_a_journal_that_was_moved_away_is_not_begun_anew(path: Path) -> None:
 HOLDER = """
 import sys
 from optuna.storages.journal import JournalFileSymlinkLock
-from optuna_nnhp.storages.journal_lock import WatchedLock
+from optuna_nnhp.storages.journal_lock import KernelReleasedLock
 kind, path = sys.argv[1:]
-lock = WatchedLock(path) if kind == "watched" else JournalFileSymlinkLock(path)
+lock = KernelReleasedLock(path) if kind == "ours" else JournalFileSymlinkLock(path)
 lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
@@ -193,7 +194,7 @@ sys.stdin.read()
 
 
 @contextmanager
-def holder(path: Path, kind: str = "watched") -> Iterator[subprocess.Popen[bytes]]:
+def holder(path: Path, kind: str = "ours") -> Iterator[subprocess.Popen[bytes]]:
     """Another process that has the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, kind, str(path)],
@@ -215,29 +216,29 @@ def test_a_killed_process_does_not_keep_the_lock(
     is_reaped: bool, path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     with holder(path) as process:
-        lock = WatchedLock(str(path), patience=0.3)
+        lock = KernelReleasedLock(str(path), timeout=0.3)
         with pytest.raises(TimeoutError, match=r"study\.journal\.lock has been kept for 0 s"):
             lock.acquire()
         process.send_signal(signal.SIGKILL)
         if is_reaped:
             process.wait()
-        lock.patience = 5.0  # where plain Optuna waits for 30 s
+        lock.timeout = 5.0  # where plain Optuna waits for 30 s
         assert lock.acquire()
         lock.release()
-    assert "was left by a process that is gone" in log.text
+    assert "of a process that is gone" in log.text
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_many_that_wait_for_a_dead_process_get_the_lock_one_by_one(path: Path) -> None:
     with holder(path) as process:
-        # Who saw it dead, and comes when the next one has it already, leaves it.
-        assert not WatchedLock(str(path))._break()
+        with pytest.raises(TimeoutError):  # a lock of a living process stays
+            KernelReleasedLock(str(path), timeout=0.0).acquire()
         assert path.with_name("study.journal.lock").is_symlink()
         process.kill()
     inside, most = [], []
 
     def work(_: int) -> None:
-        with get_lock_file(WatchedLock(str(path))):
+        with get_lock_file(KernelReleasedLock(str(path))):
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.005)
@@ -250,7 +251,7 @@ def test_many_that_wait_for_a_dead_process_get_the_lock_one_by_one(path: Path) -
 
 def test_plain_optuna_and_this_exclude_each_other(path: Path) -> None:
     with holder(path, "plain"), pytest.raises(TimeoutError):
-        WatchedLock(str(path), patience=0.2).acquire()
+        KernelReleasedLock(str(path), timeout=0.2).acquire()
     path.with_name("study.journal.lock").unlink()
     held = threading.Event()
 
@@ -258,29 +259,30 @@ def test_plain_optuna_and_this_exclude_each_other(path: Path) -> None:
         with get_lock_file(JournalFileSymlinkLock(str(path))):
             held.set()
 
-    lock = WatchedLock(str(path))
+    lock = KernelReleasedLock(str(path))
     with ThreadPoolExecutor(1) as pool, get_lock_file(lock):
         pool.submit(plain)
         assert not held.wait(0.2)
     assert held.is_set()
 
 
-@pytest.mark.parametrize("kind", ["watched", "plain"])
+@pytest.mark.parametrize("kind", ["ours", "plain"])
 def test_a_lock_that_looks_the_same_for_too_long_is_nobodys(kind: str, path: Path) -> None:
     with holder(path, kind):  # it lives, but stands still
-        lock = WatchedLock(str(path), patience=0.2)
+        lock = KernelReleasedLock(str(path), timeout=0.2)
         lock.grace_period = 0.3  # type: ignore[assignment]
         with pytest.raises(TimeoutError):  # in a call that must not last, the rest in the next
             lock.acquire()
         assert lock.acquire()
-        assert not WatchedLock(str(path))._is_abandoned()
+        with pytest.raises(TimeoutError):
+            KernelReleasedLock(str(path), timeout=0.0).acquire()
         lock.release()
 
 
 def test_who_has_lost_the_lock_leaves_it_to_the_next(
     path: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    lock, link = WatchedLock(str(path)), path.with_name("study.journal.lock")
+    lock, link = KernelReleasedLock(str(path)), path.with_name("study.journal.lock")
     lock.acquire()
     link.unlink()
     link.symlink_to(path)  # a plain process took it
@@ -292,22 +294,42 @@ def test_who_has_lost_the_lock_leaves_it_to_the_next(
 def test_a_lock_works_from_anywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent.parent)
     relative = path.relative_to(path.parent.parent)
-    with get_lock_file(WatchedLock(str(relative))):
+    with get_lock_file(KernelReleasedLock(str(relative))):
         link = path.with_name("study.journal.lock")
         assert link.resolve() == path.resolve()  # plain Optuna looks at the journal through it
-        stamp = link.lstat().st_mtime_ns
-        assert journal_lock._owner_of(stamp) == journal_lock._owner()
-    assert journal_lock._owner_of(path.stat().st_mtime_ns) is None
-    assert journal_lock._owner_of(0) is None
 
 
-def test_another_machines_lock_is_not_judged() -> None:
-    here, number = journal_lock._owner()
-    assert number == os.getpid()
-    assert journal_lock._is_dead((here, 2**22 - 1))
-    assert not journal_lock._is_dead((here, number))
-    assert not journal_lock._is_dead((here ^ 1, 2**22 - 1))
-    assert not journal_lock._is_dead(None)
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_link_of_another_machine_is_not_judged(
+    is_here: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_here:
+        monkeypatch.setattr(journal_lock, "boot_id", lambda: "another machine")
+    other = KernelReleasedLock(str(path))
+    other.acquire()
+    os.close(other._file)  # as if its process had died, or were on another machine
+    monkeypatch.undo()
+    lock = KernelReleasedLock(str(path), timeout=0.1)
+    if is_here:
+        assert lock.acquire()
+        lock.release()
+    else:
+        with pytest.raises(TimeoutError):
+            lock.acquire()
+
+
+def test_a_file_system_without_flock_has_optunas_lock_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with get_lock_file(KernelReleasedLock(str(path))), pytest.raises(TimeoutError):
+        KernelReleasedLock(str(path), timeout=0.1).acquire()
+    assert KernelReleasedLock(str(path), timeout=0.1).acquire()
 
 
 WRITER = """
@@ -315,7 +337,8 @@ import sys
 import optuna
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.journal_file import open_journal
-storage = BufferedStorage(open_journal(sys.argv[1]), 0.0, mark=lambda: {"worker": sys.argv[2]})
+backend, attrs = open_journal(sys.argv[1]), {"worker": sys.argv[2]}
+storage = BufferedStorage(backend, 0.0, trial_attrs=lambda: attrs)
 study = optuna.load_study(storage=storage, study_name="a")
 print("ready", flush=True)
 while True:

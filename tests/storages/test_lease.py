@@ -6,6 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 import os
 from pathlib import Path
+import signal
 import subprocess
 import sys
 import time
@@ -17,11 +18,15 @@ from optuna.storages import InMemoryStorage
 import pytest
 
 from optuna_nnhp.storages import lease as module
+from optuna_nnhp.storages import liveness
 from optuna_nnhp.storages.lease import LEASE_PREFIX
 from optuna_nnhp.storages.lease import Lease
-from optuna_nnhp.storages.lease import machine_id
-from optuna_nnhp.storages.lease import new_worker_name
-from optuna_nnhp.storages.lease import process_id
+from optuna_nnhp.storages.liveness import is_worker_alive
+from optuna_nnhp.storages.liveness import lock_worker
+from optuna_nnhp.storages.liveness import machine_id
+from optuna_nnhp.storages.liveness import new_worker_name
+from optuna_nnhp.storages.liveness import process_id
+from optuna_nnhp.storages.liveness import unlock_worker
 from optuna_nnhp.storages.open_storage import open_storage
 from tests.tiny import ENVIRONMENT
 
@@ -53,7 +58,7 @@ def lease_of(study: optuna.Study, worker: str = "me", **options: Any) -> Lease:
 
 
 def write(study: optuna.Study, worker: str, **lease: Any) -> None:
-    lease = {"at": time.time(), "beat": 1, "machine_id": "another", "process_id": "1@1", **lease}
+    lease = {"at": time.time(), "renewals": 1, "machine_id": "another", **lease}
     study._storage.set_study_system_attr(study._study_id, LEASE_PREFIX + worker, lease)
 
 
@@ -76,20 +81,20 @@ def test_another_machine_s_worker_is_dead_once_its_lease_is_not_renewed(
     study: optuna.Study, clock: Clock
 ) -> None:
     lease = lease_of(study, duration=60.0, renewal_interval=15.0)
-    write(study, "far", renewal_interval=1)
+    write(study, "far", renewals=1)
     assert not lease.is_dead("far")
-    assert lease.is_doubtful("far")  # nobody has seen it renewed
+    assert lease.may_be_dead("far")  # nobody has seen it renewed
     wait(lease, clock, 50)
-    write(study, "far", renewal_interval=2)
+    write(study, "far", renewals=2)
     assert not lease.is_dead("far")
-    assert not lease.is_doubtful("far")
+    assert not lease.may_be_dead("far")
     wait(lease, clock, 40)
     assert not lease.is_dead("far")
-    assert lease.is_doubtful("far")  # two beats are missing
+    assert lease.may_be_dead("far")  # two renewals are missing
     wait(lease, clock, 21)
     assert lease.is_dead("far")
-    assert not lease.is_doubtful("far")
-    write(study, "far", renewal_interval=3)  # it slept
+    assert not lease.may_be_dead("far")
+    write(study, "far", renewals=3)  # it slept
     assert not lease.is_dead("far")
 
 
@@ -107,25 +112,25 @@ def test_other_clocks_do_not_matter_except_by_hours(study: optuna.Study, clock: 
 @pytest.mark.parametrize("is_old", [False, True], ids=["minutes", "hours"])
 def test_nobody_dies_of_an_outage(study: optuna.Study, clock: Clock, is_old: bool) -> None:
     lease = lease_of(study)
-    write(study, "far", renewal_interval=1)
+    write(study, "far", renewals=1)
     assert not lease.is_dead("far")
     wait(lease, clock, 15)
     # The others' clock is not moved by hand: an outage of hours is a lease that looks so old.
-    write(study, "far", renewal_interval=2, at=time.time() - 7200 * is_old)
+    write(study, "far", renewals=2, at=time.time() - 7200 * is_old)
     assert not lease.is_dead("far")
-    assert not lease.is_doubtful("far")
+    assert not lease.may_be_dead("far")
     wait(lease, clock, 15)
     with away(lease):
         for _ in range(20):
             wait(lease, clock, 15)
             assert not lease.is_dead("far")
-    assert not lease.is_dead("far")  # its next beat is still to come
-    assert lease.is_doubtful("far")
+    assert not lease.is_dead("far")  # its next renewal is still to come
+    assert lease.may_be_dead("far")
     wait(lease, clock, 29)
     assert not lease.is_dead("far")
-    write(study, "far", renewal_interval=3)
+    write(study, "far", renewals=3)
     assert not lease.is_dead("far")
-    assert not lease.is_doubtful("far")
+    assert not lease.may_be_dead("far")
     wait(lease, clock, 61)
     assert lease.is_dead("far")
 
@@ -139,7 +144,7 @@ def test_who_died_in_an_outage_is_missed(study: optuna.Study, clock: Clock, is_o
     for seconds, is_dead in ((0, False), (29, False), (2, is_old), (28, is_old), (2, True)):
         wait(lease, clock, seconds)
         assert lease.is_dead("far") == is_dead
-        assert lease.is_doubtful("far") != is_dead
+        assert lease.may_be_dead("far") != is_dead
 
 
 @pytest.mark.parametrize("is_away", [False, True])
@@ -150,8 +155,8 @@ def test_between_two_looks_renewals_tell_of_an_outage(
     write(study, "far")
     assert not lease.is_dead("far")
     storage: Any = lease.storage
-    for beat in range(20):  # it trains for five minutes, while its thread goes on
-        lease.storage = None if is_away and beat < 19 else storage  # type: ignore[assignment]
+    for renewal in range(20):  # it trains for five minutes, while its thread goes on
+        lease.storage = None if is_away and renewal < 19 else storage  # type: ignore[assignment]
         clock.now += 15
         lease._renew()
     assert lease.is_dead("far") != is_away
@@ -161,7 +166,7 @@ def test_who_is_gone_from_this_machine_is_dead_in_an_outage_too(
     study: optuna.Study, clock: Clock
 ) -> None:
     lease = lease_of(study)
-    write(study, "gone", machine_id=machine_id(), process_id=process_id())
+    write(study, "gone", machine_id=machine_id())
     lease.read()
     with away(lease):
         assert lease.is_dead("gone")
@@ -181,20 +186,20 @@ class Locked(InMemoryStorage):
 
 
 def test_the_first_writing_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AGAIN", 0.02)
+    monkeypatch.setattr(module, "FIRST_RETRY_INTERVAL", 0.02)
     storage = Locked()
     lease = lease_of(optuna.create_study(storage=storage))
     for _ in range(2):
         until = time.monotonic() + 10
         storage.left = 3
         with lease:
-            assert "beat" not in lease.read().get("me", {})
-            while "beat" not in lease.read().get("me", {}):
-                assert time.monotonic() < until  # sooner than the next beat
+            assert "renewals" not in lease.read().get("me", {})
+            while "renewals" not in lease.read().get("me", {}):
+                assert time.monotonic() < until  # sooner than the next renewal
                 time.sleep(0.01)
-            beats = lease._beats
+            renewals = lease._renewals
             time.sleep(0.1)
-            assert lease._beats == beats  # from then on a beat is one
+            assert lease._renewals == renewals  # from then on after the usual interval
 
 
 def test_who_has_ended_is_dead_at_once(study: optuna.Study) -> None:
@@ -209,8 +214,8 @@ def test_this_process_s_other_work_lives(study: optuna.Study) -> None:
     with lease_of(study, "one") as one, lease_of(study, "two") as two:
         assert not one.is_dead("two")
         assert not two.is_dead("one")
-        assert not two.is_doubtful("one")
-    write(study, "gone", machine_id=machine_id(), process_id=process_id())
+        assert not two.may_be_dead("one")
+    write(study, "gone", machine_id=machine_id())
     assert lease_of(study).is_dead("gone")
 
 
@@ -250,39 +255,97 @@ def test_a_killed_process_of_this_machine_is_dead_at_once(folder: Path) -> None:
     assert lease.is_dead("child")
 
 
-def test_a_number_that_is_used_again(study: optuna.Study) -> None:
-    number, _, started = process_id().partition("@")
-    write(study, "old", machine_id=machine_id(), process_id=f"{number}@{int(started or 0) - 5}")
-    assert lease_of(study).is_dead("old") == bool(started)
+STARTING = """
+import sys, time
+from optuna_nnhp.storages.liveness import lock_worker
+assert lock_worker(sys.argv[1])
+print("here", flush=True)
+time.sleep(60)
+"""
 
 
-def test_workers_that_were_killed_before_their_first_writing_have_no_lease(
+def test_a_worker_that_was_killed_before_it_wrote_its_lease_is_dead_at_once(
     study: optuna.Study,
 ) -> None:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    name = new_worker_name()
-    host = name.split(":")[0]
-    lease = lease_of(study)
-    assert lease.is_dead(f"{host}:{child.pid}:0123abcd")
-    assert not lease.is_dead(f"{host}:{os.getppid()}:0123abcd")
-    assert not lease.is_dead(f"elsewhere:{child.pid}:0123abcd")
-    assert lease.is_dead(name)  # an earlier process with this one's number
+    name, lease = new_worker_name(), lease_of(study)
+    child = subprocess.Popen(
+        [sys.executable, "-c", STARTING, name], stdout=subprocess.PIPE, env=ENVIRONMENT
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"here\n"
+        assert not lease.is_dead(name)
+        assert not lease.may_be_dead(name)
+        child.kill()
+    assert lease.is_dead(name)
     locked = optuna.create_study(storage=Locked())
     with lease_of(locked, name):  # it lives, and its lease is still to come
         assert not lease_of(locked).read()
         assert not lease_of(locked).is_dead(name)
 
 
-def test_workers_of_older_versions_have_no_lease(study: optuna.Study) -> None:
-    host = new_worker_name().split(":")[0]
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
+def test_a_worker_without_lease_is_dead_after_the_duration_of_one(
+    study: optuna.Study, clock: Clock
+) -> None:
     lease = lease_of(study)
-    assert lease.is_dead(f"{host}:{child.pid}")
-    assert not lease.is_dead(f"{host}:{os.getppid()}")
     assert not lease.is_dead("elsewhere:1")
-    assert not lease.is_doubtful("elsewhere:1")
+    assert lease.may_be_dead("elsewhere:1")
+    wait(lease, clock, 60)
+    assert not lease.is_dead("elsewhere:1")
+    wait(lease, clock, 1)
+    assert lease.is_dead("elsewhere:1")
+
+
+def test_a_forked_process_does_not_keep_its_parents_worker_alive() -> None:
+    name = new_worker_name()
+    child = subprocess.Popen(
+        [sys.executable, "-c", FORKING, name], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    assert child.stdout is not None
+    grandchild = int(child.stdout.readline())
+    assert is_worker_alive(name)
+    child.kill()
+    child.wait()
+    assert is_worker_alive(name) is False
+    os.kill(grandchild, signal.SIGKILL)
+    child.stdout.close()
+
+
+FORKING = """
+import os, sys, time
+from optuna_nnhp.storages.liveness import lock_worker
+assert lock_worker(sys.argv[1])
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def test_where_no_file_can_be_locked_leases_tell(
+    study: optuna.Study, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "_lock_folder", lambda: None)
+    assert not lock_worker("me")
+    unlock_worker("me")
+    with lease_of(study, "me"):
+        other = lease_of(study)
+        assert not other.is_dead("me")
+        assert other.may_be_dead("me")
+        clock.now += 100
+        assert not other.is_dead("me")  # the storage was not asked meanwhile
+        wait(other, clock, 61)
+        assert other.is_dead("me")
+
+
+def test_a_folder_of_another_user_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"optuna_nnhp-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    assert not lock_worker("me")
+    assert machine_id() == process_id()
 
 
 def test_a_storage_that_is_away_is_no_reason_to_end(study: optuna.Study) -> None:

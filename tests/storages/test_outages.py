@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Generator
+from collections.abc import Sequence
 from contextlib import contextmanager
 from contextlib import nullcontext
 from contextlib import suppress
@@ -34,16 +35,16 @@ from sqlalchemy import exc
 
 from optuna_nnhp.storages import circuit_breaker
 from optuna_nnhp.storages.buffered import BufferedStorage
-from optuna_nnhp.storages.buffered import StorageUnavailable
-from optuna_nnhp.storages.buffered import TrialLimitReached
 from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
+from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.circuit_breaker import is_outage
-from optuna_nnhp.storages.circuit_breaker import reason_of
+from optuna_nnhp.storages.circuit_breaker import outage_reason
 from optuna_nnhp.storages.journal_file import open_journal
 from optuna_nnhp.storages.lease import LEASE_PREFIX
 from optuna_nnhp.storages.lease import Lease
-from optuna_nnhp.storages.operations import Batch
-from optuna_nnhp.storages.operations import Written
+from optuna_nnhp.storages.operations import Operation
+from optuna_nnhp.storages.operations import Outcome
+from optuna_nnhp.storages.operations import TrialLimitReached
 from optuna_nnhp.study.recovery import CHECKPOINT
 from optuna_nnhp.study.recovery import Recovery
 from tests.postgresql import Database
@@ -139,7 +140,7 @@ class Place:
                 Flaky.is_down = False
 
     def worker(self, name: str = "here") -> Study:
-        storage = BufferedStorage(self.open(), 100.0, mark=lambda: {"worker": name})
+        storage = BufferedStorage(self.open(), 100.0, trial_attrs=lambda: {"worker": name})
         return optuna.create_study(storage=storage, study_name="s", load_if_exists=True)
 
     def read(self) -> Study:
@@ -190,7 +191,7 @@ def test_training_goes_on_while_the_storage_is_away(
         assert (study.best_value, study.study_name) == (0.25, "s")
         assert study.get_trials()[2].intermediate_values == {1: 0.75}
         assert not storage.wait_until_available(0.1)
-    assert "can be reached again" not in log.text
+    assert "is available again" not in log.text
     assert storage.wait_until_available(10.0)
     assert storage.is_available
     read = place.read()
@@ -204,9 +205,9 @@ def test_training_goes_on_while_the_storage_is_away(
     )
     assert first.user_attrs == {"worker": "here", "cause": "finished"}
     assert (second.value, third.intermediate_values) == (0.5, {1: 0.75})
-    assert log.text.count("What runs goes on; what it writes is kept in memory") == 1
-    assert log.text.count("The storage can be reached again after") == 1
-    assert "is lost" not in log.text
+    assert log.text.count("Running trials continue; their data is kept in memory") == 1
+    assert log.text.count("The storage is available again after") == 1
+    assert "Discarded" not in log.text
     assert "hunter2" not in log.text
     study.tell(trials[2], 1.0)
     assert study.ask().number == 3
@@ -235,9 +236,7 @@ def test_what_needs_an_answer_says_that_there_is_none(place: Place) -> None:
             lambda: other.get_study_user_attrs(study._study_id),
         ]
         for question in questions:
-            with pytest.raises(
-                StorageUnavailable, match="The storage cannot be reached: "
-            ) as caught:
+            with pytest.raises(StorageUnavailable, match="The storage is unavailable: ") as caught:
                 question()
             assert "hunter2" not in str(caught.value)
             assert caught.value.__cause__ is None
@@ -282,7 +281,7 @@ def test_a_restart_between_two_calls_is_not_even_noticed(
             assert len(study.get_trials()) == 2
         assert study.ask(SPACE).number == number
         assert deferred(study).is_available
-    assert "cannot be reached" not in log.text
+    assert "is unavailable" not in log.text
 
 
 # --- What may have been written ---
@@ -299,16 +298,16 @@ def test_a_trial_is_not_lost_between_its_start_and_the_answer(
         study.enqueue_trial({"layers": 3})
         study.enqueue_trial({"layers": 5})
     study.get_trials()
-    writer = storage._ledger.writer
-    original = writer.write
+    adapter = storage._buffer.adapter
+    original = adapter.apply
 
-    def broken(batch: Batch) -> Written:
+    def broken(ops: Sequence[Operation]) -> list[Outcome]:
         if is_late:
-            original(batch)
+            original(ops)
         raise StorageInternalError("the connection is gone")
 
     with monkeypatch.context() as patch, storage.prefetch_trials(2):
-        patch.setattr(writer, "write", broken)
+        patch.setattr(adapter, "apply", broken)
         with pytest.raises(StorageUnavailable, match="the connection is gone"):
             study.ask(SPACE)
     assert storage.wait_until_available(10.0)
@@ -332,16 +331,16 @@ def test_trials_that_were_started_after_all_are_used_first(
     study = place.worker()
     storage = deferred(study)
     study.get_trials()
-    writer = storage._ledger.writer
-    original = writer.write
+    adapter = storage._buffer.adapter
+    original = adapter.apply
 
-    def broken(batch: Batch) -> Written:
-        original(batch)
+    def broken(ops: Sequence[Operation]) -> list[Outcome]:
+        original(ops)
         raise StorageInternalError("the connection is gone")
 
     with storage.prefetch_trials(3):
         with monkeypatch.context() as patch:
-            patch.setattr(writer, "write", broken)
+            patch.setattr(adapter, "apply", broken)
             with pytest.raises(StorageUnavailable):
                 study.ask(SPACE)
         time.sleep(0.05)
@@ -368,17 +367,17 @@ def test_outages_at_random_lose_nothing(
     for layers in range(1, 4):
         study.enqueue_trial({"layers": layers})
     storage.set_trial_limit(study._study_id, 30)
-    writer, told, running = storage._ledger.writer, dict[int, float](), list[optuna.Trial]()
-    write, read = writer.write, writer.read
+    adapter, told, running = storage._buffer.adapter, dict[int, float](), list[optuna.Trial]()
+    write, read = adapter.apply, adapter.read
 
-    def failing(batch: Batch) -> Written:
+    def failing(ops: Sequence[Operation]) -> list[Outcome]:
         luck = dice.random()
         if luck < 0.3:
             raise OSError("before")
-        written = write(batch)
+        outcomes = write(ops)
         if luck < 0.6:
             raise OSError("after")
-        return written
+        return outcomes
 
     def failing_read(*arguments: Any) -> Any:
         if dice.random() < 0.3:
@@ -386,8 +385,8 @@ def test_outages_at_random_lose_nothing(
         return read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write", failing)
-        patch.setattr(writer, "read", failing_read)
+        patch.setattr(adapter, "apply", failing)
+        patch.setattr(adapter, "read", failing_read)
         for step in range(60):
             with (
                 suppress(StorageUnavailable, TrialLimitReached),
@@ -419,7 +418,7 @@ def test_outages_at_random_lose_nothing(
     assert len(begun) == 30
     assert {trial.state for trial in begun} == {TrialState.COMPLETE}
     assert [t.params["layers"] for t in trials[:3]] == [1, 2, 3]
-    assert "is lost" not in log.text
+    assert "Discarded" not in log.text
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
@@ -446,7 +445,7 @@ def test_a_commit_whose_answer_is_lost_counts(
     assert not deferred(study).is_available
     assert deferred(study).wait_until_available(10.0)
     assert (study.best_value, study.user_attrs) == (0.5, {"note": 1})
-    assert "is lost" not in log.text
+    assert "Discarded" not in log.text
     assert study.ask().number == 1
 
 
@@ -478,16 +477,16 @@ def test_a_disk_that_is_full_can_be_read(
             assert [t.state.name for t in study.get_trials()] == ["COMPLETE", "RUNNING"]
             assert not storage.is_available
         assert storage.wait_until_available(0.0) is False
-        storage._ledger.changes.clear()  # nothing to write: a question is worth it all the same
+        storage._buffer.pending.clear()  # nothing to write: a question is worth it all the same
         assert storage.wait_until_available(10.0)
         with pytest.raises(StorageUnavailable, match="No space left on device"):
             study.ask()
-    assert log.text.count("cannot be reached") == 1
+    assert log.text.count("is unavailable") == 1
     assert len(calls) < 6
     storage.wait_until_available(10.0)
     study.tell(other, 1.0)
     assert storage.wait_until_available(10.0)
-    assert "can be reached again" in log.text
+    assert "is available again" in log.text
 
 
 # --- When ---
@@ -503,15 +502,15 @@ def test_attempts_are_made_when_they_are_due(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     monkeypatch.setattr(time, "sleep", sleep)
-    storage = BufferedStorage(InMemoryStorage(), mark=lambda: {"worker": "here"})
+    storage = BufferedStorage(InMemoryStorage(), trial_attrs=lambda: {"worker": "here"})
     study = optuna.create_study(storage=storage)
     trial = study.ask(SPACE)
 
-    def broken(batch: Batch) -> Written:
+    def broken(ops: Sequence[Operation]) -> list[Outcome]:
         attempts.append(clock)
         raise OSError("no route to host")
 
-    monkeypatch.setattr(storage._ledger.writer, "write", broken)
+    monkeypatch.setattr(storage._buffer.adapter, "apply", broken)
     study.tell(trial, 1.0)
     for _ in range(1000):  # none of these sleeps, or asks
         study.set_user_attr("note", 1)
@@ -543,12 +542,12 @@ def test_an_old_connection_fails_once(log: pytest.LogCaptureFixture) -> None:
             )
         return 7
 
-    assert CircuitBreaker().ask(question) == 7
+    assert CircuitBreaker().call(question) == 7
     assert len(calls) == 2
     assert log.text == ""
     calls.clear()
     with pytest.raises(StorageUnavailable, match="gone"):
-        CircuitBreaker().ask(question, again=False)
+        CircuitBreaker().call(question, retry=False)
 
 
 # --- What is an outage ---
@@ -600,7 +599,7 @@ def test_outages_and_errors_are_told_apart(error: Exception, expected: bool) -> 
         raise error
 
     with pytest.raises(StorageUnavailable if expected else type(error)):
-        CircuitBreaker().ask(question)
+        CircuitBreaker().call(question)
 
 
 @pytest.mark.parametrize(
@@ -618,7 +617,7 @@ def test_drivers_that_may_not_be_installed(
     setattr(fake, name, Failed)
     monkeypatch.setitem(sys.modules, module, fake)
     assert is_outage(Failed())
-    assert reason_of(Failed()) == "failed to connect to postgresql://me:***@host/db"
+    assert outage_reason(Failed()) == "failed to connect to postgresql://me:***@host/db"
 
 
 def test_errors_are_raised_as_ever(place: Place) -> None:
@@ -646,17 +645,17 @@ def test_errors_are_raised_as_ever(place: Place) -> None:
 
 
 def test_an_answer_that_is_no_is_an_answer(log: pytest.LogCaptureFixture) -> None:
-    place, errors = CircuitBreaker(), [OSError("away"), KeyError("no such study")]
+    breaker, errors = CircuitBreaker(), [OSError("away"), KeyError("no such study")]
 
     def question() -> None:
         raise errors.pop(0)
 
     with pytest.raises(StorageUnavailable):
-        place.ask(question)
-    place._due = -math.inf
+        breaker.call(question)
+    breaker._retry_at = -math.inf
     with pytest.raises(KeyError):
-        place.ask(question)
-    assert place.is_up
+        breaker.call(question)
+    assert breaker.is_available
 
 
 def test_a_note_of_a_study_that_was_deleted_meanwhile_is_dropped(
@@ -668,7 +667,7 @@ def test_a_note_of_a_study_that_was_deleted_meanwhile_is_dropped(
         study.set_user_attr("note", 1)
     optuna.delete_study(storage=place.open(), study_name="s")
     assert deferred(study).wait_until_available(10.0)
-    assert "The attribute 'note' is of a study that is no more." in log.text
+    assert "Discarded the attribute 'note' of a study" in log.text
 
 
 def test_passwords_are_hidden_wherever_a_driver_puts_them(log: pytest.LogCaptureFixture) -> None:
@@ -676,6 +675,6 @@ def test_passwords_are_hidden_wherever_a_driver_puts_them(log: pytest.LogCapture
         raise OSError("FATAL: no user with password hunter2 at host\nDETAIL: hunter2")
 
     with pytest.raises(StorageUnavailable) as caught:
-        CircuitBreaker(SECRET).ask(question)
+        CircuitBreaker(SECRET).call(question)
     assert "hunter2" not in str(caught.value) + log.text
-    assert reason_of(OSError()) == "OSError"
+    assert outage_reason(OSError()) == "OSError"

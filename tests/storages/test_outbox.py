@@ -15,12 +15,14 @@ import pytest
 
 from optuna_nnhp.storages import circuit_breaker
 from optuna_nnhp.storages.buffered import BufferedStorage
-from optuna_nnhp.storages.buffered import StorageUnavailable
-from optuna_nnhp.storages.operations import Change
-from optuna_nnhp.storages.outbox import Unsent
-from optuna_nnhp.storages.outbox import keep
-from optuna_nnhp.storages.outbox import load
+from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
+from optuna_nnhp.storages.operations import Op
+from optuna_nnhp.storages.operations import TrialChange
+from optuna_nnhp.storages.outbox import Outbox
+from optuna_nnhp.storages.outbox import SavedOp
+from optuna_nnhp.storages.outbox import read_outbox
 from optuna_nnhp.storages.outbox import replay_outbox
+from optuna_nnhp.storages.outbox import write_outbox
 from tests.storages.test_buffered import SPACE
 from tests.storages.test_outages import KINDS
 from tests.storages.test_outages import Place
@@ -104,7 +106,7 @@ def test_the_next_run_writes_what_was_kept(
             assert trial.datetime_complete == expected.datetime_complete
     assert same(trials[0].user_attrs["odd"], ODD)
     assert study.get_trials()[0].value == 0.1
-    assert "lost" not in log.text
+    assert "Discarded" not in log.text
     assert replay_outbox(deferred(study), box) == 0
     # It is still the dead worker's, and can be taken over with all it has.
     assert deferred(study).take_over({trials[3]._trial_id: "host:17:ab"}) == [trials[3]._trial_id]
@@ -121,9 +123,9 @@ def test_what_has_ended_elsewhere_stays_so(
     third = study.get_trials()[3]._trial_id
     assert deferred(study).take_over({third: "host:17:ab"}) == [third]
     assert replay_outbox(deferred(study), box) == 2
-    text = "What host:17:ab did in trial 0 is lost: it is COMPLETE already."
-    assert log.text.count(text) == 1
-    assert "What host:17:ab did in trial 3 is lost: other has taken it over." in log.text
+    discarded = "Discarded the changes of worker host:17:ab to trial {}: The trial with the id"
+    assert log.text.count(discarded.format(0)) == log.text.count("is already COMPLETE") == 1
+    assert discarded.format(3) in log.text and "was taken over by other." in log.text
     trials = read(place)[1]
     assert (trials[0].value, trials[0].intermediate_values) == (0.5, {})
     assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
@@ -139,7 +141,7 @@ def test_what_was_written_after_all_is_not_written_again(
     replay_outbox(deferred(study), box)
     path.write_text(text, encoding="utf-8")  # killed before the file was deleted
     assert replay_outbox(deferred(study), box) == 1  # the one that runs
-    assert "is lost" not in log.text
+    assert "Discarded" not in log.text
 
 
 def test_a_file_goes_if_the_storage_comes_back_in_time(place: Place, box: Path) -> None:
@@ -180,8 +182,13 @@ def storage(tmp_path: Path, request: pytest.FixtureRequest) -> BufferedStorage:
     return deferred(place.worker("c"))
 
 
-def ended(value: float) -> Unsent:
-    return Unsent({0: Change(state=TrialState.COMPLETE, values=[value], completed=NOON)})
+def saved(change: TrialChange, number: int = 0, study: str = "s") -> SavedOp:
+    return SavedOp(study, Op(-1, -1, change), number)
+
+
+def ended(value: float, study: str = "s") -> SavedOp:
+    change = TrialChange(state=TrialState.COMPLETE, values=[value], completed=NOON)
+    return saved(change, study=study)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +196,7 @@ def ended(value: float) -> Unsent:
     [
         lambda text: text[: len(text) // 2],
         lambda text: text.replace('"COMPLETE"', '"PRUNED"'),
-        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace('"version": 2', '"version": 3'),
         lambda text: "",
         lambda text: "[]",
         lambda text: '{"content": 1, "checksum": 2}',
@@ -199,12 +206,13 @@ def ended(value: float) -> Unsent:
 def test_a_damaged_file_is_refused_and_stays(
     damage: object, storage: BufferedStorage, box: Path
 ) -> None:
-    path = keep(box, "a", {"s": ended(1.0)})
+    path = write_outbox(box, Outbox("a", [ended(1.0)]))
     assert callable(damage)
     text = damage(path.read_text(encoding="utf-8"))
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
-    keep(box, "b", {"s": Unsent({1: Change(state=TrialState.FAIL, completed=NOON)})})
-    with pytest.raises(ValueError, match=r"outbox-a\.json must be a whole file of version 1, but"):
+    failed = TrialChange(state=TrialState.FAIL, completed=NOON)
+    write_outbox(box, Outbox("b", [saved(failed, 1)]))
+    with pytest.raises(ValueError, match=r"outbox-a\.json must be a whole file of version 2, but"):
         replay_outbox(storage, box)
     assert [p.name for p in box.iterdir()] == ["outbox-a.json"]  # the other one is replayed
     assert [t.state.name for t in storage.get_all_trials(0)] == ["RUNNING", "FAIL"]
@@ -222,22 +230,23 @@ def test_a_damaged_file_is_refused_and_stays(
     ],
 )
 def test_a_file_with_the_right_checksum_can_be_wrong(name: str, value: object, box: Path) -> None:
-    path = keep(box, "a", {"s": ended(1.0)})
+    path = write_outbox(box, Outbox("a", [ended(1.0)]))
     whole = json.loads(path.read_text(encoding="utf-8"))
-    whole["content"]["studies"]["s"]["trials"]["0"][name] = value
+    whole["content"]["operations"][0][name] = value
     from optuna_nnhp.storages.outbox import _checksum
 
     whole["checksum"] = _checksum(whole["content"])
     path.write_text(json.dumps(whole), encoding="utf-8")
     with pytest.raises(ValueError, match=r"outbox-a\.json"):
-        load(path)
+        read_outbox(path)
 
 
 def test_what_belongs_to_other_storages_stays(storage: BufferedStorage, box: Path) -> None:
-    path = keep(box, "a", {"s": ended(1.0), "elsewhere": ended(2.0)})
+    path = write_outbox(box, Outbox("a", [ended(1.0), ended(2.0, "elsewhere")]))
     assert replay_outbox(storage, box) == 1
     assert path.exists()
-    assert load(path)[1]["elsewhere"] == ended(2.0)
+    kept = read_outbox(path).ops[1]
+    assert (kept.study, kept.op.change) == ("elsewhere", ended(2.0).op.change)
     assert [t.state.name for t in storage.get_all_trials(0)] == ["COMPLETE", "RUNNING"]
     assert replay_outbox(storage, box.parent / "nowhere") == 0
 
@@ -245,17 +254,18 @@ def test_what_belongs_to_other_storages_stays(storage: BufferedStorage, box: Pat
 def test_a_trial_that_is_no_more_is_named(
     storage: BufferedStorage, box: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    keep(box, "a", {"s": Unsent({7: Change(user_attrs={"x": 1})})})
+    write_outbox(box, Outbox("a", [saved(TrialChange(user_attrs={"x": 1}), 7)]))
     assert replay_outbox(storage, box) == 0
-    assert "What a did in trial 7 is lost: it does not exist." in log.text
+    assert "Discarded the changes of worker a to trial 7: No trial 7 exists" in log.text
 
 
 def test_a_workers_name_cannot_leave_the_folder(tmp_path: Path) -> None:
-    path = keep(tmp_path / "box", "../../x:\0" + "y" * 300, {"s": ended(1.0)})
+    worker = "../../x:\0" + "y" * 300
+    path = write_outbox(tmp_path / "box", Outbox(worker, [ended(1.0)]))
     assert path.parent == tmp_path / "box"
     assert path.name.startswith("outbox-.._.._x_y")
     assert len(path.name) < 120
-    assert load(path)[0].endswith("y" * 300)
+    assert read_outbox(path).worker == worker
 
 
 def test_an_unmarked_worker_can_keep_and_replay(

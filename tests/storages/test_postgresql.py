@@ -15,8 +15,8 @@ import pytest
 
 from optuna_nnhp.storages import circuit_breaker
 from optuna_nnhp.storages.buffered import BufferedStorage
-from optuna_nnhp.storages.buffered import StorageUnavailable
-from optuna_nnhp.storages.buffered import TrialLimitReached
+from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
+from optuna_nnhp.storages.operations import TrialLimitReached
 from tests.postgresql import Database
 from tests.tiny import courses
 from tests.tiny import numbers
@@ -43,7 +43,7 @@ MOST = 60
 
 def work(url: str, name: str, ready: Barrier) -> list[int]:
     """Train until there is nothing left, whatever the database does."""
-    storage = BufferedStorage(RDBStorage(url), 0.01, mark=lambda: {"worker": name})
+    storage = BufferedStorage(RDBStorage(url), 0.01, trial_attrs=lambda: {"worker": name})
     study = optuna.load_study(
         storage=storage, study_name="s", sampler=optuna.samplers.RandomSampler()
     )
@@ -98,5 +98,5 @@ def test_four_workers_survive_that_the_database_is_killed(
     for trial in begun:
         assert (trial.state, trial.value) == (TrialState.COMPLETE, float(trial.number))
         assert trial.intermediate_values == {step: trial.number + step for step in range(3)}
-    assert "cannot be reached" in log.text
-    assert "is lost" not in log.text
+    assert "is unavailable" in log.text
+    assert "Discarded" not in log.text

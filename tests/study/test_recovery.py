@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 import json
 import os
@@ -23,8 +24,10 @@ import pytest
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.storages.operations import REQUEUED_BY
-from optuna_nnhp.storages.operations import Batch
-from optuna_nnhp.storages.operations import Written
+from optuna_nnhp.storages.operations import Applied
+from optuna_nnhp.storages.operations import Op
+from optuna_nnhp.storages.operations import Operation
+from optuna_nnhp.storages.operations import Outcome
 from optuna_nnhp.storages.rdb_adapter import RdbAdapter
 from optuna_nnhp.study import recovery
 from optuna_nnhp.study.checkpoints import Checkpoints
@@ -210,7 +213,8 @@ def test_who_kills_every_worker_is_trained_alone_and_ends_and_its_mates_do_not(
     while lasts[-1].returncode == -signal.SIGKILL and len(lasts) < 12:
         lasts.append(run("poison", "s.journal", **wishes))
     assert lasts[-1].returncode == 0, lasts[-1].stderr
-    assert len(lasts) == 6  # the first one, and MAX_WORKER_DEATHS that took the trial over, are killed
+    # The first worker and MAX_WORKER_DEATHS that took the trial over are killed.
+    assert len(lasts) == 6
     found = study_of("s.journal").trials
     assert [t.user_attrs["cause"] for t in found] == ["finished", "killed"] + ["finished"] * 3
     assert [t.state.name for t in found] == ["COMPLETE", "FAIL"] + ["COMPLETE"] * 3
@@ -250,16 +254,17 @@ def test_after_an_error_the_same_call_goes_on(folder: Path, error: type[BaseExce
 
 def test_the_answer_to_a_takeover_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("dnn", "sqlite:///cut.db", at=4).returncode == -signal.SIGKILL
-    original, lost = RdbAdapter.write, list[int]()
+    original, lost = RdbAdapter.apply, list[int]()
 
-    def write(writer: RdbAdapter, batch: Batch) -> Written:
-        written = original(writer, batch)
-        if batch.takes and not lost:
-            lost.extend(written.taken)
+    def apply(adapter: RdbAdapter, ops: Sequence[Operation]) -> list[Outcome]:
+        outcomes = original(adapter, ops)
+        is_takeover = any(isinstance(op, Op) and op.if_owner is not None for op in ops)
+        if is_takeover and not lost:
+            lost.extend(o.trial_id for o in outcomes if isinstance(o, Applied) and o.trial_id >= 0)
             raise StorageInternalError("The connection was lost after the commit.")
-        return written
+        return outcomes
 
-    monkeypatch.setattr(RdbAdapter, "write", write)
+    monkeypatch.setattr(RdbAdapter, "apply", apply)
     finish_in = functools.partial(tune, *numbers(200), storage="sqlite:///cut.db")
     study = finish_in(n_trials=6, fixed=LONG, cohort_size=6, pruner=NopPruner()).study
     assert len(lost) == 6
@@ -407,8 +412,8 @@ def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> N
 
 def test_nobody_who_asks_for_a_trial_gets_one_that_was_left(folder: Path) -> None:
     run("dnn", "cut.journal", how="SIGTERM", at=4)
-    storage = BufferedStorage(open_storage("cut.journal"), mark=lambda: {"worker": "other"})
+    storage = BufferedStorage(open_storage("cut.journal"), trial_attrs=lambda: {"worker": "other"})
     study = optuna.load_study(study_name=None, storage=storage)
-    assert len(storage.released(study._study_id)) == 6
+    assert len(storage.requeued_trials(study._study_id)) == 6
     with storage.prefetch_trials(3):
         assert [study.ask().number for _ in range(3)] == [6, 7, 8]

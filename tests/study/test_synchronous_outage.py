@@ -113,7 +113,7 @@ def test_an_outage_between_two_groups_or_generations_changes_nothing(
 ) -> None:
     wanted = run(method, None)
     result = run(method, STORAGE, callbacks=[AwayAt(last, 0.8)])
-    assert "The storage cannot be reached" in log.text
+    assert "The storage is unavailable" in log.text
     assert states(result) == [TrialState.COMPLETE] * METHODS[method]["n_trials"]
     assert courses(result) == courses(wanted)
     for ours, theirs in zip(trials(result), trials(wanted), strict=True):
