@@ -9,6 +9,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.storages import RDBStorage
 
+from optuna_nnhp.storages._optuna_internals import without_cache
 from optuna_nnhp.storages.buffered import BufferedStorage
 
 DEFAULT_STORAGE = "optuna_nnhp.journal"
@@ -33,7 +34,7 @@ def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None
     if isinstance(storage, optuna.storages.InMemoryStorage):
         return None
     if given is None:
-        backend = getattr(storage, "_backend", storage)  # Optuna caches databases
+        backend = without_cache(storage)
         given = backend.url if isinstance(backend, RDBStorage) else DEFAULT_STORAGE
     return sibling_path(str(given), ".models")
 
