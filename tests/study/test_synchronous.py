@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_study(method: str) -> None:
 def test_the_course_gives_the_value_again(method: str) -> None:
     result = run(method)
     for trial in result.study.get_trials():
-        best = result._predictor(trial.number)  # of most there are no weights: trained again
+        best = result._load_predictor(trial.number)  # of most there are no weights: trained again
         X, y = tiny.classes()
         data = DNNTemplate(X, y, fixed=FIXED_PARAMS).data
         outputs = best.model(torch.from_numpy(data.valid_X))  # type: ignore[union-attr]
