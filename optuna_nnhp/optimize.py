@@ -306,7 +306,8 @@ def _run_study(
     problem = build_problem_on_free_device(config.problem_spec, study, problem)
     callbacks = config.callbacks
     if trainer is not None:
-        trainer.problem, callbacks = problem, (*callbacks, trainer)
+        trainer.use_problem(problem)
+        callbacks = (*callbacks, trainer)
     if not uses_workers:
         run_tuner(
             config, study, problem, budget, weights, callbacks, show_progress_bar=show_progress_bar

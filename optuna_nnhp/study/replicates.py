@@ -97,6 +97,15 @@ class ReplicateTrainer:
         if self.timeout is not None:
             self.budget.timeout = self.timeout * (1 - MOST_SHARE)
 
+    def use_problem(self, problem: Problem) -> None:
+        """Train the same problem on another device.
+
+        Args:
+            problem:
+                The problem on the device of this process, which is known after the study is open.
+        """
+        self.problem = problem
+
     def __call__(self, study: Study, trial: FrozenTrial) -> None:
         """Give back what is not needed; a callback of the study."""
         if self.predicted or self.timeout is None:
