@@ -122,7 +122,7 @@ def _stored_search_config(study: Study) -> dict[str, Any]:
     search = study.user_attrs.get(SEARCH_KEY)
     if search is None:
         raise ValueError(
-            "The study must be one that `optimize` began, which stores how it is tuned, but "
-            f"{study.study_name!r} does not."
+            f"The study must be one that `optimize` started, but {study.study_name!r} is not: it "
+            "stores no search configuration."
         )
     return dict(search)

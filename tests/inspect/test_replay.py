@@ -365,7 +365,7 @@ def test_trials_that_were_not_trained_are_rejected() -> None:
 def test_study_of_another_program_is_rejected() -> None:
     study = optuna.create_study()
     number = add(study, value=1.0, intermediate_values={1: 1.0})
-    with pytest.raises(ValueError, match="The study must be one that `optimize` began"):
+    with pytest.raises(ValueError, match="The study must be one that `optimize` started"):
         replay(study, number, classes())
 
 

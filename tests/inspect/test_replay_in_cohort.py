@@ -18,7 +18,7 @@ from optuna_nnhp import Result
 from optuna_nnhp import optimize
 from optuna_nnhp.engine.library import ENGINE_VARIABLE
 from optuna_nnhp.engine.mlp import load_library
-from optuna_nnhp.study import trial_finisher
+from optuna_nnhp.training.cohort import Cohort
 from tests.templates.test_custom_network import convolutional
 from tests.templates.test_custom_network import images
 from tests.tiny import DIFFERENT_LENGTHS
@@ -109,7 +109,7 @@ def test_value_in_the_cohort_is_used_if_evaluation_alone_fails(
     def full(*_: object) -> float:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(trial_finisher, "evaluate_best", full)
+    monkeypatch.setattr(Cohort, "evaluate_best", full)
     result = STUDIES["one output"]()
     trial = result.best_trial
     assert trial.value == trial.intermediate_values[trial.user_attrs["best_epoch"]]

@@ -294,7 +294,7 @@ def test_missing_metadata_are_reported(folder: Path, capsys: pytest.CaptureFixtu
     assert "must be the default one or none, but it is MedianPruner" in capsys.readouterr().err
     optuna.create_study(study_name="plain", storage=load_study()._storage)
     assert worker("--study", "plain", "--data", "data.npz") == 2
-    assert "The study must be one that `optimize` began" in capsys.readouterr().err
+    assert "The study must be one that `optimize` started" in capsys.readouterr().err
 
 
 def test_error_in_training_is_printed(
