@@ -1,4 +1,4 @@
-"""Where every random number comes from: keys, never a global state."""
+"""Random numbers: they follow from keys, never from a global state."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Generator
 
-# What the numbers are for: the second key.
+# The second key: what the random numbers are used for.
 INITIALIZATION, NOISE, WINDOWS, REPLICATES, WORKERS = 1, 2, 3, 4, 5
 _global_state = threading.RLock()
 
 
 def generator(*keys: int, device: torch.device | str = "cpu") -> Generator:
-    """A source of random numbers that depends on its keys alone.
+    """Return a random number generator that depends on its keys alone.
 
     Args:
         keys:
             Non-negative integers: the study's seed, what the numbers are for, then the trial
             or the epoch.
         device:
-            Where the numbers are drawn.
+            The device of the generator.
 
     Example:
         >>> a, b = generator(0, NOISE, 3), generator(0, NOISE, 3)
@@ -38,7 +38,7 @@ def generator(*keys: int, device: torch.device | str = "cpu") -> Generator:
 
 
 def mix_keys(*keys: int) -> int:
-    """64 bits that depend on some keys; see `generator`.
+    """Hash some keys to 64 bits; see `generator`.
 
     Example:
         >>> (
@@ -51,7 +51,7 @@ def mix_keys(*keys: int) -> int:
 
 
 def check_seed(seed: object) -> int:
-    """A seed that NumPy, torch and Optuna all take, or a ValueError."""
+    """Return a seed that NumPy, torch and Optuna accept, or raise a ValueError."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1, but got {seed!r}.")
     return seed
@@ -59,14 +59,14 @@ def check_seed(seed: object) -> int:
 
 @contextmanager
 def global_rng_from(source: Generator) -> Iterator[None]:
-    """Within, torch's global random numbers follow from a source; outside nothing changes.
+    """Seed torch's global random numbers from a generator; restore them at exit.
 
-    For code that is not ours and knows no other source: a user's network, torch's own layers.
+    For code that draws global random numbers: a user's network, torch's own layers.
     One thread at a time, since there is only one global state.
 
     Args:
         source:
-            Whose seed to use; nothing is drawn from it.
+            The generator whose seed is used; nothing is drawn from it.
 
     Example:
         >>> numbers = []

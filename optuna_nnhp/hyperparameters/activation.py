@@ -167,7 +167,7 @@ ACTIVATION = Hyperparameter(
 
 
 def activation_groups(names: Sequence[str]) -> list[tuple[str, int]]:
-    """How many members of a stack in a row have the same activation.
+    """Count how many members in a row have the same activation.
 
     Example:
         >>> activation_groups(["relu", "relu", "tanh"])
@@ -201,7 +201,7 @@ def activate(h: Tensor, groups: Sequence[tuple[str, int]], keep: Tensor | None =
 
 
 class _ActivateFunction(torch.autograd.Function):
-    """Activations and their factor at once, each written where it is read next.
+    """Applies activations and their factor at once, without intermediate tensors.
 
     Autograd's own graph of slices, concatenation and products took three times as long.
     """
@@ -229,6 +229,6 @@ class _ActivateFunction(torch.autograd.Function):
 
 
 def _group_slices(groups: Sequence[tuple[str, int]], *stacks: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Each group with its slice of every stack."""
+    """Yield each group with its slice of every stack."""
     counts = [count for _, count in groups]
     return zip(groups, *(stack.split(counts) for stack in stacks), strict=True)

@@ -1,4 +1,4 @@
-"""The whole catalogue: as a table, as a search space, and checked against a user's wishes."""
+"""The whole catalogue: as a table, as a search space, and checked against a user's arguments."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ CATALOGUE: tuple[Hyperparameter, ...] = (
 
 
 def specs(task: str) -> dict[str, Hyperparameter]:
-    """The hyperparameters that a task has, by name.
+    """Return the hyperparameters of a task by name.
 
     Args:
         task:
@@ -102,7 +102,7 @@ def specs(task: str) -> dict[str, Hyperparameter]:
 
 
 def mutable_names() -> frozenset[str]:
-    """Names of those that may change while a network trains.
+    """Return the names of the hyperparameters that may change during training.
 
     Example:
         >>> "learning_rate" in mutable_names(), "hidden_layers" in mutable_names()
@@ -112,7 +112,7 @@ def mutable_names() -> frozenset[str]:
 
 
 def catalogue() -> pd.DataFrame:
-    """Every hyperparameter with its range, default, grid levels and effect.
+    """Return a table of all hyperparameters: range, default, grid values and effect.
 
     Returns:
         A frame with a row for each hyperparameter and the columns ``name``, ``task`` (any,
@@ -146,7 +146,7 @@ def resolve_space(
     space: Mapping[str, BaseDistribution] | None = None,
     fixed: Mapping[str, Value] | None = None,
 ) -> tuple[dict[str, BaseDistribution], dict[str, Value]]:
-    """The search space and the pinned values of a study.
+    """Return the search space and the fixed values of a study.
 
     Args:
         task:
@@ -195,13 +195,13 @@ def resolve_space(
     return tuned, rest
 
 
-def as_plain_dict(argument: str, wishes: Any) -> dict[str, Any]:
-    """What a user gives by name, NumPy's numbers as Python's.
+def as_plain_dict(argument: str, mapping: Any) -> dict[str, Any]:
+    """Return a user's mapping as a dict, with Python's numbers in place of NumPy's.
 
     Args:
         argument:
             Its name: ``"space"`` or ``"fixed"``.
-        wishes:
+        mapping:
             Distributions or values by name; None for none.
 
     Raises:
@@ -211,21 +211,21 @@ def as_plain_dict(argument: str, wishes: Any) -> dict[str, Any]:
         >>> as_plain_dict("fixed", {"epochs": np.int64(3)}), as_plain_dict("space", None)
         ({'epochs': 3}, {})
     """
-    if wishes is None:
+    if mapping is None:
         return {}
-    if not isinstance(wishes, Mapping):
+    if not isinstance(mapping, Mapping):
         what = "distributions" if argument == "space" else "values"
-        raise ValueError(f"`{argument}` must map names to {what}, but got {short_repr(wishes)}.")
-    for name in wishes:
+        raise ValueError(f"`{argument}` must map names to {what}, but got {short_repr(mapping)}.")
+    for name in mapping:
         if not isinstance(name, str):
             raise ValueError(
                 f"The names in `{argument}` must be texts, but one is {short_repr(name)}."
             )
-    return {n: v.item() if isinstance(v, np.generic) else v for n, v in wishes.items()}
+    return {n: v.item() if isinstance(v, np.generic) else v for n, v in mapping.items()}
 
 
 def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str, Value]:
-    """The catalogue's defaults for the parameters of a space.
+    """Return the catalogue's defaults for the parameters of a space.
 
     A default outside a user's range is moved to its nearest end; one that is not among a
     user's choices is left out, for the sampler to fill.
@@ -249,7 +249,7 @@ def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str
 
 
 def nearest_value(value: Value, distribution: BaseDistribution) -> Value:
-    """The value of a range that is nearest to one; a choice is as it is.
+    """Return the value of a range that is nearest to a given one; leave a choice unchanged.
 
     Example:
         >>> (
@@ -268,7 +268,7 @@ def nearest_value(value: Value, distribution: BaseDistribution) -> Value:
 
 
 def effective_params(task: str, params: Mapping[str, Value]) -> dict[str, Value]:
-    """Parameters as training uses them: what is "off" is exactly 0 (or infinity).
+    """Return parameters as training uses them: a switched-off effect is 0 (or infinity).
 
     Example:
         >>> effective_params("binary", {"dropout": 0.01, "clip_norm": 50.0})

@@ -30,12 +30,12 @@ ITERATIONS = Hyperparameter(
     domain=(0, 1_000_000_000),
     static=True,
     tuned=False,
-    help="Steps of the optimizer as the budget instead of epochs; 0 means that `epochs` rules.",
+    help="Steps of the optimizer as the budget instead of epochs; 0 means `epochs`.",
 )
 
 
 def iterations_per_epoch(examples: int, batch_size: int) -> int:
-    """Steps of one pass over the data; the last batch may be smaller.
+    """Return the steps of one pass over the data; the last batch may be smaller.
 
     Example:
         >>> iterations_per_epoch(1437, 64)
@@ -45,7 +45,7 @@ def iterations_per_epoch(examples: int, batch_size: int) -> int:
 
 
 def total_iterations(params: Mapping[str, Value], per_epoch: int) -> int:
-    """Steps of a trial's whole budget.
+    """Return the steps of a trial's whole budget.
 
     Args:
         params:

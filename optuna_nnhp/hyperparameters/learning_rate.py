@@ -14,7 +14,7 @@ from torch import Tensor
 from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
 # Tuned AdamW rates on 86 tables lay between 3.4e-5 and 9.2e-4, piled up against a bound of
-# 1e-3 (arXiv:2410.24210); sgd wants up to a hundred times that.
+# 1e-3 (arXiv:2410.24210); sgd needs up to a hundred times that.
 LEARNING_RATE = Hyperparameter(
     name="learning_rate",
     distribution=FloatDistribution(3e-5, 0.5, log=True),
@@ -23,8 +23,8 @@ LEARNING_RATE = Hyperparameter(
     domain=(1e-10, 100.0),
     mutable=True,
     task="table",
-    help="Size of the steps, the most important number: too small does not arrive in time, too "
-    "large diverges; at its peak, after warm-up.",
+    help="Step size at its peak, after warm-up; the most important number. Too small trains too "
+    "slowly, too large diverges.",
 )
 GPT_LEARNING_RATE = Hyperparameter(
     name="learning_rate",
@@ -34,7 +34,7 @@ GPT_LEARNING_RATE = Hyperparameter(
     domain=(1e-10, 100.0),
     mutable=True,
     task="language",
-    help="Size of adamw's steps at their peak. Small models on little text want ten times GPT-2's "
+    help="Size of adamw's steps at their peak. Small models on little text need ten times GPT-2's "
     "6e-4 and more.",
 )
 EMBEDDING_RATE = Hyperparameter(
@@ -112,7 +112,7 @@ def learning_rates(
     step: Tensor,
     total: Tensor,
 ) -> Tensor:
-    """The learning rate of each member at each of its steps.
+    """Return the learning rate of each member at each of its steps.
 
     Args:
         peak:
@@ -149,7 +149,7 @@ def learning_rates(
     q = ((step - climb) / (total[:, None] - 1 - climb).clamp_min(1)).clamp(0, 1)
     share = torch.empty_like(q)
     for name in set(decay):
-        those = torch.tensor([other == name for other in decay], device=q.device)
+        those = torch.tensor([i for i, d in enumerate(decay) if d == name], device=q.device)
         share[those] = _DECAYS[name](q[those], final[those, None])
     share = torch.where(step < climb, (step + 1) / climb.clamp_min(1), share)
     return torch.where(step < total[:, None], peak[:, None] * share, 0.0)

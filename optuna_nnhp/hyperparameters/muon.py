@@ -41,7 +41,7 @@ EPSILON = 1e-7
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Matrices with the same singular vectors and singular values near 1.
+    """Return matrices with the same singular vectors and with singular values near 1.
 
     In the precision of its argument: `torch.optim.Muon` casts to bfloat16, which a CPU without
     it emulates, a hundred times as slow.
@@ -71,7 +71,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def shape_rate_factor(inputs: int, outputs: int) -> float:
-    """What the rate is multiplied with for a matrix of another shape than a square.
+    """Return the factor of the learning rate for a matrix that is not square.
 
     Example:
         >>> shape_rate_factor(64, 256), shape_rate_factor(256, 64)

@@ -32,7 +32,7 @@ MOMENTUM = Hyperparameter(
     grid_values=(0.5, 0.9, 0.99),
     domain=(0.0, 0.9999),
     mutable=True,
-    help="How much of the last step is kept: momentum of sgd, nesterov and rmsprop, beta1 of "
+    help="Share of the last step that is kept: momentum of sgd, nesterov and rmsprop, beta1 of "
     "adam and adamw.",
 )
 BETA2 = Hyperparameter(
@@ -50,7 +50,7 @@ BETA2 = Hyperparameter(
 
 @dataclass(frozen=True)
 class UpdateCoefficients:
-    """The numbers of one member's update, besides its learning rate.
+    """The coefficients of one member's update rule, except the learning rate.
 
     Args:
         momentum:
@@ -64,7 +64,7 @@ class UpdateCoefficients:
 
 
 class OptimizerState:
-    """What the updates of one member read and change.
+    """The tensors that an update of one member reads and changes.
 
     Args:
         weight:
@@ -157,7 +157,7 @@ def _rmsprop(state: OptimizerState, rate: float, c: UpdateCoefficients) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _scalar_tensor(value: float, dtype: torch.dtype) -> Tensor:
-    """A number as a tensor; torch makes one anew for each product, which takes longer than it."""
+    """Return a number as a cached tensor; torch would make one for each product, which is slow."""
     return torch.tensor(value, dtype=dtype)
 
 
@@ -175,7 +175,7 @@ UPDATE_RULES: dict[str, Callable[[OptimizerState, float, UpdateCoefficients], No
 def optimizer_step(
     optimizer: str, state: OptimizerState, rate: float, coefficients: UpdateCoefficients
 ) -> None:
-    """One step of one algorithm, in place, for one member; see `decay_weights` for weight decay.
+    """Do one optimizer step of one member, in place; weight decay is in `decay_weights`.
 
     Args:
         optimizer:

@@ -25,7 +25,7 @@ DROPOUT = Hyperparameter(
     domain=(0.0, 0.95),
     zero_below=0.04,
     mutable=True,
-    help="Share of hidden units silenced at each step; more for wide networks on few examples.",
+    help="Share of hidden units dropped at each step; more for wide networks on few examples.",
 )
 WEIGHT_DECAY = Hyperparameter(
     name="weight_decay",
@@ -110,12 +110,12 @@ STEEPNESS = 2.0**40  # a power of two: the products below are exact
 
 
 def dropout_factor(noise: Tensor, probability: Tensor) -> Tensor:
-    """What activations are multiplied with: 0 where a unit is silenced, else ``1 / (1 - p)``.
+    """Return the factor of activations: 0 where a unit is dropped, else ``1 / (1 - p)``.
 
     Args:
         noise:
-            Uniform on [0, 1); all members may share it, each silences where it falls under its
-            own probability.
+            Uniform on [0, 1); all members may share it. A member drops a unit where the noise is
+            below its own probability.
         probability:
             Dropout of each member.
 
@@ -223,7 +223,7 @@ def decay_weights(
 
 @dataclass
 class EarlyStopping:
-    """Best value so far and epochs since, per member; rounds are parts of epochs.
+    """Tracks each member's best value and the epochs since; rounds are parts of epochs.
 
     Args:
         patience:
@@ -266,7 +266,7 @@ class EarlyStopping:
 
     @classmethod
     def start(cls, patience: Sequence[int], min_improvement: Sequence[float]) -> EarlyStopping:
-        """The state before the first epoch of k members."""
+        """Return the state of k members before their first epoch."""
         k = len(patience)
         lowest = torch.full((k,), -torch.inf, dtype=torch.float64)
         return cls(
@@ -287,7 +287,7 @@ class EarlyStopping:
         done: Tensor | Sequence[int],
         rounds: int = 1,
     ) -> Tensor:
-        """Take in one evaluation of some members.
+        """Record one evaluation of some members.
 
         Args:
             values:
@@ -295,14 +295,14 @@ class EarlyStopping:
             losses:
                 Validation losses.
             members:
-                Who was evaluated.
+                Indices of the evaluated members.
             done:
-                Rounds that every member has done, also the others.
+                Rounds that every member has finished, also those not evaluated.
             rounds:
                 Rounds in an epoch; patience is counted in epochs.
 
         Shape:
-            - values, losses, members, Output: ``(m,)``; the output tells who stops.
+            - values, losses, members, Output: ``(m,)``; the output is True for members that stop.
             - done: ``(k,)``.
         """
         members = torch.as_tensor(members)
@@ -322,11 +322,11 @@ class EarlyStopping:
         return waited >= self.patience[members]
 
     def select(self, members: Tensor) -> None:
-        """Go on with some members ``(m,)`` only."""
+        """Keep only some members ``(m,)``."""
         for name, value in vars(self).items():
             setattr(self, name, value[members])
 
     def append(self, other: EarlyStopping) -> None:
-        """Take in other members."""
+        """Append other members."""
         for name, value in vars(self).items():
             setattr(self, name, torch.cat([value, getattr(other, name)]))

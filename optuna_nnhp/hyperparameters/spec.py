@@ -1,4 +1,4 @@
-"""The record that declares one hyperparameter: everything about it that is not its effect."""
+"""The specification of one hyperparameter: everything about it except its effect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_in_distribution(distribution: BaseDistribution, value: Value) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameter:
-    """One hyperparameter of the catalogue; its effect stands beside it in the same file.
+    """The specification of one hyperparameter; its effect is implemented in the same file.
 
     Args:
         name:
@@ -54,12 +54,12 @@ class Hyperparameter:
             Lowest and highest value that makes sense at all, both included; a range or a pinned
             value given by a user must lie inside. Choices are checked against the choices.
         static:
-            Whether it fixes shapes or the graph, so that trials must share it to be stacked.
+            Whether it fixes shapes or the graph: only trials with equal values are stacked.
         tuned:
             Whether the default space holds it; otherwise it is pinned to its default.
         mutable:
-            Whether it may have another value from a step of training on; otherwise it makes the
-            network, its first weights or its whole course.
+            Whether its value may change during training; otherwise it fixes the network, its
+            initial weights or the whole schedule.
         task:
             ``"any"``, ``"table"`` (both ``"classification"`` and ``"regression"``), one of these
             two, or ``"language"``.
@@ -71,7 +71,7 @@ class Hyperparameter:
         active_if:
             Values of other hyperparameters, by name, without which it has no effect.
         inactive_if:
-            Values of others beside which it has no effect.
+            Values of other hyperparameters, by name, with which it has no effect.
 
     Example:
         >>> from optuna_nnhp.hyperparameters.regularization import WEIGHT_DECAY
@@ -101,7 +101,7 @@ class Hyperparameter:
                 raise ValueError(f"{value!r} must lie in the range of `{self.name}`.")
 
     def effective_value(self, value: Value) -> Value:
-        """The value that training uses: 0 (or infinity, from above) where it means "off"."""
+        """Return the value that training uses: 0 (or infinity) where the value means "off"."""
         if self.zero_below is not None and float(value or 0) < self.zero_below:
             return 0.0
         if self.infinite_above is not None and float(value or 0) > self.infinite_above:
@@ -109,11 +109,11 @@ class Hyperparameter:
         return value
 
     def is_active(self, params: Mapping[str, Value]) -> bool:
-        """Whether its value matters beside those of other hyperparameters.
+        """Whether its value has an effect, given the values of other hyperparameters.
 
         Args:
             params:
-                Theirs, by name; one that is not there takes nothing away.
+                The other values by name; a missing one is assumed to keep this one active.
 
         Example:
             >>> from optuna_nnhp.hyperparameters.loss import HUBER_DELTA
@@ -169,7 +169,7 @@ class Hyperparameter:
         return isinstance(self.default, int) and not isinstance(self.default, bool)
 
     def describe_range(self) -> str:
-        """The default range in words, as the catalogue's table shows it."""
+        """Return the default range in words, for the catalogue's table."""
         if isinstance(self.distribution, CategoricalDistribution):
             return ", ".join(map(str, self._choices()))
         assert isinstance(self.distribution, IntDistribution | FloatDistribution)
@@ -181,7 +181,7 @@ class Hyperparameter:
         )
 
     def describe_value(self, value: Value) -> str:
-        """A value in words: ``"off"`` where it switches the effect off."""
+        """Return a value in words: ``"off"`` where it switches the effect off."""
         effect = self.effective_value(value)
         if effect == math.inf or (self.zero_below is not None and effect == 0):
             return "off"

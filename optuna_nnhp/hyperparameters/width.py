@@ -33,7 +33,7 @@ FUNNEL_MIN_RATIO = 0.25
 
 
 def layer_widths(width: int, shape: str, hidden_layers: int) -> list[int]:
-    """Neurons of each hidden layer.
+    """Return the number of neurons of each hidden layer.
 
     Example:
         >>> layer_widths(128, "constant", 3)
@@ -48,7 +48,7 @@ def layer_widths(width: int, shape: str, hidden_layers: int) -> list[int]:
 
 
 def padded_width(width: int) -> int:
-    """The width that a stack gives its layers: the next power of two, at least 16.
+    """Return the width of a stack's layers: the next power of two, at least 16.
 
     Trials of different widths share a stack; the units beyond a trial's own width are held at
     zero, which is exact (see `networks.layers`).

@@ -31,7 +31,7 @@ MATRICES = ("qkv", "out", "up", "down")  # of a block
 
 
 class StackedBlock(nn.Module):
-    """k blocks side by side: what attention and feed-forward add to the residual stream.
+    """k transformer blocks side by side.
 
     Args:
         architecture:
@@ -60,7 +60,7 @@ class StackedBlock(nn.Module):
             self.register_parameter(name, nn.Parameter(weights[name]) if name in weights else None)
 
     def forward(self, x: Tensor, length: int, drop: _SharedDropout) -> Tensor:
-        """The stream after both."""
+        """Return the residual stream after attention and feed-forward."""
         a = self.architecture
         qkv = self.qkv(_block_input(x, a, self.gain1, length))
         k, rows, _ = qkv.shape
@@ -71,7 +71,7 @@ class StackedBlock(nn.Module):
 
 
 class _SharedDropout:
-    """Dropout of what is added to the stream; the members share the noise."""
+    """Dropout with each member's rate; the members share the noise."""
 
     def __init__(self, probability: Tensor, noise: NoiseSource | None) -> None:
         self.probability, self.noise = probability, noise
@@ -83,7 +83,7 @@ class _SharedDropout:
 
 
 def _block_input(x: Tensor, a: Architecture, gain: Tensor | None, length: int) -> Tensor:
-    """What a block reads of the stream: normalized, and shifted."""
+    """Return the input of a sublayer: the residual stream, normalized and shifted."""
     out = normalize(x, a.normalization, None if gain is None else gain[:, None])
     if a.token_shift:
         out = token_shift(out.view(-1, length, out.shape[-1])).view(x.shape)
@@ -91,7 +91,7 @@ def _block_input(x: Tensor, a: Architecture, gain: Tensor | None, length: int) -
 
 
 def normalize(x: Tensor, kind: str, gain: Tensor | None = None) -> Tensor:
-    """One of the normalizations of `Architecture`.
+    """Apply one of the normalizations of `Architecture`.
 
     Example:
         >>> normalize(torch.tensor([1.0, 3.0]), "layer").round(decimals=3)
@@ -159,7 +159,7 @@ class StackedGPT(StackedModule):
         )
 
     def forward(self, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
-        """Logits for the token after each."""
+        """Return the logits of the next token at every position."""
         a, k, length = self.architecture, len(self.embedding), x.shape[-1]
         ids = x.expand(k, *x.shape[-2:])
         first = torch.arange(k, device=x.device)[:, None, None] * a.vocabulary
@@ -181,25 +181,25 @@ class StackedGPT(StackedModule):
         return cap_logits(logits * a.head_scale if a.width_ratio else logits, a.logit_cap)
 
     def select(self, members: Tensor) -> None:
-        """Go on with some members only."""
+        """Keep only some members."""
         select_members(self, members)
         self.has_dropout = bool((self.dropout > 0).any())
 
     def append(self, other: StackedGPT) -> None:
-        """Take in another stack's members."""
+        """Append another stack's members."""
         append_members(self, other)
         self.has_dropout = bool((self.dropout > 0).any())
 
     def set_hyperparameters(
         self, params: Sequence[Mapping[str, Any]], make_stack: Callable[[], StackedModule]
     ) -> None:
-        """Give every member other hyperparameters, of the same architecture; weights stay."""
+        """Set new hyperparameters of the same architecture; keep the weights."""
         rates = torch.tensor([float(p["dropout"] or 0) for p in params])
         self.dropout.copy_(rates[:, None, None])
         self.has_dropout = bool((rates > 0).any())
 
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> GPT:
-        """One member as a plain network."""
+        """Return one member as a plain network."""
         state = self.state_dict() if weights is None else weights
         gpt = GPT(self.architecture, float(self.dropout[i]))
         own = {n.removesuffix(".weight"): w[i] for n, w in state.items() if n != "dropout"}
@@ -231,7 +231,7 @@ class Block(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if shape else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The residual stream ``(batch, length, width)`` after attention and feed-forward."""
+        """Return the residual stream ``(batch, length, width)`` after both sublayers."""
         a = self.architecture
         mixed = causal_attention(self._block_input(x, self.gain1) @ self.qkv, a)
         x = x + self._drop(mixed @ self.out)
@@ -280,7 +280,7 @@ class GPT(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if shape else None)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits for the token after each."""
+        """Return the logits of the next token at every position."""
         a = self.architecture
         h = functional.embedding(ids, self.embedding)
         if self.position is not None:

@@ -35,31 +35,31 @@ class StackedModule(nn.Module):
 
     @abstractmethod
     def forward(self, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
-        """Outputs of all members; ``noise`` feeds dropout, without it nothing is dropped."""
+        """Compute the outputs of all members; without ``noise`` nothing is dropped."""
 
     @abstractmethod
     def select(self, members: Tensor) -> None:
-        """Go on with some members ``(m,)`` only."""
+        """Keep only some members ``(m,)``."""
 
     @abstractmethod
     def append(self, other: Any) -> None:
-        """Take in the members of another stack of this class and signature, after one's own."""
+        """Append the members of another stack of this class and signature."""
 
     @abstractmethod
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """One member as a plain network, from its present weights or a `state_dict`."""
+        """Return one member as a plain network; ``weights`` is a `state_dict` to read from."""
 
     @abstractmethod
     def set_hyperparameters(
         self, params: Sequence[Mapping[str, Any]], make_stack: Callable[[], StackedModule]
     ) -> None:
-        """Give every member other hyperparameters, of the same structure; weights stay.
+        """Set new hyperparameters of the same structure; keep the weights.
 
         Args:
             params:
                 All hyperparameters of each member.
             make_stack:
-                Makes a new stack with these hyperparameters, for those who do not know them.
+                Makes a new stack with these hyperparameters; used by stacks that do not read them.
         """
 
 
@@ -94,7 +94,7 @@ class StackedLinear(nn.Module):
         self.grad_buffers: tuple[Tensor, Tensor | None] | None = None
 
     def make_grad_buffers(self) -> tuple[Tensor, Tensor | None]:
-        """Tensors without gaps for the gradients of weight and bias."""
+        """Allocate contiguous tensors for the gradients of weight and bias."""
         weight = torch.empty(self.weight.shape).to(self.weight)
         return weight, None if self.bias is None else torch.empty(self.bias.shape).to(weight)
 
@@ -112,9 +112,9 @@ class StackedLinear(nn.Module):
 
 
 class _LinearIntoGradBuffers(torch.autograd.Function):
-    """A stacked linear layer whose gradients are written where they are wanted.
+    """A stacked linear layer that writes its gradients to given buffers.
 
-    Autograd would allocate them anew at every step and then copy them.
+    Autograd would allocate them at every step and then copy them.
     """
 
     @staticmethod
@@ -335,7 +335,7 @@ def append_members(module: nn.Module, other: nn.Module) -> None:
 
 
 def subset(stack: StackedModule, members: Tensor) -> StackedModule:
-    """Some members ``(m,)`` as a stack of their own; the other one is left as it is."""
+    """Return some members ``(m,)`` as a new stack; leave the old one unchanged."""
     shared = [*stack.parameters(), *stack.buffers()]
     for layer in stack.modules():
         if isinstance(layer, StackedLinear) and layer.grad_buffers is not None:

@@ -1,4 +1,4 @@
-"""A plain network's weights into a stack: the way back from `StackedModule.member`."""
+"""Loading a plain network's weights into a stack, the inverse of `StackedModule.member`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optuna_nnhp.networks.vmap_stack import tensors_of
 
 @torch.no_grad()
 def load_member(stack: StackedModule, i: int, network: nn.Module) -> None:
-    """Give a member of a stack the weights and running statistics of a plain network, exactly.
+    """Copy the weights and running statistics of a plain network to a member of a stack.
 
     Args:
         stack:
@@ -44,7 +44,7 @@ def load_member(stack: StackedModule, i: int, network: nn.Module) -> None:
 def _tensor_pairs(
     stack: StackedModule, i: int, network: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each tensor of a member, and where its numbers come from."""
+    """Yield each tensor of a member with its counterpart in the plain network."""
     if isinstance(stack, StackedMLP):
         yield from _mlp_tensor_pairs(stack, i, network)
         return
@@ -62,7 +62,7 @@ def _tensor_pairs(
 def _mlp_tensor_pairs(
     stack: StackedMLP, i: int, network: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same, but for padding, which is zero and stays so."""
+    """Yield the pairs of a perceptron; the padding is left out, it stays zero."""
     own, layers = stack.state_dict(), list(network.modules())
     for n, linear in enumerate(m for m in layers if isinstance(m, nn.Linear)):
         columns, rows = linear.weight.shape

@@ -33,14 +33,14 @@ Params = Mapping[str, Value]
 
 
 def hidden_widths(params: Params) -> list[int]:
-    """Neurons of each hidden layer of one trial."""
+    """Return the number of neurons of a trial's hidden layers."""
     return layer_widths(
         int(params["width"] or 1), str(params["width_shape"]), int(params["hidden_layers"] or 1)
     )
 
 
 def mlp_signature(params: Params) -> Hashable:
-    """What trials must have in common to be stacked.
+    """Return what trials must have in common to be stacked.
 
     Example:
         >>> mlp_signature({"hidden_layers": 2, "width": 100, "normalization": "none"})
@@ -51,7 +51,7 @@ def mlp_signature(params: Params) -> Hashable:
 
 
 def count_weights(params: Params, inputs: int, outputs: int) -> int:
-    """Number of trained weights of one trial's network, biases included.
+    """Return the number of trained weights of a trial's network, biases included.
 
     Example:
         >>> params = {"hidden_layers": 1, "width": 8, "width_shape": "constant"}
@@ -66,7 +66,7 @@ def count_weights(params: Params, inputs: int, outputs: int) -> int:
 
 
 def build_mlp(params: Params, inputs: int, outputs: int) -> nn.Sequential:
-    """One trial's network as plain `torch.nn` modules, weights not yet loaded.
+    """Build a trial's network from plain `torch.nn` modules; its weights are not loaded.
 
     Args:
         params:
@@ -180,7 +180,7 @@ class StackedMLP(StackedModule):
         return self.linears[-1](h)  # type: ignore[no-any-return]
 
     def _output_factor(self, layer: int, h: Tensor, noise: NoiseSource | None) -> Tensor | None:
-        """What a layer's activations are multiplied with, if anything."""
+        """Return the factor of a layer's activations: dropout and mask; None for neither."""
         mask = self.get_buffer(f"mask{layer}") if self.needs_mask else None
         if noise is None or not self.has_dropout:
             return mask
@@ -189,13 +189,13 @@ class StackedMLP(StackedModule):
         return factor if mask is None else factor.mul_(mask)
 
     def select(self, members: Tensor) -> None:
-        """Go on with some members ``(m,)`` only."""
+        """Keep only some members ``(m,)``."""
         select_members(self, members)
         self.params = [self.params[i] for i in members.tolist()]
         self._update_groups()
 
     def append(self, other: StackedMLP) -> None:
-        """Take in the members of another stack with the same signature."""
+        """Append the members of another stack with the same signature."""
         append_members(self, other)
         self.params = [*self.params, *other.params]
         self._update_groups()
@@ -203,14 +203,14 @@ class StackedMLP(StackedModule):
     def set_hyperparameters(
         self, params: Sequence[Params], make_stack: Callable[[], StackedModule]
     ) -> None:
-        """Give every member other hyperparameters, of the same structure; weights stay."""
+        """Set new hyperparameters of the same structure; keep the weights."""
         self.params = list(params)
         rates = torch.tensor([float(p["dropout"] or 0) for p in params])
         self.get_buffer("dropout").copy_(rates)
         self._update_groups()
 
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Sequential:
-        """One member as a plain network, without its padding.
+        """Return one member as a plain network, without its padding.
 
         Args:
             i:
@@ -251,7 +251,7 @@ def _has_bias(params: Params) -> bool:
 
 
 def _mask(params: Sequence[Params], layer: int, padded: int) -> Tensor:
-    """1 for each member's true units of a layer: ``(k, 1, padded)``."""
+    """Return 1 for each member's true units of a layer, else 0: ``(k, 1, padded)``."""
     true = torch.tensor([hidden_widths(p)[layer] for p in params])
     return (torch.arange(padded) < true[:, None]).to(torch.get_default_dtype())[:, None]
 
@@ -263,10 +263,10 @@ def _initial_weights(
     padded: int,
     generators: Sequence[Generator],
 ) -> list[Tensor]:
-    """Zero-padded first weights of each layer, ``(k, in, out)``.
+    """Draw the zero-padded initial weights of each layer, ``(k, in, out)``.
 
-    They are drawn at their true size, layer after layer, so that neither the padding nor the
-    other members have a say in them.
+    They are drawn at their true size, layer after layer, so that they depend neither on the
+    padding nor on other members.
     """
     depth = len(hidden_widths(params[0]))
     sizes = [inputs, *[padded] * depth, outputs]

@@ -1,4 +1,4 @@
-"""The noise of dropout: a hash of where it is used, so that every engine draws the same."""
+"""The noise of dropout: a hash of where it is used, so that every engine has the same noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_COMPILED_DRAWS = 256  # layers with dropout that compiled code can have
 
 
 class DropoutNoise:
-    """Uniform numbers for the layers of one step, shared by members of the same age.
+    """Uniform numbers for the layers of one step, shared by members with equally many rounds.
 
     Args:
         draw_keys:
@@ -47,7 +47,7 @@ class DropoutNoise:
         self._key_index, self._draw = which, 0
 
     def __call__(self, batch: int, width: int) -> Tensor:
-        """Numbers in (0, 1) for the next layer: ``(batch, width)``, or ``(k, batch, width)``."""
+        """Draw numbers in (0, 1): ``(batch, width)``, or ``(k, batch, width)``."""
         places = _unit_positions(batch, width, self._key_index.device)
         keys = [_draw_key(key, self._draw) for key in self._keys]
         return self._draw_uniform(places, keys)
@@ -58,7 +58,7 @@ class DropoutNoise:
         return drawn[0] if len(drawn) == 1 else torch.stack(drawn)[self._key_index]
 
     def draw_keys(self, draws: int) -> tuple[Tensor, list[int]]:
-        """Keys of the first draws, for the compiled engines; and each member's place among them.
+        """Return the keys of the first draws for the compiled engines, and each member's row.
 
         Shape:
             - Output: ``(ages, draws)``, 32 bits each.
@@ -67,12 +67,12 @@ class DropoutNoise:
         return torch.from_numpy(np.array(keys, dtype=np.uint32)), self._key_index.tolist()
 
     def for_torch_compile(self) -> DropoutNoise:
-        """The same noise for code by `torch.compile`."""
+        """Return the same noise in a form that `torch.compile` can trace."""
         return _NoiseWithTensorKeys(self)
 
 
 class _NoiseWithTensorKeys(DropoutNoise):
-    """The same numbers, with keys as a tensor: as numbers they would be part of the code."""
+    """Keeps the keys as a tensor: as Python numbers they would become constants of the code."""
 
     def __init__(self, noise: DropoutNoise) -> None:
         self._key_index, self._draw = noise._key_index, 0
@@ -86,7 +86,7 @@ class _NoiseWithTensorKeys(DropoutNoise):
 
 
 def _draw_key(key: Any, draw: Any) -> Any:
-    """The upper half of splitmix64's finalizer, but for its last shift; of arrays too."""
+    """Return the upper half of splitmix64's finalizer without its last shift; also of arrays."""
     z = (key + draw * DRAW_KEY) & (2**64 - 1)
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & (2**64 - 1)

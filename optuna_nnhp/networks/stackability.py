@@ -32,7 +32,7 @@ RELATIVE_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class StackabilityReport:
-    """What one run on a small batch tells of all networks of a structure.
+    """What a trial run on a small batch shows about all networks of one structure.
 
     Args:
         structure:
@@ -62,7 +62,7 @@ class StackabilityReport:
 
 
 class StackabilityProbe:
-    """Examines networks for one kind of input, each structure once, and stacks them.
+    """Finds whether networks can be stacked, once for each structure, and stacks them.
 
     Args:
         x:
@@ -85,7 +85,7 @@ class StackabilityProbe:
         self._logged: set[str] = set()
 
     def __call__(self, network: nn.Module) -> StackabilityReport:
-        """What there is to know of a network's structure.
+        """Return the report on a network's structure.
 
         Raises:
             Exception: Whatever the network raises when it runs alone.
@@ -102,7 +102,7 @@ class StackabilityProbe:
         return self._known[found]
 
     def stack(self, networks: Sequence[nn.Module]) -> ModuleStack:
-        """Networks of one structure as a stack.
+        """Stack networks of one structure.
 
         Raises:
             ValueError: If they cannot be stacked, or have different structures.
@@ -134,9 +134,9 @@ class StackabilityProbe:
         )
 
     def _find_obstacle(self, network: nn.Module, run: _ProbeStep) -> str | None:
-        """Why a network like this one cannot be stacked: from a stack of it and its double.
+        """Return why a network cannot be stacked, from a stack of it and a copy; None if it can.
 
-        The double has other weights, so that a weight that is not seen by `torch.vmap` shows.
+        The copy has other weights, which reveals weights that `torch.vmap` does not map.
         """
         double = deepcopy(network)
         with torch.no_grad():
@@ -175,7 +175,7 @@ def _with_sizes(stack: ModuleStack, found: StackabilityReport) -> ModuleStack:
 
 
 class _ProbeStep:
-    """One step of a plain network: what it computes with, how much, and what it gives.
+    """One training step of a plain network: its outputs, sizes and unused parameters.
 
     Attributes:
         outputs: **Shape** of an output.
@@ -211,7 +211,7 @@ def _check_outputs(outputs: Any, rows: int) -> None:
 
 @contextmanager
 def _count_operations(network: nn.Module) -> Iterator[list[tuple[int, float]]]:
-    """Of each layer how many numbers it puts out, and its operations.
+    """Count each layer's outputs and operations during a forward pass.
 
     Torch's own `FlopCounterMode` is exact, but loads its compiler first, for seconds.
     """
@@ -255,7 +255,7 @@ def _is_close(output: Tensor, expected: Tensor) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    """The first sentence or line of an error, in which torch says what is wrong."""
+    """Return the first sentence or line of an error message."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     head, dot, _ = line.partition(". ")
     return head + dot.strip()

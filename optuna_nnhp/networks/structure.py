@@ -42,11 +42,11 @@ MODULE_INTERNALS = ("_parameters", "_buffers", "_modules", "training")  # descri
 
 
 class CannotStack(ValueError):
-    """Why a network cannot share a stack with any other; the text is for a log line."""
+    """A network cannot be stacked with another; the message is for a log line."""
 
 
 def structure_key(network: nn.Module) -> str:
-    """What two networks must have in common to be stacked, as a short text.
+    """Return a text that is equal for networks that can be stacked.
 
     That is the names and types of all submodules, whatever numbers, texts, tuples and functions
     they hold as attributes, and the names, shapes and types of all parameters and buffers. The
@@ -74,7 +74,7 @@ def structure_key(network: nn.Module) -> str:
 
 
 def _tensors(network: nn.Module) -> list[Any]:
-    """Parameters and buffers; of tied ones the first name."""
+    """Describe parameters and buffers; tied ones by the first name."""
     first: dict[int, str] = {}
     return [
         (name, first.setdefault(id(t), name), tuple(t.shape), str(t.dtype), t.requires_grad)
@@ -86,7 +86,7 @@ def _tensors(network: nn.Module) -> list[Any]:
 
 
 def _modules(network: nn.Module) -> Iterable[Any]:
-    """Submodules with their attributes; of one that occurs twice the first name."""
+    """Describe submodules and their attributes; repeated ones by the first name."""
     names: dict[int, str] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         if names.setdefault(id(module), name) != name:
@@ -107,7 +107,7 @@ def _modules(network: nn.Module) -> Iterable[Any]:
 
 
 def _without_hook_ids(attribute: str, value: Any) -> Any:
-    """A module's hooks without the running numbers that torch gives them."""
+    """Return a module's hooks without their IDs; other attributes unchanged."""
     named = attribute.startswith("_") and "_hooks" in attribute
     return list(value.values()) if named and isinstance(value, Mapping) else value
 
@@ -126,7 +126,7 @@ class _Describer:
         self._ancestors: list[int] = []  # what is being described, against circles
 
     def __call__(self, value: Any) -> Any:
-        """A value as nested tuples of texts."""
+        """Describe a value as nested tuples of texts."""
         if isinstance(value, PRIMITIVE_TYPES) and not isinstance(value, torch.Size):
             return type(value).__name__, repr(value)
         if isinstance(value, TORCH_TYPES):
@@ -201,7 +201,7 @@ class _Describer:
         return code.co_name, code.co_code.hex(), code.co_names, constants
 
     def type(self, kind: type) -> Any:
-        """A class: by its name, and by its content where a call may make another each time."""
+        """Describe a class by its name, and a local class by its content as well."""
         name = f"{kind.__module__}.{kind.__qualname__}"
         if "<locals>" not in kind.__qualname__:
             return name
@@ -213,7 +213,7 @@ class _Describer:
         return name, [self(base) for base in kind.__bases__], inside
 
     def _member(self, item: Any) -> Any:
-        """What a class body holds."""
+        """Describe an attribute of a class."""
         match item:
             case staticmethod() | classmethod():
                 return self(item.__func__)

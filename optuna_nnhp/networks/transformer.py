@@ -75,7 +75,7 @@ class Architecture:
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], vocabulary: int) -> Architecture:
-        """That of a trial's hyperparameters."""
+        """Return the architecture of a trial's hyperparameters."""
         mup, width = params["parametrization"] == "mup", params["heads"] * params["head_size"]
         return cls(
             vocabulary=vocabulary,
@@ -107,18 +107,18 @@ class Architecture:
 
     @property
     def attention_scale(self) -> float:
-        """What products of queries and keys are multiplied with."""
+        """The factor of the products of queries and keys."""
         if self.width_ratio:
             return math.sqrt(BASE_HEAD) / self.head_size
         return 1 / math.sqrt(self.head_size)
 
     @property
     def head_scale(self) -> float:
-        """What the output layer's products are multiplied with."""
+        """The factor of the output layer's products."""
         return 1 / self.width_ratio if self.width_ratio else 1.0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all parameters, by their names in `networks.gpt.GPT`; matrices ``(in, out)``.
+        """Return the shapes of all parameters of a `networks.gpt.GPT`; matrices ``(in, out)``.
 
         Example:
             >>> shapes = Architecture(65, 2, 4, 16, 64).shapes()
@@ -149,7 +149,7 @@ class Architecture:
 
 
 def count_parameters(architecture: Architecture) -> int:
-    """Number of trained weights.
+    """Return the number of trained weights.
 
     Example:
         >>> count_parameters(Architecture(50257, 12, 12, 64, 1024, "learned", tied_head=True))
@@ -164,7 +164,7 @@ def initial_weights(
     projection_init: str,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The first weights of one GPT, by name.
+    """Draw the initial weights of one GPT, by name.
 
     Args:
         architecture:
@@ -210,7 +210,7 @@ def initial_weights(
 
 @functools.lru_cache(maxsize=64)
 def rotary_angles(length: int, head_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Complex numbers that queries and keys are turned by, ``(length, 1, head_size / 2)``."""
+    """Return the complex factors that rotate queries and keys, ``(length, 1, head_size / 2)``."""
     steps = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
     angles = torch.outer(torch.arange(length, dtype=torch.float64), ROTARY_BASE**-steps)
     turned = torch.polar(torch.ones_like(angles), angles)[:, None]
@@ -218,7 +218,7 @@ def rotary_angles(length: int, head_size: int, dtype: torch.dtype, device: torch
 
 
 def apply_rotary(x: Tensor) -> Tensor:
-    """Turn each pair of channels by an angle that grows with the position.
+    """Rotate each pair of channels by an angle proportional to the position.
 
     Shape:
         - x, Output: ``(n, length, heads, head_size)``.
@@ -238,7 +238,7 @@ def apply_rotary(x: Tensor) -> Tensor:
 
 
 def causal_attention(qkv: Tensor, architecture: Architecture) -> Tensor:
-    """Causal self-attention.
+    """Compute causal self-attention.
 
     Shape:
         - qkv: ``(n, length, 3 * width)``: queries, keys and values.
@@ -262,7 +262,7 @@ def causal_attention(qkv: Tensor, architecture: Architecture) -> Tensor:
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """The feed-forward layer's function.
+    """Apply the activation of the feed-forward layer.
 
     Shape:
         - x: ``(..., up)``; Output: ``(..., inner)``, half of it for ``"swiglu"``.
@@ -281,7 +281,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Each vector over its root mean square.
+    """Divide each vector by its root mean square.
 
     Source:
         Zhang and Sennrich 2019 (arXiv:1910.07467), without a gain.
@@ -291,7 +291,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def token_shift(x: Tensor) -> Tensor:
-    """Half the channels of each token are those of the token before; zero before the first.
+    """Take half the channels of each token from the token before it; zero for the first.
 
     Shape:
         - x, Output: ``(n, length, width)``.
@@ -309,7 +309,7 @@ def token_shift(x: Tensor) -> Tensor:
 
 
 def cap_logits(logits: Tensor, largest: float) -> Tensor:
-    """Logits bent so that none is larger; 0 leaves them."""
+    """Bound logits smoothly by tanh; 0 leaves them unchanged."""
     return largest * torch.tanh(logits / largest) if largest else logits
 
 
@@ -346,7 +346,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _TokenShift(torch.autograd.Function):
-    """One pass over memory each way; slices and a concatenation took three."""
+    """Needs one pass over memory in each direction; slices and a concatenation need three."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ NUM_SEEDS = 2**24  # as many as a uniform float32 has values
 
 
 class ModuleStack(StackedModule):
-    """What stacks of a user's modules have in common.
+    """The base of stacks of a user's modules.
 
     Every parameter and buffer of the plain network is one here, with the member first and with
     ``/`` for ``.`` in its name. The modules themselves are not registered.
@@ -57,20 +57,20 @@ class ModuleStack(StackedModule):
         self._prototype, self._modules_run = [deepcopy(plain)], list[nn.Module]()
 
     def train(self, mode: bool = True) -> ModuleStack:
-        """Training or evaluation, as `nn.Module.train`."""
+        """Set training or evaluation mode, as `nn.Module.train`."""
         super().train(mode)
         for network in self._modules_run:
             network.train(mode)
         return self
 
     def select(self, members: Tensor) -> None:
-        """Go on with some members ``(m,)`` only."""
+        """Keep only some members ``(m,)``."""
         select_members(self, members)
 
     def set_hyperparameters(
         self, params: Sequence[Mapping[str, Any]], make_stack: Callable[[], StackedModule]
     ) -> None:
-        """Give every member other rates of dropout, those of a new stack; weights stay."""
+        """Set the dropout rates of a new stack; keep the weights."""
         layers = dict(self._modules_run[0].named_modules())
         settings = [
             key
@@ -83,7 +83,7 @@ class ModuleStack(StackedModule):
                 self.get_buffer(key).copy_(other.get_buffer(key))
 
     def member(self, i: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """One member as the plain network it came from, in evaluation mode.
+        """Return one member as a plain network in evaluation mode.
 
         Args:
             i:
@@ -114,7 +114,7 @@ class ModuleStack(StackedModule):
 
 
 class VmapStack(ModuleStack):
-    """k networks with one structure, side by side: `torch.vmap` over their weights.
+    """k networks of one structure, run by `torch.vmap` over their weights.
 
     Each member has its own weights and its own rates of dropout; the noise of dropout is shared.
     Everything else they must have in common, see `networks.structure`.
@@ -148,13 +148,15 @@ class VmapStack(ModuleStack):
         _use_running_stats_for_single_values(skeleton)
         self._modules_run.append(skeleton.train(self.training))
         tensors = tensors_of(skeleton)
+        # Rates of dropout are made on the CPU, the weights may be on a GPU.
+        device = next((p.device for p in networks[0].parameters()), torch.device("cpu"))
         sources = [{**_dropout_rates(network), **tensors_of(network)} for network in networks]
         for name, tensor in tensors.items():
-            stacked = torch.stack([source[name].detach() for source in sources])
+            stacked = torch.stack([source[name].detach() for source in sources]).to(device)
             self._register(name, stacked, tensor.requires_grad and name not in constant)
 
     def forward(self, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
-        """Outputs of all members.
+        """Compute the outputs of all members.
 
         Args:
             x:
@@ -175,7 +177,7 @@ class VmapStack(ModuleStack):
         return _as_columns(outputs)
 
     def _run_member(self, state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """One member's output, and the buffers that it replaced instead of changing them."""
+        """Return one member's output, and the buffers that it replaced."""
         given = dict(state)
         output = functional_call(self._modules_run[0], state, (x,))
         return output, {name: t for name, t in state.items() if t is not given[name]}
@@ -186,7 +188,7 @@ class VmapStack(ModuleStack):
 
 
 class SingleNetworkStack(ModuleStack):
-    """A stack of one: a network that cannot be lifted, as it is.
+    """A stack of one network that `torch.vmap` cannot run.
 
     Its weights are views of those here, and its gradients go to those here. Whatever random
     numbers it draws follow from the noise, so that the same seed gives the same course.
@@ -217,7 +219,7 @@ class SingleNetworkStack(ModuleStack):
                 tensor.register_post_accumulate_grad_hook(self._grad_mover(key))
 
     def forward(self, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
-        """Outputs of the one member; ``noise`` says which random numbers it draws."""
+        """Compute the member's outputs; its random numbers follow from ``noise``."""
         (network,) = self._modules_run
         tensors = tensors_of(network)
         for key, name in self.names.items():
@@ -236,11 +238,11 @@ class SingleNetworkStack(ModuleStack):
         return _as_columns(outputs[None])
 
     def append(self, other: StackedModule) -> None:
-        """Refuse: there is no room for a second member."""
+        """Raise: such a network must train alone."""
         raise ValueError("A network that cannot be stacked must train alone.")
 
     def _grad_mover(self, key: str) -> Callable[[Tensor], None]:
-        """Gives a weight's gradient to its counterpart here."""
+        """Return a hook that moves a weight's gradient to its counterpart in the stack."""
 
         def move_grad(weight: Tensor) -> None:
             assert weight.grad is not None
@@ -251,7 +253,7 @@ class SingleNetworkStack(ModuleStack):
 
 
 def tensors_of(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; of tied ones the first.
+    """Return parameters and buffers by name; tied ones by the first name.
 
     Example:
         >>> list(tensors_of(nn.BatchNorm1d(2, affine=False)))
@@ -261,7 +263,7 @@ def tensors_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 class _StackedDropout(nn.Module):
-    """Dropout at each member's own rate, of units or of whole channels.
+    """Dropout of units or whole channels at each member's own rate.
 
     Args:
         layer:
@@ -280,7 +282,7 @@ class _StackedDropout(nn.Module):
         self.noise: NoiseSource | None = None
 
     def forward(self, h: Tensor) -> Tensor:
-        """Silence what falls under the member's rate; scale up the rest."""
+        """Drop values at the member's rate and scale up the rest."""
         if not self.training or self.noise is None:
             return h
         dims = CHANNEL_DROPOUT_DIMS.get(self.kind, h.dim())
@@ -292,7 +294,7 @@ class _StackedDropout(nn.Module):
 
 
 class _VmapDropout(torch.autograd.Function):
-    """What a dropout does inside `torch.vmap`: steps out of it to draw the shared noise.
+    """Applies dropout inside `torch.vmap`, with noise that the members share.
 
     Source:
         https://docs.pytorch.org/docs/stable/notes/extending.func.html, "Defining the vmap
@@ -328,13 +330,13 @@ def _is_stackable(layer: nn.Module) -> bool:
 
 
 def _dropout_rates(network: nn.Module) -> dict[str, Tensor]:
-    """Rates of dropout under the names that they have in a stack."""
+    """Return the dropout rates by the names of their buffers in a stack."""
     layers = {name: m for name, m in network.named_modules() if _is_stackable(m)}
     return {f"{name}.p" if name else "p": _dropout_rate(layer) for name, layer in layers.items()}
 
 
 def _replace_dropouts(network: nn.Module) -> tuple[nn.Module, list[_StackedDropout]]:
-    """A network, in place, with dropout that can be stacked; and those layers."""
+    """Replace dropout layers in place by ones that can be stacked; return both."""
     made: dict[nn.Module, _StackedDropout] = {}
     for module in list(network.modules()):
         for name, child in module.named_children():
@@ -344,7 +346,7 @@ def _replace_dropouts(network: nn.Module) -> tuple[nn.Module, list[_StackedDropo
 
 
 def _use_running_stats_for_single_values(network: nn.Module) -> None:
-    """Let batch normalization go by its running estimates where a channel has but one value.
+    """Make batch normalization use its running estimates where a channel has a single value.
 
     torch.nn refuses such a batch, and the last one of an epoch may be one.
     """
@@ -368,7 +370,7 @@ def _use_running_stats_for_single_values(network: nn.Module) -> None:
 
 @contextmanager
 def _attention_for_vmap(device: torch.device) -> Iterator[None]:
-    """Attention on the CPU by operations that `torch.vmap` knows; its own ones it runs in turn."""
+    """Use attention operations on the CPU that `torch.vmap` runs as one, not in turn."""
     if device.type != "cpu":
         yield
         return
@@ -382,5 +384,5 @@ def _attention_for_vmap(device: torch.device) -> Iterator[None]:
 
 
 def _as_columns(outputs: Tensor) -> Tensor:
-    """Outputs ``(k, batch)`` as ``(k, batch, 1)``."""
+    """Reshape outputs ``(k, batch)`` to ``(k, batch, 1)``."""
     return outputs[..., None] if outputs.dim() == 2 else outputs

@@ -235,7 +235,7 @@ def make_task(
     """
 
     def tensor(array: Any) -> Tensor:
-        return torch.as_tensor(array, device=device)
+        return torch.as_tensor(array).to(device)
 
     def compute(outputs: Tensor) -> Tensor:
         return metric.compute(*to_target_units(data.target, outputs, arrays.valid_y))

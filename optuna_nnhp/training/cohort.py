@@ -377,8 +377,10 @@ class Cohort:
         best_round = self.stopping.best_round[index].tolist()
         done = [self.rounds_done[i] for i in indices]
         best = [i for i, b, d in zip(indices, best_round, done, strict=True) if b == d]
-        for name, tensor in self.network.state_dict().items():
-            self.best_weights[name][best] = tensor[best]
+        if best:
+            where = torch.tensor(best).to(self.loss_sum.device)
+            for name, tensor in self.network.state_dict().items():
+                self.best_weights[name][where] = tensor[where]
         for i in indices:
             self.next_evaluations[i] = next_evaluation(self.rounds_done[i], self.task.rounds)
             self.loss_sum[i] = self.examples_seen[i] = 0

@@ -1,4 +1,4 @@
-"""What a cohort is in the middle of its training: taken out, kept in files, put back."""
+"""The state of a cohort in training: read, saved to files, restored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SUMS = ("loss_sum", "examples_seen")
 
 
 class CohortState(NamedTuple):
-    """All that a cohort's further training depends on.
+    """The state that a cohort's further training depends on.
 
     Random numbers follow from seeds and counters, so counters are all there is of them.
 
@@ -44,7 +44,7 @@ class CohortState(NamedTuple):
 
 
 def get_cohort_state(cohort: Cohort) -> CohortState:
-    """A cohort as it is between two steps. The tensors are its own, not copies.
+    """Return the state of a cohort between two steps; its tensors are not copied.
 
     Args:
         cohort:
@@ -68,7 +68,7 @@ def get_cohort_state(cohort: Cohort) -> CohortState:
 
 
 def members_from_state(facts: Mapping[str, Any]) -> list[Member]:
-    """The members of a cohort, from the facts of its snapshot.
+    """Return the members of a cohort from the facts of its state.
 
     Example:
         >>> members_from_state({"members": [[3, 3, {"epochs": 5}]]})
@@ -78,7 +78,7 @@ def members_from_state(facts: Mapping[str, Any]) -> list[Member]:
 
 
 def select_state(snapshot: CohortState, indices: Sequence[int]) -> CohortState:
-    """A snapshot of some members only.
+    """Return the state of some members only.
 
     Args:
         snapshot:
@@ -95,7 +95,7 @@ def select_state(snapshot: CohortState, indices: Sequence[int]) -> CohortState:
 
 @torch.no_grad()
 def restore_cohort(make: Callable[[Sequence[Member]], Cohort], snapshot: CohortState) -> Cohort:
-    """A cohort that goes on where one was: with the same steps, on the same engine bit for bit.
+    """Make a cohort that continues from a state; bit for bit on the same engine.
 
     Args:
         make:
@@ -123,7 +123,7 @@ def restore_cohort(make: Callable[[Sequence[Member]], Cohort], snapshot: CohortS
 
 
 def _check(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raise unless names, shapes and types are the same."""
+    """Raise unless names, shapes and dtypes are equal."""
     if other := sorted(wanted.keys() ^ given.keys()):
         raise ValueError(f"A snapshot must have the cohort's tensors, but differs in {other[0]}.")
     for name, tensor in wanted.items():

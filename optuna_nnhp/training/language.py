@@ -31,7 +31,7 @@ MAX_LOGITS = 2**22  # numbers, to bound memory
 
 
 class TextWindows(RoundKeyedNoise):
-    """The windows of text that a trial sees at each step, whoever trains beside it.
+    """The windows of text that a trial sees at each step.
 
     Args:
         tokens:
@@ -41,11 +41,11 @@ class TextWindows(RoundKeyedNoise):
         sequences:
             Windows of a step.
         iterations:
-            Steps of a trial's budget.
+            Return the steps of a trial's budget.
         seed:
             The study's seed.
         device:
-            Where the places are wanted.
+            The device of the positions.
 
     Attributes:
         size: Tokens of a step.
@@ -73,11 +73,11 @@ class TextWindows(RoundKeyedNoise):
         self.per_round = math.ceil(iterations / ROUNDS_PER_BUDGET)
 
     def rows(self, done: Sequence[int]) -> Iterator[Tensor]:
-        """Places in the text of each step of the next round.
+        """Yield the token positions of each step of the next round.
 
         Shape:
-            - Output: for each step ``(sequences, context)`` if all members are of one age, else
-              ``(k, sequences, context)``.
+            - Output: for each step ``(sequences, context)`` if all members have finished equally
+              many rounds, else ``(k, sequences, context)``.
         """
         distinct_rounds = sorted(set(done))
         starts = {rounds_done: self._window_starts(rounds_done) for rounds_done in distinct_rounds}
@@ -96,7 +96,7 @@ class TextWindows(RoundKeyedNoise):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens on the device they are trained on, held once for all cohorts.
+    """The tokens of a text on the device of training; all cohorts share them.
 
     Args:
         train:
@@ -117,7 +117,7 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageTask(Task):
-    """A text, and what its members' steps and judgement are.
+    """Training and evaluation on a text.
 
     Args:
         corpus:
@@ -137,23 +137,23 @@ class LanguageTask(Task):
 
     @property
     def can_append(self) -> bool:
-        """No: only the last evaluation reads the whole validation part."""
+        """False: only the last evaluation reads the whole validation part."""
         return False
 
     @property
     def rounds(self) -> int:
-        """Rounds of a budget, which is what this task has for an epoch."""
+        """Rounds of a budget, which this task has in place of an epoch."""
         return ROUNDS_PER_BUDGET
 
     def make_batches(self, members: Sequence[Member]) -> TextWindows:  # type: ignore[override]
-        """The windows of all steps."""
+        """Return the windows of all steps."""
         data = self.corpus.train
         return TextWindows(
             len(data), self.context, self.sequences, self.iterations, self.seed, data.device
         )
 
     def total_steps(self, member: Member, per_round: int) -> int:
-        """Steps of a trial's budget."""
+        """Return the steps of a trial's budget."""
         return self.iterations
 
     def make_updater(
@@ -163,11 +163,11 @@ class LanguageTask(Task):
         network: StackedModule,
         members: Sequence[Member],
     ) -> ParamGroupUpdate:
-        """Muon and AdamW, with a rate for each kind of parameter."""
+        """Return the update by Muon and AdamW, with a rate for each kind of parameter."""
         return ParamGroupUpdate(flat, network, members)
 
     def engine(self, network: StackedModule, flat: FlatParameters) -> CompiledGPT | None:
-        """The compiled engine, where there is one."""
+        """Return the compiled engine, where it supports the network."""
         if not CompiledGPT.supports(network, flat.weights):
             return None
         assert isinstance(network, StackedGPT)
@@ -177,7 +177,7 @@ class LanguageTask(Task):
     def evaluate(
         self, apply: Apply, members: Sequence[Member], is_over: bool
     ) -> tuple[Tensor, Tensor, bool]:
-        """Nats for each token and bits for each byte of the validation part.
+        """Compute nats per token and bits per byte on the validation part.
 
         One pass over non-overlapping windows: every token but the first is predicted once. Before
         the end only its first `EARLY_VALIDATION_TOKENS` tokens are read.
@@ -200,7 +200,7 @@ class LanguageTask(Task):
 def total_nats(
     network: Callable[[Tensor], Tensor], tokens: Tensor, context: int, members: int
 ) -> Tensor:
-    """Sum over a text of minus the logarithm of each token's probability, given those before.
+    """Sum the negative log-likelihood of each token, given those before it, over a text.
 
     Args:
         network:
@@ -237,7 +237,7 @@ def total_nats(
 
 
 def bits_per_token(outputs: Tensor, target: Tensor) -> Tensor:
-    """Bits for each token, given logits; bits for each byte where a token is a byte.
+    """Compute bits per token from logits; bits per byte where a token is a byte.
 
     Shape:
         - outputs: ``(k, n, vocabulary)``; target: ``(n,)``; Output: ``(k,)``, float64.
@@ -263,7 +263,7 @@ class TokenLoss:
     loss: ClassificationLoss
 
     def __call__(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of each member.
+        """Return the mean loss of each member.
 
         Shape:
             - outputs: ``(k, batch * length, vocabulary)``; Output: ``(k,)``.

@@ -82,7 +82,7 @@ def _finite_members(outputs: Tensor) -> Tensor:
 
 
 def _per_member(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Checks the rows, finds a device with float64, and gives NaN to members not finite."""
+    """Add to a metric: check of rows, a device with float64, NaN for non-finite members."""
 
     @wraps(compute)
     def wrapped(outputs: Tensor, target: Tensor) -> Tensor:
@@ -96,14 +96,14 @@ def _per_member(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
 
 
 def _mean(rows: Tensor) -> Tensor:
-    """The mean of each row, ``(k, n) -> (k,)``, whatever ``k`` is."""
+    """Return the mean of each row, ``(k, n) -> (k,)``, whatever ``k`` is."""
     # Torch splits a reduction to one value between threads (from 32768 elements on), but never a
     # reduction to several: without the second row, a member's last bits depend on its mates.
     return torch.cat([rows, rows]).mean(1)[:1] if len(rows) == 1 else rows.mean(1)
 
 
 def _class_counts(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of each class: hit ``(k, classes)``, predicted ``(k, classes)``, actual ``(classes,)``.
+    """Count hits ``(k, classes)``, predictions ``(k, classes)`` and targets ``(classes,)``.
 
     Counts, not a confusion matrix: ``classes ** 2`` numbers per member are never needed here.
     """
@@ -116,7 +116,7 @@ def _class_counts(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @_per_member
 def accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """The share of rows whose largest logit is the target's (the first of equal ones).
+    """Compute the share of rows whose largest logit is the target's (the first of equal ones).
 
     Shape:
         - logits: ``(k, n, classes)``; target: ``(n,)`` int64
@@ -131,7 +131,7 @@ def accuracy(logits: Tensor, target: Tensor) -> Tensor:
 
 @_per_member
 def balanced_accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """The mean recall of the classes present in the target.
+    """Compute the mean recall of the classes present in the target.
 
     A class absent from the target has no recall and is left out, as in scikit-learn's
     ``balanced_accuracy_score``.
@@ -150,7 +150,7 @@ def balanced_accuracy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _auc(scores: Tensor, positive: Tensor) -> Tensor:
-    """Area under the ROC curve, ``(k, n), (n,) -> (k,)``; NaN without both sides.
+    """Compute the area under the ROC curve, ``(k, n), (n,) -> (k,)``; NaN without both sides.
 
     The share of (positive, negative) pairs in the right order, equal scores counting one half:
     the same number as with average ranks, and exact, since pairs are counted in integers.
@@ -168,7 +168,7 @@ def _auc(scores: Tensor, positive: Tensor) -> Tensor:
 
 @_per_member
 def roc_auc(logits: Tensor, target: Tensor) -> Tensor:
-    """The area under the ROC curve; one-versus-rest and macro-averaged for several classes.
+    """Compute the area under the ROC curve; for several classes one-versus-rest, macro-averaged.
 
     Binary: the score is the margin ``logits[..., 1] - logits[..., 0]``, which orders rows as the
     probability of class 1 does but keeps apart the ones where that rounds to 1. Multiclass: the
@@ -195,7 +195,7 @@ def roc_auc(logits: Tensor, target: Tensor) -> Tensor:
 
 @_per_member
 def log_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """The mean negative log-likelihood of the target, in nats.
+    """Compute the mean negative log-likelihood of the target, in nats.
 
     From the logits in float64 and not clipped: scikit-learn's ``log_loss`` sees probabilities and
     stops at about 36 nats per row. Classes absent from the target need no rule.
@@ -214,7 +214,7 @@ def log_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 @_per_member
 def f1(logits: Tensor, target: Tensor) -> Tensor:
-    """The F1 score: of class 1 if binary, else the macro average.
+    """Compute the F1 score: of class 1 if binary, else the macro average.
 
     The average is over the classes present in the target or in the member's own predictions, as
     scikit-learn's default labels; a score of 0 / 0 is 0 (``zero_division=0``).
@@ -238,7 +238,7 @@ def f1(logits: Tensor, target: Tensor) -> Tensor:
 
 @_per_member
 def rmse(outputs: Tensor, target: Tensor) -> Tensor:
-    """The root of the mean squared error, in the target's units.
+    """Compute the root of the mean squared error, in the target's units.
 
     Shape:
         - outputs: ``(k, n)``; target: ``(n,)``
@@ -253,7 +253,7 @@ def rmse(outputs: Tensor, target: Tensor) -> Tensor:
 
 @_per_member
 def mae(outputs: Tensor, target: Tensor) -> Tensor:
-    """The mean absolute error, in the target's units.
+    """Compute the mean absolute error, in the target's units.
 
     Shape:
         - outputs: ``(k, n)``; target: ``(n,)``
@@ -268,7 +268,7 @@ def mae(outputs: Tensor, target: Tensor) -> Tensor:
 
 @_per_member
 def r2(outputs: Tensor, target: Tensor) -> Tensor:
-    """The coefficient of determination: 1 minus the error's share of the target's variance.
+    """Compute the coefficient of determination, 1 - error / variance of the target.
 
     As scikit-learn's ``r2_score``: for a constant target, 1 if every output equals it and else 0;
     NaN for a single row, which has no variance.
@@ -313,7 +313,7 @@ def resolve_metric(
     direction: str | None,
     target_decode: Callable[[Array], Array],
 ) -> Metric:
-    """The metric a study compares its trials by.
+    """Return the metric that a study compares its trials by.
 
     Args:
         metric:
@@ -389,7 +389,7 @@ def _call_per_member(
     outputs: Tensor,
     target: Tensor,
 ) -> Tensor:
-    """A user's function on each finite member, ``(k,)`` float64; ``decode`` None is regression."""
+    """Call a user's function on each finite member, ``(k,)``; ``decode`` None is regression."""
     _check_rows(outputs, target)
     finite = _finite_members(outputs)
     predictions = outputs.detach().cpu().double() if decode is None else outputs.argmax(-1).cpu()
