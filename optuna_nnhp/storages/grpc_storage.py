@@ -1,4 +1,4 @@
-"""A storage behind Optuna's gRPC proxy, by its address."""
+"""Connects to a storage behind Optuna's gRPC proxy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAIT = 20.0  # seconds for the server to answer
 
 
 def open_grpc_proxy(url: str, wait: float = WAIT) -> BaseStorage:
-    """The storage that a server of `optuna.storages.run_grpc_proxy_server` hands on.
+    """Connect to the storage behind a server of `optuna.storages.run_grpc_proxy_server`.
 
     Args:
         url:

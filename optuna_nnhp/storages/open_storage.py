@@ -1,4 +1,4 @@
-"""Opening the storage that a user names."""
+"""Opens the storage that a user names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optuna_nnhp.storages.journal_file import open_journal
 
 
 def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:
-    """The storage that a user names.
+    """Open the storage that a user names.
 
     Args:
         storage:

@@ -1,4 +1,4 @@
-"""Where files of a study lie: beside its storage, and never outside of their folder."""
+"""The files of a study: beside its storage, and never outside of their folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_NAME = 60  # of 255 bytes at most, and a letter may take four
 
 
 def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None:
-    """Where the best weights are kept: beside a journal or SQLite file, else here.
+    """Return the folder of a study's weights: beside a journal or SQLite file, else here.
 
     Args:
         storage:
@@ -40,7 +40,7 @@ def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None
 
 
 def sibling_path(storage: str, suffix: str) -> Path:
-    """A path beside a journal or SQLite file, or here for another database.
+    """Return a path beside a journal or SQLite file, or here for another database.
 
     Example:
         >>> [
@@ -56,7 +56,7 @@ def sibling_path(storage: str, suffix: str) -> Path:
 
 
 def check_storage_exists(storage: str | Path) -> None:
-    """Raise if a journal or SQLite file is not there, which opening it would make.
+    """Raise an error if a journal or SQLite file does not exist: opening it would make it.
 
     Args:
         storage:
@@ -75,7 +75,7 @@ def check_storage_exists(storage: str | Path) -> None:
 
 
 def safe_file_name(text: str) -> str:
-    """A text as the name of a file or folder in any file system; different ones may share it.
+    """Turn a text into a file name for any file system; different texts may share one.
 
     Example:
         >>> safe_file_name("../my study: 1")
@@ -86,7 +86,7 @@ def safe_file_name(text: str) -> str:
 
 
 def safe_join(folder: Path, name: object) -> Path:
-    """What lies right inside a folder, by a name that a storage holds: others write to it too.
+    """Return a path right inside a folder, by a name from a storage that others write to.
 
     Args:
         folder:
