@@ -217,7 +217,7 @@ def everyone(stopping: EarlyStopping, values: Tensor, losses: Tensor, epoch: int
     return stopping.update(values, losses, range(k), [epoch] * k)
 
 
-def test_only_those_evaluated_are_touched_and_ages_differ() -> None:
+def test_only_evaluated_members_are_updated() -> None:
     stopping = EarlyStopping.start([1, 1, 1], [0.0, 0.0, 0.0])
     assert stopping.update([0.5, 0.7], [1.0, 1.0], [0, 2], [4, 9, 2]).tolist() == [False, False]
     assert stopping.best.tolist() == [0.5, -INF, 0.7]

@@ -200,7 +200,9 @@ def test_a_whole_run_is_that_of_plain_torch(make: Make, data: Callable[[int], Te
 
 
 @pytest.mark.parametrize(("make", "data"), LIFTED)
-def test_a_trial_does_not_depend_on_its_mates(make: Make, data: Callable[[int], Tensor]) -> None:
+def test_a_trial_does_not_depend_on_other_members(
+    make: Make, data: Callable[[int], Tensor]
+) -> None:
     chosen, members = own_task(make, data), varied(K, seed=3)
     assert {m.params["dropout"] for m in members} == {0.0, 0.3}
     together = run(Cohort(members, chosen), 2)
@@ -405,7 +407,7 @@ def test_buffers_that_are_replaced_and_weights_that_are_not_used(then: Any) -> N
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_batch_of_one_goes_by_the_running_estimates(alone: bool) -> None:
+def test_a_batch_of_one_uses_the_running_estimates(alone: bool) -> None:
     plain = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     stack = SingleNetworkStack(plain, 2) if alone else VmapStack([plain], 2)
     plain = stack.member(0)

@@ -31,7 +31,7 @@ def test_rounds_are_equal_parts_of_an_epoch(rounds: int) -> None:
     assert {len(some.rows([done])) for done in range(3 * rounds)} == {some.per_round}
 
 
-def test_members_of_any_age_see_what_they_see_alone() -> None:
+def test_rows_do_not_depend_on_other_members() -> None:
     some, distinct_rounds = batches(rounds=3), [4, 0, 4, 11]
     together = some.rows(distinct_rounds)
     for i, rounds_done in enumerate(distinct_rounds):
@@ -39,7 +39,7 @@ def test_members_of_any_age_see_what_they_see_alone() -> None:
             assert step[i].tolist() == rows.tolist()
 
 
-def test_noise_is_that_of_the_age() -> None:
+def test_noise_depends_on_finished_rounds_only() -> None:
     together = batches().noise([2, 0, 2], step=1)
     first, second = together(16, 8), together(16, 4)
     assert first.shape == (3, 16, 8)
@@ -50,13 +50,13 @@ def test_noise_is_that_of_the_age() -> None:
     assert not torch.equal(first[0], first[1])
 
 
-def test_orders_are_those_of_the_ages() -> None:
+def test_orders_agree_with_rows() -> None:
     some, distinct_rounds = batches(rounds=3), [4, 0, 4]
     for rounds_done, order in zip(distinct_rounds, some.orders(distinct_rounds), strict=True):
         assert order.tolist() == torch.cat(batches(rounds=3).rows([rounds_done])).tolist()
 
 
-def test_of_one_age_everything_is_shared() -> None:
+def test_members_in_the_same_round_share_rows() -> None:
     assert batches().rows([7, 7])[0].shape == (16,)
     assert batches().noise([7, 7], step=0)(16, 8).shape == (16, 8)
 

@@ -121,7 +121,7 @@ def test_in_the_middle_of_a_round(kind: str, steps: int, tmp_path: Path) -> None
     assert finish(cohort) == finish(whole)
 
 
-def test_members_of_different_ages_and_those_that_left(tmp_path: Path) -> None:
+def test_state_restores_members_in_different_rounds(tmp_path: Path) -> None:
     make, members = perceptrons("none")
     cohort = make(members[:3])
     cohort.train_round()

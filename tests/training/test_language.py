@@ -124,7 +124,7 @@ def test_members_together_are_members_alone(
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_both_engines_take_the_same_course(
+def test_both_engines_train_alike(
     optimizer: str, dropout: float, float64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wishes = {"optimizer": optimizer, "dropout": dropout, "token_shift": True}
@@ -191,7 +191,7 @@ def test_nats_are_those_of_a_loop_over_tokens() -> None:
     assert float(total_nats(gpt, tokens, 8, 1)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_windows_depend_on_seed_and_age_alone() -> None:
+def test_windows_depend_on_seed_and_finished_rounds_only() -> None:
     def rows(done: list[int], seed: int = 0) -> list[Tensor]:
         return list(TextWindows(100, 8, 2, 18, seed, CPU).rows(done))
 

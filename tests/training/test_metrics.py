@@ -141,7 +141,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.usefixtures("two_threads")
-def test_member_does_not_depend_on_its_mates(name: str) -> None:
+def test_member_does_not_depend_on_other_members(name: str) -> None:
     # Above 32768 elements torch splits a sum to one value between threads.
     outputs, target = _regression(40_000) if name in REGRESSION else _classification(40_000, 3)
     together = METRICS[name].compute(outputs, target)

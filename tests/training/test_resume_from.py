@@ -105,7 +105,7 @@ def test_a_fresh_place_has_its_first_weights_and_its_sources_counters() -> None:
     assert not torch.equal(cohort.flat.weights[0], first.flat.weights[0])
 
 
-def test_following_a_course_repeats_it() -> None:
+def test_retraining_segments_repeats_the_training() -> None:
     member = Member(0, 5, {**PLAIN, "epochs": ROUNDS})
     changed = replace(member, params={**member.params, **OTHER})
     mates = varied(3, epochs=ROUNDS)
@@ -143,7 +143,7 @@ def test_structure_cannot_change(name: str, value: str) -> None:
         cohort.resume_from([0], [replace(member, params={**PLAIN, name: value})])
 
 
-def test_a_lifted_stack_takes_other_rates_of_dropout_and_keeps_its_weights() -> None:
+def test_a_vmap_stack_sets_new_dropout_rates_and_keeps_its_weights() -> None:
     def stack(rates: Sequence[float]) -> VmapStack:
         return VmapStack(
             [nn.Sequential(nn.Linear(3, 2), nn.Dropout(rate)) for rate in rates], dims=2

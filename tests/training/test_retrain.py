@@ -71,7 +71,9 @@ class Course:
 
 
 @pytest.mark.parametrize("chosen", NETWORKS)
-def test_in_company(chosen: Callable[[], Task], engine: str) -> None:
+def test_retraining_in_the_numerics_context_is_exact(
+    chosen: Callable[[], Task], engine: str
+) -> None:
     course = Course(Cohort(members_from_state(chosen()), chosen()))
     for _ in range(ROUNDS):
         course.train()
@@ -83,7 +85,9 @@ def test_in_company(chosen: Callable[[], Task], engine: str) -> None:
 
 
 @pytest.mark.parametrize("chosen", NETWORKS)
-def test_mates_come_and_go(chosen: Callable[[], Task], engine: str) -> None:
+def test_retraining_is_exact_when_other_members_come_and_go(
+    chosen: Callable[[], Task], engine: str
+) -> None:
     first, second, *others = members_from_state(chosen())
     course = Course(Cohort([first], chosen()))
     course.train()
@@ -109,7 +113,7 @@ def test_mates_come_and_go(chosen: Callable[[], Task], engine: str) -> None:
 
 @pytest.mark.parametrize("chosen", NETWORKS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_best_weights_judged_alone(
+def test_best_weights_are_evaluated_alone(
     chosen: Callable[[], Task], threads: int, engine: str
 ) -> None:
     cohort, before = Cohort(members_from_state(chosen()), chosen()), torch.get_num_threads()
@@ -140,7 +144,7 @@ def test_the_network_of_the_best_round() -> None:
 
 
 @pytest.mark.parametrize("from_scratch", [False, True])
-def test_along_a_course(from_scratch: bool, engine: str) -> None:
+def test_retraining_follows_the_segments(from_scratch: bool, engine: str) -> None:
     (member,), chosen = members_from_state(task(regression=True), 1), task(regression=True)
     later = replace(member, params={**member.params, "learning_rate": 0.02, "dropout": 0.2})
     course = [Segment(0, member), Segment(2, later, from_scratch), Segment(5, member)]

@@ -51,7 +51,7 @@ def test_long_epochs_are_evaluated_within(nine_rounds: None) -> None:
     assert scores.ended == ["finished"] * 3
 
 
-def test_members_of_other_ages_are_evaluated_when_they_are_due(nine_rounds: None) -> None:
+def test_members_in_different_rounds_are_evaluated_when_due(nine_rounds: None) -> None:
     older, younger = varied(3, epochs=2, batch_size=8)[:1], varied(3, epochs=2, batch_size=8)[1:]
     cohort = Cohort(older, task())
     cohort.train_round()
