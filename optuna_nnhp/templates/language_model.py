@@ -180,7 +180,7 @@ def rows_of_trial(trial: FrozenTrial) -> dict[str, str]:
         >>> trial = optuna.trial.create_trial(value=1.4, user_attrs=attrs | {"seconds": 2.0})
         >>> rows = rows_of_trial(trial)
         >>> rows["perplexity"], rows["speed"]
-        ('2.718 a token', '38,400 tokens a second')
+        ('2.718 per token', '38,400 tokens per second')
     """
     attrs = trial.user_attrs
     if "tokens_per_step" not in attrs or not attrs.get("validation_loss"):
@@ -188,8 +188,8 @@ def rows_of_trial(trial: FrozenTrial) -> dict[str, str]:
     tokens = attrs["tokens_per_step"] * attrs["iterations"]
     nats = attrs["validation_loss"][-1]
     return {
-        "perplexity": f"{math.exp(min(nats, 700.0)):.4g} a token",
-        "loss": f"{nats:.4g} nats a token",
+        "perplexity": f"{math.exp(min(nats, 700.0)):.4g} per token",
+        "loss": f"{nats:.4g} nats per token",
         "trained on": f"{tokens:,} tokens in {attrs['iterations']:,} steps",
-        "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens a second",
+        "speed": f"{tokens / max(attrs['seconds'], 1e-3):,.0f} tokens per second",
     }

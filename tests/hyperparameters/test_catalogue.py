@@ -191,6 +191,7 @@ def test_table() -> None:
         "default",
         "grid_values",
         "static",
+        "mutable",
         "tuned",
         "help",
     ]

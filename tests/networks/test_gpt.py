@@ -165,12 +165,12 @@ def test_members_with_windows_of_their_own() -> None:
         assert_close(both[i], together(ids[i])[i], {"rtol": 1e-5, "atol": 1e-6})
 
 
-def test_members_leave_and_join() -> None:
+def test_members_are_removed_and_appended() -> None:
     a = architecture()
     together, other, ids = stack(3, a), stack(1, a), torch.randint(11, (2, 8))
     before, new = together(ids), other(ids)
     together.select(torch.tensor([2, 0]))
-    together.join(other)
+    together.append(other)
     assert_close(together(ids), torch.cat([before[[2, 0]], new]), {"rtol": 1e-5, "atol": 1e-6})
 
 

@@ -170,7 +170,7 @@ def check_problem_of_texts(problem: GPTTemplate, space: Any, fixed: Any) -> None
         member = problem.member(number, study.ask(problem.space).params)
         with contextlib.suppress(TrialError):
             assert problem.memory(member) > 0
-            problem._shape(member)
+            problem.signature(member)
             assert problem.count_weights(member) > 0
 
 

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from optuna_nnhp.study import timing
+from optuna_nnhp.study import budget
 from optuna_nnhp.study.budget import Timing
 
 
 def test_a_section_within_another_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: next(clock))
     sections = Timing()
     with sections("outer"), sections("inner"):  # at 1, 3 to 6, 10
         pass
