@@ -75,7 +75,7 @@ def without_clock(*, every_round: bool = False) -> Iterator[None]:
         ExitStack() as stack,
     ):
         if every_round:
-            stack.enter_context(patch.object(Checkpoints, "is_due", lambda self: self.is_on))
+            stack.enter_context(patch.object(Checkpoints, "is_due", lambda self: self.is_enabled))
         yield
 
 

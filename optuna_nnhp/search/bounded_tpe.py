@@ -112,7 +112,7 @@ class BoundedTPESampler(TPESamplerHooks):
         other = history.fitted_rest
         if other is None or other.key != key or other.proposals >= history.n_finished:
             density = self.fit_density(study, space, others, good=False)
-            other = history.fitted_rest = _FittedRest(key, density)
+            other = history.fitted_rest = _FittedOthers(key, density)
         other.proposals += REFIT_INTERVAL
         return self.propose(fitted[1], other.estimator, space)
 
@@ -147,7 +147,7 @@ def _is_plain(study: Study) -> bool:
 
 
 @dataclass
-class _FittedRest:
+class _FittedOthers:
     """The density of the trials that are not good, and how often it was used.
 
     Args:
@@ -188,7 +188,7 @@ class _TrialHistory:
         self.trials: list[FrozenTrial] = []
         self.running: list[int] = []
         self.space: Space | None = None
-        self.fitted_rest: _FittedRest | None = None
+        self.fitted_rest: _FittedOthers | None = None
         self.fitted_good: tuple[Any, ParzenEstimator] | None = None
         self.last_asked: int | None = None
         self._n_seen = 0  # number of trials at the last refresh

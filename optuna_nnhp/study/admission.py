@@ -52,7 +52,7 @@ MAX_PLANNED = 32  # trials that are asked at once of a sampler that fixes everyt
 
 @dataclass
 class Admission:
-    """Starts trials.
+    """Start trials, and decide which cohort each one joins.
 
     Args:
         source:
@@ -92,52 +92,59 @@ class Admission:
 
     def admit(self) -> None:
         """Fill the cohorts: with followers while a leader's turn lasts, else with a new leader."""
-        if self._must_end() or any(run.is_quarantined for run in self.queue.training):
+        if self._is_too_late_to_start() or any(run.is_quarantined for run in self.queue.training):
             return
         if self.source.is_planned:
-            self._admit_planned()
+            self._admit_grid_points()
             return
         run = self.active_run
         if run is not None and self.portfolio_runs:
-            if self._openers_run(run):
+            if self._portfolio_has_priority(run):
                 return
-            self.active_run = run = self._follow_openers()
+            self.active_run = run = self._begin_turn_of_best_opener()
         is_over = run is None or time.monotonic() > run.deadline
         if run is not None and not is_over and run.free < max(1, run.slots // REFILL_PART):
             return
         if run is None or is_over or not (run.quota or self.waiting):
-            if self.problem.sequential and self.queue.alive:
+            if self.problem.sequential and self.queue.n_training:
                 return
             if run is not None:
-                self._take_in(run, self.waiting)
+                self._add_followers(run, self.waiting)
                 self.waiting = []
-            self.active_run = run = self._lead()
+            self.active_run = run = self._next_cohort_to_fill()
         for other in self.queue.runs:
             other.refills = other is run
         if run is not None:
-            self._follow(run)
+            self._fill_with_followers(run)
 
-    def prepare(self, is_over: Callable[[], bool]) -> None:
+    def ask_followers_ahead(self, is_over: Callable[[], bool]) -> None:
         """Ask for followers while a cohort trains; they wait until slots are free.
 
         What the sampler knows is the state before this round. With a timeout, which makes a study
         depend on the clock anyway, no more are asked for once the round is over.
         """
         run = self.active_run
-        if run is None or not self._prepares(run) or self.source.is_planned or self._must_end():
+        if (
+            run is None
+            or not self._asks_ahead(run)
+            or self.source.is_planned
+            or self._is_too_late_to_start()
+        ):
             return
-        count = self._may_ask(run, max(1, run.slots // PREPARED_PART) - len(self.waiting))
+        count = self._count_followers_to_ask(
+            run, max(1, run.slots // PREPARED_PART) - len(self.waiting)
+        )
         if count and not self.portfolio_runs:
             stop = is_over if self.budget.timeout is not None else None
             self.waiting += self._ask(run, count, stop)
 
-    def _prepares(self, run: CohortRun) -> bool:
+    def _asks_ahead(self, run: CohortRun) -> bool:
         """Whether followers are asked for while cohorts train: not where both need Python."""
         if self.cohort_size is not None:  # somebody wants to know who trains with whom
             return False
         return run.cohort.compiled_mlp is not None and run.cohort.can_append
 
-    def _must_end(self) -> bool:
+    def _is_too_late_to_start(self) -> bool:
         """Whether no more trials start: there would be no time to learn anything from one."""
         if self.budget.is_over() or self.source.is_stopped:
             return True
@@ -151,26 +158,26 @@ class Admission:
     def has_more(self) -> bool:
         """Whether trials can start although none runs: those just asked have all failed."""
         asked = self.waiting or self.deferred
-        return not self._must_end() and (bool(asked) or self.source.left() != 0)
+        return not self._is_too_late_to_start() and (bool(asked) or self.source.left() != 0)
 
-    def _lead(self) -> CohortRun | None:
-        """Who is filled next: a new leader's cohort, or every other time the best of those there.
+    def _next_cohort_to_fill(self) -> CohortRun | None:
+        """Return the cohort to fill: by turns a new leader's, and the best existing one.
 
         None if there are no more trials.
         """
         if self.active_run is not None:
             self.active_run.quota = 0
         self.time_slices += 1
-        run = self._proven() if self.time_slices % 2 == 0 else None
+        run = self._best_cohort_with_room() if self.time_slices % 2 == 0 else None
         run = run or self._new_leader()
         if run is not None and not self.portfolio_runs:
-            self._invite(run)
+            self._begin_turn(run)
         return run
 
-    def _open_with(self, baseline: RunningTrial) -> CohortRun | None:
-        """The default configuration and the portfolio begin, and nothing else beside them."""
+    def _start_baseline_and_portfolio(self, baseline: RunningTrial) -> CohortRun | None:
+        """Start the default configuration and the portfolio, and nothing else."""
         trials = [baseline, *self.source.ask_portfolio()]
-        self._group(trials)
+        self._group_by_signature(trials)
         for trial in trials:
             trial.is_portfolio = trial is not baseline
             runs = (one for one in self.queue.runs if trial.member.number in one.running)
@@ -182,36 +189,36 @@ class Admission:
             run.deadline = time.monotonic() + BASELINE_SHARE * self.budget.timeout
         return run
 
-    def _openers_run(self, run: CohortRun) -> bool:
-        """Whether they still have the machine; after their share they go on beside others."""
+    def _portfolio_has_priority(self, run: CohortRun) -> bool:
+        """Return whether the first trials still train alone: until their share of time is used."""
         if time.monotonic() > run.deadline:
             return False
         return any(
             opener.member.number in self.source.running for opener, _ in self.portfolio_runs
         )
 
-    def _follow_openers(self) -> CohortRun:
-        """The best opener's shape is a good one to begin with, for a whole turn."""
+    def _begin_turn_of_best_opener(self) -> CohortRun:
+        """Begin a turn of the cohort that has the best of the first trials."""
         best, run = self.portfolio_runs[0]
         for opener, other in self.portfolio_runs[1:]:
             if opener.best is not None and opener.is_better(opener.best, best.best):
                 best, run = opener, other
-        self.portfolio_runs, run.slots = [], self._size(run.leader, run.signature)
+        self.portfolio_runs, run.slots = [], self._count_slots(run.leader, run.signature)
         run.quota = -1  # its leader is the first of them
-        self._invite(run, TIME_SLICE_SHARE)
+        self._begin_turn(run, TIME_SLICE_SHARE)
         return run
 
-    def _invite(self, run: CohortRun, least: float = FIRST_TIME_SLICE_SHARE) -> None:
+    def _begin_turn(self, run: CohortRun, least: float = FIRST_TIME_SLICE_SHARE) -> None:
         """Begin a cohort's turn, of at least this share of the timeout."""
         if self.problem.sequential and run.slots == 1:
             run.quota = 0
             return  # whom nobody joins, nobody must follow
-        run.quota += max(run.slots, self._generation(QUOTA_PER_SLOT * run.slots))
+        run.quota += max(run.slots, self._limit_generation(QUOTA_PER_SLOT * run.slots))
         if self.budget.timeout is not None:
             turn = max(least * self.budget.timeout, TIME_SLICE_OF_ELAPSED * self.budget.seconds)
             run.deadline = time.monotonic() + min(turn, TIME_SLICE_SHARE * self.budget.timeout)
 
-    def _proven(self) -> CohortRun | None:
+    def _best_cohort_with_room(self) -> CohortRun | None:
         """The cohort with the best member, of those that are not half full any more."""
         runs = [
             run
@@ -224,7 +231,7 @@ class Admission:
     def _next_leader(self) -> RunningTrial | None:
         """A trial that is free in everything: one that waited until it can be afforded, or new."""
         while len(self.deferred) < MAX_DEFERRED:
-            affordable = [leader for leader in self.deferred if self._affords(leader)]
+            affordable = [leader for leader in self.deferred if self._can_afford(leader)]
             if affordable:
                 self.deferred.remove(affordable[0])
                 return affordable[0]
@@ -236,30 +243,34 @@ class Admission:
                 break
         if not self.deferred:
             return None
-        leader = min(self.deferred, key=lambda parked: self._pace(parked.member).round)
+        leader = min(
+            self.deferred, key=lambda parked: self._measure_throughput(parked.member).round
+        )
         self.deferred.remove(leader)
         return leader
 
-    def _affords(self, leader: RunningTrial) -> bool:
+    def _can_afford(self, leader: RunningTrial) -> bool:
         """Whether a leader's round is short beside what the study has taken so far."""
         if self.budget.timeout is None or self.cohort_size is not None or leader.is_enqueued:
             return True
         if self.problem.sequential:
             return True
-        return self._pace(leader.member).round <= AFFORDABLE_SHARE * self.budget.seconds
+        return (
+            self._measure_throughput(leader.member).round <= AFFORDABLE_SHARE * self.budget.seconds
+        )
 
     def _new_leader(self) -> CohortRun | None:
-        """Have a new leader begin a cohort, or join one of its kind."""
+        """Start a cohort for a new leader, or let it join one with its signature."""
         leader = self._next_leader()
         if leader is None:
             return None
         signature, most = leader.signature, self.bisector.most(leader.signature)
         run = self.queue.with_signature(signature, most)
         if leader.is_baseline and self.cohort_size is None:
-            return self._open_with(leader)
-        size = self._size(leader.member, signature)
+            return self._start_baseline_and_portfolio(leader)
+        size = self._count_slots(leader.member, signature)
         if run is None:
-            run = self._open(signature, [leader], size)
+            run = self._start_cohort(signature, [leader], size)
         else:
             self._join(run, [leader])
             run.slots = max(run.slots, size)
@@ -267,23 +278,23 @@ class Admission:
             run.quota = -1
         return run
 
-    def _follow(self, run: CohortRun) -> None:
+    def _fill_with_followers(self, run: CohortRun) -> None:
         """Fill a cohort with followers: those that wait, and new ones."""
         if run.rounds and run.running and not run.cohort.can_append:
             run.quota = 0
         free, started = run.free, time.monotonic()
         trials, self.waiting = self.waiting[:free], self.waiting[free:]
         wanted = free - len(trials)
-        if self._prepares(run):  # and asks for the rest while the others train
+        if self._asks_ahead(run):  # and asks for the rest while the others train
             wanted -= run.slots - min(run.slots, max(MAX_STARTED_FULL, run.slots // STARTED_PART))
-        if count := self._may_ask(run, wanted):
+        if count := self._count_followers_to_ask(run, wanted):
             trials += self._ask(run, count)
-        self._take_in(run, trials)
+        self._add_followers(run, trials)
         if not run.rounds:
             self.asking = time.monotonic() - started
 
-    def _may_ask(self, run: CohortRun, wanted: int) -> int:
-        """How many followers can be asked for, of so many."""
+    def _count_followers_to_ask(self, run: CohortRun, wanted: int) -> int:
+        """Return how many of the wanted followers can be asked for."""
         left = self.source.left() if wanted > 0 else 0
         return int(max(0, min(wanted, run.quota, math.inf if left is None else left)))
 
@@ -294,41 +305,45 @@ class Admission:
         run.quota -= len(trials)
         return trials
 
-    def _take_in(self, run: CohortRun, trials: Sequence[RunningTrial]) -> None:
-        """Have followers join their leader's cohort, or others of their own kind.
+    def _add_followers(self, run: CohortRun, trials: Sequence[RunningTrial]) -> None:
+        """Add followers to their leader's cohort, or to others with their signature.
 
         Enqueued trials have values of their own, and a user's network may be built otherwise.
         """
         self._join(run, [trial for trial in trials if trial.signature == run.signature])
-        self._group([trial for trial in trials if trial.signature != run.signature])
+        self._group_by_signature([trial for trial in trials if trial.signature != run.signature])
 
-    def _admit_planned(self) -> None:
+    def _admit_grid_points(self) -> None:
         """Ask for the next points of a plan, and group them as they come."""
-        if self._baseline_first() or (self.problem.sequential and self.queue.alive):
+        if self._baseline_trains_alone() or (self.problem.sequential and self.queue.n_training):
             return
-        planned = 1 if self.problem.sequential else self._generation(MAX_PLANNED)
+        planned = 1 if self.problem.sequential else self._limit_generation(MAX_PLANNED)
         most, left = self.cohort_size or planned, self.source.left()
-        count = most - self.queue.alive if left is None else min(most - self.queue.alive, left)
+        count = (
+            most - self.queue.n_training
+            if left is None
+            else min(most - self.queue.n_training, left)
+        )
         if (count < max(1, most // REFILL_PART) and count != left) or count < 1:
             return
-        self._group(self.source.ask(count))
+        self._group_by_signature(self.source.ask(count))
         for run in self.queue.runs:  # all of them, by those who fit
             run.refills = True
 
-    def _baseline_first(self) -> bool:
+    def _baseline_trains_alone(self) -> bool:
         """Whether the default configuration has the machine for itself, also before a plan."""
         if self.time_slices == 0 and self.cohort_size is None:
             self.time_slices = 1
             trials = self.source.ask(1)
             if not (trials and trials[0].is_baseline):
-                self._group(trials)
+                self._group_by_signature(trials)
                 return False
-            self._open_with(trials[0])
-        if self.portfolio_runs and not self._openers_run(self.portfolio_runs[0][1]):
+            self._start_baseline_and_portfolio(trials[0])
+        if self.portfolio_runs and not self._portfolio_has_priority(self.portfolio_runs[0][1]):
             self.portfolio_runs = []
         return bool(self.portfolio_runs)
 
-    def _group(self, trials: Sequence[RunningTrial]) -> None:
+    def _group_by_signature(self, trials: Sequence[RunningTrial]) -> None:
         """Let trials join cohorts of their signature, or begin new ones."""
         groups: dict[Hashable, list[RunningTrial]] = defaultdict(list)
         for running in trials:
@@ -343,9 +358,9 @@ class Admission:
                 continue
             for start in range(0, len(group), most):
                 part = group[start : start + most]
-                self._open(signature, part, len(part))
+                self._start_cohort(signature, part, len(part))
 
-    def _open(
+    def _start_cohort(
         self, signature: Hashable, group: list[RunningTrial], slots: int
     ) -> CohortRun | None:
         """Start a new cohort; more than one if memory has no room for it, none if none can."""
@@ -377,15 +392,15 @@ class Admission:
         if run not in self.queue.runs:
             self.queue.add(run)
 
-    def take_in_again(self, run: CohortRun) -> None:
-        """Let a cohort of trials that others have left train here; a new one may join its kind."""
+    def add_recovered_cohort(self, run: CohortRun) -> None:
+        """Add a cohort of trials that were taken over, or merge it with one of its signature."""
         if any(run.cohort.iterations) or run.is_quarantined:
             self.queue.add(run)
         else:
-            self._group(list(run.running.values()))
+            self._group_by_signature(list(run.running.values()))
 
     def replace(self, old: CohortRun, new: Sequence[CohortRun]) -> None:
-        """Put cohorts in the place of one that has raised; those who fit no more have ended."""
+        """Replace a cohort whose training raised an error by smaller cohorts."""
         for run in new:
             self.queue.add(run)
         self.portfolio_runs = [
@@ -396,33 +411,33 @@ class Admission:
         ]
         if self.active_run is old:
             self.active_run = None
-            self._leave(self.waiting)
+            self._group_waiting(self.waiting)
 
-    def _leave(self, trials: list[RunningTrial]) -> None:
-        """Let trials that waited for a cohort be trained without it."""
+    def _group_waiting(self, trials: list[RunningTrial]) -> None:
+        """Group trials that waited for a cohort, so that they train without it."""
         self.waiting = []
-        self._group(trials)
+        self._group_by_signature(trials)
 
-    def _size(self, leader: Member, signature: Hashable) -> int:
-        """Slots of a leader's cohort."""
-        return min(self._wanted(leader), self.bisector.most(signature))
+    def _count_slots(self, leader: Member, signature: Hashable) -> int:
+        """Return the number of slots of a leader's cohort."""
+        return min(self._count_wanted_slots(leader), self.bisector.most(signature))
 
-    def _wanted(self, leader: Member) -> int:
-        """The same if there is room for it."""
+    def _count_wanted_slots(self, leader: Member) -> int:
+        """Return the number of slots of a leader's cohort before the limit of memory."""
         if self.cohort_size is not None:
             return self.cohort_size
-        pace = self._pace(leader)
-        most = self._generation(pace.size)
+        pace = self._measure_throughput(leader)
+        most = self._limit_generation(pace.size)
         if self.budget.timeout is None:
             return most
         rounds = self.problem.rounds_per_epoch * int(leader.params.get("epochs") or 1)
         share = max(ROUND_SHARE, COHORT_SHARE / rounds)
         return max(1, min(most, int(share * self.budget.timeout / pace.round)))
 
-    def _pace(self, leader: Member) -> Throughput:
+    def _measure_throughput(self, leader: Member) -> Throughput:
         return measure_throughput(self.problem, leader, self.problem.cohort_size(leader))
 
-    def _generation(self, most: int) -> int:
-        """So many trials, or fewer so that the study learns from its results now and then."""
+    def _limit_generation(self, most: int) -> int:
+        """Limit a number of trials so that the sampler learns from results in between."""
         trials = self.budget.n_trials
         return most if trials is None else min(most, math.ceil(trials / GENERATIONS))

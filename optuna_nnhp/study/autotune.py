@@ -26,16 +26,16 @@ from optuna_nnhp.training.run_to_end import run_to_end
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 MEASUREMENT = 4  # version: what others have measured is not known
-PROBES, PROBE = 2, 0.01  # of each size, and how long each takes at least: seconds
-STEP_PROBE = 0.3  # of a budget in seconds: seconds
-GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
+N_PROBES, PROBE_SECONDS = 2, 0.01  # of each size, and how long each takes at least: seconds
+STEP_PROBE_SECONDS = 0.3  # of a budget in seconds: seconds
+MIN_GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
 # The engine's threads are kept busy by so many members each, some of which leave at every rung;
 # more of them are no faster where a step is long.
-MEMBERS_OF_THREAD = 4
-SLOW = 2e-3  # seconds: the engine's throughput is known from one member with a longer step
+MEMBERS_PER_THREAD = 4
+SLOW_STEP = 2e-3  # seconds: the engine's throughput is known from one member with a longer step
 WARM_UP = 3  # steps before the first probe of compiled code
-FACTOR = 4  # from one size that is tried to the next
-LONG = 0.1  # seconds: a stack whose step is expected to take longer is not tried
+SIZE_FACTOR = 4  # from one size that is tried to the next
+MAX_STEP_SECONDS = 0.1  # seconds: a stack whose step is expected to take longer is not tried
 
 _known: dict[str, Throughput] = {}
 
@@ -55,7 +55,7 @@ class Throughput(NamedTuple):
 
 
 def measure_throughput(problem: Problem, leader: Member, most: int) -> Throughput:
-    """How many trials like one to train at once, and how fast they are then.
+    """Measure the best cohort size for trials like one, and its speed.
 
     Measured once and remembered, in a file beside the user's other caches, so that the same seed
     gives the same study on one machine.
@@ -74,10 +74,10 @@ def measure_throughput(problem: Problem, leader: Member, most: int) -> Throughpu
     parts += [getattr(problem, "compile", False)]
     key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
     if key not in _known:
-        _known.update(_read())
+        _known.update(_read_cache())
     if key not in _known:
-        _known[key] = _measure(lambda k: problem.cohort(_copies(leader, k)), most)
-        _write({**_read(), key: _known[key]})
+        _known[key] = _measure(lambda k: problem.cohort(_copy_leader(leader, k)), most)
+        _write_cache({**_read_cache(), key: _known[key]})
     return _known[key]._replace(size=min(most, _known[key].size))
 
 
@@ -94,10 +94,10 @@ def measure_seconds_per_step(shape: str, make: Callable[[], Cohort]) -> float:
     parts += [gpt.load_library() is not None]
     key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
     if key not in _known:
-        _known.update(_read())
+        _known.update(_read_cache())
     if key not in _known:
-        _known[key] = Throughput(1, seconds_per_step(make(), STEP_PROBE))
-        _write({**_read(), key: _known[key]})
+        _known[key] = Throughput(1, seconds_per_step(make(), STEP_PROBE_SECONDS))
+        _write_cache({**_read_cache(), key: _known[key]})
     return _known[key].round
 
 
@@ -112,38 +112,38 @@ def clear_autotune_cache() -> None:
     _known.clear()
 
 
-def _copies(leader: Member, k: int) -> list[Member]:
-    """Trials like one, with a budget that lasts for the measurement."""
-    params = leader.params | {"epochs": 1 + PROBES, "iterations": 0}
+def _copy_leader(leader: Member, k: int) -> list[Member]:
+    """Copy a member k times, with a budget that outlasts the measurement."""
+    params = leader.params | {"epochs": 1 + N_PROBES, "iterations": 0}
     return [Member(number=i, seed=i, params=params) for i in range(k)]
 
 
 def _measure(make: Callable[[int], Cohort], most: int) -> Throughput:
-    """Try ever larger stacks, as long as it pays."""
+    """Measure larger and larger stacks while the throughput grows."""
     cohort = make(1)
     per_round, best, fastest = cohort.batches.per_round, 1, seconds_per_step(cohort)
-    k = min(most, MEMBERS_OF_THREAD * available_threads()) if cohort.compiled_mlp else 1
-    if k > 1 and fastest > SLOW:
+    k = min(most, MEMBERS_PER_THREAD * available_threads()) if cohort.compiled_mlp else 1
+    if k > 1 and fastest > SLOW_STEP:
         return Throughput(k, fastest * per_round)
     if k > 1:
         best, fastest = k, seconds_per_step(make(k)) / k
-    while k < most and fastest * min(FACTOR * k, most) < LONG:
-        k = min(FACTOR * k, most)
+    while k < most and fastest * min(SIZE_FACTOR * k, most) < MAX_STEP_SECONDS:
+        k = min(SIZE_FACTOR * k, most)
         each = seconds_per_step(make(k)) / k
-        if each * GAIN > fastest:
+        if each * MIN_GAIN > fastest:
             break
         best, fastest = k, each
     _logger.debug(f"Cohorts of {best}: {1e6 * fastest:.0f} us a network and step.")
     return Throughput(best, fastest * per_round)
 
 
-def seconds_per_step(cohort: Cohort, probe: float = PROBE) -> float:
+def seconds_per_step(cohort: Cohort, probe: float = PROBE_SECONDS) -> float:
     """Seconds of a cohort's step, the faster of two probes; it is trained by them."""
     fastest = math.inf
     if cohort.task.compile:  # the first steps are those that make the code
         asked_for = iter(range(WARM_UP + 1))
         next(run_to_end([cohort], lambda: next(asked_for, None) is None), None)
-    for _ in range(PROBES):
+    for _ in range(N_PROBES):
         before, asked = sum(cohort.iterations), list[float]()
 
         def enough() -> bool:  # though not before the first step
@@ -154,12 +154,12 @@ def seconds_per_step(cohort: Cohort, probe: float = PROBE) -> float:
         seconds = time.perf_counter() - asked[0]  # what is drawn for a whole round is no step
         steps = (sum(cohort.iterations) - before) / len(cohort.members)
         fastest = min(fastest, seconds / steps)
-        if seconds > max(LONG, 2 * probe):
+        if seconds > max(MAX_STEP_SECONDS, 2 * probe):
             break
     return fastest
 
 
-def _file() -> Path:
+def _cache_path() -> Path:
     """Where measurements are kept; an OSError where there is no home."""
     cache = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -168,9 +168,9 @@ def _file() -> Path:
         raise OSError(str(error)) from error
 
 
-def _read() -> dict[str, Throughput]:
+def _read_cache() -> dict[str, Throughput]:
     try:
-        known = json.loads(_file().read_text())
+        known = json.loads(_cache_path().read_text())
         return {str(key): Throughput(int(size), float(t)) for key, (size, t) in known.items()}
     except FileNotFoundError:
         return {}
@@ -179,10 +179,10 @@ def _read() -> dict[str, Throughput]:
         return {}
 
 
-def _write(sizes: dict[str, Throughput]) -> None:
-    """Write all, as one act; without a place to write they are measured again next time."""
+def _write_cache(sizes: dict[str, Throughput]) -> None:
+    """Write all measurements atomically; skip this if the folder is not writable."""
     try:
-        path = _file()
+        path = _cache_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(sizes, file)

@@ -21,7 +21,7 @@ REDRAW_EVERY = 0.1  # seconds
 
 @dataclass
 class Budget:
-    """How long a study may go on.
+    """Limit a study by number of trials and by time.
 
     Args:
         n_trials:

@@ -28,8 +28,8 @@ from optuna_nnhp.training.weight_files import save_with_checksum
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 CHECKPOINT_INTERVAL = 30.0  # seconds
-SHARE = 0.02  # of the time since the last one, that a checkpoint may take
-KEPT = 2  # the newest
+MAX_TIME_SHARE = 0.02  # of the time since the last one, that a checkpoint may take
+N_KEPT_CHECKPOINTS = 2  # the newest
 VERSION = 1  # of what is in the files
 
 
@@ -109,21 +109,21 @@ class Checkpoints:
     _has_ends: bool = True  # so that the first one is written soon
 
     @property
-    def is_on(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether any are written."""
         return self.folder is not None and self.interval is not None
 
     def mark_trial_ended(self) -> None:
-        """A trial has ended: what is written next is written sooner."""
+        """Note that a trial has ended, so that the next checkpoint is written sooner."""
         self._has_ends = True
 
     def is_due(self) -> bool:
-        """Whether it is time."""
-        if not self.is_on:
+        """Return whether the next checkpoint is due."""
+        if not self.is_enabled:
             return False
         since = time.monotonic() - self._last
         wanted = self._has_ends or since >= (self.interval or math.inf)
-        return wanted and self._cost <= SHARE * since
+        return wanted and self._cost <= MAX_TIME_SHARE * since
 
     def write(self, runs: Sequence[CohortRun], loop: Mapping[str, Any] | None = None) -> bool:
         """Write what is in training; whether it is written.
@@ -139,11 +139,11 @@ class Checkpoints:
         if self.folder is None or self.interval is None:
             return False
         started, folder = time.monotonic(), checkpoint_folder(self.folder, self.worker)
-        tensors, facts = _collected(runs)
+        tensors, facts = _collect_state(runs)
         stem = folder / f"{_next_number(folder):06d}"
         try:
             save_with_checksum(stem, tensors, {**facts, "loop": dict(loop or {})})
-            for old in _stems(folder)[KEPT:]:
+            for old in _stems(folder)[N_KEPT_CHECKPOINTS:]:
                 _remove(old)
         except OSError as error:
             _logger.warning(f"The checkpoint could not be written: {error}")
@@ -156,12 +156,12 @@ class Checkpoints:
         return written
 
     def clear(self) -> None:
-        """Remove them: nothing is in training any more."""
+        """Remove all checkpoints of this worker."""
         if self.folder is not None:
-            forget(self.folder, self.worker)
+            remove_checkpoints(self.folder, self.worker)
 
 
-def newest(folder: Path | None, worker: str) -> Checkpoint | None:
+def load_newest_checkpoint(folder: Path | None, worker: str) -> Checkpoint | None:
     """The newest whole checkpoint of a worker; a damaged one is left out with a warning.
 
     Args:
@@ -181,7 +181,7 @@ def newest(folder: Path | None, worker: str) -> Checkpoint | None:
     return None
 
 
-def forget(folder: Path, worker: str) -> None:
+def remove_checkpoints(folder: Path, worker: str) -> None:
     """Remove a worker's checkpoints."""
     shutil.rmtree(checkpoint_folder(folder, worker), ignore_errors=True)
 
@@ -196,8 +196,8 @@ def checkpoint_folder(folder: Path, worker: str) -> Path:
     return folder / re.sub(r"[^\w.-]+", "_", f"{worker}")
 
 
-def _collected(runs: Sequence[CohortRun]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All cohorts' tensors, each with its place in the name, and all that is no tensor."""
+def _collect_state(runs: Sequence[CohortRun]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all cohorts' tensors, by cohort index and name, and all other state."""
     tensors, cohorts = dict[str, Tensor](), list[dict[str, Any]]()
     for place, run in enumerate(runs):
         snapshot, leader = get_cohort_state(run.cohort), run.leader

@@ -36,7 +36,7 @@ Environment = dict[str, str | int]
 
 @dataclass
 class TrialMetadata:
-    """What every trial of this process carries from its start.
+    """Hold the attributes that every trial of this process gets at its start.
 
     Args:
         attributes:
@@ -88,7 +88,7 @@ def environment_key(environment: Environment) -> str:
 
 
 def record_environment(study: Study, problem: Problem) -> str:
-    """Have a study know this environment, and the trials that start here name it.
+    """Store this environment in the study, and return its key.
 
     Workers of a study write an attribute each, if they are in different ones.
 

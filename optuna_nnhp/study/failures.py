@@ -115,7 +115,7 @@ def error_line(error: BaseException) -> str:
 
 
 def free_frames(error: BaseException) -> None:
-    """Let go of what an error's frames hold: the tensors of a cohort that had no room."""
+    """Clear an error's stack frames, which keep a cohort's tensors in memory."""
     for one in exception_chain(error):
         traceback.clear_frames(one.__traceback__)
     if torch.cuda.is_available():
@@ -171,7 +171,7 @@ class FailureBisector:
     def again(
         self, group: list[RunningTrial], error: Exception, checkpoint: Checkpoint | None
     ) -> list[CohortRun]:
-        """The same, given the checkpoint."""
+        """Divide a group of trials, given their last checkpoint."""
         runs, queue = list[CohortRun](), [(group, error)]
         reached = {trial.member.number: trial.last_round for trial in group}
         while queue:
@@ -180,8 +180,8 @@ class FailureBisector:
             if len(part) == 1:
                 self.fail(part[0], error)
                 continue
-            pieces = _pieces(part, checkpoint)
-            self._say(part, pieces, error)
+            pieces = _divide_group(part, checkpoint)
+            self._log_division(part, pieces, error)
             for some in reversed(pieces):
                 try:
                     run = self.restore(some, checkpoint)
@@ -196,7 +196,7 @@ class FailureBisector:
         """How many trials with a signature may be tried together."""
         return self.memory_limits.get(signature, UNLIMITED)
 
-    def _say(
+    def _log_division(
         self, part: list[RunningTrial], pieces: list[list[RunningTrial]], error: Exception
     ) -> None:
         what = "raised an error"
@@ -209,8 +209,10 @@ class FailureBisector:
         )
 
 
-def _pieces(part: list[RunningTrial], checkpoint: Checkpoint | None) -> list[list[RunningTrial]]:
-    """Halves; or those that a checkpoint has together, and the others, which would begin anew."""
+def _divide_group(
+    part: list[RunningTrial], checkpoint: Checkpoint | None
+) -> list[list[RunningTrial]]:
+    """Divide a group into halves, or into the trials with and without a checkpoint."""
     for kept in checkpoint.cohorts if checkpoint else ():
         numbers = set(kept.numbers)
         there = [trial for trial in part if trial.member.number in numbers]

@@ -91,7 +91,7 @@ def make_grid(
         most = MAX_LISTED_POINTS if grid.count > MAX_GRID_POINTS else grid.count
     points, defaults = grid.sobol_order(seed, most), problem.defaults()
     if grid.levels.keys() <= defaults.keys() and grid.contains(
-        held := _held(defaults, problem.space)
+        held := _as_stored_point(defaults, problem.space)
     ):
         first = {**grid.other_values, **grid.canonical({name: held[name] for name in grid.levels})}
         points = [first, *(point for point in points if point_key(point) != point_key(first))][
@@ -110,7 +110,7 @@ def _grid(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Gri
         chosen = {name: default_grid_values(d, known.get(name)) for name, d in space.items()}
     else:
         chosen = check_grid_values(levels, space, known)
-    defaults = _held(problem.defaults(), space)
+    defaults = _as_stored_point(problem.defaults(), space)
     rest = {
         name: defaults[name] if name in defaults else default_grid_values(d, known.get(name))[0]
         for name, d in space.items()
@@ -120,7 +120,7 @@ def _grid(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Gri
     return Grid(chosen, rest, problem.fixed, inactive_values, known)
 
 
-def _held(point: Mapping[str, Value], space: Mapping[str, BaseDistribution]) -> Point:
+def _as_stored_point(point: Mapping[str, Value], space: Mapping[str, BaseDistribution]) -> Point:
     return {name: to_stored_value(value, space[name]) for name, value in point.items()}
 
 
@@ -161,7 +161,9 @@ def check_grid(sampler: GridSampler, space: Mapping[str, BaseDistribution]) -> N
         )
 
 
-def as_levels(sampler: GridSampler | GridPointsSampler, problem: Problem) -> GridPointsSampler:
+def to_grid_points_sampler(
+    sampler: GridSampler | GridPointsSampler, problem: Problem
+) -> GridPointsSampler:
     """A grid's points; of Optuna's own all that the user wrote, after the default configuration.
 
     Optuna's sampler itself expects to be asked within `Study.optimize`, gives two workers the
@@ -171,7 +173,7 @@ def as_levels(sampler: GridSampler | GridPointsSampler, problem: Problem) -> Gri
         return sampler
     grid = Grid(check_grid_values(grid_of(sampler), problem.space, {}), {}, {}, {}, {})
     points = grid.sobol_order(seed=0)
-    first = points[0] | _held(problem.defaults(), problem.space)
+    first = points[0] | _as_stored_point(problem.defaults(), problem.space)
     return GridPointsSampler(
         [first, *(p for p in points if point_key(p) != point_key(first))], str(grid), is_part=True
     )
@@ -206,7 +208,7 @@ class GridQueue:
 
     @property
     def left(self) -> int:
-        """How many wait to be started."""
+        """Return the number of points that have not started."""
         return len(self._waiting())
 
     def enqueue(self, plan: GridPointsSampler, problem: Problem, budget: Budget) -> None:
@@ -253,7 +255,7 @@ class GridQueue:
     def end_duplicates(self) -> None:
         """End the trials that wait for a point that has one already."""
         self._storage.refresh()
-        trials = self._listed()
+        trials = self._read_trials()
         with self._storage.batch():
             for trial in trials:
                 waits = trial.state == TrialState.WAITING and FIXED_PARAMS in trial.system_attrs
@@ -265,7 +267,7 @@ class GridQueue:
         for trial in self._waiting():
             if not self._claim(trial):
                 continue
-            if not self._is_duplicate(trial, self._listed()):
+            if not self._is_duplicate(trial, self._read_trials()):
                 return Trial(self._study, trial_id(trial))
             self._withdraw(trial)
         return None
@@ -285,7 +287,7 @@ class GridQueue:
         self._storage.set_trial_user_attr(trial_id(trial), CAUSE, TrialOutcome.DUPLICATE.value)
         self._storage.set_trial_state_values(trial_id(trial), TrialState.FAIL)
 
-    def _listed(self) -> list[FrozenTrial]:
+    def _read_trials(self) -> list[FrozenTrial]:
         """All trials; the new ones are noted by their point."""
         trials = self._study.get_trials(deepcopy=False)
         for trial in trials[self._known :]:
@@ -300,7 +302,7 @@ class GridQueue:
 
 
 def point_of(trial: FrozenTrial) -> dict[str, Any]:
-    """What a trial has or will have; one that begins does not have all of it yet."""
+    """Return a trial's parameters, including enqueued values that are not suggested yet."""
     return {**trial.system_attrs.get(FIXED_PARAMS, {}), **trial.params}
 
 

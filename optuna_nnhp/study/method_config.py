@@ -139,7 +139,7 @@ def parse_method(
     levels: Mapping[str, Sequence[Value]] | None,
     seed: int,
 ) -> MethodConfig:
-    """What a user's arguments mean.
+    """Convert the user's arguments to a method configuration.
 
     Raises:
         ValueError: If they contradict each other, or name something unknown.

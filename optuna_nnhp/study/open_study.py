@@ -77,7 +77,7 @@ def open_study(
         direction="maximize" if problem.maximize else "minimize",
     )
     try:
-        study = _patiently(storage, create)
+        study = _retry_until_available(storage, create)
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
         _await_description(study)
@@ -101,7 +101,9 @@ def open_study(
     return study
 
 
-def _patiently(storage: BufferedStorage, ask: Callable[[], optuna.Study]) -> optuna.Study:
+def _retry_until_available(
+    storage: BufferedStorage, ask: Callable[[], optuna.Study]
+) -> optuna.Study:
     """Ask a storage that may be away for a while, or locked by a process that was killed."""
     while True:
         try:

@@ -31,8 +31,8 @@ from optuna_nnhp.study._optuna_internals import with_sampler
 from optuna_nnhp.study.checkpoints import Checkpoint
 from optuna_nnhp.study.checkpoints import CohortCheckpoint
 from optuna_nnhp.study.checkpoints import checkpoint_folder
-from optuna_nnhp.study.checkpoints import forget
-from optuna_nnhp.study.checkpoints import newest
+from optuna_nnhp.study.checkpoints import load_newest_checkpoint
+from optuna_nnhp.study.checkpoints import remove_checkpoints
 from optuna_nnhp.study.environment import record_earlier_environment
 from optuna_nnhp.study.outcomes import CAUSE
 from optuna_nnhp.study.outcomes import TrialOutcome
@@ -92,7 +92,7 @@ class Recovery:
             if abandoned := self._abandoned():
                 self.replay_outbox()  # some of them may have ended
                 abandoned = self._abandoned()
-            for worker, trials in self._one_suspect(abandoned, separable).items():
+            for worker, trials in self._limit_to_one_suspect(abandoned, separable).items():
                 sources = {trial_id(trial): self._source(trial, worker) for trial in trials}
                 self._unsure[worker] = trials
                 taken = self.storage.take_over(dict.fromkeys(sources, worker))
@@ -129,7 +129,7 @@ class Recovery:
     def checkpoint(self, worker: str) -> Checkpoint | None:
         """A worker's newest checkpoint, read once for each `claim`."""
         if worker not in self._found:
-            self._found[worker] = newest(self.folder, worker)
+            self._found[worker] = load_newest_checkpoint(self.folder, worker)
         return self._found[worker]
 
     def _source(self, trial: FrozenTrial, worker: str) -> str:
@@ -142,15 +142,15 @@ class Recovery:
                 self.storage.write_trial_user_attr(trial_id(trial), CHECKPOINT, source)
         return source
 
-    def is_doubtful(self) -> bool:
+    def has_unsure_workers(self) -> bool:
         """Whether a trial's worker may be dead, which only waiting would tell."""
         if self._unsure or self.has_postponed:
             return True
-        workers = {self._owner(trial) for trial in self._listed(TrialState.RUNNING)}
+        workers = {self._owner(trial) for trial in self._trials_in_state(TrialState.RUNNING)}
         leases = self.lease.read() if workers else {}
         return any(self.lease.may_be_dead(worker, leases) for worker in workers if worker)
 
-    def revive(
+    def restore_cohorts(
         self, claimed: Mapping[str, Sequence[FrozenTrial]], broken: Broken
     ) -> list[CohortRun]:
         """Cohorts of claimed trials that have a checkpoint, as they were.
@@ -169,10 +169,10 @@ class Recovery:
             waiting = {trial.number: trial for trial in trials}
             checkpoint = self.checkpoint(worker)
             for kept in checkpoint.cohorts if checkpoint else ():
-                runs += self._revived(kept, waiting, broken)
+                runs += self._restore_cohort(kept, waiting, broken)
             for trial in waiting.values():
                 for running in self.begun(trial, 0):
-                    runs += self._anew([running], broken)
+                    runs += self._restart_trials([running], broken)
         self._found.clear()
         self.storage.flush()  # how often they were taken over must be known if this ends badly
         return runs
@@ -189,16 +189,16 @@ class Recovery:
                 for facts in kept.facts["running"]:
                     if facts["number"] in wanted:
                         wanted[facts["number"]].load_state_dict(facts)
-                return _live(cohort, group)
+                return _make_cohort_run(cohort, group)
         for trial in group:
             trial.load_state_dict(None)
-        return _live(self.problem.cohort([trial.member for trial in group]), group)
+        return _make_cohort_run(self.problem.cohort([trial.member for trial in group]), group)
 
-    def forget(self) -> None:
+    def remove_old_checkpoints(self) -> None:
         """Remove the checkpoints of dead workers that have left no trials."""
         if self.folder is None or not self.folder.is_dir():
             return
-        trials = [*self._listed(TrialState.RUNNING), *self.released()]
+        trials = [*self._trials_in_state(TrialState.RUNNING), *self.released()]
         attributes = [trial.user_attrs for trial in trials]
         owners = {
             str(a.get(name)) for a in attributes for name in (WORKER, REQUEUED_BY, CHECKPOINT)
@@ -208,12 +208,12 @@ class Recovery:
             if checkpoint_folder(self.folder, worker).exists() and self.lease.is_dead(
                 worker, leases
             ):
-                forget(self.folder, worker)
+                remove_checkpoints(self.folder, worker)
 
     def _abandoned(self) -> dict[str, list[FrozenTrial]]:
         """RUNNING trials of dead workers, by worker; those that may be this one's by now too."""
         found: dict[str, list[FrozenTrial]] = {}
-        for trial in self._listed(TrialState.RUNNING):
+        for trial in self._trials_in_state(TrialState.RUNNING):
             worker = self._owner(trial)
             if worker and trial.number not in self.source.running:
                 found.setdefault(worker, []).append(trial)
@@ -225,10 +225,10 @@ class Recovery:
             dead[worker] = [*dead.get(worker, ()), *others]
         return dead
 
-    def _one_suspect(
+    def _limit_to_one_suspect(
         self, abandoned: dict[str, list[FrozenTrial]], separable: bool
     ) -> dict[str, list[FrozenTrial]]:
-        """Of abandoned trials under which workers died again and again only one at a time.
+        """Limit the abandoned trials to at most one quarantined trial.
 
         If this worker dies, too, that says nothing of the others.
         """
@@ -244,7 +244,7 @@ class Recovery:
         _, worker, trial = min(suspects)
         return {worker: [trial]}
 
-    def _listed(self, state: TrialState) -> list[FrozenTrial]:
+    def _trials_in_state(self, state: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(state,))
 
     @staticmethod
@@ -258,7 +258,7 @@ class Recovery:
         except UpdateFinishedTrialError:
             return False
 
-    def _revived(
+    def _restore_cohort(
         self, kept: CohortCheckpoint, waiting: dict[int, FrozenTrial], broken: Broken
     ) -> list[CohortRun]:
         """One cohort of a checkpoint, with those of its trials that wait for it."""
@@ -269,12 +269,12 @@ class Recovery:
             for running in self.begun(waiting.pop(number), kept.steps[number])
         ]
         runs, checkpoint = list[CohortRun](), Checkpoint([kept], {})
-        for part in self._parts(group):
+        for part in self._separate_suspects(group):
             try:
                 run = self.again(part, checkpoint)
             except ValueError as error:  # of another version of the template
                 _logger.warning(f"Trials begin anew, their checkpoint is of no use: {error}")
-                runs += self._anew(part, broken)
+                runs += self._restart_trials(part, broken)
             except Exception as error:  # whatever it is, it becomes an outcome
                 runs += broken(part, error, checkpoint)
             else:
@@ -284,23 +284,23 @@ class Recovery:
                 runs.append(_alone_if_suspect(run))
         return runs
 
-    def _anew(self, group: list[RunningTrial], broken: Broken) -> list[CohortRun]:
+    def _restart_trials(self, group: list[RunningTrial], broken: Broken) -> list[CohortRun]:
         """A cohort of some of this worker's trials at their beginning."""
         try:
             return [_alone_if_suspect(self.again(group, None))]
         except Exception as error:  # whatever it is, it becomes an outcome
             return broken(group, error, None)
 
-    def _parts(self, group: Sequence[RunningTrial]) -> list[list[RunningTrial]]:
-        """Who is trained together: those under whom workers died again and again are alone."""
-        alone = [[trial] for trial in group if _times(trial) >= QUARANTINE_DEATHS]
-        rest = [trial for trial in group if _times(trial) < QUARANTINE_DEATHS]
+    def _separate_suspects(self, group: Sequence[RunningTrial]) -> list[list[RunningTrial]]:
+        """Divide trials into groups; each quarantined trial is alone."""
+        alone = [[trial] for trial in group if _count_vain_takeovers(trial) >= QUARANTINE_DEATHS]
+        rest = [trial for trial in group if _count_vain_takeovers(trial) < QUARANTINE_DEATHS]
         return [*([rest] if rest else []), *alone]
 
     def begun(
         self, trial: FrozenTrial, done: int, sampler: BaseSampler | None = None
     ) -> list[RunningTrial]:
-        """A claimed trial as this worker's own; none if it cannot be trained.
+        """Return a claimed trial as a running trial; an empty list if it cannot be trained.
 
         Args:
             trial:
@@ -353,18 +353,18 @@ class Recovery:
         return restore_cohort(make, select_state(kept.snapshot, places))  # all may have no room
 
 
-def _times(running: RunningTrial) -> int:
+def _count_vain_takeovers(running: RunningTrial) -> int:
     """How often a trial was taken over without progress."""
     return int(running.trial.user_attrs.get(TAKEN_OVER, (0, 0))[0])
 
 
 def _alone_if_suspect(run: CohortRun) -> CohortRun:
     """The same, which is trained before all others and joined by none where workers died of it."""
-    if any(_times(trial) >= QUARANTINE_DEATHS for trial in run.running.values()):
+    if any(_count_vain_takeovers(trial) >= QUARANTINE_DEATHS for trial in run.running.values()):
         run.quarantined_until = max(run.cohort.rounds_done) + 2
     return run
 
 
-def _live(cohort: Cohort, group: Sequence[RunningTrial]) -> CohortRun:
+def _make_cohort_run(cohort: Cohort, group: Sequence[RunningTrial]) -> CohortRun:
     running = {trial.member.number: trial for trial in group}
     return CohortRun(cohort, group[0].signature, group[0].member, running, len(group))

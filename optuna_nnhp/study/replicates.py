@@ -41,7 +41,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 REPLICATES = "replicates"  # attribute of the study: what each trial came to with other seeds
 MAX_CONFIGURATIONS = 5  # so many of the best are trained again
 MIN_CONFIGURATIONS = 2  # where time is short: one alone would have nothing to be compared with
-MOST_SHARE = 0.25  # of the timeout, that replicates may take
+MAX_TIMEOUT_SHARE = 0.25  # of the timeout, that replicates may take
 PREDICT_AFTER = 0.5  # of the timeout: then the best networks' kind is known
 MARGIN = 1.5  # times what is predicted: the best trials may still become longer ones
 
@@ -95,7 +95,7 @@ class ReplicateTrainer:
     def __post_init__(self) -> None:
         self.timeout = self.budget.timeout
         if self.timeout is not None:
-            self.budget.timeout = self.timeout * (1 - MOST_SHARE)
+            self.budget.timeout = self.timeout * (1 - MAX_TIMEOUT_SHARE)
 
     def use_problem(self, problem: Problem) -> None:
         """Train the same problem on another device.
@@ -119,7 +119,7 @@ class ReplicateTrainer:
         except Exception as error:  # as when they are trained
             _logger.warning(f"The replicates' time could not be measured: {error_line(error)}")
             return
-        self.budget.timeout = self.timeout - min(needed, self.timeout * MOST_SHARE)
+        self.budget.timeout = self.timeout - min(needed, self.timeout * MAX_TIMEOUT_SHARE)
         _logger.debug(f"Up to {needed:.2f} s are kept for replicates.")
 
     def run(self, study: Study, *, is_late: bool = False) -> None:
@@ -136,13 +136,13 @@ class ReplicateTrainer:
         """
         self.budget.timeout = self.timeout
         if is_late and self.timeout is not None:
-            until = self.budget.seconds + MOST_SHARE * self.timeout
+            until = self.budget.seconds + MAX_TIMEOUT_SHARE * self.timeout
             self.budget.timeout = max(self.timeout, until)
         with single_threaded_blas, graceful_shutdown(self.budget):
             trials = self._affordable(study)
             for seed in (_seed(self.problem.seed, place) for place in range(self.count)):
                 record = study.user_attrs.get(REPLICATES, {})
-                missing = [t for t in trials if self._lacks(record, t.number, seed)]
+                missing = [t for t in trials if self._needs_replicate(record, t.number, seed)]
                 problem = self.problem.with_seed(seed)
                 if not self._train_all(study, problem, seed, missing):
                     _logger.info("There was no time for all replicates.")
@@ -157,10 +157,10 @@ class ReplicateTrainer:
         try:
             for group in _groups(problem, plain):
                 if not out_of_time():
-                    _keep(study, seed, dict(_train(problem.cohort(group), out_of_time)))
+                    _store_values(study, seed, dict(_train(problem.cohort(group), out_of_time)))
             for trial in trials:
                 if SCHEDULE in trial.user_attrs and not out_of_time():
-                    _keep(study, seed, _train_course(problem, trial, out_of_time))
+                    _store_values(study, seed, _train_along_schedule(problem, trial, out_of_time))
         except Exception as error:  # no room, or a user's network: the study is complete
             _logger.warning(f"Not all replicates could be trained: {error_line(error)}")
         return not out_of_time()
@@ -181,7 +181,7 @@ class ReplicateTrainer:
             return trials[:MIN_CONFIGURATIONS]
         return trials
 
-    def _lacks(self, record: Record, number: int, seed: int) -> bool:
+    def _needs_replicate(self, record: Record, number: int, seed: int) -> bool:
         """Whether a trial has not enough replicates, and none with this seed."""
         known = record.get(str(number), {}).get("seeds", [])
         return len(known) < self.count and seed not in known
@@ -247,7 +247,7 @@ def _train(cohort: Cohort, out_of_time: Callable[[], bool]) -> Iterator[tuple[in
             )
 
 
-def _train_course(
+def _train_along_schedule(
     problem: Problem, trial: FrozenTrial, out_of_time: Callable[[], bool]
 ) -> dict[int, float | None]:
     """Train a network along a trial's course, up to the round where the trial was at its best."""
@@ -262,7 +262,7 @@ def _train_course(
     return {trial.number: value if math.isfinite(value) else None}
 
 
-def _keep(study: Study, seed: int, found: dict[int, float | None]) -> None:
+def _store_values(study: Study, seed: int, found: dict[int, float | None]) -> None:
     """Add values to the study's record, which other processes may have added to meanwhile."""
     if not found:
         return

@@ -168,12 +168,12 @@ class RunningTrial:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether any of its numbers was none."""
+        """Return whether any loss or value was not finite."""
         return not all(map(math.isfinite, [*self.values.values(), *self.train_loss]))
 
     @property
     def best_so_far(self) -> float | None:
-        """What it is pruned by: the best value of all evaluations, also of those that read a part
+        """Return the best value of all evaluations, partial ones included; pruners use it
         of the validation data only; None before the first."""
         values = [value for value in self.values.values() if math.isfinite(value)]
         return (max if self.maximize else min)(values, default=None)
@@ -419,7 +419,7 @@ class FairQueue:
         return [run for run in self.runs if run.running]
 
     @property
-    def alive(self) -> int:
+    def n_training(self) -> int:
         """Trials in training."""
         return sum(len(run.running) for run in self.runs)
 

@@ -98,7 +98,7 @@ class TrialFinisher:
             state, number = self._state(running, outcome), running.member.number
             is_complete = state == TrialState.COMPLETE and running.best is not None
             if is_complete and self.best_trials.would_rank(running.best or 0.0, number):
-                self._settle(running, cohort, place)
+                self._set_exact_value(running, cohort, place)
             running.numerics_context = cohort.numerics_context[place]
             running.describe(self.problem, cohort.iterations[place], outcome)
         except UpdateFinishedTrialError:
@@ -108,8 +108,8 @@ class TrialFinisher:
             self.best_trials.keep_weights(cohort, place)
         running.tell(self.source.tell, state)
 
-    def _settle(self, running: RunningTrial, cohort: Cohort, place: int) -> None:
-        """Give a trial the value that its weights have alone, as whoever loads them finds it."""
+    def _set_exact_value(self, running: RunningTrial, cohort: Cohort, place: int) -> None:
+        """Set the value of a trial to that of its best weights, evaluated alone."""
         try:
             running.exact_value = cohort.evaluate_best(place)
         except Exception as error:  # no room for one more network, or a user's function
@@ -169,7 +169,7 @@ class TrialFinisher:
                     self.mark_lost(running)
 
     def release_all(self, worker: str) -> None:
-        """Leave all that runs here to whoever goes on with the study."""
+        """Release all running trials, so that other workers can take them over."""
         with self.storage.batch():
             for running in self.source.running.values():
                 trial = running.trial

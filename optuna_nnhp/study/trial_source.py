@@ -31,7 +31,7 @@ from optuna_nnhp.study.failures import FailurePolicy
 from optuna_nnhp.study.failures import record_error
 from optuna_nnhp.study.grid import FIXED_PARAMS
 from optuna_nnhp.study.grid import GridQueue
-from optuna_nnhp.study.grid import as_levels
+from optuna_nnhp.study.grid import to_grid_points_sampler
 from optuna_nnhp.study.outcomes import counts
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
@@ -99,7 +99,7 @@ class TrialSource:
         defaults = self.problem.defaults()
         if self.points is not None:
             assert isinstance(self.proposer, GridSampler | GridPointsSampler)
-            plan = as_levels(self.proposer, self.problem)
+            plan = to_grid_points_sampler(self.proposer, self.problem)
             self.points.enqueue(plan, self.problem, self.budget)
         elif not self.study.get_trials(deepcopy=False):
             self.study.enqueue_trial(defaults, user_attrs={BASELINE: True})

@@ -29,7 +29,7 @@ from optuna_nnhp.study.budget import Timing
 from optuna_nnhp.study.budget import graceful_shutdown
 from optuna_nnhp.study.checkpoints import CHECKPOINT_INTERVAL
 from optuna_nnhp.study.checkpoints import Checkpoints
-from optuna_nnhp.study.checkpoints import newest
+from optuna_nnhp.study.checkpoints import load_newest_checkpoint
 from optuna_nnhp.study.environment import record_environment
 from optuna_nnhp.study.failures import CohortError
 from optuna_nnhp.study.failures import FailureBisector
@@ -135,7 +135,9 @@ class Tuner:
                 self.queue,
                 self.recovery,
                 FailureBisector(
-                    lambda: newest(checkpoints, worker), self.recovery.again, self.finisher.fail
+                    lambda: load_newest_checkpoint(checkpoints, worker),
+                    self.recovery.again,
+                    self.finisher.fail,
                 ),
                 cohort_size,
                 worker,
@@ -149,23 +151,28 @@ class Tuner:
 
     def run(self) -> None:
         """Train cohorts until the budget is spent, or somebody stops the study."""
-        with self.lease, allow_study_stop(self.study), single_threaded_blas, self._interrupts():
+        with (
+            self.lease,
+            allow_study_stop(self.study),
+            single_threaded_blas,
+            self._signal_handlers(),
+        ):
             try:
-                self._recall()
+                self._load_earlier_trials()
                 left, done = self.source.left(), self.source.finished
                 if left == 0 and done >= (self.budget.n_trials or 0):
                     _logger.info(f"The study has its {done} trials already: nothing to do.")
                 with ProgressBar(self.show_progress_bar, self.budget, done) as progress:
                     self._train_all(progress)
-                self._wind_up()
-                self._send_everything()
+                self._release_or_end_rest()
+                self._flush_or_save_outbox()
                 if not self.budget.released:
                     self.checkpoints.clear()
-                    self.recovery.forget()
+                    self.recovery.remove_old_checkpoints()
             except StorageUnavailable:  # what is unwritten is kept, and goes on another time
                 raise
             except BaseException:
-                if self.checkpoints.is_on:
+                if self.checkpoints.is_enabled:
                     self.finisher.release_all(self.lease.worker)
                 else:  # nobody can go on with them
                     self.finisher.fail_all()
@@ -176,8 +183,8 @@ class Tuner:
                 self.storage.flush()
                 self._save_outbox()
 
-    def _interrupts(self) -> AbstractContextManager[None]:
-        """Tidy ends by signals; what is in memory only nobody can go on with."""
+    def _signal_handlers(self) -> AbstractContextManager[None]:
+        """Handle SIGINT and SIGTERM; release trials only if the storage outlives the process."""
         return graceful_shutdown(self.budget, releases=self.folder is not None)
 
     def _save_outbox(self) -> Path | None:
@@ -189,8 +196,8 @@ class Tuner:
             _logger.warning(f"What the storage has not got is kept in {kept}.")
         return kept
 
-    def _send_everything(self) -> None:
-        """Have the storage written, or what it has not got in a file for the next run.
+    def _flush_or_save_outbox(self) -> None:
+        """Flush the storage, or save the pending operations for the next run.
 
         Raises:
             StorageUnavailable: If it does not answer for long.
@@ -212,18 +219,18 @@ class Tuner:
         raise StorageUnavailable(f"The storage does not answer. {what}the same call goes on.")
 
     def _train_all(self, progress: ProgressBar) -> None:
-        """Run THE loop: ask for trials and train them, until there are no more."""
+        """Ask for trials and train them until there are no more."""
         self._recover()
         self._admit()
         while not self.budget.released:
             if run := self.queue.next():
                 self._train(run)
-                progress.show(self.source.finished, self.queue.alive, self.best_trials.best)
+                progress.show(self.source.finished, self.queue.n_training, self.best_trials.best)
             elif not self.storage.is_available:
                 if not self._wait_for_storage():
                     break
             elif not self.policy.has_more():
-                if self.budget.is_over() or not self.recovery.is_doubtful():
+                if self.budget.is_over() or not self.recovery.has_unsure_workers():
                     break
                 time.sleep(POLL_INTERVAL)
                 self._last_recovery = -math.inf
@@ -292,8 +299,8 @@ class Tuner:
         note = {"seconds": round(wall, 2), "occupancy": round(self.queue.occupancy, 4), **shares}
         self.study.set_user_attr("timing", note)
 
-    def _recall(self) -> None:
-        """Take in what the study holds already; begin a new one with the defaults."""
+    def _load_earlier_trials(self) -> None:
+        """Load the study's earlier trials; enqueue the defaults in a new study."""
         self.recovery.replay_outbox()
         self.source.begin(with_portfolio=self.uses_portfolio)
         self._sync()
@@ -320,7 +327,9 @@ class Tuner:
             running.trained += seconds
         self.queue.note(run, members, seconds, work * (run.cohort.iterations[0] - before))
         with self.timing("bookkeeping"):
-            decided = self._overtime(run) if scores is None else self.policy.decide(run, scores)
+            decided = (
+                self._outcomes_of_stop(run) if scores is None else self.policy.decide(run, scores)
+            )
             if decided:
                 self._end(run, decided)
             self.storage.flush_if_due()
@@ -328,18 +337,18 @@ class Tuner:
             with self.timing("asking"):
                 self.policy.after_round(run)
 
-    def _overtime(self, run: CohortRun) -> dict[int, TrialOutcome]:
+    def _outcomes_of_stop(self, run: CohortRun) -> dict[int, TrialOutcome]:
         """Return which trials of a cohort end that was stopped within a round."""
         numbers = [m.number for m in run.cohort.members if m.number in run.running]
         if self.budget.out_of_time():
-            return dict.fromkeys(numbers, self._stopped_by())
+            return dict.fromkeys(numbers, self._outcome_of_stop())
         return {
             number: TrialOutcome.TRIAL_TIMEOUT
             for number in numbers
             if self.finisher.exceeds_timeout(run.running[number])
         }
 
-    def _stopped_by(self) -> TrialOutcome:
+    def _outcome_of_stop(self) -> TrialOutcome:
         """Return the outcome of trials that a study's end cuts short."""
         return TrialOutcome.INTERRUPTED if self.budget.interrupted else TrialOutcome.TIMEOUT
 
@@ -391,8 +400,8 @@ class Tuner:
         if run.running:
             cohort.select(stay)
 
-    def _wind_up(self) -> None:
-        """End what has not begun; or leave all to others, with a checkpoint."""
+    def _release_or_end_rest(self) -> None:
+        """Fail the trials that have not started, or release all with a checkpoint."""
         if self.budget.released and self.source.running:
             self._save()
             self.finisher.release_all(self.lease.worker)

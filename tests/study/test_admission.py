@@ -19,7 +19,9 @@ def leader(seconds: float, enqueued: bool = False) -> Any:
 @pytest.fixture
 def admission(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ten seconds into a study; a leader's round may take a fiftieth of that."""
-    monkeypatch.setattr(Admission, "_pace", lambda _, seconds: Throughput(1, seconds))
+    monkeypatch.setattr(
+        Admission, "_measure_throughput", lambda _, seconds: Throughput(1, seconds)
+    )
     budget = SimpleNamespace(timeout=100.0, seconds=10.0, is_over=lambda: False)
     queue: list[Any] = []
     source: Any = SimpleNamespace(

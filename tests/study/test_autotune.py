@@ -89,8 +89,8 @@ def engine_on_three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     if load_library() is None:
         pytest.skip("there was no C compiler")
     monkeypatch.setattr(autotune, "_known", {})
-    monkeypatch.setattr(autotune, "_write", lambda known: None)
-    monkeypatch.setattr(autotune, "_read", dict)
+    monkeypatch.setattr(autotune, "_write_cache", lambda known: None)
+    monkeypatch.setattr(autotune, "_read_cache", dict)
     monkeypatch.setattr(autotune, "available_threads", lambda: 3)
 
 
@@ -154,5 +154,5 @@ def test_without_a_place_for_the_file(
 @pytest.mark.parametrize("batch_size", [1, 32, 64])
 def test_steps_are_timed(batch_size: int) -> None:
     problem = DNNTemplate(*numbers(), fixed=TINY | {"batch_size": batch_size})
-    cohort = problem.cohort(autotune._copies(problem.member(0, problem.defaults()), 3))
+    cohort = problem.cohort(autotune._copy_leader(problem.member(0, problem.defaults()), 3))
     assert 0 < seconds_per_step(cohort) < 10

@@ -93,7 +93,7 @@ import os, signal
 from optuna_nnhp.study import checkpoints
 from tests.study.test_outage import Away, run
 
-checkpoints.SHARE = 1e9  # as many as there can be
+checkpoints.MAX_TIME_SHARE = 1e9  # as many as there can be
 away, ended = Away(None), []
 
 

@@ -32,7 +32,7 @@ from optuna_nnhp.storages.rdb_adapter import RdbAdapter
 from optuna_nnhp.study import recovery
 from optuna_nnhp.study.checkpoints import Checkpoints
 from optuna_nnhp.study.checkpoints import checkpoint_folder
-from optuna_nnhp.study.checkpoints import newest
+from optuna_nnhp.study.checkpoints import load_newest_checkpoint
 from optuna_nnhp.templates import DNNTemplate
 from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import DIFFERENT_LENGTHS
@@ -55,7 +55,7 @@ from optuna_nnhp.study import checkpoints, recovery
 from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import SHAPE, TINY, numbers
 
-checkpoints.SHARE = 1e9  # as many as there can be
+checkpoints.MAX_TIME_SHARE = 1e9  # as many as there can be
 
 kind, how, wanted, options = json.loads(sys.argv[1])
 seen = 0
@@ -231,7 +231,7 @@ def test_sigterm_leaves_trials_to_the_next_call(kind: str, folder: Path) -> None
     owners = {t.user_attrs.get(REQUEUED_BY) for t in study_of("cut.journal").trials} - {None}
     (checkpoints,) = folder.glob("cut.models/*/checkpoints")
     for owner in owners:
-        assert newest(checkpoints, str(owner)) is not None
+        assert load_newest_checkpoint(checkpoints, str(owner)) is not None
     last = run(kind, "cut.journal")
     assert last.returncode == 0, last.stderr
     assert courses_of("cut.journal") == whole(kind)
@@ -368,7 +368,7 @@ def test_checkpoints_take_their_share_of_the_time(tmp_path: Path) -> None:
     checkpoints.mark_trial_ended()
     checkpoints._last -= 1 + 50 * checkpoints._cost
     assert checkpoints.is_due()
-    assert not Checkpoints(None, "me").is_on
+    assert not Checkpoints(None, "me").is_enabled
     assert not Checkpoints(tmp_path, "me", None).write([])
 
 
@@ -385,11 +385,11 @@ def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
         assert checkpoints.write([], {"n": checkpoints.written})
     names = sorted(path.name for path in checkpoint_folder(tmp_path, "me:1").iterdir())
     assert names == [f"00000{n}.{kind}" for n in (3, 4) for kind in ("json", "safetensors")]
-    found = newest(tmp_path, "me:1")
+    found = load_newest_checkpoint(tmp_path, "me:1")
     assert found is not None
     assert found.loop == {"n": 4}
     checkpoints.clear()
-    assert newest(tmp_path, "me:1") is None
+    assert load_newest_checkpoint(tmp_path, "me:1") is None
 
 
 def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> None:

@@ -17,8 +17,8 @@ from optuna_nnhp import Result
 from optuna_nnhp.inspect.summary import summary
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.replicates import MAX_CONFIGURATIONS
+from optuna_nnhp.study.replicates import MAX_TIMEOUT_SHARE
 from optuna_nnhp.study.replicates import MIN_CONFIGURATIONS
-from optuna_nnhp.study.replicates import MOST_SHARE
 from optuna_nnhp.study.replicates import REPLICATES
 from optuna_nnhp.study.replicates import ReplicateTrainer
 from optuna_nnhp.study.replicates import check_replicates
@@ -255,10 +255,10 @@ def test_a_quarter_of_the_timeout_is_reserved_and_given_back() -> None:
     found = tuned()
     budget = Budget(None, timeout=1000.0)
     replication = ReplicateTrainer(found._problem, 3, budget)
-    assert budget.timeout == 1000.0 * (1 - MOST_SHARE)
+    assert budget.timeout == 1000.0 * (1 - MAX_TIMEOUT_SHARE)
     trial = found.study.trials[0]
     replication(found.study, trial)
-    assert budget.timeout == 1000.0 * (1 - MOST_SHARE)  # too early to know
+    assert budget.timeout == 1000.0 * (1 - MAX_TIMEOUT_SHARE)  # too early to know
     budget.started -= 600.0
     replication(found.study, trial)
     given_back = budget.timeout
@@ -315,7 +315,7 @@ def test_long_trials_take_their_quarter() -> None:
     budget.started -= 600.0
     replication(found.study, found.study.trials[0])
     assert replication.predicted
-    assert budget.timeout == 1000.0 * (1 - MOST_SHARE)
+    assert budget.timeout == 1000.0 * (1 - MAX_TIMEOUT_SHARE)
 
 
 def test_without_a_timeout_nothing_is_reserved() -> None:

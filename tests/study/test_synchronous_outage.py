@@ -127,14 +127,14 @@ def test_a_group_waits_for_its_followers(
     folder: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, away = run("gradient", None), Away(0.8)
-    original = SynchronousPolicy._follow
+    original = SynchronousPolicy._ask_followers
 
     def follow(self: SynchronousPolicy, *arguments: Any) -> Any:
         if not away.is_used:
             away.lock()
         return original(self, *arguments)
 
-    monkeypatch.setattr(SynchronousPolicy, "_follow", follow)
+    monkeypatch.setattr(SynchronousPolicy, "_ask_followers", follow)
     result = run("gradient", STORAGE)
     assert away.is_used
     assert " of 2 trials;" in log.text
@@ -234,7 +234,7 @@ def found(result: Result) -> list[str]:
 def test_who_had_hardly_begun_is_no_part_of_the_group_before(
     method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, led = SynchronousPolicy._follow, list[int]()
+    original, led = SynchronousPolicy._ask_followers, list[int]()
 
     def follow(self: SynchronousPolicy, leader: RunningTrial, count: int) -> Any:
         led.append(leader.member.number)
@@ -242,7 +242,7 @@ def test_who_had_hardly_begun_is_no_part_of_the_group_before(
             die()
         return original(self, leader, count)
 
-    monkeypatch.setattr(SynchronousPolicy, "_follow", follow)
+    monkeypatch.setattr(SynchronousPolicy, "_ask_followers", follow)
     with pytest.raises(Killed):
         run(method, "s.journal")
     result = run(method, "s.journal")

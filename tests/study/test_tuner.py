@@ -268,7 +268,7 @@ def test_followers_are_asked_for_while_the_engine_trains(monkeypatch: pytest.Mon
     ask, prepared = TrialSource.ask, list[int]()
 
     def noted(self: TrialSource, count: int, *arguments: Any) -> Any:
-        if any(frame.function == "prepare" for frame in inspect.stack()):
+        if any(frame.function == "ask_followers_ahead" for frame in inspect.stack()):
             prepared.append(count)
         return ask(self, count, *arguments)
 

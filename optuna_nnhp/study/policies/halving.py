@@ -41,7 +41,7 @@ class HalvingPolicy:
 
     def ask_ahead(self, is_over: Callable[[], bool]) -> None:
         """Ask for followers while a cohort trains in the engine."""
-        self.admission.prepare(is_over)
+        self.admission.ask_followers_ahead(is_over)
 
     def has_more(self) -> bool:
         """Return whether more trials can start although no cohort is in training."""
@@ -109,8 +109,8 @@ class HalvingPolicy:
 
     def restore(self, claimed: Mapping[str, Sequence[FrozenTrial]]) -> None:
         """Continue trials that were taken over, all at once."""
-        for run in self.recovery.revive(claimed, self.bisector.again):
-            self.admission.take_in_again(run)
+        for run in self.recovery.restore_cohorts(claimed, self.bisector.again):
+            self.admission.add_recovered_cohort(run)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: all that is to be kept is the trials'."""

@@ -229,7 +229,7 @@ class HypergradientPolicy(SynchronousPolicy):
     def _start_group(self, leader: RunningTrial) -> CohortRun | None:
         each = 1 + len(self.distributions)
         count = max(1, self._max_group(leader, each * self.starts) // each)
-        trials = [leader, *self._follow(leader, count - 1)]
+        trials = [leader, *self._ask_followers(leader, count - 1)]
         self.group = [
             HypergradientTrial(
                 trial,

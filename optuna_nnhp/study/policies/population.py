@@ -81,7 +81,7 @@ class PopulationPolicy(SynchronousPolicy):
         sampler = self.sampler
         assert isinstance(sampler, PopulationSampler)
         sampler.size, self.last_generation = self._shape(leader)
-        trials = [leader, *self._follow(leader, sampler.size - 1)]
+        trials = [leader, *self._ask_followers(leader, sampler.size - 1)]
         sampler.size = self.members = len(trials)
         for slot, trial in enumerate(trials):
             trial.trial.set_user_attr(POPULATION, self.name)  # an enqueued one has it not

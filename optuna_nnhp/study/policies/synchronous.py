@@ -119,7 +119,7 @@ class SynchronousPolicy(ABC):
             self._add(self._restored(worker, self.claimed.pop(worker)))
         if not self.queue.training and self.has_more():
             self.sampler = self._begin_group()
-            if leader := self._lead():
+            if leader := self._ask_leader():
                 self._add(self._start_group(leader))
 
     def _add(self, run: CohortRun | None) -> None:
@@ -197,7 +197,7 @@ class SynchronousPolicy(ABC):
         run = CohortRun(cohort, begun[0].signature, cohort.members[0], own, len(members))
         return self._resume(run, [r for r in begun if r.member.number not in own])
 
-    def _lead(self) -> RunningTrial | None:
+    def _ask_leader(self) -> RunningTrial | None:
         """Ask for a trial that is free in everything; None if it cannot lead a group.
 
         Raises:
@@ -232,7 +232,7 @@ class SynchronousPolicy(ABC):
             if not self.wait_for_storage():
                 return trials
 
-    def _follow(self, leader: RunningTrial, count: int) -> list[RunningTrial]:
+    def _ask_followers(self, leader: RunningTrial, count: int) -> list[RunningTrial]:
         """Ask for trials with a leader's static values and budget."""
         left, epochs = self.source.left(), leader.trial.params.get("epochs")
         pinned = FollowerSampler(self.sampler, lambda n, value: epochs if n == "epochs" else value)
