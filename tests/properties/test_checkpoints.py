@@ -60,7 +60,9 @@ damages = st.one_of(
     st.builds(cut, share),
     st.builds(flip, share, st.integers(0, 7)),
     st.builds(replace, st.one_of(st.binary(), st.text().map(str.encode))),
-    st.builds(replace, st.sampled_from([b"{}", b"[]", b"null", b'{"facts": {}, "checksum": 1}'])),
+    st.builds(
+        replace, st.sampled_from([b"{}", b"[]", b"null", b'{"metadata": {}, "checksum": 1}'])
+    ),
 )
 
 

@@ -309,7 +309,7 @@ def test_a_checkpoint_of_another_version_is_of_no_use(
     alone: dict[str, Any] = {"cohort_size": 1, "n_trials": 1}
     wanted = finish("whole.journal", **alone)
     run("dnn", "cut.journal", at=4, **alone)
-    monkeypatch.setattr(recovery, "restored", refuse)
+    monkeypatch.setattr(recovery, "restore_cohort", refuse)
     assert finish("cut.journal", **alone) == wanted
     assert "their checkpoint is of no use" in log.text
 
@@ -396,7 +396,7 @@ def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> N
     run("dnn", "cut.journal", at=6)
     fatal = SCRIPT.replace(
         "X, y = numbers(200)",
-        "recovery.restored = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nX, y = numbers(200)",
+        "recovery.restore_cohort = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nX, y = numbers(200)",
     )
     arguments = json.dumps(["dnn", "SIGKILL", 0, {"storage": "cut.journal", "n_trials": 6}])
     killed = subprocess.run([sys.executable, "-c", fatal, arguments], env=ENVIRONMENT)
@@ -404,7 +404,7 @@ def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> N
     last = run("dnn", "cut.journal", how="SIGKILL", at=4)  # three more rounds, and it is killed
     assert last.returncode == -signal.SIGKILL
     (*_, path) = sorted(folder.glob("cut.models/*/checkpoints/*/*.json"), key=os.path.getmtime)
-    done = json.loads(path.read_text())["facts"]["cohorts"][0]["cohort"]["done"]
+    done = json.loads(path.read_text())["metadata"]["cohorts"][0]["cohort"]["rounds_done"]
     assert min(done) >= 6  # it did not begin anew
     assert run("dnn", "cut.journal").returncode == 0
     assert courses_of("cut.journal") == whole("dnn")

@@ -194,7 +194,7 @@ def at_work(storage: str) -> dict[str, list[int]]:
 def sizes_of_checkpoints(folder: Path) -> set[int]:
     """How many cohorts the checkpoints in a folder have."""
     paths = folder.rglob(f"checkpoints/*/*{JSON_SUFFIX}")
-    return {len(json.loads(path.read_text())["facts"]["cohorts"]) for path in paths}
+    return {len(json.loads(path.read_text())["metadata"]["cohorts"]) for path in paths}
 
 
 @pytest.mark.parametrize("method", METHODS)
