@@ -396,7 +396,8 @@ def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> N
     run("dnn", "cut.journal", at=6)
     fatal = SCRIPT.replace(
         "X, y = numbers(200)",
-        "recovery.restore_cohort = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nX, y = numbers(200)",
+        "recovery.restore_cohort = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "X, y = numbers(200)",
     )
     arguments = json.dumps(["dnn", "SIGKILL", 0, {"storage": "cut.journal", "n_trials": 6}])
     killed = subprocess.run([sys.executable, "-c", fatal, arguments], env=ENVIRONMENT)
