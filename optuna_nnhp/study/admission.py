@@ -1,4 +1,4 @@
-"""Admission: which trials start, in which cohort, and when another leader has its turn."""
+"""Decide which trials start, in which cohort, and when another leader is asked for."""
 
 from __future__ import annotations
 
@@ -25,29 +25,28 @@ from optuna_nnhp.training.cohort import Member
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 GENERATIONS = 5  # a study of n trials learns from its results at least this often
-QUOTA_PER_SLOT = (
-    3  # times its slots that a leader's cohort is filled before another leader is asked
-)
-# Of the timeout: a leader's turn; its cohort's first round, or, if that is more, the whole budgets
-# of its trials if nothing else were trained. A cohort of slow networks is smaller, so that one
-# signature cannot eat the budget, a first rung is cheap for everybody, and good trials come to
-# their end while it matters.
+# A cohort asks for this many times its slots before another leader is asked for.
+QUOTA_PER_SLOT = 3
+# Shares of the timeout: a leader's time slice; the first round of its cohort; and, if that is
+# longer, the whole budgets of its trials if nothing else were trained. A cohort of slow networks
+# is smaller, so that one signature cannot use up the budget, every first rung is cheap, and good
+# trials finish in time.
 TIME_SLICE_SHARE, ROUND_SHARE, COHORT_SHARE = 0.04, 0.002, 0.1
-# Early turns are shorter, so that several leaders are known before one of them has eaten much:
-# shares of the timeout, and of the time that the study has taken so far.
+# Early time slices are shorter, so that several leaders are evaluated before one of them has used
+# much of the time: shares of the timeout, and of the time that the study has taken so far.
 FIRST_TIME_SLICE_SHARE, TIME_SLICE_OF_ELAPSED = 0.005, 0.1
-# The default configuration comes early and is what all others must beat: it and the template's
-# portfolio have the machine for themselves, for this share of the timeout at most.
+# The default configuration is the baseline for all other trials: it and the template's portfolio
+# are trained first, without other trials, for at most this share of the timeout.
 BASELINE_SHARE = 0.1
-# What costs a hundred times as much as others must wait: a leader begins once a round of a member
-# takes at most this share of the time so far, or if so many wait and it is the quickest of them.
+# A very expensive leader is deferred: it starts once a round of one member takes at most this
+# share of the time so far, or if it is the fastest of `MAX_DEFERRED` deferred leaders.
 AFFORDABLE_SHARE, MAX_DEFERRED = 0.02, 4
-# Of a cohort's slots: one of so many is asked for while cohorts train, and up to one of so many is
-# asked for before it trains on.
+# The part of a cohort's slots (1 / n) that is asked for while cohorts train, and the part that is
+# asked for before its next round.
 PREPARED_PART, STARTED_PART = 4, 2
-MAX_STARTED_FULL = 16  # slots: cohorts up to this size begin full
-REFILL_PART = 16  # a cohort is refilled when a part of its slots is free: one of so many
-MAX_PLANNED = 32  # trials that are asked at once of a sampler that fixes everything
+MAX_STARTED_FULL = 16  # slots: cohorts up to this size are filled before their first round
+REFILL_PART = 16  # a cohort is refilled when 1 / n of its slots are free
+MAX_PLANNED = 32  # trials that are asked for at once if the sampler sets every value
 
 
 @dataclass
@@ -56,22 +55,22 @@ class Admission:
 
     Args:
         source:
-            Asks for them.
+            What asks the sampler for trials.
         queue:
-            Where their cohorts are trained.
+            The cohorts in training.
         bisector:
-            What becomes of cohorts that cannot be built.
+            Handles cohorts that cannot be built.
         cohort_size:
             Trials in a cohort; None to choose it by memory and measurement.
 
     Attributes:
-        turn: The cohort that is filled.
-        turns: How many there were.
-        asking: Seconds that a new cohort's proposals took.
-        openers: The default configuration and the portfolio, while they have the machine.
+        active_run: The cohort that is being filled.
+        time_slices: Number of time slices so far.
+        asking: Seconds that the proposals of the latest new cohort took.
+        first_round: Seconds that the latest new cohort took for its first scores.
+        portfolio_runs: The baseline and the portfolio with their cohorts, while only they train.
         waiting: Followers of `active_run` that were asked for while a cohort trained.
-        parked: Leaders that cannot be afforded yet.
-        first_round: Seconds that a new cohort took to its first scores.
+        deferred: Leaders that are too expensive so far.
     """
 
     source: TrialSource
@@ -120,8 +119,8 @@ class Admission:
     def ask_followers_ahead(self, is_over: Callable[[], bool]) -> None:
         """Ask for followers while a cohort trains; they wait until slots are free.
 
-        What the sampler knows is the state before this round. With a timeout, which makes a study
-        depend on the clock anyway, no more are asked for once the round is over.
+        The sampler sees the results before this round. With a timeout, which makes a study depend
+        on the clock anyway, no more are asked for once the round is over.
         """
         run = self.active_run
         if (
@@ -151,19 +150,19 @@ class Admission:
         return self.budget.seconds_left < self.asking + self.first_round
 
     def note_first_round(self, run: CohortRun) -> None:
-        """Note how long a new cohort trained for its first scores."""
+        """Record how long a new cohort trained for its first scores."""
         if not run.is_scored:
             self.first_round, run.is_scored = run.seconds, True
 
     def has_more(self) -> bool:
-        """Whether trials can start although none runs: those just asked have all failed."""
+        """Return whether trials can still start, also if all that were just asked for failed."""
         asked = self.waiting or self.deferred
         return not self._is_too_late_to_start() and (bool(asked) or self.source.left() != 0)
 
     def _next_cohort_to_fill(self) -> CohortRun | None:
         """Return the cohort to fill: by turns a new leader's, and the best existing one.
 
-        None if there are no more trials.
+        This is a new leader's cohort, or every second time the best existing one.
         """
         if self.active_run is not None:
             self.active_run.quota = 0
@@ -229,7 +228,7 @@ class Admission:
         return better(runs, key=lambda run: run.cohort.best, default=None)
 
     def _next_leader(self) -> RunningTrial | None:
-        """A trial that is free in everything: one that waited until it can be afforded, or new."""
+        """Return a leader, deferred or new; no other trial fixes any of its values."""
         while len(self.deferred) < MAX_DEFERRED:
             affordable = [leader for leader in self.deferred if self._can_afford(leader)]
             if affordable:
@@ -308,7 +307,7 @@ class Admission:
     def _add_followers(self, run: CohortRun, trials: Sequence[RunningTrial]) -> None:
         """Add followers to their leader's cohort, or to others with their signature.
 
-        Enqueued trials have values of their own, and a user's network may be built otherwise.
+        It differs for enqueued trials, whose values are fixed, and for some users' networks.
         """
         self._join(run, [trial for trial in trials if trial.signature == run.signature])
         self._group_by_signature([trial for trial in trials if trial.signature != run.signature])

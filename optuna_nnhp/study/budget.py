@@ -1,4 +1,4 @@
-"""What limits a study and measures it: budget, signals, seconds by section, progress bar."""
+"""Budget, signal handling, time by section and progress bar of a study."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Budget:
         timeout:
             Seconds of this call; None for no bound.
         interrupted:
-            Whether the user has asked to end it (SIGINT): trials end as they stand.
+            Whether SIGINT was received: running trials end with their current values.
         released:
-            Whether the machine has (SIGTERM): trials are left to whoever goes on with the study.
+            Whether SIGTERM was received: running trials are requeued.
         workers:
-            Processes that share the trials: nobody starts more than a fair part of the last ones.
+            Processes that share the trials: each starts at most its share of the remaining ones.
 
     Example:
         >>> Budget(n_trials=10, timeout=None).left(finished=7)
@@ -53,11 +53,11 @@ class Budget:
         return time.monotonic() - self.started
 
     def out_of_time(self) -> bool:
-        """Whether trials must stop at once."""
+        """Return whether running trials must stop at once."""
         return self.interrupted or (self.timeout is not None and self.seconds >= self.timeout)
 
     def is_over(self) -> bool:
-        """Whether no more trials start, and none goes on longer than it must."""
+        """Return whether no more trials start."""
         return self.released or self.out_of_time()
 
     @property
@@ -66,7 +66,7 @@ class Budget:
         return math.inf if self.timeout is None else self.timeout - self.seconds
 
     def left(self, finished: int) -> int | None:
-        """Trials still to start here; None for any number."""
+        """Return how many trials may still start in this process; None if unlimited."""
         if self.n_trials is None:
             return None
         return math.ceil(max(0, self.n_trials - finished) / self.workers)
@@ -74,15 +74,15 @@ class Budget:
 
 @contextmanager
 def graceful_shutdown(budget: Budget, *, releases: bool = True) -> Iterator[None]:
-    """Within, the first Ctrl-C or SIGTERM ends the study tidily and the second one at once.
+    """End the study tidily on the first Ctrl-C or SIGTERM, and at once on the second.
 
     Only the main thread can catch signals; in another one nothing changes.
 
     Args:
         budget:
-            What they end.
+            Receives the signals' flags.
         releases:
-            Whether SIGTERM leaves trials to others; else it is as Ctrl-C.
+            Whether SIGTERM requeues trials; otherwise it acts like Ctrl-C.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -109,7 +109,7 @@ def graceful_shutdown(budget: Budget, *, releases: bool = True) -> Iterator[None
 
 
 class ProgressBar:
-    """One line on the terminal: how far, the best value, who is running.
+    """Show progress, the best value and the number of running trials in one line.
 
     Args:
         show:
@@ -144,7 +144,7 @@ class ProgressBar:
         self._bar.close()
 
     def show(self, finished: int, running: int, best: float | None) -> None:
-        """Redraw, but not more than ten times a second."""
+        """Redraw at most ten times a second."""
         if time.monotonic() - self._drawn < REDRAW_EVERY and running:
             return
         self._drawn = time.monotonic()
@@ -155,7 +155,7 @@ class ProgressBar:
 
 
 class Timing:
-    """Seconds by section; a section within another one is not counted twice.
+    """Measure seconds by section; nested sections are not counted twice.
 
     Example:
         >>> timing = Timing()
@@ -173,7 +173,7 @@ class Timing:
 
     @contextmanager
     def __call__(self, section: str) -> Iterator[None]:
-        """Count the time within for a section."""
+        """Add the time spent in the block to a section."""
         self._count()
         self._inside.append(section)
         try:
@@ -183,7 +183,7 @@ class Timing:
             self._inside.pop()
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Count some seconds of one section for another."""
+        """Move seconds from one section to another."""
         self.seconds[source] -= seconds
         self.seconds[target] += seconds
 

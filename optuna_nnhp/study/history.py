@@ -1,4 +1,4 @@
-"""What the trials of a study have come to: all values by round, and the best trials."""
+"""Values of all trials of a study by round, and its best trials."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class BestTrials:
         number = cohort.members[index].number
         try:
             self.weights.save(number, cohort.best_network(index))
-        except OSError as error:  # a full disk: the result can train it again
+        except OSError as error:  # for example a full disk; the result can retrain the trial
             _logger.warning(f"The weights of trial {number} could not be stored: {error}")
 
     def delete_others(self, before: Ranking) -> None:

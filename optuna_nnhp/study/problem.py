@@ -1,4 +1,4 @@
-"""What the study's machinery needs to know of a template."""
+"""Define the interface of a template that the study uses."""
 
 from __future__ import annotations
 

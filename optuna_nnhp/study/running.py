@@ -1,4 +1,4 @@
-"""What is in training: trials, the cohorts that they form, and whose turn is next."""
+"""Trials in training, the cohorts that they form, and the queue of cohorts."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ class RunningTrial:
     root: int | None = None
 
     def add_scores(self, scores: Scores, i: int) -> None:
-        """Note one evaluation: the trial is the i-th of those that were evaluated."""
+        """Append one evaluation; `i` is the trial's index in the scores."""
         self.train_loss.append(scores.train_loss[i])
         self.validation_loss.append(scores.validation_loss[i])
         self.values[scores.rounds[i]] = scores.value[i]
         self.best_round = scores.best_round[i]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that `load_state_dict` needs, as JSON."""
+        """Return the state for `load_state_dict`, as JSON values."""
         return {
             "number": self.member.number,
             "values": list(self.values.items()),
@@ -152,7 +152,7 @@ class RunningTrial:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go back to a state of `state_dict`; to the trial's beginning if None."""
+        """Load a state from `state_dict`; None resets the trial to its start."""
         if state is None:
             new = RunningTrial(self.trial, self.member, self.maximize).state_dict()
             state = {**new, **{name: getattr(self, name) for name in KEPT[len(CURVES) :]}}
@@ -188,9 +188,9 @@ class RunningTrial:
         return than is None or (value > than if self.maximize else value < than)
 
     def report(self) -> None:
-        """Hand the values that are new to the storage; a NaN is nobody's value.
+        """Report new finite values to the storage.
 
-        A trial that goes on where it was left may come to values that are there already.
+        A resumed trial may repeat values that the storage already has; those are skipped.
         """
         known = known_values(self.trial)
         for step, value in list(self.values.items())[self.reported :]:
@@ -199,7 +199,7 @@ class RunningTrial:
         self.reported = len(self.values)
 
     def describe(self, problem: Problem, iterations: int, outcome: TrialOutcome) -> None:
-        """Write the trial's curves and figures as its attributes."""
+        """Store the trial's curves and numbers as attributes."""
         rounds = problem.rounds_per_epoch
         attributes: dict[str, Any] = {
             "train_loss": self.train_loss,
@@ -237,7 +237,7 @@ class RunningTrial:
 
 
 def params_for_retraining(trial: FrozenTrial) -> dict[str, Any]:
-    """What a trial is to be trained again with: its steps if its budget was in seconds.
+    """Return the parameters for retraining; a budget in seconds becomes one in steps.
 
     Example:
         >>> import optuna
@@ -335,14 +335,14 @@ class CohortRun:
     is_scored: bool = False
 
     def dissolve(self) -> list[RunningTrial]:
-        """Give up the cohort and return its trials: its memory is needed for smaller ones."""
+        """Free the cohort's memory, which smaller cohorts need, and return its trials."""
         trials, self.running = list(self.running.values()), {}
         del self.cohort
         return trials
 
     @property
     def is_quarantined(self) -> bool:
-        """Whether it may raise what a larger cohort has raised."""
+        """Return whether it may still raise the error of the cohort that it was split from."""
         return (
             bool(self.running) and max(self.cohort.rounds_done, default=0) < self.quarantined_until
         )
@@ -358,7 +358,7 @@ class FairQueue:
     """The cohorts in training.
 
     Attributes:
-        lives: They.
+        runs: The cohorts.
         used: Seconds times members, of all training so far.
         offered: Seconds times slots.
 
@@ -372,19 +372,19 @@ class FairQueue:
     offered: float = 0.0
 
     def add(self, run: CohortRun) -> None:
-        """Let a new cohort take part, from now on."""
+        """Add a new cohort, with the least virtual time of the others."""
         run.virtual_time = min((other.virtual_time for other in self.runs), default=0.0)
         self.runs.append(run)
 
     def next(self) -> CohortRun | None:
-        """The cohort that has had the least time, suspects first; None if there is none."""
+        """Return the cohort with the least virtual time, quarantined ones first; None if empty."""
         self.runs = [run for run in self.runs if run.running]
         return min(
             self.runs, key=lambda run: (not run.is_quarantined, run.virtual_time), default=None
         )
 
     def note(self, run: CohortRun, members: int, seconds: float, work: float) -> None:
-        """Note that a cohort has trained.
+        """Record that a cohort has trained.
 
         Args:
             run:

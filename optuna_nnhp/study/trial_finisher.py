@@ -114,8 +114,8 @@ class TrialFinisher:
             running.exact_value = cohort.evaluate_best(place)
         except Exception as error:  # no room for one more network, or a user's function
             _logger.warning(
-                f"Trial {running.member.number} could not be judged alone, and keeps the value "
-                f"that it has among its mates: {error}"
+                f"Trial {running.member.number} could not be evaluated alone and keeps its value "
+                f"from its cohort: {error}"
             )
 
     def _state(self, running: RunningTrial, outcome: TrialOutcome) -> TrialState:
@@ -126,7 +126,7 @@ class TrialFinisher:
         )
 
     def fail(self, running: RunningTrial, error: Exception, *, counts: bool = True) -> None:
-        """End a trial that raises alone.
+        """End a trial that raises an error when trained alone.
 
         Args:
             running:
@@ -134,10 +134,10 @@ class TrialFinisher:
             error:
                 What it raises.
             counts:
-                Whether it is one of those that end a study if the first of them fail alike.
+                Whether it counts among the first failures, which end a study if they are alike.
 
         Raises:
-            Exception: The error, if no trial of the study can be trained, it seems.
+            Exception: The error, if probably no trial of the study can be trained.
         """
         del self.source.running[running.member.number]
         try:
@@ -149,7 +149,7 @@ class TrialFinisher:
         self.run_callbacks([running])
 
     def fail_unstarted(self, trials: Sequence[RunningTrial], outcome: TrialOutcome) -> None:
-        """Fail trials that were asked for and had no time to begin."""
+        """Fail trials that were asked for but did not start in time."""
         with self.storage.batch():
             for running in trials:
                 try:
@@ -160,7 +160,7 @@ class TrialFinisher:
         self.run_callbacks(trials)
 
     def fail_all(self) -> None:
-        """Fail all that run, whatever they have; an error on its way is not for callbacks."""
+        """Fail all running trials, without callbacks, because an error is being raised."""
         with self.storage.batch():
             for running in self.source.running.values():
                 try:
@@ -182,11 +182,13 @@ class TrialFinisher:
                 except UpdateFinishedTrialError:
                     self.mark_lost(running)
         count = sum(not running.is_finished for running in self.source.running.values())
-        _logger.warning(f"{count} trials are left as they are: the same call goes on with them.")
+        _logger.warning(
+            f"{count} trials are left as they are; repeat the same call to resume them."
+        )
         self.source.running.clear()
 
     def mark_lost(self, trial: RunningTrial) -> None:
-        """Note that somebody else has ended a trial; what they said of it stays."""
+        """Mark a trial as ended by another process, whose state and value stay."""
         trial.is_finished = trial.ended_elsewhere = True
         _logger.warning(f"Trial {trial.member.number} was ended by another process.")
 

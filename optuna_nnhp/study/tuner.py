@@ -116,7 +116,7 @@ class Tuner:
             raise TypeError(f"The study's storage must be a BufferedStorage, but is {storage}.")
         self.study, self.problem, self.budget, self.storage = study, problem, budget, storage
         self.uses_portfolio, self.show_progress_bar = uses_portfolio, show_progress_bar
-        record_environment(study, problem)  # on the device where it is trained
+        record_environment(study, problem)  # after the problem has its device
         self.folder, worker = weights.folder, worker_name(storage)
         checkpoints = self.folder and self.folder / "checkpoints"
         self.queue, self.timing = FairQueue(), Timing()
@@ -145,8 +145,8 @@ class Tuner:
                 self._save,
             )
         )
-        self._last_recovery = -math.inf  # clock
-        self._storage_lost = False  # whether it was waited for in vain, and was not back since
+        self._last_recovery = -math.inf  # clock, seconds
+        self._storage_lost = False  # whether the last wait for it failed
         self._trainer = ThreadPoolExecutor(1, "optuna_nnhp-trainer")
 
     def run(self) -> None:
@@ -174,7 +174,7 @@ class Tuner:
             except BaseException:
                 if self.checkpoints.is_enabled:
                     self.finisher.release_all(self.lease.worker)
-                else:  # nobody can go on with them
+                else:  # without checkpoints no later call can resume them
                     self.finisher.fail_all()
                 raise
             finally:
@@ -188,7 +188,7 @@ class Tuner:
         return graceful_shutdown(self.budget, releases=self.folder is not None)
 
     def _save_outbox(self) -> Path | None:
-        """Keep what the storage has not got in a file, if there is any."""
+        """Save unwritten operations to the outbox file and return its path, if there are any."""
         if self.storage.is_available:
             return None
         kept = self.storage.save_outbox(self.folder or Path())
@@ -200,7 +200,7 @@ class Tuner:
         """Flush the storage, or save the pending operations for the next run.
 
         Raises:
-            StorageUnavailable: If it does not answer for long.
+            StorageUnavailable: If it is unavailable for too long.
         """
         self.storage.flush()
         patience = (
@@ -239,7 +239,7 @@ class Tuner:
             self._admit()
 
     def _wait_for_storage(self) -> bool:
-        """Wait while the storage is unavailable, once; return whether it is available."""
+        """Wait once while the storage is unavailable; return whether it is available."""
         if self.storage.is_available:
             self._storage_lost = False
         elif not self._storage_lost:
@@ -254,12 +254,12 @@ class Tuner:
                 self._save()
 
     def _save(self) -> bool:
-        """Write a checkpoint; whether it is written.
+        """Write a checkpoint and return whether it was written.
 
-        Before that the storage: whoever goes on must find the values that the members have.
+        The storage is flushed first, so that a worker that resumes finds the members' values.
         """
         self.storage.flush()
-        try:  # what has ended since is in no checkpoint
+        try:  # trials that have ended since are in no checkpoint
             if not self.storage.is_available:
                 self.storage.save_outbox(self.folder or Path())
         except OSError as error:
@@ -268,7 +268,7 @@ class Tuner:
         return self.checkpoints.write(self.queue.training, self.policy.state_dict())
 
     def _recover(self) -> None:
-        """Read what other workers have found, and take over the trials of dead ones."""
+        """Read the results of other workers, and take over the trials of dead ones."""
         if time.monotonic() - self.history.last_sync > REPORT_INTERVAL:
             with self.timing("bookkeeping"):
                 self._sync()
@@ -291,7 +291,7 @@ class Tuner:
         self.source.failures.any_trained |= bool(self.history.values)
 
     def _note_timing(self) -> None:
-        """Note on the study where this call's time went."""
+        """Store the time used by each section of this call as an attribute of the study."""
         wall = self.budget.seconds
         if not self.queue.offered:
             return
@@ -312,7 +312,7 @@ class Tuner:
     # --- Training ---
 
     def _train(self, run: CohortRun) -> None:
-        """Train one cohort to its next evaluation, and end the trials that do not go on."""
+        """Train one cohort to its next evaluation, and end the trials that the policy ends."""
         members = len(run.cohort.members)
         self.policy.before_round(run)
         before, work = run.cohort.iterations[0], run.cohort.step_flops
@@ -353,10 +353,10 @@ class Tuner:
         return TrialOutcome.INTERRUPTED if self.budget.interrupted else TrialOutcome.TIMEOUT
 
     def _train_round(self, run: CohortRun) -> tuple[Scores | None, float]:
-        """A cohort's scores, and how many seconds it trained for them.
+        """Return a cohort's scores and its seconds of training.
 
-        The engine leaves Python to others while it computes: then followers are asked for. Others
-        can be stopped between two steps, and go on later.
+        The compiled engine releases the interpreter lock, so followers are asked for meanwhile.
+        A cohort that torch trains can be stopped between two steps and resumed later.
         """
         cohort, started = run.cohort, time.monotonic()
         if cohort.compiled_mlp is None:
@@ -384,7 +384,7 @@ class Tuner:
                 self.policy.ask_ahead(future.done)
                 late = time.monotonic()
                 wait([future])
-            except BaseException:  # nobody will ask what it has come to
+            except BaseException:  # its result is no longer needed
                 given_up.set()
                 wait([future])
                 raise
@@ -415,7 +415,7 @@ def _trained(cohort: Cohort, stop: Callable[[], bool]) -> Scores | None:
     """Train a cohort to its next evaluation.
 
     Raises:
-        CohortError: Whatever it raises, as its cause.
+        CohortError: If training raises; the error is its cause.
     """
     try:
         return cohort.train_round(stop)
