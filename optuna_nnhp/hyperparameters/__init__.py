@@ -1,4 +1,4 @@
-"""The catalogue: one file for each hyperparameter of the field, its declaration and its effect."""
+"""The catalogue: each file holds the specification and the effect of one hyperparameter."""
 
 from optuna_nnhp.hyperparameters.catalogue import CATALOGUE as CATALOGUE
 from optuna_nnhp.hyperparameters.catalogue import catalogue as catalogue

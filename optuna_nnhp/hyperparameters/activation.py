@@ -1,4 +1,4 @@
-"""Activation functions, each with what speaks for and against it."""
+"""Activation functions, with their advantages and disadvantages."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Activation:
         module:
             Makes the plain `torch.nn` module.
         forward:
-            torch's own kernel, ``(x, out)``: writes the function of x into ``out``.
+            A torch kernel ``(x, out)`` that writes the function of x into ``out``.
         backward:
-            torch's own kernel, ``(grad, x, y, out)``: writes ``grad`` times the slope, from x or
-            from the function's value y, into ``out``, which may be ``grad`` itself.
+            A torch kernel ``(grad, x, y, out)`` that writes ``grad`` times the derivative into
+            ``out``, which may be ``grad`` itself; y is the function's value at x.
         gain:
-            Factor on the initial weights that keeps the signal's size: `torch.nn.init`'s where
-            it has one, else ``1 / sqrt(E[f(z)^2])`` for standard normal z (a test integrates it).
+            Factor of the initial weights that keeps the variance of activations: that of
+            `torch.nn.init` if it has one, else ``1 / sqrt(E[f(z)^2])`` for standard normal z.
         pros:
-            What speaks for it.
+            Advantages.
         cons:
-            What speaks against it.
+            Disadvantages.
     """
 
     module: Callable[[], nn.Module]
@@ -57,9 +57,9 @@ LEAKY_SLOPE = 0.01
 SELU = (1.6732632423543772, 1.0507009873554805)
 
 
-# tanh(softplus(x)) = n / (n + 2) with n = e^x (e^x + 2): one exponential and a few products take
-# a fifth of the time of torch's kernels.
-MISH_LINEAR = 20.0  # from here on the factor is 1 in float64 too
+# Mish is x * tanh(softplus(x)), and tanh(softplus(x)) = n / (n + 2) with n = e^x (e^x + 2). One
+# exponential and a few products take a fifth of the time of torch's kernels.
+MISH_LINEAR = 20.0  # above this x the factor rounds to 1, even in float64
 
 
 def _mish_factor(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _mish_factor(x: Tensor) -> Tensor:
 
 
 def _mish_slope(x: Tensor) -> Tensor:
-    """``factor + x (1 - factor^2) sigmoid(x)``."""
+    """Return the derivative of Mish, ``factor + x (1 - factor^2) sigmoid(x)``."""
     factor = _mish_factor(x)
     return torch.addcmul(factor, (1 - factor.square()).mul_(x), x.sigmoid())
 
@@ -91,7 +91,7 @@ ACTIVATIONS: dict[str, Activation] = {
         ),
         calculate_gain("leaky_relu", LEAKY_SLOPE),
         "relu without dead units",
-        "its slope is one more arbitrary number; seldom clearly better",
+        "its slope is an arbitrary constant; rarely clearly better than relu",
     ),
     "tanh": Activation(
         nn.Tanh,
@@ -106,8 +106,8 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda x, out: torch.sigmoid(x, out=out),
         lambda grad, x, y, out: aten.sigmoid_backward.grad_input(grad, y, grad_input=out),
         calculate_gain("sigmoid"),
-        "outputs read as probabilities",
-        "saturates and is not centred: the slowest to train when deep",
+        "outputs can be read as probabilities",
+        "saturates and is not zero-centred: the slowest to train in deep networks",
     ),
     "elu": Activation(
         nn.ELU,
@@ -117,7 +117,7 @@ ACTIVATIONS: dict[str, Activation] = {
         ),
         1.2452,
         "smooth for negative inputs, mean near zero",
-        "exponential costs time; saturates on the left",
+        "the exponential costs time; saturates for negative inputs",
     ),
     "selu": Activation(
         nn.SELU,
@@ -127,14 +127,14 @@ ACTIVATIONS: dict[str, Activation] = {
         ),
         calculate_gain("selu"),
         "normalizes itself in plain deep networks",
-        "only with matching initialization, and not together with dropout",
+        "needs matching initialization; does not work with dropout",
     ),
     "gelu": Activation(
         nn.GELU,
         lambda x, out: aten.gelu.out(x, out=out),
         lambda grad, x, y, out: aten.gelu_backward.grad_input(grad, x, grad_input=out),
         1.5335,
-        "smooth; the habit of transformers",
+        "smooth; the usual choice for transformers",
         "several times the cost of relu on a CPU",
     ),
     "silu": Activation(
@@ -143,7 +143,7 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda grad, x, y, out: aten.silu_backward.grad_input(grad, x, grad_input=out),
         1.6765,
         "smooth, often better than relu in deep networks",
-        "costs an exponential; not monotonic",
+        "the exponential costs time; not monotonic",
     ),
     "mish": Activation(
         nn.Mish,
@@ -161,13 +161,13 @@ ACTIVATION = Hyperparameter(
     default="relu",
     grid_values=("relu", "tanh", "gelu"),
     task="table",
-    help="Function after every hidden layer; relu is fast and safe, smooth ones (gelu, silu, "
-    "mish) cost more and are often a little better.",
+    help="Function after every hidden layer. relu is fast and reliable; smooth ones (gelu, silu, "
+    "mish) cost more and are often slightly better.",
 )
 
 
 def activation_groups(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Count how many members in a row have the same activation.
+    """Return runs of consecutive members with the same activation, with their lengths.
 
     Example:
         >>> activation_groups(["relu", "relu", "tanh"])
@@ -177,16 +177,15 @@ def activation_groups(names: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def activate(h: Tensor, groups: Sequence[tuple[str, int]], keep: Tensor | None = None) -> Tensor:
-    """Apply to each member of a stack its own activation.
+    """Apply its own activation to each member of a stack.
 
     Args:
         h:
-            What the layer computed.
+            The outputs of the layer.
         groups:
-            The members' activations in their order, from `activation_groups`: the fewer groups,
-            the faster.
+            The members' activations in order, from `activation_groups`; fewer groups are faster.
         keep:
-            Factor on the result: dropout, or the units that are real.
+            Factor of the result: dropout, or a mask that is 0 for padded units.
 
     Shape:
         - Input, output: ``(k, batch, width)``; keep: broadcasts to it.
@@ -201,9 +200,9 @@ def activate(h: Tensor, groups: Sequence[tuple[str, int]], keep: Tensor | None =
 
 
 class _ActivateFunction(torch.autograd.Function):
-    """Applies activations and their factor at once, without intermediate tensors.
+    """Applies the activations and the factor at once, without intermediate tensors.
 
-    Autograd's own graph of slices, concatenation and products took three times as long.
+    A graph of slices, concatenation and products by autograd took three times as long.
     """
 
     @staticmethod

@@ -14,6 +14,6 @@ BATCH_SIZE = Hyperparameter(
     domain=(1, 2**20),
     static=True,
     task="table",
-    help="Examples per step; smaller ones take more steps per epoch and add noise, larger ones "
-    "use the machine better and want a larger rate. Never more than there are examples.",
+    help="Examples per step. Smaller batches take more steps per epoch and add noise; larger ones "
+    "use the hardware better and need a larger learning rate. At most the number of examples.",
 )

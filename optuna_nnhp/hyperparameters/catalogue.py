@@ -1,4 +1,4 @@
-"""The whole catalogue: as a table, as a search space, and checked against a user's arguments."""
+"""The catalogue as a table and as a search space, and the check of a user's arguments."""
 
 from __future__ import annotations
 
@@ -150,20 +150,20 @@ def resolve_space(
 
     Args:
         task:
-            ``"binary"``, ``"multiclass"`` or ``"regression"``.
+            ``"binary"``, ``"multiclass"``, ``"regression"`` or ``"language"``.
         space:
             Distributions that replace the default ones, or add hyperparameters that are not
             tuned by default.
         fixed:
-            Values that are not to be tuned. 0 switches off whatever has an "off below", infinity
-            what has an "off above".
+            Values of hyperparameters that are not tuned. 0 switches off a hyperparameter with
+            `zero_below`, infinity one with `infinite_above`.
 
     Returns:
-        What is tuned, and the values of all the rest; together they name every hyperparameter
-        of the task once.
+        The distributions of the tuned hyperparameters, and the values of all others; together
+        they name every hyperparameter of the task once.
 
     Raises:
-        ValueError: If a name is unknown or given twice, or a value or range makes no sense.
+        ValueError: If a name is unknown or given twice, or a value or range is not allowed.
 
     Example:
         >>> space, fixed = resolve_space("regression", fixed={"batch_size": 128})
@@ -182,9 +182,9 @@ def resolve_space(
         known[name].check_distribution(distribution)
     for name, value in fixed.items():
         known[name].check(value)
-    if any("epochs" in as_plain_dict for as_plain_dict in (space, fixed)) and (
-        fixed.get("iterations") or "iterations" in space
-    ):
+    has_epochs = "epochs" in space or "epochs" in fixed
+    has_iterations = "iterations" in space or fixed.get("iterations")
+    if has_epochs and has_iterations:
         raise ValueError("The budget must be `epochs` or `iterations`, but both are given.")
     tuned = {
         name: space.get(name, h.distribution)
@@ -196,16 +196,16 @@ def resolve_space(
 
 
 def as_plain_dict(argument: str, mapping: Any) -> dict[str, Any]:
-    """Return a user's mapping as a dict, with Python's numbers in place of NumPy's.
+    """Return a user's mapping as a dict, with NumPy numbers converted to Python numbers.
 
     Args:
         argument:
-            Its name: ``"space"`` or ``"fixed"``.
+            The name of the argument: ``"space"`` or ``"fixed"``.
         mapping:
-            Distributions or values by name; None for none.
+            Distributions or values by name; None is an empty mapping.
 
     Raises:
-        ValueError: If that is no mapping, or a name is no text.
+        ValueError: If `mapping` is not a mapping, or a name is not a string.
 
     Example:
         >>> as_plain_dict("fixed", {"epochs": np.int64(3)}), as_plain_dict("space", None)
@@ -227,8 +227,8 @@ def as_plain_dict(argument: str, mapping: Any) -> dict[str, Any]:
 def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str, Value]:
     """Return the catalogue's defaults for the parameters of a space.
 
-    A default outside a user's range is moved to its nearest end; one that is not among a
-    user's choices is left out, for the sampler to fill.
+    A default outside a user's range is clipped to it. A default that is not among a user's
+    choices is left out, so that the sampler chooses the value.
 
     Example:
         >>> from optuna.distributions import FloatDistribution
@@ -249,7 +249,7 @@ def default_params(task: str, space: Mapping[str, BaseDistribution]) -> dict[str
 
 
 def nearest_value(value: Value, distribution: BaseDistribution) -> Value:
-    """Return the value of a range that is nearest to a given one; leave a choice unchanged.
+    """Return the nearest value in a numeric range; return a categorical value unchanged.
 
     Example:
         >>> (
@@ -268,7 +268,7 @@ def nearest_value(value: Value, distribution: BaseDistribution) -> Value:
 
 
 def effective_params(task: str, params: Mapping[str, Value]) -> dict[str, Value]:
-    """Return parameters as training uses them: a switched-off effect is 0 (or infinity).
+    """Return parameters as training uses them: an effect that is off is 0 (or infinity).
 
     Example:
         >>> effective_params("binary", {"dropout": 0.01, "clip_norm": 50.0})

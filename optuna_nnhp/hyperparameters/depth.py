@@ -16,5 +16,5 @@ HIDDEN_LAYERS = Hyperparameter(
     domain=(1, 64),
     static=True,
     task="table",
-    help="Number of hidden layers; more can express more and are harder to train.",
+    help="Number of hidden layers. Deeper networks can represent more but are harder to train.",
 )

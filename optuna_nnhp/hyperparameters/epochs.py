@@ -1,4 +1,4 @@
-"""Epochs and iterations: how long a trial may train."""
+"""Epochs and iterations: the training budget of a trial."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPOCHS = Hyperparameter(
     tuned=False,
     task="table",
     active_if={"iterations": (0,)},
-    help="Passes over the training data, the budget of a trial: iterations = ceil(examples / "
+    help="Budget of a trial in passes over the training data: iterations = ceil(examples / "
     "batch size) * epochs. Early stopping and pruning may end it sooner.",
 )
 ITERATIONS = Hyperparameter(
@@ -30,7 +30,7 @@ ITERATIONS = Hyperparameter(
     domain=(0, 1_000_000_000),
     static=True,
     tuned=False,
-    help="Steps of the optimizer as the budget instead of epochs; 0 means `epochs`.",
+    help="Budget of a trial in optimizer steps, used instead of epochs; 0 means `epochs`.",
 )
 
 

@@ -1,4 +1,4 @@
-"""Learning rate: its size, its warm-up and its decay."""
+"""Learning rate: peak value, warm-up and decay."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
-# Tuned AdamW rates on 86 tables lay between 3.4e-5 and 9.2e-4, piled up against a bound of
-# 1e-3 (arXiv:2410.24210); sgd needs up to a hundred times that.
+# Tuned AdamW rates on 86 tables were between 3.4e-5 and 9.2e-4, many of them close to the upper
+# bound of 1e-3 (arXiv:2410.24210); sgd needs up to a hundred times that.
 LEARNING_RATE = Hyperparameter(
     name="learning_rate",
     distribution=FloatDistribution(3e-5, 0.5, log=True),
@@ -23,8 +23,8 @@ LEARNING_RATE = Hyperparameter(
     domain=(1e-10, 100.0),
     mutable=True,
     task="table",
-    help="Step size at its peak, after warm-up; the most important number. Too small trains too "
-    "slowly, too large diverges.",
+    help="Peak learning rate, reached after warm-up; the most important hyperparameter. Training "
+    "is slow if it is too small and diverges if it is too large.",
 )
 GPT_LEARNING_RATE = Hyperparameter(
     name="learning_rate",
@@ -34,8 +34,8 @@ GPT_LEARNING_RATE = Hyperparameter(
     domain=(1e-10, 100.0),
     mutable=True,
     task="language",
-    help="Size of adamw's steps at their peak. Small models on little text need ten times GPT-2's "
-    "6e-4 and more.",
+    help="Peak learning rate of adamw. Small models on little text need at least ten times the "
+    "6e-4 of GPT-2.",
 )
 EMBEDDING_RATE = Hyperparameter(
     name="embedding_rate",
@@ -45,7 +45,7 @@ EMBEDDING_RATE = Hyperparameter(
     domain=(1e-6, 1e6),
     mutable=True,
     task="language",
-    help="Rate of embeddings and head over the learning rate.",
+    help="Learning rate of embeddings and head, as a multiple of `learning_rate`.",
 )
 LEARNING_RATE_DECAY = Hyperparameter(
     name="learning_rate_decay",
@@ -54,8 +54,8 @@ LEARNING_RATE_DECAY = Hyperparameter(
     ),
     default="cosine",
     grid_values=("constant", "step", "cosine"),
-    help="How the rate falls over the trial's own budget, to `min_lr_ratio` of its peak; "
-    "one_cycle first climbs for 30 % of the time and has no other warm-up.",
+    help="Schedule of the learning rate over the trial's budget, down to `min_lr_ratio` of its "
+    "peak. one_cycle first rises for 30 % of the budget and ignores `warmup`.",
 )
 WARMUP = Hyperparameter(
     name="warmup",
@@ -64,7 +64,7 @@ WARMUP = Hyperparameter(
     grid_values=(0.0, 0.1),
     domain=(0.0, 0.9),
     inactive_if={"learning_rate_decay": ("one_cycle",)},
-    help="Share of the budget over which the rate climbs linearly from near zero.",
+    help="Share of the budget over which the learning rate rises linearly from near zero.",
 )
 MIN_LR_RATIO = Hyperparameter(
     name="min_lr_ratio",
@@ -73,13 +73,13 @@ MIN_LR_RATIO = Hyperparameter(
     grid_values=(0.001, 0.1),
     domain=(1e-9, 1.0),
     inactive_if={"learning_rate_decay": ("constant",)},
-    help="Rate at the end as a share of its peak; 1 is no decay.",
+    help="Final learning rate as a share of its peak; 1 is no decay.",
 )
-NUM_STEP_DROPS = 3  # the step schedule's equal drops, a quarter of the budget apart
-ONE_CYCLE_START_RATIO = 1 / 25  # torch.optim.lr_scheduler.OneCycleLR's defaults
+NUM_STEP_DROPS = 3  # equal drops of the step schedule, a quarter of the budget apart
+ONE_CYCLE_START_RATIO = 1 / 25  # defaults of torch.optim.lr_scheduler.OneCycleLR
 ONE_CYCLE_PEAK_POSITION = 0.3
 
-# The share of the peak rate, given progress q in [0, 1] after warm-up and the final share f.
+# The rate as a share of its peak, from progress q in [0, 1] after warm-up and the final share f.
 _DECAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "constant": lambda q, f: torch.ones_like(q),
     "step": lambda q, f: (
@@ -120,16 +120,16 @@ def learning_rates(
         decay:
             `learning_rate_decay` of each member, k names.
         warmup:
-            Share of the budget spent climbing.
+            `warmup` of each member.
         min_lr_ratio:
-            Share of the peak at the last step.
+            `min_lr_ratio` of each member.
         step:
-            Steps done before, so 0 is the first; steps from ``total`` on have the rate 0.
+            Step indices, from 0; steps from ``total`` on have the rate 0.
         total:
-            Steps of the member's whole budget.
+            Steps of each member's whole budget.
 
     Shape:
-        - peak, warmup, final_fraction, total: ``(k,)``.
+        - peak, warmup, min_lr_ratio, total: ``(k,)``.
         - step, Output: ``(k, s)``, the output in float64.
 
     Example:
@@ -138,18 +138,18 @@ def learning_rates(
         tensor([[0.1000, 0.0500, 0.0000, 0.0000]], dtype=torch.float64)
 
     Source:
-        `torch.optim.lr_scheduler` (the oracle in the tests); Smith and Topin 2017
+        `torch.optim.lr_scheduler`, which the tests compare with; Smith and Topin 2017
         (arXiv:1708.07120) for one-cycle.
     """
     peak, warmup, final, step, total = (
         x.double() for x in (peak, warmup, min_lr_ratio, step, total)
     )
     one_cycle = torch.tensor([name == "one_cycle" for name in decay], device=peak.device)
-    climb = torch.where(one_cycle, 0.0, (warmup * total).floor())[:, None]
-    q = ((step - climb) / (total[:, None] - 1 - climb).clamp_min(1)).clamp(0, 1)
+    warmup_steps = torch.where(one_cycle, 0.0, (warmup * total).floor())[:, None]
+    q = ((step - warmup_steps) / (total[:, None] - 1 - warmup_steps).clamp_min(1)).clamp(0, 1)
     share = torch.empty_like(q)
     for name in set(decay):
-        those = torch.tensor([i for i, d in enumerate(decay) if d == name], device=q.device)
-        share[those] = _DECAYS[name](q[those], final[those, None])
-    share = torch.where(step < climb, (step + 1) / climb.clamp_min(1), share)
+        index = torch.tensor([i for i, d in enumerate(decay) if d == name], device=q.device)
+        share[index] = _DECAYS[name](q[index], final[index, None])
+    share = torch.where(step < warmup_steps, (step + 1) / warmup_steps.clamp_min(1), share)
     return torch.where(step < total[:, None], peak[:, None] * share, 0.0)

@@ -1,4 +1,4 @@
-"""Muon: steps of orthogonal matrices, for hidden layers."""
+"""Muon: an optimizer with orthogonalized updates for hidden layers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ GPT_OPTIMIZER = Hyperparameter(
     grid_values=("muon", "adamw"),
     static=True,
     task="language",
-    help="muon: orthogonal steps for hidden matrices, adamw for the rest; ahead in short runs, "
-    "even after some thousand steps. adamw for all is the standard.",
+    help="muon: orthogonalized updates for hidden matrices, adamw for the rest; better in short "
+    "runs, equal after some thousand steps. adamw: the standard, for all parameters.",
 )
 MUON_LEARNING_RATE = Hyperparameter(
     name="muon_learning_rate",
@@ -30,11 +30,12 @@ MUON_LEARNING_RATE = Hyperparameter(
     mutable=True,
     task="language",
     active_if={"optimizer": ("muon",)},
-    help="Size of muon's steps; decays as the learning rate does, which is adamw's.",
+    help="Peak learning rate of muon; it follows the schedule of `learning_rate`, which is "
+    "adamw's.",
 )
 
-# The quintic iteration whose slope at zero is as steep as it can be: singular values come to lie
-# between about 0.7 and 1.2, not at 1, which serves as well.
+# A quintic iteration with maximal slope at zero. Singular values end between about 0.7 and 1.2
+# instead of at 1, which is as good for training.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 EPSILON = 1e-7
@@ -43,8 +44,8 @@ EPSILON = 1e-7
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Return matrices with the same singular vectors and with singular values near 1.
 
-    In the precision of its argument: `torch.optim.Muon` casts to bfloat16, which a CPU without
-    it emulates, a hundred times as slow.
+    It computes in the dtype of its argument. `torch.optim.Muon` converts to bfloat16, which is a
+    hundred times slower on a CPU that must emulate it.
 
     Shape:
         - matrices, Output: ``(n, rows, columns)``.
@@ -78,6 +79,7 @@ def shape_rate_factor(inputs: int, outputs: int) -> float:
         (2.0, 1.0)
 
     Source:
-        The original implementation's rule, ``adjust_lr_fn="original"`` in `torch.optim.Muon`.
+        The rule of the original implementation, ``adjust_lr_fn="original"`` in
+        `torch.optim.Muon`.
     """
     return math.sqrt(max(1.0, outputs / inputs))

@@ -1,4 +1,4 @@
-"""Optimization algorithms: torch.optim's update rules, for many members at once."""
+"""Optimizers: the update rules of torch.optim."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ OPTIMIZER = Hyperparameter(
     default="adamw",
     grid_values=("sgd", "adam", "adamw", "rmsprop"),
     task="table",
-    help="sgd and nesterov (with momentum) want a larger rate and a schedule; adam, adamw and "
-    "rmsprop scale each weight's step and are easier to set.",
+    help="sgd and nesterov (with momentum) need a larger learning rate and a schedule; adam, "
+    "adamw and rmsprop scale the step of each weight and are easier to tune.",
 )
 MOMENTUM = Hyperparameter(
     name="momentum",
@@ -32,8 +32,7 @@ MOMENTUM = Hyperparameter(
     grid_values=(0.5, 0.9, 0.99),
     domain=(0.0, 0.9999),
     mutable=True,
-    help="Share of the last step that is kept: momentum of sgd, nesterov and rmsprop, beta1 of "
-    "adam and adamw.",
+    help="Momentum of sgd, nesterov and rmsprop; beta1 of adam and adamw.",
 )
 BETA2 = Hyperparameter(
     name="beta2",
@@ -43,8 +42,8 @@ BETA2 = Hyperparameter(
     domain=(0.0, 0.999999),
     mutable=True,
     active_if={"optimizer": ("adam", "adamw", "rmsprop", "muon")},
-    help="How slowly the running mean of squared gradients forgets: beta2 of adam and adamw, "
-    "alpha of rmsprop; sgd and nesterov have none.",
+    help="Decay rate of the running mean of squared gradients: beta2 of adam and adamw, alpha of "
+    "rmsprop; not used by sgd and nesterov.",
 )
 
 
@@ -68,26 +67,26 @@ class OptimizerState:
 
     Args:
         weight:
-            Parameters.
+            The parameters.
         grad:
-            Their gradients; may be overwritten.
+            The gradients; may be overwritten.
         exp_avg:
             Momentum buffer (sgd, nesterov, rmsprop) or mean of gradients (adam, adamw); zeros at
             the start.
         exp_avg_sq:
             Mean of squared gradients; zeros at the start, unused by sgd and nesterov.
         step:
-            Number of this update, from 1.
+            The number of this update, from 1.
 
     Shape:
-        - weight, grad, first, second: the same, any; step: ``()``.
+        - weight, grad, exp_avg, exp_avg_sq: equal, any; step: ``()``.
     """
 
     def __init__(
         self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor
     ) -> None:
         self.weight, self.grad, self.exp_avg, self.exp_avg_sq = weight, grad, exp_avg, exp_avg_sq
-        # As torch's fused kernels want them: lists, here of one tensor each.
+        # The fused kernels of torch take lists; here each has one tensor.
         self.lists = [weight], [grad], [exp_avg], [exp_avg_sq], [step]
 
 
@@ -136,9 +135,9 @@ def _rmsprop(state: OptimizerState, rate: float, c: UpdateCoefficients) -> None:
     _, grads, exp_avgs, exp_avg_sqs, steps = state.lists
     state.exp_avg_sq.mul_(_scalar_tensor(c.beta2, state.weight.dtype))
     state.exp_avg.mul_(_scalar_tensor(c.momentum, state.weight.dtype))
-    # Adagrad's kernel adds the squares of its gradients to the running sum and then steps by
-    # gradient / (sqrt(sum) + eps): rmsprop's increment, once the gradients are scaled. It took
-    # 5 us where seven eager operations took 26 (4,672 parameters).
+    # Adagrad's kernel adds squared gradients to the running sum, then adds
+    # lr * gradient / (sqrt(sum) + eps). With scaled gradients this is rmsprop's increment. It took
+    # 5 us, and seven eager operations took 26 us (4,672 parameters).
     share = math.sqrt(1 - c.beta2)
     state.grad.mul_(_scalar_tensor(share, state.weight.dtype))
     torch._fused_adagrad_(
@@ -157,12 +156,12 @@ def _rmsprop(state: OptimizerState, rate: float, c: UpdateCoefficients) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _scalar_tensor(value: float, dtype: torch.dtype) -> Tensor:
-    """Return a number as a cached tensor; torch would make one for each product, which is slow."""
+    """Return a number as a cached tensor; torch would create a new one for each product."""
     return torch.tensor(value, dtype=dtype)
 
 
-# torch's fused kernels do one pass over memory where eager formulas do ten; on a stack of 32
-# networks of 2 x 256 units they took 2.7 ms against 17 ms (one thread).
+# Fused kernels of torch need one pass over memory, eager formulas ten: 2.7 ms and 17 ms on a stack
+# of 32 networks of 2 x 256 units (one thread).
 UPDATE_RULES: dict[str, Callable[[OptimizerState, float, UpdateCoefficients], None]] = {
     "sgd": _sgd,
     "nesterov": _nesterov,
@@ -179,13 +178,13 @@ def optimizer_step(
 
     Args:
         optimizer:
-            A choice of `optimizer`.
+            One of the choices of `optimizer`.
         state:
-            What is updated.
+            The tensors of the member; changed in place.
         rate:
             Learning rate at this step.
         coefficients:
-            Its other numbers.
+            The other coefficients of the update rule.
 
     Example:
         >>> weight, grad = torch.zeros(1), torch.ones(1)
@@ -196,6 +195,6 @@ def optimizer_step(
 
     Source:
         The formulas in the documentation of torch.optim.SGD, Adam, AdamW and RMSprop, which
-        the tests use as the oracle; the kernels are those of ``torch.optim.AdamW(fused=True)``.
+        the tests compare with; the kernels are those of ``torch.optim.AdamW(fused=True)``.
     """
     UPDATE_RULES[optimizer](state, rate, coefficients)

@@ -1,4 +1,4 @@
-"""The specification of one hyperparameter: everything about it except its effect."""
+"""The specification of a hyperparameter: name, range, default and conditions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Value = CategoricalChoiceType  # None, bool, int, float or str
 
 
 def is_in_distribution(distribution: BaseDistribution, value: Value) -> bool:
-    """Whether a value is one of a distribution's.
+    """Return whether a distribution contains a value.
 
     Example:
         >>> is_in_distribution(IntDistribution(0, 10, step=5), 7)
@@ -47,31 +47,34 @@ class Hyperparameter:
         default:
             The value of the first trial, and of every trial where the parameter is not tuned.
         grid_values:
-            The values a grid visits.
+            The values of a grid search.
         help:
-            One line: what it does and when to change it.
+            One line: its effect and when to change it.
         domain:
-            Lowest and highest value that makes sense at all, both included; a range or a pinned
-            value given by a user must lie inside. Choices are checked against the choices.
+            The lowest and the highest allowed value, both included; a range or a fixed value
+            given by a user must lie inside. If None, a categorical value must be one of the
+            choices, and a number is not bounded.
         static:
-            Whether it fixes shapes or the graph: only trials with equal values are stacked.
+            Whether it determines shapes or the computation graph: only trials with equal values
+            are stacked.
         tuned:
-            Whether the default space holds it; otherwise it is pinned to its default.
+            Whether it is in the default space; otherwise it is fixed to its default.
         mutable:
-            Whether its value may change during training; otherwise it fixes the network, its
-            initial weights or the whole schedule.
+            Whether its value may change during training. Hyperparameters of the network, its
+            initial weights or the whole schedule may not.
         task:
             ``"any"``, ``"table"`` (both ``"classification"`` and ``"regression"``), one of these
             two, or ``"language"``.
         zero_below:
-            Values under this one switch the effect off, so that "off or log-uniform" is one
-            continuous parameter and stays in the joint model of Optuna's TPE.
+            Values below this one are used as 0, which is "off". So "off or log-uniform" is one
+            continuous parameter, which Optuna's TPE can model jointly with the others.
         infinite_above:
-            The same from above, for a bound that stops binding (gradient clipping).
+            Values above this one are used as infinity, which is "off" for a bound such as that
+            of gradient clipping.
         active_if:
-            Values of other hyperparameters, by name, without which it has no effect.
+            The values of other hyperparameters, by name, that it needs to have an effect.
         inactive_if:
-            Values of other hyperparameters, by name, with which it has no effect.
+            The values of other hyperparameters, by name, with which it has no effect.
 
     Example:
         >>> from optuna_nnhp.hyperparameters.regularization import WEIGHT_DECAY
@@ -101,7 +104,7 @@ class Hyperparameter:
                 raise ValueError(f"{value!r} must lie in the range of `{self.name}`.")
 
     def effective_value(self, value: Value) -> Value:
-        """Return the value that training uses: 0 (or infinity) where the value means "off"."""
+        """Return the value that training uses: 0 (or infinity) if the value means "off"."""
         if self.zero_below is not None and float(value or 0) < self.zero_below:
             return 0.0
         if self.infinite_above is not None and float(value or 0) > self.infinite_above:
@@ -109,11 +112,11 @@ class Hyperparameter:
         return value
 
     def is_active(self, params: Mapping[str, Value]) -> bool:
-        """Whether its value has an effect, given the values of other hyperparameters.
+        """Return whether it has an effect, given the values of other hyperparameters.
 
         Args:
             params:
-                The other values by name; a missing one is assumed to keep this one active.
+                Values of other hyperparameters by name; conditions on missing ones are ignored.
 
         Example:
             >>> from optuna_nnhp.hyperparameters.loss import HUBER_DELTA
@@ -125,10 +128,10 @@ class Hyperparameter:
         )
 
     def check(self, value: Any) -> None:
-        """Raise unless ``value`` is one the effect can work with.
+        """Raise unless ``value`` is allowed.
 
         Raises:
-            ValueError: If it is not a known choice, not a number, or outside the domain.
+            ValueError: If it is not one of the choices, not a number, or outside the domain.
         """
         if isinstance(self.distribution, CategoricalDistribution) and self.domain is None:
             if not any(isinstance(value, type(c)) and value == c for c in self._choices()):
@@ -145,7 +148,7 @@ class Hyperparameter:
             raise ValueError(f"`{self.name}` must be a whole number, but got {value!r}.")
 
     def check_distribution(self, distribution: object) -> None:
-        """Raise unless ``distribution`` is an Optuna distribution whose values all make sense."""
+        """Raise a ValueError unless ``distribution`` is one of Optuna's with allowed values."""
         if not isinstance(distribution, BaseDistribution):
             raise ValueError(
                 f"`space[{self.name!r}]` must be an Optuna distribution such as "
@@ -169,7 +172,7 @@ class Hyperparameter:
         return isinstance(self.default, int) and not isinstance(self.default, bool)
 
     def describe_range(self) -> str:
-        """Return the default range in words, for the catalogue's table."""
+        """Return the default range as text, for the catalogue's table."""
         if isinstance(self.distribution, CategoricalDistribution):
             return ", ".join(map(str, self._choices()))
         assert isinstance(self.distribution, IntDistribution | FloatDistribution)
@@ -181,9 +184,9 @@ class Hyperparameter:
         )
 
     def describe_value(self, value: Value) -> str:
-        """Return a value in words: ``"off"`` where it switches the effect off."""
-        effect = self.effective_value(value)
-        if effect == math.inf or (self.zero_below is not None and effect == 0):
+        """Return a value as text: ``"off"`` if it switches the effect off."""
+        effective = self.effective_value(value)
+        if effective == math.inf or (self.zero_below is not None and effective == 0):
             return "off"
         return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -1,4 +1,4 @@
-"""What makes a GPT: its size, its text's pieces, and the choices of its architecture."""
+"""Hyperparameters of GPT-style language models: size, tokenization, architecture and budget."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LAYERS = Hyperparameter(
     domain=(1, 200),
     static=True,
     task="language",
-    help="Blocks of attention and feed-forward. In seconds two are better than four, in minutes "
-    "four: fewer layers see more text.",
+    help="Transformer blocks. With a budget of seconds two are better than four, with minutes "
+    "four: a smaller model trains on more text in the same time.",
 )
 HEADS = Hyperparameter(
     name="heads",
@@ -29,7 +29,7 @@ HEADS = Hyperparameter(
     domain=(1, 256),
     static=True,
     task="language",
-    help="Heads of attention; the width is heads times `head_size`, so that it always divides.",
+    help="Attention heads; the width of the model is heads times `head_size`.",
 )
 HEAD_SIZE = Hyperparameter(
     name="head_size",
@@ -40,7 +40,7 @@ HEAD_SIZE = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="Channels of a head; an even number.",
+    help="Channels per attention head; an even number.",
 )
 CONTEXT = Hyperparameter(
     name="context",
@@ -50,8 +50,8 @@ CONTEXT = Hyperparameter(
     domain=(2, 1_000_000),
     static=True,
     task="language",
-    help="Tokens that are seen at once. Longer ones pay late: on tiny Shakespeare 128 was better "
-    "than 64 by 0.03 nats after three minutes, and equal before.",
+    help="Length of the context in tokens. A longer one helps only with a large budget: on tiny "
+    "Shakespeare 128 was better than 64 by 0.03 nats after three minutes, and equal before.",
 )
 BATCH_TOKENS = Hyperparameter(
     name="batch_tokens",
@@ -61,8 +61,8 @@ BATCH_TOKENS = Hyperparameter(
     domain=(2, 100_000_000),
     static=True,
     task="language",
-    help="Tokens of a step, rounded to whole windows of `context`: more of them make fewer and "
-    "surer steps.",
+    help="Tokens per step, rounded to whole windows of `context`. More tokens mean fewer steps "
+    "with less noise.",
 )
 TOKENS = Hyperparameter(
     name="tokens",
@@ -72,8 +72,8 @@ TOKENS = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="Pieces of text: characters (default for small alphabets), bytes (always work), or byte "
-    "pair encoding, trained on the training part (needs the extra `bpe`).",
+    help="Tokenization: characters (default for small alphabets), bytes (work for any text), or "
+    "byte pair encoding, trained on the training part (needs the extra `bpe`).",
 )
 VOCABULARY = Hyperparameter(
     name="vocabulary",
@@ -85,8 +85,8 @@ VOCABULARY = Hyperparameter(
     tuned=False,
     task="language",
     active_if={"tokens": ("bpe",)},
-    help="Tokens of byte pair encoding; characters and bytes have their own number. A large one "
-    "drowns a small model.",
+    help="Vocabulary size of byte pair encoding; not used for characters and bytes. A large "
+    "vocabulary takes most of the parameters of a small model.",
 )
 POSITIONS = Hyperparameter(
     name="positions",
@@ -96,7 +96,7 @@ POSITIONS = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="How places are known: queries and keys turned by an angle, or a learned vector (GPT-2). "
+    help="Position encoding: rotary (rotates queries and keys), or learned vectors (GPT-2). "
     "Rotary was better by 0.08 nats.",
 )
 GPT_NORMALIZATION = Hyperparameter(
@@ -107,8 +107,8 @@ GPT_NORMALIZATION = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="Before each block: LayerNorm without parameters (fastest), with a gain, or RMSNorm "
-    "without parameters; no difference was resolved.",
+    help="Normalization before each sublayer: LayerNorm without parameters (fastest), with a "
+    "gain, or RMSNorm without parameters; no significant difference was measured.",
 )
 QK_NORM = Hyperparameter(
     name="qk_norm",
@@ -118,7 +118,7 @@ QK_NORM = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="Normalizes queries and keys; allows larger rates in deep models.",
+    help="Whether queries and keys are normalized; allows larger learning rates in deep models.",
 )
 FEED_FORWARD = Hyperparameter(
     name="feed_forward",
@@ -128,8 +128,8 @@ FEED_FORWARD = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="Function of the feed-forward layer: squared ReLU (cheapest), GELU (GPT-2), or SiLU "
-    "times a gate; no difference was resolved at this size.",
+    help="Activation of the feed-forward layer: squared ReLU (fastest), GELU (GPT-2), or SwiGLU; "
+    "no significant difference was measured at this size.",
 )
 TOKEN_SHIFT = Hyperparameter(
     name="token_shift",
@@ -139,8 +139,8 @@ TOKEN_SHIFT = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="Half the channels that a block reads are those of the token before; better by 0.07 "
-    "nats, the largest gain of any such choice.",
+    help="Whether half the input channels of a sublayer come from the previous token; better by "
+    "0.07 nats.",
 )
 TIED_HEAD = Hyperparameter(
     name="tied_head",
@@ -150,7 +150,8 @@ TIED_HEAD = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="Whether the embedding is the output layer too; worth it for large vocabularies only.",
+    help="Whether the output layer shares the weights of the embedding; useful for large "
+    "vocabularies only.",
 )
 LOGIT_CAP = Hyperparameter(
     name="logit_cap",
@@ -161,7 +162,7 @@ LOGIT_CAP = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="Bends logits by tanh so that none is larger; 0 is off.",
+    help="Bound of logits, applied by tanh; 0 is off.",
 )
 GPT_INIT = Hyperparameter(
     name="weight_init",
@@ -170,7 +171,7 @@ GPT_INIT = Hyperparameter(
     grid_values=("fan-in", "gpt2"),
     tuned=False,
     task="language",
-    help="First matrices: normal with one over the root of the inputs, or with 0.02.",
+    help="Initial matrices: normal with standard deviation 1 / sqrt(inputs), or 0.02.",
 )
 PROJECTION_INIT = Hyperparameter(
     name="projection_init",
@@ -179,8 +180,8 @@ PROJECTION_INIT = Hyperparameter(
     grid_values=("zero", "scaled", "plain"),
     tuned=False,
     task="language",
-    help="First weights of what a block adds: zero (and the head's), scaled by the root of twice "
-    "the layers (GPT-2), or like the others.",
+    help="Initial weights of the projections into the residual stream: zero (also for the head), "
+    "scaled by 1 / sqrt(2 layers) (GPT-2), or plain, as the other matrices.",
 )
 PARAMETRIZATION = Hyperparameter(
     name="parametrization",
@@ -190,8 +191,8 @@ PARAMETRIZATION = Hyperparameter(
     static=True,
     tuned=False,
     task="language",
-    help="mup: rates that are good at `base_width` stay good at other widths, so that a narrow "
-    "study serves a wide model.",
+    help="mup: learning rates that are good at `base_width` are good at other widths, so that "
+    "results with a narrow model can be used for a wide one.",
 )
 BASE_WIDTH = Hyperparameter(
     name="base_width",
@@ -203,7 +204,7 @@ BASE_WIDTH = Hyperparameter(
     tuned=False,
     task="language",
     active_if={"parametrization": ("mup",)},
-    help="Width that mup's rates are given for.",
+    help="Width at which mup uses the learning rates unchanged.",
 )
 SECONDS = Hyperparameter(
     name="seconds",
@@ -215,8 +216,8 @@ SECONDS = Hyperparameter(
     tuned=False,
     task="language",
     active_if={"iterations": (0,), "train_tokens": (0,)},
-    help="Budget of a trial: as many steps as fit in these seconds of training, by a measurement. "
-    "0: `train_tokens` or `iterations` say it, or the timeout.",
+    help="Budget of a trial in seconds of training, converted to steps by a measurement. 0: the "
+    "budget follows from `train_tokens`, `iterations` or the timeout.",
 )
 TRAIN_TOKENS = Hyperparameter(
     name="train_tokens",
@@ -228,7 +229,7 @@ TRAIN_TOKENS = Hyperparameter(
     tuned=False,
     task="language",
     active_if={"iterations": (0,)},
-    help="Budget of a trial in tokens of training, so that all see as much text, however fast.",
+    help="Budget of a trial in tokens of training, so that all trials train on equally much text.",
 )
 TRANSFORMER = (
     *(LAYERS, HEADS, HEAD_SIZE, CONTEXT, TOKENS, VOCABULARY, POSITIONS, GPT_NORMALIZATION),

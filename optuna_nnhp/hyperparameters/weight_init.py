@@ -1,4 +1,4 @@
-"""Weight initialization: where training starts."""
+"""Weight initialization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import init
 
 from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
-PLAIN_SCALE = 0.05  # of the two classic schemes that look at neither fan-in nor activation
+PLAIN_SCALE = 0.05  # of "normal" and "uniform", which ignore fan-in and activation
 
 WEIGHT_INIT = Hyperparameter(
     name="weight_init",
@@ -28,31 +28,31 @@ WEIGHT_INIT = Hyperparameter(
     default="he_normal",
     grid_values=("xavier_uniform", "he_normal", "orthogonal"),
     task="table",
-    help="Distribution of the first weights; Xavier, He and orthogonal keep the signal's size "
-    "over the layers, plain normal and uniform (scale 0.05) do so by luck only.",
+    help="Distribution of the initial weights. Xavier, He and orthogonal keep the variance of "
+    "activations over the layers; plain normal and uniform (scale 0.05) do not.",
 )
 
 
 def initial_weight(
     scheme: str, fan_in: int, fan_out: int, gain: float, generator: Generator
 ) -> Tensor:
-    """Draw the first weights of one linear layer.
+    """Draw the initial weights of one linear layer.
 
     Args:
         scheme:
-            A choice of `weight_init`.
+            One of the choices of `weight_init`.
         fan_in:
             Number of inputs.
         fan_out:
             Number of outputs.
         gain:
-            Factor that follows from the activation (`activation.ACTIVATIONS[...].gain`); the
-            plain schemes do not use it.
+            Factor for the activation function (`activation.ACTIVATIONS[...].gain`); "normal" and
+            "uniform" do not use it.
         generator:
-            The member's own source of random numbers.
+            The member's random number generator.
 
     Shape:
-        - Output: ``(fan_in, fan_out)``, so that ``x @ weight`` is the layer.
+        - Output: ``(fan_in, fan_out)``, for ``x @ weight``.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)

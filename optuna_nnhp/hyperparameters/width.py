@@ -1,4 +1,4 @@
-"""Neurons per layer: one width, and how it changes with depth."""
+"""Neurons per hidden layer: the width, and how it changes with depth."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from optuna.distributions import IntDistribution
 
 from optuna_nnhp.hyperparameters.spec import Hyperparameter
 
-# Tuned widths on 86 tables: quartiles 320, 592, 800 against a bound of 1024 (same source as
-# in depth.py); small tables and small machines want the low end.
+# Tuned widths on 86 tables: quartiles 320, 592, 800 with an upper bound of 1024 (same source as
+# in depth.py); smaller widths suit small tables and slow computers.
 WIDTH = Hyperparameter(
     name="width",
     distribution=IntDistribution(16, 1024, log=True),
@@ -16,7 +16,7 @@ WIDTH = Hyperparameter(
     grid_values=(32, 64, 128, 256, 512),
     domain=(1, 65536),
     task="table",
-    help="Neurons of the first hidden layer; trials are stacked when their widths round up to "
+    help="Neurons of the first hidden layer. Trials are stacked if their widths round up to "
     "the same power of two.",
 )
 WIDTH_SHAPE = Hyperparameter(
@@ -26,8 +26,8 @@ WIDTH_SHAPE = Hyperparameter(
     grid_values=("constant", "funnel"),
     task="table",
     inactive_if={"hidden_layers": (1,)},
-    help="constant: all hidden layers have `width` neurons; funnel: they shrink evenly, the "
-    "last one to a quarter.",
+    help="constant: all hidden layers have `width` neurons; funnel: widths decrease linearly to "
+    "a quarter at the last hidden layer.",
 )
 FUNNEL_MIN_RATIO = 0.25
 
@@ -50,8 +50,8 @@ def layer_widths(width: int, shape: str, hidden_layers: int) -> list[int]:
 def padded_width(width: int) -> int:
     """Return the width of a stack's layers: the next power of two, at least 16.
 
-    Trials of different widths share a stack; the units beyond a trial's own width are held at
-    zero, which is exact (see `networks.layers`).
+    Trials of different widths share a stack. The units beyond a trial's own width stay zero, so
+    padding does not change its results (see `networks.mlp.StackedMLP`).
 
     Example:
         >>> padded_width(100), padded_width(128), padded_width(3)
@@ -61,10 +61,10 @@ def padded_width(width: int) -> int:
 
 
 def fold_width(width: int, padded: int) -> int:
-    """Move a width by whole octaves into ``(padded / 2, padded]``.
+    """Scale a width by a power of two into ``(padded / 2, padded]``.
 
-    So a width that was proposed freely joins a stack of another size, and its place within
-    the octave is kept.
+    So a trial with any proposed width can join an existing stack; the ratio of the width to its
+    padded width is kept.
 
     Example:
         >>> fold_width(100, 512), fold_width(700, 64), fold_width(20, 16)
@@ -72,5 +72,5 @@ def fold_width(width: int, padded: int) -> int:
     """
     if padded_width(width) == padded:
         return width
-    octave = 1 << (width - 1).bit_length()
-    return max(padded // 2 + 1, round(width * padded / octave))
+    power_of_two = 1 << (width - 1).bit_length()
+    return max(padded // 2 + 1, round(width * padded / power_of_two))

@@ -1,4 +1,4 @@
-"""Networks of k members at once, and the same networks as plain torch modules."""
+"""Stacked networks of k members, and the same networks as plain torch modules."""
 
 from optuna_nnhp.networks.mlp import StackedMLP as StackedMLP
 from optuna_nnhp.networks.mlp import build_mlp as build_mlp

@@ -15,8 +15,8 @@ from optuna_nnhp.hyperparameters.optimizer import UpdateCoefficients
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.networks.layers import StackedLinear
 
-# An update is preceded by operations that each read all gradients or all weights. On blocks that
-# fit in the cache they are faster: 50 us less per step of one of 64 networks of 2 x 64 units.
+# Before an update, several operations each read all gradients or all weights. They are faster on
+# blocks that fit in the cache: 50 us less per step for 64 networks of 2 x 64 units.
 MAX_BLOCK_ELEMENTS = 2**17
 PER_MEMBER_TENSORS = ("weights", "exp_avg", "exp_avg_sq", "steps")
 
@@ -24,21 +24,21 @@ PER_MEMBER_TENSORS = ("weights", "exp_avg", "exp_avg_sq", "steps")
 class FlatParameters:
     """The parameters of a stacked network, their gradients and the optimizer's state.
 
-    The network's parameters become views of the rows. An operation on all weights of a member (an
-    update, a norm, a penalty) is one operation on a row; an operation on all members is one
-    operation on a matrix.
+    The network's parameters become views of the rows of one matrix. So an operation on all
+    weights of a member (an update, a norm, a penalty) is one operation on a row, and an operation
+    on all members is one operation on the matrix.
 
     Args:
         network:
             A module whose parameters have the member as their first axis.
 
     Attributes:
-        weights: All parameters; first the matrices, which are decayed, then the rest.
+        weights: All parameters; first the matrices, which have weight decay, then the rest.
         grads: The gradients of the last `backward`.
         num_decayed: The number of columns that belong to matrices.
         offsets: The first column of each of the network's parameters.
         exp_avg, exp_avg_sq: See `hyperparameters.optimizer.OptimizerState`.
-        steps: Number of updates of each member.
+        steps: Number of updates of each member so far.
         optimizer_states: One for each member; views of the tensors above.
         blocks: Slices of members that are updated together, each small enough for the cache.
 
@@ -88,7 +88,7 @@ class FlatParameters:
         self._view_parameters(network)
 
     def allocate_grads(self, by_autograd: bool = True) -> None:
-        """Allocate the gradients and the views of them, unless that has been done.
+        """Allocate the gradients and their views if needed.
 
         Args:
             by_autograd:
@@ -105,7 +105,8 @@ class FlatParameters:
             self._view_grads()
 
     def _view_grads(self) -> None:
-        # Matrix products write fastest to contiguous tensors: to buffers, copied to the rows.
+        # Matrix products are fastest with contiguous outputs: they write to buffers, which
+        # `backward` copies to the rows.
         grad_buffers: dict[nn.Parameter, Tensor] = {}
         for layer in self._network.modules():
             if isinstance(layer, StackedLinear):
@@ -139,7 +140,7 @@ class FlatParameters:
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a member's part has more than one axis; biases and normalizations have one."""
+    """Return whether a member's part has more than one axis; biases and gains have one."""
     return parameter.dim() > 2
 
 

@@ -1,4 +1,4 @@
-"""Layers of k networks at once: every parameter and buffer has the member as its first axis."""
+"""Stacked layers of k networks: the first axis of each parameter and buffer is the member."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from torch import nn
 
 NoiseSource = Callable[[int, int], Tensor]  # (batch, width) -> uniform numbers of that shape
 
-EPSILON = 1e-5  # of torch.nn.BatchNorm1d and torch.nn.LayerNorm
-RUNNING_MOMENTUM = 0.1  # of torch.nn.BatchNorm1d
+EPSILON = 1e-5  # default of torch.nn.BatchNorm1d and torch.nn.LayerNorm
+RUNNING_MOMENTUM = 0.1  # default of torch.nn.BatchNorm1d
 
 
 class StackedModule(nn.Module):
-    """k networks of one signature; the member is the first axis of everything it holds.
+    """A stack of k networks; the first axis of its parameters and buffers is the member.
 
     Attributes:
-        flops: Operations of one member's forward pass for one example; 0 for two for each weight.
-        numbers: Numbers that its layers put out for one example; 0 for those of its widest layer.
+        flops: Floating-point operations of one member's forward pass of one example; 0 if they
+            are estimated as two per weight.
+        activations_per_example: Outputs of all layers for one example; 0 if they are estimated
+            by the widest layer.
 
     Shape:
         - Input: ``(batch, ...)``, shared, or ``(k, batch, ...)``; output: ``(k, batch, outputs)``.
@@ -35,7 +37,7 @@ class StackedModule(nn.Module):
 
     @abstractmethod
     def forward(self, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
-        """Compute the outputs of all members; without ``noise`` nothing is dropped."""
+        """Compute the outputs of all members; dropout is off if ``noise`` is None."""
 
     @abstractmethod
     def select(self, members: Tensor) -> None:
@@ -59,7 +61,7 @@ class StackedModule(nn.Module):
             params:
                 All hyperparameters of each member.
             make_stack:
-                Makes a new stack with these hyperparameters; used by stacks that do not read them.
+                Builds a new stack with these hyperparameters, for stacks that cannot set them.
         """
 
 
@@ -68,10 +70,10 @@ class StackedLinear(nn.Module):
 
     Args:
         weight:
-            First weights.
+            Initial weights.
         bias:
-            Whether there is a bias. Before batch normalization there must be none: it would
-            change nothing, and Adam would turn the rounding errors of its gradient into steps.
+            Whether the layer has a bias. It must not have one before batch normalization: a bias
+            has no effect there, but Adam would change it by rounding errors of its gradient.
 
     Shape:
         - weight: ``(k, in, out)``; bias: ``(k, out)``, zero at the start.
@@ -79,7 +81,8 @@ class StackedLinear(nn.Module):
         - Output: ``(k, batch, out)``.
 
     Attributes:
-        sink: Where the gradients of weight and bias are written, if not left to autograd.
+        grad_buffers: Tensors for the gradients of weight and bias; None if autograd allocates
+            them.
 
     Example:
         >>> StackedLinear(torch.ones(3, 2, 5))(torch.ones(7, 2)).shape
@@ -114,7 +117,7 @@ class StackedLinear(nn.Module):
 class _LinearIntoGradBuffers(torch.autograd.Function):
     """A stacked linear layer that writes its gradients to given buffers.
 
-    Autograd would allocate them at every step and then copy them.
+    Autograd would allocate gradients at every step and then copy them.
     """
 
     @staticmethod
@@ -150,9 +153,9 @@ class StackedBatchNorm(nn.Module):
 
     Args:
         members:
-            k.
+            Number of members, k.
         width:
-            Units, padding included.
+            Number of units, including padding.
 
     Shape:
         - weight, bias, running_mean, running_var: ``(k, width)``.
@@ -178,7 +181,7 @@ class StackedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(members, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize over the batch in training, by the running estimates in evaluation."""
+        """Normalize by batch statistics in training, by running statistics in evaluation."""
         if not self.training:
             scale = self.weight * torch.rsqrt(self.running_var + EPSILON)
             centred = x - self.running_mean[:, None]
@@ -188,7 +191,7 @@ class StackedBatchNorm(nn.Module):
         return _normalize(x, mean, variance, self.weight, self.bias, 1)
 
     def _update_running_stats(self, mean: Tensor, variance: Tensor, batch: int) -> None:
-        # A batch of one has no spread to learn from; torch.nn refuses it, we keep the estimate.
+        # The variance of a single example is undefined; torch.nn raises an error.
         if batch == 1:
             return
         self.running_mean.lerp_(mean, RUNNING_MOMENTUM)
@@ -200,7 +203,7 @@ class StackedLayerNorm(nn.Module):
 
     Args:
         mask:
-            1 for a member's true units, 0 for its padding.
+            1 for a member's own units, 0 for padding.
 
     Shape:
         - mask: ``(k, 1, width)``; weight, bias: ``(k, width)``.
@@ -248,9 +251,9 @@ def _normalize(
 
 
 class _NormalizeFunction(torch.autograd.Function):
-    """``weight (x - mean) rstd + bias``, where mean and rstd are those of x along one axis.
+    """Computes ``weight (x - mean) rstd + bias``, with mean and rstd of x along one axis.
 
-    By hand it is six passes over memory backward, where autograd's graph took fourteen.
+    This backward pass needs six passes over memory; autograd needed fourteen.
     """
 
     @staticmethod
@@ -292,7 +295,7 @@ def select_members(module: nn.Module, members: Tensor) -> None:
         module:
             Any module whose parameters and buffers all have the member as their first axis.
         members:
-            Which to keep, in their new order.
+            Indices of the members to keep, in their new order.
 
     Shape:
         - members: ``(m,)``.
@@ -318,7 +321,7 @@ def append_members(module: nn.Module, other: nn.Module) -> None:
         module:
             Any module whose parameters and buffers all have the member as their first axis.
         other:
-            A module with the same parts.
+            A module with the same submodules.
 
     Example:
         >>> layer = StackedLinear(torch.zeros(1, 1, 1))
@@ -326,12 +329,12 @@ def append_members(module: nn.Module, other: nn.Module) -> None:
         >>> layer.weight.flatten().tolist()
         [0.0, 1.0, 1.0]
     """
-    for part, twin in zip(module.modules(), other.modules(), strict=True):
+    for part, new in zip(module.modules(), other.modules(), strict=True):
         for name, parameter in part.named_parameters(recurse=False):
-            joined = torch.cat([parameter.detach(), twin.get_parameter(name).detach()])
+            joined = torch.cat([parameter.detach(), new.get_parameter(name).detach()])
             setattr(part, name, nn.Parameter(joined))
         for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, torch.cat([buffer, twin.get_buffer(name)]))
+            setattr(part, name, torch.cat([buffer, new.get_buffer(name)]))
 
 
 def subset(stack: StackedModule, members: Tensor) -> StackedModule:
@@ -340,6 +343,6 @@ def subset(stack: StackedModule, members: Tensor) -> StackedModule:
     for layer in stack.modules():
         if isinstance(layer, StackedLinear) and layer.grad_buffers is not None:
             shared += [tensor for tensor in layer.grad_buffers if tensor is not None]
-    twin = copy.deepcopy(stack, {id(tensor): tensor for tensor in shared})
-    twin.select(members)
-    return twin
+    selected = copy.deepcopy(stack, {id(tensor): tensor for tensor in shared})
+    selected.select(members)
+    return selected

@@ -1,4 +1,4 @@
-"""Loading a plain network's weights into a stack, the inverse of `StackedModule.member`."""
+"""Load a plain network's weights into a stack, the inverse of `StackedModule.member`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def load_member(stack: StackedModule, i: int, network: nn.Module) -> None:
         stack:
             The stack.
         i:
-            Which member; it has the network's structure.
+            The index of the member, which has the network's structure.
         network:
-            What `StackedModule.member` gives of such a member.
+            A plain network, as `StackedModule.member` returns it.
 
     Example:
         >>> from optuna_nnhp.networks.vmap_stack import VmapStack
@@ -48,29 +48,32 @@ def _tensor_pairs(
     if isinstance(stack, StackedMLP):
         yield from _mlp_tensor_pairs(stack, i, network)
         return
-    plain, own = tensors_of(network), stack.state_dict()
+    plain, stacked = tensors_of(network), stack.state_dict()
     if isinstance(stack, ModuleStack):
         names = {key: name for key, name in stack.names.items() if name in plain}
     elif isinstance(stack, StackedGPT):
-        names = {key: key.removesuffix(".weight") for key in own if key != "dropout"}
+        names = {key: key.removesuffix(".weight") for key in stacked if key != "dropout"}
     else:
-        raise TypeError(f"A stack of a known kind must be filled, but got {type(stack).__name__}.")
+        raise TypeError(
+            "`stack` must be a StackedMLP, StackedGPT or ModuleStack, but got "
+            f"{type(stack).__name__}."
+        )
     for key, name in names.items():
-        yield own[key][i], plain[name]
+        yield stacked[key][i], plain[name]
 
 
 def _mlp_tensor_pairs(
     stack: StackedMLP, i: int, network: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the pairs of a perceptron; the padding is left out, it stays zero."""
-    own, layers = stack.state_dict(), list(network.modules())
+    """Yield the tensor pairs of a multilayer perceptron, without the padding."""
+    stacked, layers = stack.state_dict(), list(network.modules())
     for n, linear in enumerate(m for m in layers if isinstance(m, nn.Linear)):
         columns, rows = linear.weight.shape
-        yield own[f"linears.{n}.weight"][i, :rows, :columns], linear.weight.T
+        yield stacked[f"linears.{n}.weight"][i, :rows, :columns], linear.weight.T
         if linear.bias is not None:
-            yield own[f"linears.{n}.bias"][i, :columns], linear.bias
+            yield stacked[f"linears.{n}.bias"][i, :columns], linear.bias
     for n, norm in enumerate(m for m in layers if isinstance(m, nn.BatchNorm1d | nn.LayerNorm)):
         for name in ("weight", "bias", "running_mean", "running_var"):
             if hasattr(norm, name):
                 tensor = getattr(norm, name)
-                yield own[f"norms.{n}.{name}"][i, : len(tensor)], tensor
+                yield stacked[f"norms.{n}.{name}"][i, : len(tensor)], tensor

@@ -1,4 +1,4 @@
-"""The multilayer perceptron: one plain network, or k of them stacked."""
+"""Multilayer perceptrons: a plain network, and a stack of k networks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hidden_widths(params: Params) -> list[int]:
 
 
 def mlp_signature(params: Params) -> Hashable:
-    """Return what trials must have in common to be stacked.
+    """Return a key that is equal for trials that can be stacked.
 
     Example:
         >>> mlp_signature({"hidden_layers": 2, "width": 100, "normalization": "none"})
@@ -60,7 +60,7 @@ def count_weights(params: Params, inputs: int, outputs: int) -> int:
     """
     sizes = [inputs, *hidden_widths(params), outputs]
     weights, units = sum(a * b for a, b in pairwise(sizes)), sum(sizes[1:-1])
-    # Per hidden unit a bias, a scale and a shift, or the last two; see `_has_bias`.
+    # Per hidden unit: a bias, a scale and shift (batch, see `_has_bias`), or all three (layer).
     per_unit = {"none": 1, "batch": 2, "layer": 3}[str(params["normalization"])]
     return weights + per_unit * units + outputs
 
@@ -102,23 +102,22 @@ def build_mlp(params: Params, inputs: int, outputs: int) -> nn.Sequential:
 
 
 class StackedMLP(StackedModule):
-    """k multilayer perceptrons with one signature, trained side by side.
+    """A stack of k multilayer perceptrons with the same signature.
 
-    Each member has its own initialization, activation, dropout and widths; widths are padded
-    with units whose weights are zero. That is exact: such a unit outputs zero (where the
-    activation maps zero elsewhere, or layer normalization moves it, a mask holds it), so it
-    gets no gradient, and every update rule of the catalogue leaves a zero weight with zero
-    gradient at zero.
+    Each member has its own initialization, activation, dropout and widths. Widths are padded
+    with units whose weights are zero. Padding does not change results: padded units output zero
+    (by a mask, if the activation of zero is not zero), so their gradients are zero, and no update
+    rule of the catalogue changes a zero weight with zero gradient.
 
     Args:
         params:
-            Hyperparameters of each member; equal `mlp_signature`.
+            Hyperparameters of each member; their `mlp_signature` is equal.
         inputs:
             Features of an example.
         outputs:
             Classes, or 1 for a number.
         generators:
-            Each member's own source of random numbers, for its first weights.
+            The random number generator of each member, for its initial weights.
 
     Shape:
         - Input: ``(batch, inputs)``, or ``(k, batch, inputs)``.
@@ -168,8 +167,8 @@ class StackedMLP(StackedModule):
             x:
                 Examples.
             noise:
-                Uniform random numbers for dropout, drawn once per hidden layer; without it
-                nothing is dropped.
+                Uniform random numbers for dropout, drawn once per hidden layer; dropout is off
+                if None.
         """
         h = x
         for layer, linear in enumerate(list(self.linears)[:-1]):
@@ -180,7 +179,7 @@ class StackedMLP(StackedModule):
         return self.linears[-1](h)  # type: ignore[no-any-return]
 
     def _output_factor(self, layer: int, h: Tensor, noise: NoiseSource | None) -> Tensor | None:
-        """Return the factor of a layer's activations: dropout and mask; None for neither."""
+        """Return the product of dropout factor and mask; None if neither is needed."""
         mask = self.get_buffer(f"mask{layer}") if self.needs_mask else None
         if noise is None or not self.has_dropout:
             return mask
@@ -214,9 +213,9 @@ class StackedMLP(StackedModule):
 
         Args:
             i:
-                Which member.
+                The index of the member.
             weights:
-                A `state_dict` of the stack to read from instead of its present weights.
+                A `state_dict` of the stack; None for its current weights.
         """
         source = weights if weights is not None else self.state_dict()
         network = build_mlp(self.params[i], self.inputs, self.outputs)
@@ -247,13 +246,13 @@ class StackedMLP(StackedModule):
 
 
 def _has_bias(params: Params) -> bool:
-    return params["normalization"] != "batch"  # which has a shift of its own
+    return params["normalization"] != "batch"  # batch normalization has its own bias
 
 
 def _mask(params: Sequence[Params], layer: int, padded: int) -> Tensor:
-    """Return 1 for each member's true units of a layer, else 0: ``(k, 1, padded)``."""
-    true = torch.tensor([hidden_widths(p)[layer] for p in params])
-    return (torch.arange(padded) < true[:, None]).to(torch.get_default_dtype())[:, None]
+    """Return 1 for each member's own units of a layer, 0 for padding: ``(k, 1, padded)``."""
+    widths = torch.tensor([hidden_widths(p)[layer] for p in params])
+    return (torch.arange(padded) < widths[:, None]).to(torch.get_default_dtype())[:, None]
 
 
 def _initial_weights(
@@ -265,19 +264,17 @@ def _initial_weights(
 ) -> list[Tensor]:
     """Draw the zero-padded initial weights of each layer, ``(k, in, out)``.
 
-    They are drawn at their true size, layer after layer, so that they depend neither on the
-    padding nor on other members.
+    They are drawn without padding, layer after layer, so that they depend neither on the padding
+    nor on other members.
     """
     depth = len(hidden_widths(params[0]))
     sizes = [inputs, *[padded] * depth, outputs]
     weights = [torch.zeros(len(params), a, b) for a, b in pairwise(sizes)]
     for i, (p, generator) in enumerate(zip(params, generators, strict=True)):
-        true = [inputs, *hidden_widths(p), outputs]
-        for layer in range(depth + 1):
-            hidden = layer < depth
-            gain = ACTIVATIONS[str(p["activation"])].gain if hidden else 1.0
-            drawn = initial_weight(
-                str(p["weight_init"]), true[layer], true[layer + 1], gain, generator
+        own_sizes = [inputs, *hidden_widths(p), outputs]
+        for layer, (fan_in, fan_out) in enumerate(pairwise(own_sizes)):
+            gain = ACTIVATIONS[str(p["activation"])].gain if layer < depth else 1.0
+            weights[layer][i, :fan_in, :fan_out] = initial_weight(
+                str(p["weight_init"]), fan_in, fan_out, gain, generator
             )
-            weights[layer][i, : true[layer], : true[layer + 1]] = drawn
     return weights

@@ -55,9 +55,9 @@ class CohortCheckpoint(NamedTuple):
     @property
     def steps(self) -> dict[int, int]:
         """Steps that each of its members has done, by number."""
-        facts = self.snapshot.facts
-        numbers = [number for number, _, _ in facts["members"]]
-        return dict(zip(numbers, facts["iterations"], strict=True))
+        metadata = self.snapshot.metadata
+        numbers = [number for number, _, _ in metadata["members"]]
+        return dict(zip(numbers, metadata["iterations"], strict=True))
 
 
 class Checkpoint(NamedTuple):
@@ -204,7 +204,7 @@ def _collect_state(runs: Sequence[CohortRun]) -> tuple[dict[str, Tensor], dict[s
         tensors |= {f"{place}.{name}": tensor for name, tensor in snapshot.tensors.items()}
         cohorts.append(
             {
-                "cohort": snapshot.facts,
+                "cohort": snapshot.metadata,
                 "running": [trial.state_dict() for trial in run.running.values()],
                 "leader": [leader.number, leader.seed, leader.params],
                 "slots": run.slots,

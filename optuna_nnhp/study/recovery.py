@@ -334,9 +334,9 @@ class Recovery:
         Raises:
             ValueError: If it is of another version of the template.
         """
-        facts = kept.snapshot.facts
-        numbers_there = [member.number for member in members_from_state(facts)]
-        total = dict(zip(numbers_there, facts["total_steps"], strict=True))
+        metadata = kept.snapshot.metadata
+        numbers_there = [member.number for member in members_from_state(metadata)]
+        total = dict(zip(numbers_there, metadata["total_steps"], strict=True))
 
         def make(members: Sequence[Member]) -> Cohort:
             # A budget in seconds may be another number of steps here.

@@ -1,1 +1,1 @@
-"""The training loop of many networks at once; imports torch, never optuna."""
+"""The training loop for many networks at once; this package imports torch but not optuna."""

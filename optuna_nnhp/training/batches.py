@@ -1,9 +1,9 @@
-"""Which rows a trial sees at each step: rounds, batches, and the keys of its dropout noise.
+"""Rounds, the batches of each round, and the keys of dropout noise.
 
 A round is what Optuna calls a step. It is one epoch while an epoch has few examples. A longer
-epoch is split into 3, 9, ... rounds, and a trial is evaluated after 1, 3, 9, ... rounds of its
-first epoch, so that a bad trial costs a fraction of an epoch; afterwards it is evaluated after
-every epoch. A step is the same share of the data in every trial of a study.
+epoch is split into 3, 9, ... rounds. A trial is evaluated after 1, 3, 9, ... rounds of its first
+epoch, so that a bad trial can be pruned after a fraction of an epoch; afterwards it is evaluated
+after every epoch. A round has the same number of examples in every trial of a study.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def next_evaluation(done: int, rounds: int) -> int:
         done:
             Rounds that the trial has finished.
         rounds:
-            Rounds of an epoch.
+            Rounds per epoch.
 
     Example:
         >>> done, evaluated_after = 0, []
@@ -58,7 +58,7 @@ def next_evaluation(done: int, rounds: int) -> int:
 
 
 def epochs(done: int, rounds: int) -> int | float:
-    """Convert rounds to epochs: an int where the number is whole.
+    """Convert rounds to epochs; return an int if the number is whole.
 
     Example:
         >>> epochs(18, 9), epochs(3, 9)
@@ -88,24 +88,24 @@ class Batches(RoundKeyedNoise):
     """Rows and noise of every round, for all trials that share a batch size.
 
     Each epoch has a new order of the rows and is cut into rounds of equal length, so that members
-    that started at different times finish a round together. Where a round is a part of an epoch,
-    up to ``rounds - 1`` rows of the order are left out, different ones in each epoch.
+    that started at different times finish a round together. If an epoch has several rounds, up to
+    ``rounds - 1`` rows are left out, different ones in each epoch.
 
     Args:
         examples:
             Rows of the training part.
         size:
-            Examples of a batch; the last batch of a round may be smaller.
+            Examples per batch; the last batch of a round may be smaller.
         rounds:
-            Rounds of an epoch.
+            Rounds per epoch.
         seed:
             The study's seed.
         device:
             The device of the row indices and of the noise.
 
     Attributes:
-        size: Examples of a batch, at most those of a round.
-        per_round: Steps of a round.
+        size: Examples per batch, at most those of a round.
+        per_round: Steps per round.
 
     Example:
         >>> batches = Batches(10, size=4, rounds=1, seed=0, device=torch.device("cpu"))
@@ -142,7 +142,7 @@ class Batches(RoundKeyedNoise):
         return [torch.stack(step)[index] for step in zip(*rounds, strict=True)]
 
     def orders(self, done: Sequence[int]) -> list[Tensor]:
-        """Return each member's rows of the whole next round, ``(examples,)``.
+        """Return the row indices of each member's whole next round, ``(examples,)``.
 
         Members that have finished equally many rounds share one tensor.
         """

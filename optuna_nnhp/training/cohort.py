@@ -34,9 +34,9 @@ from optuna_nnhp.training.task import Scores as Scores
 from optuna_nnhp.training.task import Task as Task
 from optuna_nnhp.training.torch_compile import compile_forward
 
-MAX_EVALUATION_ACTIVATIONS = 2**22  # at once, to bound the memory of an evaluation
+MAX_EVALUATION_ACTIVATIONS = 2**22  # computed at once, to bound the memory of an evaluation
 NO_EARLY_STOPPING = 10**9  # epochs of patience of a trial without early stopping
-STEP_OVERHEAD_FLOPS = 2e6  # what a step costs on top of its arithmetic, as arithmetic
+STEP_OVERHEAD_FLOPS = 2e6  # the fixed cost of a step, in floating-point operations
 
 # Attributes of a cohort that are lists with one entry for each member.
 PER_MEMBER = (
@@ -92,13 +92,13 @@ class Cohort:
 
     Args:
         members:
-            The trials. They are sorted by activation, so that each activation function works on
-            one contiguous slice; all results are in the order of the attribute `members`.
+            The trials. They are sorted by activation, so that each activation function is applied
+            to one contiguous slice; all results are in the order of the attribute `members`.
         task:
-            What they train on.
+            The data, network, loss and metric.
 
     Attributes:
-        members: The trials still in training.
+        members: The trials that are still training.
         rounds_done: Rounds that each member has finished (see `training.batches`).
         iterations: Optimizer steps that each member has done.
         total_steps: Optimizer steps of each member's budget.
@@ -208,7 +208,7 @@ class Cohort:
         return True
 
     def reset_best(self) -> None:
-        """Forget all evaluations, as if none had been."""
+        """Forget the results of all earlier evaluations."""
         self.stopping = EarlyStopping.start(
             [int(m.params.get("patience") or NO_EARLY_STOPPING) for m in self.members],
             [float(m.params.get("min_improvement") or 0) for m in self.members],
@@ -304,23 +304,23 @@ class Cohort:
 
     @property
     def step_flops(self) -> float:
-        """Estimated operations of a step of all members, with the fixed cost of a step."""
+        """Estimated floating-point operations of a step of all members, with its fixed cost."""
         return len(self.members) * (3 * self._forward_flops + STEP_OVERHEAD_FLOPS)
 
     @property
     def _forward_flops(self) -> float:
-        """Estimated operations of one member's forward pass of a batch."""
+        """Estimated floating-point operations of one member's forward pass of a batch."""
         return self.batches.size * (self.network.flops or 2.0 * self.flat.weights.shape[1])
 
     @property
     def can_append(self) -> bool:
-        """Whether new members can be appended to those that have trained already."""
+        """Whether new members can be appended now."""
         if self.steps_into_round:
             return False
         return self.task.can_append and not any(m.params["iterations"] for m in self.members)
 
     def best_value(self, index: int) -> float:
-        """Return a member's best value so far; the worst infinity before the first."""
+        """Return a member's best value so far; before the first value the worst infinity."""
         best = float(self.stopping.best[index])
         return best if self.task.maximize else -best
 
@@ -335,7 +335,7 @@ class Cohort:
         return self.network.member(index, self.best_weights)
 
     def refresh(self) -> None:
-        """Recompute all that depends on the members' hyperparameters."""
+        """Recompute everything that depends on the members' hyperparameters."""
         params, data = [m.params for m in self.members], self.task.arrays
         self.loss = self.task.loss(self.members)
         self.step_params = StepParams(params, self.flat.weights)
@@ -406,8 +406,8 @@ class Cohort:
         """Return the forward pass of some members ``(m,)`` in evaluation mode.
 
         Returns:
-            A function from inputs to outputs ``(m, rows, outputs)``, or a part of the compiled
-            GPT engine, which computes a text's loss.
+            A function from inputs to outputs ``(m, rows, outputs)``; or, if the compiled GPT
+            engine is used, an object that computes the members' loss on a text.
         """
         network, compiled_mlp = self.network, self.compiled_mlp
         if compiled_mlp is not None:
@@ -424,8 +424,8 @@ class Cohort:
     def evaluate_best(self, index: int) -> float:
         """Return the metric of a member's best weights, as `training.retrain` computes it.
 
-        The compiled engines compute the same value in every cohort, so the value of the
-        evaluation is returned; where torch computes, the weights are evaluated again, alone.
+        The compiled engines compute the same value in every cohort, so the best value is returned.
+        Without a compiled engine, the weights are evaluated again in a cohort of one.
         """
         value = self.best_value(index)
         is_compiled = self.compiled_mlp is not None or self.engine is not None
@@ -434,12 +434,12 @@ class Cohort:
         return self.evaluate_weights(index, self.best_weights)
 
     def evaluate_weights(self, index: int, weights: Mapping[str, Tensor]) -> float:
-        """Return the metric of a member, alone, with the weights of a `state_dict`."""
-        alone = Cohort([self.members[index]], self.task)
+        """Return the metric of one member in a cohort of one, with weights of a `state_dict`."""
+        single = Cohort([self.members[index]], self.task)
         with torch.no_grad():
-            for name, tensor in alone.network.state_dict().items():
+            for name, tensor in single.network.state_dict().items():
                 tensor[0].copy_(weights[name][index])
-        return alone.evaluate_single()
+        return single.evaluate_single()
 
     def evaluate_single(self) -> float:
         """Return the metric of a cohort of one on the whole validation part.

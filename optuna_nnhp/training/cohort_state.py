@@ -12,35 +12,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optuna_nnhp.networks.flat_parameters import PER_MEMBER_TENSORS
+from optuna_nnhp.training.cohort import PER_MEMBER
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 
-LISTS = (
-    "total_steps",
-    "rounds_done",
-    "iterations",
-    "next_evaluations",
-    "numerics_context",
-)  # of a cohort: one entry for each member
-FLAT = ("weights", "exp_avg", "exp_avg_sq", "steps")
-SUMS = ("loss_sum", "examples_seen")
+MEMBER_COUNTERS = tuple(name for name in PER_MEMBER if name != "members")
+LOSS_SUMS = ("loss_sum", "examples_seen")
 
 
 class CohortState(NamedTuple):
     """The state that a cohort's further training depends on.
 
-    Random numbers follow from seeds and counters, so counters are all there is of them.
+    It holds no state of random number generators: random numbers are derived from seeds and
+    counters.
 
     Args:
         tensors:
             Weights, running statistics, optimizer states, the best weights, sums of losses and the
             state of early stopping; the first axis is the member.
-        facts:
-            Members and counters, as JSON can keep them.
+        metadata:
+            Members and counters; JSON can store them.
     """
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def get_cohort_state(cohort: Cohort) -> CohortState:
@@ -48,85 +44,87 @@ def get_cohort_state(cohort: Cohort) -> CohortState:
 
     Args:
         cohort:
-            Not one whose engine was stopped in the middle of a round (see `Cohort.train_round`).
+            The cohort. If a compiled engine trains it in parallel, it must be between two rounds
+            (see `Cohort.train_round`).
     """
     flat, network, stopping = cohort.flat, cohort.network, cohort.stopping
     tensors = {
-        **{f"flat.{name}": getattr(flat, name) for name in FLAT},
+        **{f"flat.{name}": getattr(flat, name) for name in PER_MEMBER_TENSORS},
         **{f"buffer.{name}": buffer for name, buffer in network.named_buffers()},
         **{f"best.{name}": weights for name, weights in cohort.best_weights.items()},
-        **{f"sum.{name}": getattr(cohort, name) for name in SUMS},
+        **{f"sum.{name}": getattr(cohort, name) for name in LOSS_SUMS},
         **{f"stopping.{f.name}": getattr(stopping, f.name) for f in fields(stopping)},
     }
-    facts = {
+    metadata = {
         "members": [[m.number, m.seed, m.params] for m in cohort.members],
         "steps_into_round": cohort.steps_into_round,
         "evaluates_all_data": cohort.evaluates_all_data,
-        **{name: list(getattr(cohort, name)) for name in LISTS},
+        **{name: list(getattr(cohort, name)) for name in MEMBER_COUNTERS},
     }
-    return CohortState(tensors, facts)
+    return CohortState(tensors, metadata)
 
 
-def members_from_state(facts: Mapping[str, Any]) -> list[Member]:
-    """Return the members of a cohort from the facts of its state.
+def members_from_state(metadata: Mapping[str, Any]) -> list[Member]:
+    """Return the members of a cohort from the metadata of its state.
 
     Example:
         >>> members_from_state({"members": [[3, 3, {"epochs": 5}]]})
         [Member(number=3, seed=3, params={'epochs': 5})]
     """
-    return [Member(number, seed, params) for number, seed, params in facts["members"]]
+    return [Member(number, seed, params) for number, seed, params in metadata["members"]]
 
 
-def select_state(snapshot: CohortState, indices: Sequence[int]) -> CohortState:
+def select_state(state: CohortState, indices: Sequence[int]) -> CohortState:
     """Return the state of some members only.
 
     Args:
-        snapshot:
-            Of a cohort.
+        state:
+            The state of a cohort.
         indices:
-            The members' places in it.
+            The indices of the members in that cohort.
     """
-    facts, index = dict(snapshot.facts), torch.tensor(indices, dtype=torch.long)
-    for name in ("members", *LISTS):
-        facts[name] = [facts[name][index] for index in indices]
-    tensors = {name: tensor.cpu()[index] for name, tensor in snapshot.tensors.items()}
-    return CohortState(tensors, facts)
+    metadata, index = dict(state.metadata), torch.tensor(indices, dtype=torch.long)
+    for name in PER_MEMBER:
+        metadata[name] = [metadata[name][i] for i in indices]
+    tensors = {name: tensor.cpu()[index] for name, tensor in state.tensors.items()}
+    return CohortState(tensors, metadata)
 
 
 @torch.no_grad()
-def restore_cohort(make: Callable[[Sequence[Member]], Cohort], snapshot: CohortState) -> Cohort:
+def restore_cohort(make: Callable[[Sequence[Member]], Cohort], state: CohortState) -> Cohort:
     """Make a cohort that continues from a state; bit for bit on the same engine.
 
     Args:
         make:
             Makes a new cohort of some members.
-        snapshot:
-            Of the old one.
+        state:
+            The state of the old cohort.
 
     Raises:
-        ValueError: If the snapshot is not of such a cohort; nothing has been filled then.
+        ValueError: If the names, shapes or dtypes of the tensors differ from the new cohort's.
     """
-    facts, members = snapshot.facts, members_from_state(snapshot.facts)
+    metadata, members = state.metadata, members_from_state(state.metadata)
     cohort = make(members)
-    into = get_cohort_state(cohort)
-    _check(into.tensors, snapshot.tensors)
-    for name, tensor in into.tensors.items():
-        tensor.copy_(snapshot.tensors[name])
-    cohort.members = members  # a budget in seconds may be another number of steps elsewhere
-    for name in LISTS:
-        setattr(cohort, name, list(facts[name]))
-    cohort.steps_into_round, cohort.evaluates_all_data = (
-        int(facts["steps_into_round"]),
-        bool(facts["evaluates_all_data"]),
-    )
+    new_tensors = get_cohort_state(cohort).tensors
+    _check_tensors(new_tensors, state.tensors)
+    for name, tensor in new_tensors.items():
+        tensor.copy_(state.tensors[name])
+    # Restored, not recomputed: a budget in seconds may be another number of steps elsewhere.
+    cohort.members = members
+    for name in MEMBER_COUNTERS:
+        setattr(cohort, name, list(metadata[name]))
+    cohort.steps_into_round = int(metadata["steps_into_round"])
+    cohort.evaluates_all_data = bool(metadata["evaluates_all_data"])
     return cohort
 
 
-def _check(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def _check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Raise unless names, shapes and dtypes are equal."""
-    if other := sorted(wanted.keys() ^ given.keys()):
-        raise ValueError(f"A snapshot must have the cohort's tensors, but differs in {other[0]}.")
-    for name, tensor in wanted.items():
-        one, two = (f"{t.dtype} {list(t.shape)}" for t in (tensor, given[name]))
-        if one != two:
-            raise ValueError(f"A snapshot's {name} must be {one}, but is {two}.")
+    if different := sorted(expected.keys() ^ given.keys()):
+        raise ValueError(
+            f"A snapshot must have the cohort's tensors, but differs in {different[0]}."
+        )
+    for name, tensor in expected.items():
+        wanted, found = (f"{t.dtype} {list(t.shape)}" for t in (tensor, given[name]))
+        if wanted != found:
+            raise ValueError(f"A snapshot's {name} must be {wanted}, but is {found}.")

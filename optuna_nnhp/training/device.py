@@ -1,4 +1,4 @@
-"""The device of training: which one, whose it is, and how much memory it has."""
+"""The device of training: choose it, claim it for one process, measure its memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from optuna_nnhp.errors import short_repr
 _logger = logging.getLogger(f"optuna.{__name__}")
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
-MAX_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
+MAX_MMAP_THRESHOLD = 32 * 2**20  # the largest value that glibc accepts
 MAX_TRIM_THRESHOLD = 2**31 - 1
 OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
@@ -30,14 +30,14 @@ OUT_OF_MEMORY_MESSAGES = (
     "alloc_failed",
 )
 
-# The open files whose locks this process holds, by process (a fork is another one), study and GPU.
-# They are never closed: the system releases a lock when its process ends, however it ends.
+# Open lock files by process ID (a fork has another one), hash of the study's name, and GPU. They
+# are never closed: the system releases a lock when its process ends, even if it is killed.
 _claimed: dict[tuple[int, str, str], int] = {}
 _lock = threading.Lock()
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:
-    """Return the named device; without a name CUDA where available, else the CPU.
+    """Return the named device; if the name is None, CUDA if available, else the CPU.
 
     Raises:
         ValueError: If the named device does not exist here.
@@ -81,7 +81,7 @@ def claim_device(
 
     Args:
         study:
-            A name that no other study has.
+            The unique name of the study.
         known:
             UUIDs of the GPUs; if None, those of `gpu_uuids`.
         folder:
@@ -119,11 +119,11 @@ def claim_device(
 
 def _open_locked(path: Path) -> int | None:
     """Open and lock a file; return None if another process holds the lock."""
-    if sys.platform == "win32":  # there is no flock: every worker claims the first GPU
+    if sys.platform == "win32":  # no flock, so every worker claims the first GPU
         return os.open(path, os.O_RDWR | os.O_CREAT)
     import fcntl
 
-    # O_NOFOLLOW: somebody else may have put a link there. Locking needs no write permission.
+    # O_NOFOLLOW: another user may have put a link there. Locking needs no write permission.
     flags = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         file = os.open(path, flags | os.O_RDONLY, 0o644)
@@ -146,7 +146,7 @@ def keep_freed_memory() -> bool:
     the arithmetic: 1.2 to 1.5 ms for 5 MB, against 0.1 ms for a ReLU of that size.
 
     Returns:
-        Whether the C library did so; only glibc can.
+        Whether the C library accepted the settings; only glibc supports them.
 
     Source:
         mallopt(3).
@@ -163,9 +163,9 @@ def keep_freed_memory() -> bool:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or an error that caused it, reports that memory is exhausted.
+    """Return whether an error, or an error that caused it, reports that memory is exhausted.
 
-    Torch raises a special type on a GPU, but a RuntimeError with a message on a CPU.
+    Torch raises `OutOfMemoryError` on a GPU, but a `RuntimeError` on a CPU.
 
     Example:
         >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shape"))
@@ -181,7 +181,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return a device's free memory in bytes; 4 GiB where the system does not report it.
+    """Return a device's free memory in bytes; 4 GiB if the system does not report it.
 
     Example:
         >>> free_memory(torch.device("cpu")) > 2**20

@@ -1,4 +1,4 @@
-"""Training on text: random windows, a budget in steps, one pass over the validation part."""
+"""Train language models: random windows, a budget in steps, one pass over the validation part."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from optuna_nnhp.training.cohort import Task
 from optuna_nnhp.training.param_groups import ParamGroupUpdate
 from optuna_nnhp.training.task import Member
 
-ROUNDS_PER_BUDGET = 9  # of a trial's budget: evaluated after 1, 3 and all of them
-EARLY_VALIDATION_TOKENS = 2**15  # tokens of the validation part in evaluations before the last one
-MAX_LOGITS = 2**22  # numbers, to bound memory
+ROUNDS_PER_BUDGET = 9  # a trial is evaluated after 1, 3 and 9 rounds
+EARLY_VALIDATION_TOKENS = 2**15  # read by each evaluation before the last one
+MAX_LOGITS = 2**22  # computed at once, to bound the memory of an evaluation
 
 
 class TextWindows(RoundKeyedNoise):
-    """The windows of text that a trial sees at each step.
+    """The windows of text that members train on at each step.
 
     Args:
         tokens:
-            Of the training part.
+            Number of tokens of the training part.
         context:
-            Tokens of a window.
+            Tokens per window.
         sequences:
-            Windows of a step.
+            Windows per step.
         iterations:
-            Return the steps of a trial's budget.
+            Steps of a trial's budget.
         seed:
             The study's seed.
         device:
-            The device of the positions.
+            The device of the token positions.
 
     Attributes:
-        size: Tokens of a step.
-        per_round: Steps of a round.
+        size: Tokens per step.
+        per_round: Steps per round.
 
     Example:
         >>> windows = TextWindows(100, 8, 2, iterations=18, seed=0, device=torch.device("cpu"))
@@ -66,8 +66,8 @@ class TextWindows(RoundKeyedNoise):
         seed: int,
         device: torch.device,
     ) -> None:
-        self._last, self._sequences, self._seed = tokens - context, sequences, seed
-        self._unit_positions = torch.arange(context, device=device)
+        self._num_starts, self._sequences, self._seed = tokens - context, sequences, seed
+        self._offsets = torch.arange(context, device=device)
         self._device = device
         self.size = sequences * context
         self.per_round = math.ceil(iterations / ROUNDS_PER_BUDGET)
@@ -86,12 +86,12 @@ class TextWindows(RoundKeyedNoise):
                 first = starts[distinct_rounds[0]][step]
             else:
                 first = torch.stack([starts[rounds_done][step] for rounds_done in done])
-            yield first[..., None] + self._unit_positions
+            yield first[..., None] + self._offsets
 
     def _window_starts(self, rounds_done: int) -> Tensor:
-        source = rng.generator(self._seed, rng.WINDOWS, rounds_done)
+        generator = rng.generator(self._seed, rng.WINDOWS, rounds_done)
         shape = self.per_round, self._sequences
-        return torch.randint(self._last, shape, generator=source).to(self._device)
+        return torch.randint(self._num_starts, shape, generator=generator).to(self._device)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Corpus:
         valid:
             The validation part.
         valid_bytes:
-            Bytes of the validation part's text.
+            Length of the validation part in bytes.
 
     Shape:
         - train: ``(n,)``; valid: ``(m,)``; int64.
@@ -123,11 +123,11 @@ class LanguageTask(Task):
         corpus:
             The text.
         context:
-            Tokens of a window.
+            Tokens per window.
         sequences:
-            Windows of a step.
+            Windows per step.
         iterations:
-            Steps of a trial.
+            Steps of a trial's budget.
     """
 
     corpus: Corpus
@@ -137,12 +137,12 @@ class LanguageTask(Task):
 
     @property
     def can_append(self) -> bool:
-        """False: only the last evaluation reads the whole validation part."""
+        """False, because only the last evaluation reads the whole validation part."""
         return False
 
     @property
     def rounds(self) -> int:
-        """Rounds of a budget, which this task has in place of an epoch."""
+        """Rounds of a trial's budget; this task has no epochs."""
         return ROUNDS_PER_BUDGET
 
     def make_batches(self, members: Sequence[Member]) -> TextWindows:  # type: ignore[override]
@@ -163,11 +163,11 @@ class LanguageTask(Task):
         network: StackedModule,
         members: Sequence[Member],
     ) -> ParamGroupUpdate:
-        """Return the update by Muon and AdamW, with a rate for each kind of parameter."""
+        """Return the update by Muon and AdamW, with a learning rate for each parameter group."""
         return ParamGroupUpdate(flat, network, members)
 
     def engine(self, network: StackedModule, flat: FlatParameters) -> CompiledGPT | None:
-        """Return the compiled engine, where it supports the network."""
+        """Return the compiled engine if it supports the network, else None."""
         if not CompiledGPT.supports(network, flat.weights):
             return None
         assert isinstance(network, StackedGPT)
@@ -179,11 +179,12 @@ class LanguageTask(Task):
     ) -> tuple[Tensor, Tensor, bool]:
         """Compute nats per token and bits per byte on the validation part.
 
-        One pass over non-overlapping windows: every token but the first is predicted once. Before
-        the end only its first `EARLY_VALIDATION_TOKENS` tokens are read.
+        The text is read once in non-overlapping windows, so every token but the first is predicted
+        once. Evaluations before the last one read only the first `EARLY_VALIDATION_TOKENS` tokens.
 
-        Shape:
-            - Output: both ``(k,)``, and whether it was the whole.
+        Returns:
+            Nats per token ``(k,)``, bits per byte ``(k,)``, and whether the whole validation part
+            was read.
         """
         valid = self.corpus.valid
         tokens = valid if is_over else valid[: EARLY_VALIDATION_TOKENS + 1]
@@ -200,17 +201,17 @@ class LanguageTask(Task):
 def total_nats(
     network: Callable[[Tensor], Tensor], tokens: Tensor, context: int, members: int
 ) -> Tensor:
-    """Sum the negative log-likelihood of each token, given those before it, over a text.
+    """Sum the negative log-likelihoods of a text's tokens, each given the tokens before it.
 
     Args:
         network:
-            From ids ``(batch, length)`` to logits ``(k, batch * length, vocabulary)``.
+            Maps token ids ``(batch, length)`` to logits ``(k, batch * length, vocabulary)``.
         tokens:
             The text.
         context:
-            Length of its windows, which do not overlap; the last one may be shorter.
+            Length of the windows, which do not overlap; the last one may be shorter.
         members:
-            k.
+            The number of members, k.
 
     Shape:
         - tokens: ``(m,)``; Output: ``(k,)``, float64.
@@ -227,17 +228,19 @@ def total_nats(
         while start < len(inputs):
             logits = network(inputs[start : start + rows])
             vocabulary = logits.shape[-1]
-            right = torch.log_softmax(logits, -1).gather(
+            log_likelihood = torch.log_softmax(logits, -1).gather(
                 -1, targets[start : start + rows].reshape(1, -1, 1).expand(members, -1, 1)
             )
-            total -= right.sum((1, 2), dtype=torch.float64).cpu()
+            total -= log_likelihood.sum((1, 2), dtype=torch.float64).cpu()
             start += rows
             rows = max(1, MAX_LOGITS // (members * context * vocabulary))
     return total
 
 
 def bits_per_token(outputs: Tensor, target: Tensor) -> Tensor:
-    """Compute bits per token from logits; bits per byte where a token is a byte.
+    """Compute bits per token from logits.
+
+    This equals bits per byte if each token is one byte.
 
     Shape:
         - outputs: ``(k, n, vocabulary)``; target: ``(n,)``; Output: ``(k,)``, float64.
@@ -247,8 +250,8 @@ def bits_per_token(outputs: Tensor, target: Tensor) -> Tensor:
         tensor([3.], dtype=torch.float64)
     """
     index = target.expand(outputs.shape[:2]).unsqueeze(-1)
-    right = torch.log_softmax(outputs.double(), -1).gather(-1, index)
-    return -right.mean((1, 2)) / math.log(2)
+    log_likelihood = torch.log_softmax(outputs.double(), -1).gather(-1, index)
+    return -log_likelihood.mean((1, 2)) / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ class TokenLoss:
 
     Args:
         loss:
-            That of classes.
+            The classification loss, applied to every token.
     """
 
     loss: ClassificationLoss

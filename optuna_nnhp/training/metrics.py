@@ -2,7 +2,7 @@
 
 Each metric takes the outputs of ``k`` members on the same ``n`` rows. Every member's value comes
 from its own outputs alone, so it is the same, bit for bit on the CPU, in any cohort. A member
-with an output that is not finite gets NaN from every metric, and its mates are untouched.
+with an output that is not finite gets NaN from every metric; other members are unaffected.
 
 Definitions are scikit-learn's (https://scikit-learn.org/stable/modules/model_evaluation.html);
 where scikit-learn warns or raises on a degenerate target, the docstrings here give the rule.
@@ -37,17 +37,17 @@ class Metric:
 
     Args:
         name:
-            Its name: ``"accuracy"``.
+            The name, such as ``"accuracy"``.
         direction:
             ``"maximize"`` or ``"minimize"``.
         tasks:
-            The tasks it fits, of ``"binary"``, ``"multiclass"`` and ``"regression"``.
+            The tasks it supports: some of ``"binary"``, ``"multiclass"`` and ``"regression"``.
         compute:
-            ``(outputs, target) -> values``.
+            The function ``(outputs, target) -> values``.
 
     Shape:
-        - classification: outputs are logits ``(k, n, classes)``, two of them if binary; target
-          is ``(n,)`` int64 class indices
+        - classification: outputs are logits ``(k, n, classes)``, with two classes if binary;
+          target is ``(n,)`` int64 class indices
         - regression: outputs ``(k, n)`` and target ``(n,)``, both in the target's own units
         - values: ``(k,)`` float64, on the outputs' device (on the CPU for MPS, which has no
           float64)
@@ -65,7 +65,7 @@ class Metric:
 
 
 def _check_rows(outputs: Tensor, target: Tensor) -> None:
-    # A target of (n, 1) would broadcast to (k, n, n) without a word.
+    # A target of (n, 1) would silently broadcast to (k, n, n).
     if target.ndim != 1 or len(target) == 0 or outputs.shape[1] != len(target):
         raise ValueError(
             f"The target must be (n,) with n at least 1 for outputs (k, n, ...), "
@@ -82,7 +82,7 @@ def _finite_members(outputs: Tensor) -> Tensor:
 
 
 def _per_member(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Add to a metric: check of rows, a device with float64, NaN for non-finite members."""
+    """Wrap a metric: check rows, use a device with float64, give non-finite members NaN."""
 
     @wraps(compute)
     def wrapped(outputs: Tensor, target: Tensor) -> Tensor:
@@ -96,16 +96,16 @@ def _per_member(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
 
 
 def _mean(rows: Tensor) -> Tensor:
-    """Return the mean of each row, ``(k, n) -> (k,)``, whatever ``k`` is."""
+    """Return the mean of each row, ``(k, n) -> (k,)``, with equal rounding for every ``k``."""
     # Torch splits a reduction to one value between threads (from 32768 elements on), but never a
-    # reduction to several: without the second row, a member's last bits depend on its mates.
+    # reduction to several. Without the second row, rounding would depend on the number of rows.
     return torch.cat([rows, rows]).mean(1)[:1] if len(rows) == 1 else rows.mean(1)
 
 
 def _class_counts(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count hits ``(k, classes)``, predictions ``(k, classes)`` and targets ``(classes,)``.
 
-    Counts, not a confusion matrix: ``classes ** 2`` numbers per member are never needed here.
+    These counts suffice for all metrics here; a confusion matrix has ``classes ** 2`` entries.
     """
     predictions = logits.argmax(-1)
     zeros = torch.zeros_like(logits[:, 0], dtype=torch.int64)
@@ -116,7 +116,9 @@ def _class_counts(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @_per_member
 def accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the share of rows whose largest logit is the target's (the first of equal ones).
+    """Compute the share of rows whose largest logit is that of the target class.
+
+    Of equal logits the first one counts as the largest.
 
     Shape:
         - logits: ``(k, n, classes)``; target: ``(n,)`` int64
@@ -150,30 +152,33 @@ def balanced_accuracy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _auc(scores: Tensor, positive: Tensor) -> Tensor:
-    """Compute the area under the ROC curve, ``(k, n), (n,) -> (k,)``; NaN without both sides.
+    """Compute the area under the ROC curve, ``(k, n), (n,) -> (k,)``; NaN for a single class.
 
-    The share of (positive, negative) pairs in the right order, equal scores counting one half:
-    the same number as with average ranks, and exact, since pairs are counted in integers.
+    It is the share of (positive, negative) pairs in the right order, where equal scores count
+    one half. This equals the formula with average ranks; it is exact, because pairs are counted
+    in integers.
     """
     if bool(positive.all()) or not bool(positive.any()):
         return scores.new_full((len(scores),), torch.nan)
-    above = scores[:, positive].contiguous()
+    positives = scores[:, positive].contiguous()
     # The target is shared, so only negatives are sorted: 33 ms for 64 x 5000 scores on one core;
     # ranks from searching all the scores took 89 ms.
-    below = scores[:, ~positive].contiguous().sort(1).values
-    wins = torch.searchsorted(below, above)
-    wins_and_ties = torch.searchsorted(below, above, right=True)
-    return (wins + wins_and_ties).sum(1).double() / (2 * above.shape[1] * below.shape[1])
+    negatives = scores[:, ~positive].contiguous().sort(1).values
+    below = torch.searchsorted(negatives, positives)
+    below_or_equal = torch.searchsorted(negatives, positives, right=True)
+    pairs = positives.shape[1] * negatives.shape[1]
+    return (below + below_or_equal).sum(1).double() / (2 * pairs)
 
 
 @_per_member
 def roc_auc(logits: Tensor, target: Tensor) -> Tensor:
     """Compute the area under the ROC curve; for several classes one-versus-rest, macro-averaged.
 
-    Binary: the score is the margin ``logits[..., 1] - logits[..., 0]``, which orders rows as the
-    probability of class 1 does but keeps apart the ones where that rounds to 1. Multiclass: the
-    scores are softmax probabilities, as in scikit-learn's ``roc_auc_score(multi_class="ovr")``.
-    Only classes with rows on both sides (some of the class, some not) count; NaN if there is none.
+    Binary: the score is the margin ``logits[..., 1] - logits[..., 0]``. It orders rows as the
+    probability of class 1 does, and also orders rows whose probability rounds to 1. Multiclass:
+    the scores are softmax probabilities, as in ``roc_auc_score(multi_class="ovr")`` of
+    scikit-learn. A class counts if some rows belong to it and some do not; the result is NaN if
+    there is no such class.
 
     Shape:
         - logits: ``(k, n, classes)``; target: ``(n,)`` int64
@@ -186,7 +191,7 @@ def roc_auc(logits: Tensor, target: Tensor) -> Tensor:
     """
     if logits.shape[-1] == 2:
         return _auc(logits[..., 1].double() - logits[..., 0].double(), target == 1)
-    # Class by class: all at once holds several more (k, n, classes) of 8 bytes.
+    # One class at a time: all at once would need several more float64 tensors (k, n, classes).
     scores = logits.double().softmax(-1)
     areas = torch.stack([_auc(scores[..., c], target == c) for c in range(scores.shape[-1])], 1)
     defined = ~areas[0].isnan()  # depends on the target alone, so it is the same in every row
@@ -197,8 +202,8 @@ def roc_auc(logits: Tensor, target: Tensor) -> Tensor:
 def log_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Compute the mean negative log-likelihood of the target, in nats.
 
-    From the logits in float64 and not clipped: scikit-learn's ``log_loss`` sees probabilities and
-    stops at about 36 nats per row. Classes absent from the target need no rule.
+    It is computed from the logits in float64 and is not clipped; scikit-learn's ``log_loss``
+    takes probabilities and is bounded by about 36 nats per row.
 
     Shape:
         - logits: ``(k, n, classes)``; target: ``(n,)`` int64
@@ -214,10 +219,10 @@ def log_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 @_per_member
 def f1(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the F1 score: of class 1 if binary, else the macro average.
+    """Compute the F1 score of class 1 if binary, else the macro average over classes.
 
-    The average is over the classes present in the target or in the member's own predictions, as
-    scikit-learn's default labels; a score of 0 / 0 is 0 (``zero_division=0``).
+    The average includes the classes present in the target or in the member's own predictions, as
+    with scikit-learn's default labels; a score of 0 / 0 is 0 (``zero_division=0``).
 
     Shape:
         - logits: ``(k, n, classes)``; target: ``(n,)`` int64
@@ -233,7 +238,7 @@ def f1(logits: Tensor, target: Tensor) -> Tensor:
     scores = 2 * hits.double() / rows.clamp(min=1)
     if logits.shape[-1] == 2:
         return scores[:, 1]
-    return scores.sum(1) / (rows > 0).sum(1)  # absent classes add 0 above, and nothing below
+    return scores.sum(1) / (rows > 0).sum(1)  # absent classes have score 0 and are not counted
 
 
 @_per_member
@@ -270,8 +275,8 @@ def mae(outputs: Tensor, target: Tensor) -> Tensor:
 def r2(outputs: Tensor, target: Tensor) -> Tensor:
     """Compute the coefficient of determination, 1 - error / variance of the target.
 
-    As scikit-learn's ``r2_score``: for a constant target, 1 if every output equals it and else 0;
-    NaN for a single row, which has no variance.
+    Follows scikit-learn's ``r2_score``: for a constant target it is 1 if every output equals the
+    target, else 0. For a single row, which has no variance, it is NaN.
 
     Shape:
         - outputs: ``(k, n)``; target: ``(n,)``
@@ -318,21 +323,22 @@ def resolve_metric(
     Args:
         metric:
             A name of :data:`METRICS`; or a function ``(y_true, y_pred) -> float``, such as those
-            of ``sklearn.metrics``, called once per member with two ``(n,)`` arrays of original
-            labels (the likeliest class) or of the target's units; or None for accuracy
-            (classification) and rmse (regression). A function's exceptions are not caught.
+            of ``sklearn.metrics``; or None for accuracy (classification) and rmse (regression).
+            A function is called once per member with two ``(n,)`` arrays: original labels (the
+            most probable class), or numbers in the target's units. Its exceptions are not caught.
         task:
             ``"binary"``, ``"multiclass"`` or ``"regression"``.
         direction:
-            ``"maximize"`` or ``"minimize"``. None is a named metric's own direction; for a
-            function, greater is better, scikit-learn's convention for scores.
+            ``"maximize"`` or ``"minimize"``. If None, a named metric has its own direction, and
+            a function is maximized, which is scikit-learn's convention for scores.
         target_decode:
-            Original labels of class indices, ``(n,) -> (n,)``. Not called for regression.
+            Returns the original labels of class indices, ``(n,) -> (n,)``. Not called for
+            regression.
 
     Raises:
-        ValueError: If the task, the metric or the direction is unknown, or if they do not fit
-            each other. A function that returns something else than a number raises it when the
-            metric is computed.
+        ValueError: If the task, the metric or the direction is unknown, or if the metric does not
+            support the task or the direction. Also raised when the metric is computed, if a
+            function does not return a number.
 
     Example:
         >>> resolve_metric(None, task="regression", direction=None, target_decode=np.asarray).name
@@ -389,15 +395,15 @@ def _call_per_member(
     outputs: Tensor,
     target: Tensor,
 ) -> Tensor:
-    """Call a user's function on each finite member, ``(k,)``; ``decode`` None is regression."""
+    """Call a user's function for each finite member; ``decode`` is None for regression."""
     _check_rows(outputs, target)
     finite = _finite_members(outputs)
     predictions = outputs.detach().cpu().double() if decode is None else outputs.argmax(-1).cpu()
     y_true = target.cpu().double().numpy() if decode is None else decode(target.cpu().numpy())
     values = []
-    for y_pred, usable in zip(predictions.numpy(), finite.tolist(), strict=True):
-        if usable:
-            # Copies, so that a function that writes to its arguments changes nothing here.
+    for y_pred, is_finite in zip(predictions.numpy(), finite.tolist(), strict=True):
+        if is_finite:
+            # Pass copies: the function may write to its arguments.
             y_pred = y_pred.copy() if decode is None else decode(y_pred)
             values.append(_as_number(function(y_true.copy(), y_pred), name))
         else:

@@ -1,4 +1,4 @@
-"""Updates of language models: Muon for hidden matrices, AdamW for the rest, each at its rate."""
+"""Update language models: Muon for hidden matrices, AdamW for the rest, each at its own rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from optuna_nnhp.networks.flat_parameters import param_column
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.training.task import Member
 
-JOINED_MATRICES = {"qkv": 3}  # how many matrices a parameter holds side by side
+JOINED_MATRICES = {"qkv": 3}  # the number of matrices that a parameter holds side by side
 
 
 class ParamGroupUpdate:
@@ -65,7 +65,7 @@ class ParamGroupUpdate:
         )
         momentum, beta2 = param_column(params, "momentum"), param_column(params, "beta2")
         self._coefficients = list(map(UpdateCoefficients, momentum, beta2))
-        # For each member its AdamW groups: columns, factor of the learning rate, weight decay.
+        # The AdamW groups of each member: columns, factor of the learning rate, weight decay.
         self._groups = [
             [
                 *((columns, embedding[i], embedding[i] * decay[i]) for columns in outer),
@@ -121,7 +121,7 @@ class ParamGroupUpdate:
         ]
 
     def _step_by_muon(self, rates: Tensor) -> None:
-        """Update hidden matrices: Nesterov momentum, then orthogonalized steps.
+        """Update hidden matrices by Muon: Nesterov momentum, then orthogonalized steps.
 
         Matrices of equal shape are orthogonalized as one stack.
         """

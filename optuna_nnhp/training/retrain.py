@@ -1,4 +1,4 @@
-"""Training a member again, alone, so that it gets exactly the weights it had in its cohort."""
+"""Retrain a member outside its cohort, so that it gets exactly the same weights."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Segment:
 
 @dataclass
 class RetrainResult:
-    """A member that has been trained again.
+    """The result of retraining a member.
 
     Args:
         cohort:
-            The cohort whose first member it is.
+            The cohort used for retraining; the member is its first one.
         values:
-            Its metric after each evaluated round, as in its cohort.
+            The metric after each evaluated round, as in the member's original cohort.
         network:
-            Its plain network after the wanted round; None if that was not reached.
+            The plain network after the requested round; None if that was not reached.
         value:
-            The metric of that network, evaluated alone.
+            The metric of that network, evaluated in a cohort of one.
     """
 
     cohort: Cohort
@@ -83,13 +83,12 @@ def retrain(
             The round whose network is returned; 0 for none.
         numerics_context:
             The member's numerics context, see `extend_numerics_context`; empty for a member that
-            trained alone or on a compiled engine.
+            trained in a cohort of one or on a compiled engine.
         evaluation_rounds:
             Rounds after which the member was evaluated on all data; None for those of
             `next_evaluation`.
         out_of_time:
-            Called before every step; if it returns True, training stops early, and the result
-            has trained for fewer rounds.
+            Called before every step; if it returns True, training stops after fewer rounds.
     """
     result = RetrainResult(make([segments[0].member]))
     cohort, by_begin = result.cohort, {segment.begin: segment for segment in segments}
@@ -151,9 +150,9 @@ def evaluate_network(
         make:
             Makes a new cohort of some members.
         member:
-            The member whose network it is.
+            The member; its hyperparameters match the network.
         network:
-            The network.
+            The plain network, as `StackedModule.member` returns it.
     """
     cohort = make([member])
     load_member(cohort.network, 0, network)

@@ -1,4 +1,4 @@
-"""Train cohorts to their members' ends, outside a study's loop."""
+"""Train cohorts until all their members have ended, without a study."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def run_to_end(
 ) -> Iterator[tuple[Cohort, Scores]]:
     """Train cohorts one after the other, and yield the scores of every evaluation.
 
-    A member that has ended leaves its cohort after its scores were yielded. A caller that has
-    seen enough stops iterating.
+    A member that has ended leaves its cohort after its scores were yielded. The caller may stop
+    iterating at any time.
 
     Args:
         cohorts:
-            The cohorts; each is made when the one before has ended, if this is a generator.
+            The cohorts. A generator creates each cohort when the one before has ended.
         out_of_time:
-            Asked before every step; once it returns True, training stops.
+            Called before every step; if it returns True, training stops.
         ended:
             Returns the indices of the members that leave after an evaluation.
 
@@ -44,9 +44,9 @@ def run_to_end(
             if scores is None:
                 return
             yield cohort, scores
-            leave = set(ended(scores))
-            stay = [i for i in range(len(cohort.members)) if i not in leave]
-            if not stay:
+            leaving = set(ended(scores))
+            remaining = [i for i in range(len(cohort.members)) if i not in leaving]
+            if not remaining:
                 break
-            if leave:
-                cohort.select(stay)
+            if leaving:
+                cohort.select(remaining)

@@ -1,4 +1,4 @@
-"""What a cohort trains on and how it is scored: members, data, loss, metric, update."""
+"""The task of a cohort: its data, network, loss, metric and update."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Member:
         seed:
             The seed of its initial weights.
         params:
-            All its hyperparameters; a switched-off effect is 0 (see
+            All hyperparameters of the trial; an effect that is off is 0 (see
             `hyperparameters.effective_params`).
     """
 
@@ -103,15 +103,15 @@ class Update:
 
 @dataclass(frozen=True)
 class Task:
-    """What a cohort trains on and how its members are scored.
+    """The data, network, loss and metric of a cohort.
 
     Args:
         arrays:
             The data.
         build:
-            Makes the stacked network of some members.
+            Builds the stacked network of some members.
         loss:
-            Makes their loss.
+            Builds the loss of some members.
         metric:
             Computes each member's value, ``(k,)``, from outputs on the validation part,
             ``(k, m, outputs)``; None if `evaluate` does not need it.
@@ -119,7 +119,7 @@ class Task:
             Whether a greater metric is better.
         seed:
             The study's seed. All members share the batch order and the dropout noise, so that
-            trials differ by their hyperparameters and not by luck.
+            differences between trials come from their hyperparameters only.
         compile:
             Whether `torch.compile` generates the code of a step's forward and backward pass.
         validation_loss:
@@ -143,7 +143,7 @@ class Task:
 
     @property
     def rounds(self) -> int:
-        """Rounds of an epoch."""
+        """Rounds per epoch."""
         return rounds_per_epoch(len(self.arrays.train_y))
 
     def make_batches(self, members: Sequence[Member]) -> Batches:
@@ -166,7 +166,7 @@ class Task:
         return Update(flat, step_params)
 
     def engine(self, network: StackedModule, flat: FlatParameters) -> CompiledGPT | None:
-        """Return the engine that computes gradients instead of autograd; None for autograd."""
+        """Return the engine that computes gradients, or None if autograd computes them."""
         return None
 
     def evaluate(
@@ -180,11 +180,11 @@ class Task:
             members:
                 The members.
             is_over:
-                Whether a member has spent its budget, or all validation data are asked for.
+                Whether a member has used up its budget, or all validation data are required.
 
         Returns:
-            The loss ``(k,)``, the metric ``(k,)``, and whether the metric may become a trial's
-            value.
+            The loss ``(k,)``, the metric ``(k,)``, and whether the metric may be used as a
+            trial's value.
         """
         assert self.metric is not None and not isinstance(apply, CompiledGPTSubset)
         outputs = apply(self.arrays.valid_x)
@@ -211,7 +211,7 @@ class Scores:
             Round with the best value so far; 0 if there is none.
         ended:
             Why a member has ended: ``"finished"``, ``"early stopping"`` or ``"diverged"``; None
-            while it goes on.
+            if it continues.
     """
 
     indices: list[int]

@@ -1,4 +1,4 @@
-"""`torch.compile` for the steps of a cohort, if a user wants it."""
+"""Optional `torch.compile` for the forward and backward pass of a cohort."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from torch import Tensor
 from optuna_nnhp.errors import short_repr
 from optuna_nnhp.networks.noise import DropoutNoise
 
-# Codes of one function that torch keeps: one for each number of members, architecture and number
-# of ages; after its own 8 it would go on without.
+# Torch compiles a function anew for each number of members, architecture and number of distinct
+# rounds. After its default of 8 compilations it would run the function without compiling it.
 MAX_RECOMPILES = 256
 
 
-def check_compile(wanted: object, device: torch.device) -> bool:
-    """Whether to use `torch.compile`, where that can work.
+def check_compile(compile: object, device: torch.device) -> bool:
+    """Check the argument `compile`, and return it.
 
     Raises:
-        ValueError: If it is neither True nor False, or if it is wanted on the CPU and there is no
-            C++ compiler.
+        ValueError: If `compile` is not a bool, or if it is True, the device is the CPU and there
+            is no C++ compiler.
 
     Example:
         >>> check_compile(False, torch.device("cpu"))
         False
     """
-    if not isinstance(wanted, bool):
-        raise ValueError(f"`compile` must be True or False, but got {short_repr(wanted)}.")
-    if wanted and device.type == "cpu":
+    if not isinstance(compile, bool):
+        raise ValueError(f"`compile` must be True or False, but got {short_repr(compile)}.")
+    if compile and device.type == "cpu":
         compilers = os.environ.get("CXX", "c++"), "g++", "clang++", "cl"
         if not any(shutil.which(name) for name in compilers):
             raise ValueError("`compile` must be False without a C++ compiler, but got True.")
-    return wanted
+    return compile
 
 
 def compile_forward(
     forward: Callable[[Tensor, DropoutNoise], Tensor],
 ) -> Callable[[Tensor, DropoutNoise], Tensor]:
-    """A stack's forward pass, and so its backward pass, as `torch.compile` makes them.
+    """Compile a stack's forward pass, and with it the backward pass, by `torch.compile`.
 
-    The code is made at the first call with each shape.
+    The code is compiled at the first call with each shape.
     """
     compiled = torch.compile(forward)
 

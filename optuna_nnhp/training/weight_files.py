@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: weights, tensors beside JSON, texts; no pickle."""
+"""Write weights, tensors with JSON metadata, and text files atomically, without pickle."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class BestWeights:
     def delete_others(self, keep: Iterable[int]) -> None:
         """Delete the weights of all trials but some.
 
-        Files that another process has written since this object was made are left alone: their
-        trials may be about to become the best.
+        Files that other processes wrote after this object was created are kept: their trials may
+        become the best.
         """
         kept = set(keep)
         self._memory = {n: state for n, state in self._memory.items() if n in kept}
@@ -79,7 +79,7 @@ class BestWeights:
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    """Write the weights of a plain network to a safetensors file; make its folder.
+    """Write the weights of a plain network to a safetensors file; create its folder.
 
     Raises:
         OSError: If the file cannot be written.
@@ -95,21 +95,21 @@ def load_weights(network: nn.Module, path: Path) -> nn.Module:
         ValueError: If the file is damaged or belongs to another network; the network is then
             unchanged.
     """
-    state, wanted = load_tensors(path), network.state_dict()
-    shapes = [{name: w.shape for name, w in weights.items()} for weights in (wanted, state)]
-    if other := sorted(dict(shapes[0].items() ^ shapes[1].items())):
+    state, expected = load_tensors(path), network.state_dict()
+    shapes = [{name: w.shape for name, w in weights.items()} for weights in (expected, state)]
+    if different := sorted(dict(shapes[0].items() ^ shapes[1].items())):
         raise ValueError(
-            f"{path.name} must hold this network's weights, but differs in {other[0]}."
+            f"{path.name} must hold this network's weights, but differs in {different[0]}."
         )
     network.load_state_dict(state)
     return network.eval()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, even if the power fails; make its folder.
+    """Write a text file atomically, even if the power fails; create its folder.
 
     Raises:
-        OSError: If the file cannot be written; an earlier file is then unchanged.
+        OSError: If the file cannot be written; an existing file is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_path(path)
@@ -124,11 +124,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors to a safetensors file whole or not at all; make its folder.
+    """Write tensors to a safetensors file atomically; create its folder.
 
     Args:
         path:
-            The file.
+            The path of the file.
         tensors:
             Tensors by name; they may share memory.
 
@@ -136,7 +136,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         The file's checksum, see `checksum`.
 
     Raises:
-        OSError: If the file cannot be written; an earlier file is then unchanged.
+        OSError: If the file cannot be written; an existing file is then unchanged.
 
     Source:
         https://huggingface.co/docs/safetensors: tensors only, no code.
@@ -150,7 +150,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             os.fsync(file.fileno())
         file_checksum = checksum(temporary)
         temporary.replace(path)
-    except SafetensorError as error:  # raised where the disk is full, too
+    except SafetensorError as error:  # also raised if the disk is full
         raise OSError(f"{path.name} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -171,7 +171,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path.name} must be a whole safetensors file, but: {reason}") from error
-    if expected not in (None, _tensor_checksum(tensors)):  # files of other programs have none
+    if expected not in (None, _tensor_checksum(tensors)):  # None: written by another program
         raise ValueError(f"{path.name} must be a whole safetensors file, but is damaged.")
     return tensors
 
@@ -196,7 +196,7 @@ def save_with_checksum(
             Values that JSON can store.
 
     Raises:
-        OSError: If a file cannot be written. Tensors without metadata are not loaded.
+        OSError: If a file cannot be written.
     """
     file_checksum = write_tensors(stem.with_name(stem.name + TENSORS_SUFFIX), tensors)
     content = {"metadata": metadata, "tensors": file_checksum}
@@ -244,15 +244,15 @@ def _json_checksum(content: Mapping[str, Any]) -> str:
 
 
 def _with_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to the CPU where needed, so that no two share memory, as safetensors asks."""
+    """Return CPU tensors that share no memory, as safetensors requires; copy only if needed."""
     separate, seen = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage()
-        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        separate[name] = plain
+        cpu_tensor = tensor.detach().cpu().contiguous()
+        storage = cpu_tensor.untyped_storage()
+        if storage.nbytes() != cpu_tensor.nbytes or storage.data_ptr() in seen:
+            cpu_tensor = cpu_tensor.clone()
+        seen.add(cpu_tensor.untyped_storage().data_ptr())
+        separate[name] = cpu_tensor
     return separate
 
 

@@ -70,7 +70,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
 
 def through_files(cohort: Cohort, folder: Path) -> CohortState:
     snapshot = get_cohort_state(cohort)
-    save_with_checksum(folder / "s", snapshot.tensors, snapshot.facts)
+    save_with_checksum(folder / "s", snapshot.tensors, snapshot.metadata)
     return CohortState(*load_with_checksum(folder / "s"))
 
 
@@ -129,7 +129,7 @@ def test_state_restores_members_in_different_rounds(tmp_path: Path) -> None:
     cohort.train_round()
     cohort.select([0, 2, 3, 5])
     kept = through_files(cohort, tmp_path)
-    assert members_from_state(kept.facts) == cohort.members
+    assert members_from_state(kept.metadata) == cohort.members
     assert finish(restore_cohort(make, kept)) == finish(cohort)
 
 
@@ -156,7 +156,7 @@ def test_a_budget_in_seconds_stays_the_same_number_of_steps(tmp_path: Path) -> N
     cohort = make(members)
     cohort.train_round()
     kept = through_files(cohort, tmp_path)
-    assert kept.facts["total_steps"] == cohort.total_steps
+    assert kept.metadata["total_steps"] == cohort.total_steps
     assert finish(restore_cohort(make, kept)) == finish(cohort)
 
 
