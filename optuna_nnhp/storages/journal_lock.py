@@ -50,7 +50,7 @@ class KernelReleasedLock(JournalFileSymlinkLock):
                 pause = min(2 * pause, MAX_PAUSE)
         except BaseException:
             self._has_failed = True
-            os.close(self._file)
+            self._close()
             raise
         self.is_held, self._has_failed = True, False
         return True
@@ -65,6 +65,14 @@ class KernelReleasedLock(JournalFileSymlinkLock):
         except OSError:  # a file system without it, where a link says nothing about its process
             self._stamp = NO_STAMP
         return True
+
+    def _close(self) -> None:
+        """Release `flock`; closing alone would not if a child process was forked meanwhile."""
+        import fcntl
+
+        with suppress(OSError):  # a file system without it
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        os.close(self._file)
 
     def _make_link(self) -> bool:
         """Make the link if this process has `flock`, or if the link there is abandoned."""
@@ -103,7 +111,7 @@ class KernelReleasedLock(JournalFileSymlinkLock):
         except FileNotFoundError:
             is_own = False
         finally:
-            os.close(self._file)
+            self._close()
         if not is_own:
             _logger.warning(f"Another process has taken the lock of {Path(self.path).name} away.")
 

@@ -19,6 +19,7 @@ from optuna.distributions import distribution_to_json
 from optuna.distributions import json_to_distribution
 from optuna.trial import TrialState
 
+from optuna_nnhp.storages.liveness import is_worker_alive
 from optuna_nnhp.storages.operations import Applied
 from optuna_nnhp.storages.operations import Op
 from optuna_nnhp.storages.operations import Operation
@@ -130,8 +131,9 @@ def read_outbox(path: Path) -> Outbox:
 def replay_outbox(storage: BufferedStorage, folder: Path) -> int:
     """Write the operations of earlier processes' outboxes, and delete the files.
 
-    A file with operations on studies of other storages stays. A trial that has ended meanwhile, or
-    that another worker has taken over, is not changed, and a warning says so.
+    A file of a worker that lives on this machine stays, and so does one with operations on studies
+    of other storages. A trial that has ended meanwhile, or that another worker has taken over, is
+    not changed, and a warning says so.
 
     Args:
         storage:
@@ -154,6 +156,8 @@ def replay_outbox(storage: BufferedStorage, folder: Path) -> int:
             continue
         except ValueError as error:
             damage = error
+            continue
+        if is_worker_alive(outbox.worker):  # it writes them itself, perhaps has done so already
             continue
         is_whole = True
         for name in dict.fromkeys(saved.study for saved in outbox.ops):

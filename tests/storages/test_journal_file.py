@@ -366,3 +366,22 @@ def test_writers_that_are_killed_at_any_moment_leave_a_readable_journal(path: Pa
         assert all(t.value == t.number and len(t.user_attrs["filler"]) == 5000 for t in ended)
         assert all(json.loads(line) for line in path.read_bytes().splitlines())
     assert ended
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    path.touch()
+    lock = KernelReleasedLock(str(path), timeout=1.0)
+    lock.acquire()
+    child = os.fork()
+    if child == 0:  # as a data loader's worker that is forked while another thread writes
+        time.sleep(60)
+        os._exit(0)
+    try:
+        lock.release()
+        assert lock.acquire()
+        lock.release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -16,6 +16,8 @@ import pytest
 from optuna_nnhp.storages import circuit_breaker
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
+from optuna_nnhp.storages.liveness import lock_worker
+from optuna_nnhp.storages.liveness import unlock_worker
 from optuna_nnhp.storages.operations import Op
 from optuna_nnhp.storages.operations import TrialChange
 from optuna_nnhp.storages.outbox import Outbox
@@ -159,6 +161,18 @@ def test_a_file_goes_if_the_storage_comes_back_in_time(place: Place, box: Path) 
     assert storage.wait_until_available(10.0)
     assert not path.exists()
     assert read(place)[1][0].value == 1.0
+
+
+def test_a_file_of_a_worker_that_lives_is_not_replayed(place: Place, box: Path) -> None:
+    path = give_up(place, box, "host:17:alive")
+    other = deferred(place.worker("host:18:cd"))
+    assert lock_worker("host:17:alive")
+    try:
+        assert replay_outbox(other, box) == 0
+    finally:
+        unlock_worker("host:17:alive")
+    assert path.exists()
+    assert replay_outbox(other, box) == 4
 
 
 def test_nothing_goes_while_the_storage_is_away(place: Place, box: Path) -> None:
