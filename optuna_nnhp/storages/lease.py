@@ -118,6 +118,8 @@ class Lease:
         lease = leases.get(worker)
         if self.is_dead(worker, leases) or is_worker_alive(worker) or self._is_local(lease):
             return False
+        if worker not in self._seen:  # it ended between two looks
+            return False
         since = self._seen[worker][1]
         is_late = self._read_at - since > 2 * self.renewal_interval
         return since < self._available_since or is_late or worker not in self._renewing

@@ -84,10 +84,13 @@ def lock_worker(worker: str) -> bool:
 
 
 def touch_worker(worker: str) -> None:
-    """Renew the time of a worker's file, so that nobody tidies it away."""
+    """Renew the time of a worker's file; make it again if somebody has deleted it."""
     file = _locked.get((os.getpid(), worker))
-    if file is not None:
-        os.utime(file)
+    if file is None:
+        return
+    os.utime(file)
+    if os.fstat(file).st_nlink == 0 and lock_worker(worker):
+        os.close(file)
 
 
 def unlock_worker(worker: str) -> None:

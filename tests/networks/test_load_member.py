@@ -90,5 +90,5 @@ def test_a_stack_of_an_unknown_kind() -> None:
     class Unknown(StackedModule):
         """Nothing."""
 
-    with pytest.raises(TypeError, match="`stack` must be a StackedMLP, .* but got Unknown"):
+    with pytest.raises(TypeError, match=r"`stack` must be a StackedMLP, .* but got Unknown"):
         load_member(Unknown(), 0, nn.Linear(1, 1))  # type: ignore[abstract]

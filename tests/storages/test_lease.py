@@ -360,3 +360,13 @@ def test_a_storage_that_is_away_is_no_reason_to_end(study: optuna.Study) -> None
         assert set(lease.read()) == {"far", "me"}
         lease.storage = storage
     assert lease.is_dead("me")
+
+
+def test_a_worker_whose_file_was_deleted_makes_it_again(study: optuna.Study) -> None:
+    with lease_of(study) as own:
+        folder = liveness._lock_folder()
+        assert folder is not None
+        path = liveness._path(folder, own.worker)
+        path.unlink()
+        liveness.touch_worker(own.worker)
+        assert path.exists()
