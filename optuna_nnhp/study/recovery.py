@@ -143,12 +143,16 @@ class Recovery:
         return source
 
     def has_unsure_workers(self) -> bool:
-        """Whether a trial's worker may be dead, which only waiting would tell."""
+        """Whether a trial's worker may be dead, or has died since the last `claim`."""
         if self._unsure or self.has_postponed:
             return True
         workers = {self._owner(trial) for trial in self._trials_in_state(TrialState.RUNNING)}
         leases = self.lease.read() if workers else {}
-        return any(self.lease.may_be_dead(worker, leases) for worker in workers if worker)
+        return any(
+            self.lease.is_dead(worker, leases) or self.lease.may_be_dead(worker, leases)
+            for worker in workers
+            if worker
+        )
 
     def restore_cohorts(
         self, claimed: Mapping[str, Sequence[FrozenTrial]], broken: Broken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import itertools
 import os
 from pathlib import Path
 import shutil
@@ -20,10 +21,12 @@ import pytest
 
 from optuna_nnhp import Result
 from optuna_nnhp.errors import hide_passwords
+from optuna_nnhp.storages import lease
 from optuna_nnhp.storages import liveness
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.paths import models_folder
+from optuna_nnhp.study import tuner
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.weight_files import BestWeights
 from tests.tiny import DIFFERENT_LENGTHS
@@ -296,6 +299,23 @@ def test_only_trials_of_dead_workers_are_taken_over(kind: str) -> None:
         liveness.unlock_worker(worker)
     expected = TrialState.COMPLETE if kind == "dead" else TrialState.RUNNING
     assert states(again) == [TrialState.COMPLETE, expected]
+
+
+def test_a_trial_of_a_worker_without_lease_is_taken_over_when_one_would_be_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = tune(X, Y, n_trials=1)
+    result.study.ask().set_user_attr(WORKER, "another-machine:17:0123abcd")
+    storage = result.study._storage
+
+    early = tune(X, Y, storage=storage, n_trials=1, timeout=0.1)
+    assert states(early) == [TrialState.COMPLETE, TrialState.RUNNING]
+
+    monkeypatch.setattr(tuner, "POLL_INTERVAL", 0)
+    monkeypatch.setattr(lease, "_now", itertools.count(1e6).__next__)  # a second for each look
+    late = tune(X, Y, storage=storage, n_trials=1)
+    assert states(late) == [TrialState.COMPLETE] * 2
+    assert lease._now() > 1e6 + lease.LEASE_DURATION
 
 
 WORKER_SCRIPT = """

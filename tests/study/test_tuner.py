@@ -390,12 +390,14 @@ def big(**options: Any) -> Any:
 
 @pytest.mark.parametrize("cohort_size", [1, 2])
 def test_the_timeout_holds_inside_an_epoch(cohort_size: int) -> None:
+    tune(*numbers(), n_trials=1)  # a first call imports modules, which takes time
     began = time.monotonic()
     result = big(n_trials=40, timeout=1, cohort_size=cohort_size)
     assert time.monotonic() - began < 15  # an epoch alone takes longer
     assert states(result) == [TrialState.FAIL] * cohort_size
     assert causes(result) == ["timeout"] * cohort_size
-    assert all(0 < t.user_attrs["iterations"] < 300 for t in trials(result))
+    # On one core the second may get all of the time.
+    assert 0 < max(t.user_attrs["iterations"] for t in trials(result)) < 300
     with pytest.raises(RuntimeError, match="give it more time or trials"):
         _ = result.best_value
 
