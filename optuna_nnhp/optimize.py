@@ -28,9 +28,9 @@ from optuna_nnhp.inspect.generated_text import store_generated_text
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.rng import check_seed
 from optuna_nnhp.search.halving import CohortHalvingPruner
+from optuna_nnhp.storages.open_storage import DEFAULT_STORAGE
+from optuna_nnhp.storages.open_storage import models_folder
 from optuna_nnhp.storages.open_storage import open_storage
-from optuna_nnhp.storages.paths import DEFAULT_STORAGE
-from optuna_nnhp.storages.paths import models_folder
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.checkpoints import CHECKPOINT_INTERVAL
 from optuna_nnhp.study.method_config import enqueue_source_best

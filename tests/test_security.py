@@ -31,10 +31,10 @@ from optuna_nnhp.inspect.dashboard import annotate
 from optuna_nnhp.inspect.dashboard import study_note
 from optuna_nnhp.inspect.dashboard import trial_note
 from optuna_nnhp.inspect.report import closing_report
+from optuna_nnhp.storages.open_storage import models_folder
 from optuna_nnhp.storages.open_storage import open_storage
-from optuna_nnhp.storages.paths import models_folder
-from optuna_nnhp.storages.paths import safe_file_name
-from optuna_nnhp.storages.paths import safe_join
+from optuna_nnhp.storages.open_storage import safe_file_name
+from optuna_nnhp.storages.open_storage import safe_join
 from optuna_nnhp.study.open_study import MODELS
 from tests.tiny import classes
 from tests.tiny import tune

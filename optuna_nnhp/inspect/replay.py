@@ -28,10 +28,10 @@ from torch import nn
 from optuna_nnhp.engine.threads import single_threaded_blas
 from optuna_nnhp.errors import unknown_name
 from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.storages.open_storage import check_storage_exists
+from optuna_nnhp.storages.open_storage import models_folder
 from optuna_nnhp.storages.open_storage import open_storage
-from optuna_nnhp.storages.paths import check_storage_exists
-from optuna_nnhp.storages.paths import models_folder
-from optuna_nnhp.storages.paths import safe_join
+from optuna_nnhp.storages.open_storage import safe_join
 from optuna_nnhp.study.environment import BY_COMPILER
 from optuna_nnhp.study.environment import SEED
 from optuna_nnhp.study.environment import Environment

@@ -13,7 +13,7 @@ from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.inspect.summary import format_value
 from optuna_nnhp.inspect.summary import main_parameters
 from optuna_nnhp.inspect.summary import summary
-from optuna_nnhp.storages.paths import sibling_path
+from optuna_nnhp.storages.open_storage import sibling_path
 
 # Rows of `summary` that the report shows.
 REPORT_ROWS = (

@@ -28,8 +28,8 @@ from optuna_nnhp.storages._optuna_internals import without_cache
 from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.guarded_storage import GuardedStorage
-from optuna_nnhp.storages.liveness import machine_id
-from optuna_nnhp.storages.liveness import process_id
+from optuna_nnhp.storages.lease import machine_id
+from optuna_nnhp.storages.lease import process_id
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.operations import Operation
 from optuna_nnhp.storages.operations import Outcome

@@ -22,7 +22,7 @@ from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.operations import StudyAttr
 from optuna_nnhp.storages.operations import json_round_trip
-from optuna_nnhp.storages.study_cache import StudyCache
+from optuna_nnhp.storages.write_buffer import StudyCache
 from optuna_nnhp.storages.write_buffer import WriteBuffer
 
 POLL_INTERVAL = 0.1  # seconds between checks whether waiting is to end

@@ -1,22 +1,26 @@
-"""Leases: each worker of a study renews one in the storage, so that its death is noticed."""
+"""Leases of workers: how the death of a worker is noticed on this machine and on others."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import field
+import hashlib
 import math
+import os
+from pathlib import Path
+import socket
+import sys
+import tempfile
 import threading
 import time
 from typing import Any
+from uuid import uuid4
 
 import optuna
 from optuna.storages import BaseStorage
 
-from optuna_nnhp.storages.liveness import is_worker_alive
-from optuna_nnhp.storages.liveness import lock_worker
-from optuna_nnhp.storages.liveness import machine_id
-from optuna_nnhp.storages.liveness import touch_worker
-from optuna_nnhp.storages.liveness import unlock_worker
+from optuna_nnhp.storages.journal_file import boot_id
 from optuna_nnhp.storages.operations import StudyAttr
 from optuna_nnhp.storages.write_buffer import adapter_for
 
@@ -28,18 +32,147 @@ RENEWAL_INTERVAL = 15.0  # seconds
 LEASE_DURATION = 60.0  # seconds without a renewal, after which a worker's trials may be taken over
 MAX_CLOCK_DIFFERENCE = 3600.0  # seconds between two machines' clocks
 FIRST_RETRY_INTERVAL = 1.0  # seconds between attempts to write a lease for the first time
+_process_token = uuid4().hex
+_locked: dict[tuple[int, str], int] = {}  # files that a process keeps locked, by worker
+
+
+def new_worker_name() -> str:
+    """Return a unique name for one process's work on one study.
+
+    Example:
+        >>> name = new_worker_name()
+        >>> name.split(":")[1] == str(os.getpid()), name == new_worker_name()
+        (True, False)
+    """
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+
+
+def process_id() -> str:
+    """Return a name of this process that is unique among all machines.
+
+    Example:
+        >>> process_id().startswith(f"{os.getpid()}:")
+        True
+    """
+    return f"{os.getpid()}:{_process_token}"
+
+
+def machine_id() -> str:
+    """Return a name that is the same for processes that can tell whether the others are alive.
+
+    It consists of the kernel and the folder of the locked files: containers may have their own.
+    """
+    folder = _lock_folder()
+    if folder is None:
+        return process_id()
+    state = folder.stat()
+    return f"{boot_id()}/{state.st_dev}:{state.st_ino}"
+
+
+def lock_worker(worker: str) -> bool:
+    """Keep a worker's file locked from now on, and return whether that is possible here."""
+    folder = _lock_folder()
+    if folder is None or sys.platform == "win32":
+        return False
+    import fcntl
+
+    path = _path(folder, worker)
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)  # others look at it for a moment only
+        except OSError:
+            os.close(file)
+            path.unlink()
+            raise
+    except OSError as error:
+        _logger.debug(f"A worker's file cannot be locked: {error}")
+        return False
+    _locked[os.getpid(), worker] = file
+    return True
+
+
+def touch_worker(worker: str) -> None:
+    """Renew the time of a worker's file; make it again if somebody has deleted it."""
+    file = _locked.get((os.getpid(), worker))
+    if file is None:
+        return
+    os.utime(file)
+    if os.fstat(file).st_nlink == 0 and lock_worker(worker):
+        os.close(file)
+
+
+def unlock_worker(worker: str) -> None:
+    """Delete a worker's file at the end of its work."""
+    file = _locked.pop((os.getpid(), worker), None)
+    folder = _lock_folder()
+    if file is not None and folder is not None:
+        with suppress(FileNotFoundError):
+            _path(folder, worker).unlink()
+        os.close(file)
+
+
+def is_worker_alive(worker: str) -> bool | None:
+    """Return whether a worker of this machine is alive, None if it has no file here.
+
+    The kernel unlocks the file when the worker's process ends in any way.
+
+    Example:
+        >>> _ = lock_worker("me")
+        >>> is_worker_alive("me")
+        True
+        >>> unlock_worker("me")
+        >>> is_worker_alive("me") is None
+        True
+    """
+    if (os.getpid(), worker) in _locked:  # to open and close the file would unlock it
+        return True
+    folder = _lock_folder()
+    if folder is None or sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        file = os.open(_path(folder, worker), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def _path(folder: Path, worker: str) -> Path:
+    return folder / f"{hashlib.blake2b(worker.encode(), digest_size=12).hexdigest()}.lock"
+
+
+def _lock_folder() -> Path | None:
+    """Return this user's folder of locked files, None where there can be none."""
+    if sys.platform == "win32":
+        return None
+    folder = Path(tempfile.gettempdir(), f"optuna_nnhp-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        # Any user may have put a folder or a link there.
+        is_own = folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
+    except OSError:
+        return None
+    return folder if is_own else None
 
 
 @dataclass
 class Lease:
-    """A worker's sign of life in a study's storage, and its view of the other workers' leases.
+    """Renews a worker's lease in a study's storage, and reads the leases of the other workers.
 
-    Whether a worker of this machine lives is known to the kernel, see `liveness`. Any other worker
-    is dead if its lease has not changed for `LEASE_DURATION` seconds by this process's clock,
-    whatever the others' clocks say; for two renewal intervals, if it is more than an hour old.
+    The kernel tells whether a worker of this machine is alive, see `is_worker_alive`. Any other
+    worker is dead if its lease has not changed for `LEASE_DURATION` seconds by this process's
+    clock. Two renewal intervals are enough if the lease is more than an hour old.
 
-    Only time in which the storage answers counts: nobody can renew a lease in a storage that is
-    unavailable. Once it answers again, all workers have the whole time anew.
+    Time in which the storage is unavailable does not count, because nobody can renew a lease then.
+    When the storage answers again, the time of all workers starts at zero.
 
     Args:
         storage:
@@ -74,7 +207,7 @@ class Lease:
     _renewing: set[str] = field(default_factory=set)  # others that were seen to renew theirs
     _read_at: float = -math.inf  # when `_known` was read
     _answered_at: float = -math.inf  # when the storage has answered last, to any call
-    _available_since: float = -math.inf  # silence before that says nothing
+    _available_since: float = -math.inf  # renewals cannot be missed before that
     _is_available: bool = False
     _is_written: bool = False
 
@@ -100,7 +233,7 @@ class Lease:
         self._write({"ended": True})
 
     def is_dead(self, worker: str, leases: Leases | None = None) -> bool:
-        """Return whether a worker can do nothing any more."""
+        """Return whether a worker has ended or was killed."""
         lease = (self.read() if leases is None else leases).get(worker)
         if lease is not None and lease.get("ended"):
             return True
@@ -110,9 +243,10 @@ class Lease:
         return self._is_local(lease) or self._is_silent(worker, lease)
 
     def may_be_dead(self, worker: str, leases: Leases | None = None) -> bool:
-        """Return whether a worker may be dead, which only waiting would tell.
+        """Return whether it is too early to say that a worker is alive or dead.
 
-        So is one of another machine that was not seen to renew its lease when it should have.
+        That holds for a worker of another machine until this process has seen it renew its lease,
+        and again when a renewal is late.
         """
         leases = self.read() if leases is None else leases
         lease = leases.get(worker)
@@ -145,7 +279,7 @@ class Lease:
         """Return all leases; the last ones read while the storage does not answer."""
         try:
             attributes = self.storage.get_study_system_attrs(self.study_id)
-        except Exception as error:  # drivers raise types of their own
+        except Exception as error:  # drivers raise their own types
             _logger.debug(f"The leases could not be read: {type(error).__name__}")
             self._note_answer(False)
         else:
@@ -165,14 +299,14 @@ class Lease:
             if not is_available:
                 self._is_available = False
                 return now
-            # Perhaps nobody has asked in between.
+            # Without calls for so long, an outage in between was not noticed.
             if not self._is_available or now - self._answered_at > 2 * self.renewal_interval:
                 self._available_since = now
             self._is_available, self._answered_at = True, now
             return now
 
     def _keep_renewing(self) -> None:
-        # Without any lease nobody would miss a worker of another machine that is killed now.
+        # Other machines cannot notice the death of a worker before its first lease is written.
         first = min(FIRST_RETRY_INTERVAL, self.renewal_interval)
         while not self._stop.wait(self.renewal_interval if self._is_written else first):
             self._renew()
@@ -199,6 +333,6 @@ class Lease:
 
 
 def _now() -> float:
-    """Return a clock that nobody sets, and that goes on while the machine sleeps."""
+    """Return a clock in seconds that is never set back and includes time of a sleeping machine."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)

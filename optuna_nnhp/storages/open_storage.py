@@ -1,8 +1,12 @@
-"""Opens the storage that a user names."""
+"""The storage that a user names: opening it, and the paths of the files beside it."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+import re
+from urllib.parse import urlsplit
+import warnings
 
 import optuna
 from optuna.storages import BaseStorage
@@ -11,9 +15,157 @@ from optuna.storages import RDBStorage
 from optuna_nnhp.errors import contains_password
 from optuna_nnhp.errors import first_line
 from optuna_nnhp.errors import hide_passwords
-from optuna_nnhp.storages.grpc_storage import GRPC_SCHEME
-from optuna_nnhp.storages.grpc_storage import open_grpc_proxy
+from optuna_nnhp.storages._optuna_internals import without_cache
+from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.journal_file import open_journal
+
+DEFAULT_STORAGE = "optuna_nnhp.journal"
+SQLITE = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)")
+LONGEST_NAME = 60  # of 255 bytes at most, and a letter may take four
+
+
+def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None:
+    """Return the folder of a study's weights: beside a journal or SQLite file, else here.
+
+    Args:
+        storage:
+            The opened storage.
+        given:
+            What the user named.
+
+    Returns:
+        The folder, or None when the study lives in memory only.
+    """
+    if isinstance(storage, BufferedStorage):
+        storage = storage.backend
+    if isinstance(storage, optuna.storages.InMemoryStorage):
+        return None
+    if given is None:
+        backend = without_cache(storage)
+        given = backend.url if isinstance(backend, RDBStorage) else DEFAULT_STORAGE
+    return sibling_path(str(given), ".models")
+
+
+def sibling_path(storage: str, suffix: str) -> Path:
+    """Return a path beside a journal or SQLite file, or here for another database.
+
+    Example:
+        >>> [
+        ...     str(sibling_path(s, ".models"))
+        ...     for s in ("a.journal", "sqlite:///b.db", "mysql://host/c")
+        ... ]
+        ['a.models', 'b.models', 'optuna_nnhp.models']
+    """
+    match = SQLITE.match(storage)
+    path = match.group(1) if match else "optuna_nnhp" if "://" in storage else storage
+    path = path.removeprefix("file:") if match else path
+    return Path(path).with_suffix(suffix)
+
+
+def check_storage_exists(storage: str | Path) -> None:
+    """Raise an error if a journal or SQLite file does not exist: opening it would make it.
+
+    Args:
+        storage:
+            A path or URL.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    text = str(storage)
+    match = SQLITE.match(text)
+    path = match.group(1) if match else None if "://" in text else text
+    if path is None or path.startswith(("file:", ":memory:")):
+        return
+    if not Path(path).exists():
+        raise FileNotFoundError(f"A study's storage must exist, but there is no file {path}.")
+
+
+def safe_file_name(text: str) -> str:
+    """Turn a text into a file name for any file system; different texts may share one.
+
+    Example:
+        >>> safe_file_name("../my study: 1")
+        '.._my_study_1'
+    """
+    plain = re.sub(r"[^\w.-]+", "_", text)[:LONGEST_NAME]
+    return plain if plain.strip(".") else "_"
+
+
+def safe_join(folder: Path, name: object) -> Path:
+    """Return a path right inside a folder, by a name from a storage that others write to.
+
+    Args:
+        folder:
+            The folder.
+        name:
+            Such as `safe_file_name` makes.
+
+    Raises:
+        ValueError: If that would be elsewhere.
+
+    Example:
+        >>> safe_join(Path("optuna_nnhp.models"), "digits-1a2b3c4d").name
+        'digits-1a2b3c4d'
+    """
+    if not isinstance(name, str) or not name.strip(".") or re.search(r"[^\w.-]", name):
+        raise ValueError(
+            "A folder that a study names must be of letters, digits, `_`, `-` and `.`, but is "
+            f"{name!r}."
+        )
+    return folder / name
+
+
+GRPC_SCHEME = "grpc://"
+NEEDED = ("grpc", "google.protobuf")
+PORT = 13000  # Optuna's
+WAIT = 20.0  # seconds for the server to answer
+
+
+def open_grpc_proxy(url: str, wait: float = WAIT) -> BaseStorage:
+    """Connect to the storage behind a server of `optuna.storages.run_grpc_proxy_server`.
+
+    Args:
+        url:
+            ``"grpc://host:port"``.
+        wait:
+            Seconds for the server to answer.
+
+    Raises:
+        ValueError: If that is no address, or has more than host and port.
+        ModuleNotFoundError: If there is no gRPC here.
+        ConnectionError: If nobody answers.
+
+    Example:
+        >>> open_grpc_proxy("grpc://host/database")
+        Traceback (most recent call last):
+        ValueError: A gRPC storage must be grpc://host:port and no more.
+
+    Source:
+        https://optuna.readthedocs.io/en/stable/reference/generated/optuna.storages.GrpcStorageProxy.html
+    """
+    parts = urlsplit(url)
+    if not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+        raise ValueError("A gRPC storage must be grpc://host:port and no more.")
+    try:
+        for name in NEEDED:
+            import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "A gRPC storage must have the packages grpcio and protobuf, but there is no "
+            f"{error.name}: pip install grpcio protobuf.",
+            name=error.name,
+        ) from error
+    with warnings.catch_warnings():
+        # A user cannot do anything about it.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(host=parts.hostname, port=parts.port or PORT)
+    try:
+        proxy.wait_server_ready(timeout=wait)
+    except ConnectionError as error:
+        proxy.close()
+        raise ConnectionError(f"nobody answered within {wait:g} s") from error
+    return proxy
 
 
 def open_storage(storage: str | Path | BaseStorage | None) -> BaseStorage:

@@ -19,7 +19,7 @@ from optuna.distributions import distribution_to_json
 from optuna.distributions import json_to_distribution
 from optuna.trial import TrialState
 
-from optuna_nnhp.storages.liveness import is_worker_alive
+from optuna_nnhp.storages.lease import is_worker_alive
 from optuna_nnhp.storages.operations import Applied
 from optuna_nnhp.storages.operations import Op
 from optuna_nnhp.storages.operations import Operation

@@ -21,7 +21,7 @@ from optuna_nnhp.storages.operations import Op
 from optuna_nnhp.storages.operations import TrialChange
 from optuna_nnhp.storages.operations import TrialLimitReached
 from optuna_nnhp.storages.operations import new_trial_op
-from optuna_nnhp.storages.study_cache import StudyCache
+from optuna_nnhp.storages.write_buffer import StudyCache
 from optuna_nnhp.storages.write_buffer import WriteBuffer
 
 

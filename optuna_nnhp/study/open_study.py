@@ -18,10 +18,10 @@ from optuna.storages import BaseStorage
 
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
-from optuna_nnhp.storages.liveness import new_worker_name
+from optuna_nnhp.storages.lease import new_worker_name
+from optuna_nnhp.storages.open_storage import safe_file_name
+from optuna_nnhp.storages.open_storage import safe_join
 from optuna_nnhp.storages.operations import WORKER
-from optuna_nnhp.storages.paths import safe_file_name
-from optuna_nnhp.storages.paths import safe_join
 from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.environment import TrialMetadata
 from optuna_nnhp.study.environment import record_environment

@@ -38,11 +38,11 @@ from optuna.storages import BaseStorage
 from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.rng import check_seed
 from optuna_nnhp.search.grid import GridPointsSampler
+from optuna_nnhp.storages.open_storage import DEFAULT_STORAGE
+from optuna_nnhp.storages.open_storage import check_storage_exists
+from optuna_nnhp.storages.open_storage import models_folder
 from optuna_nnhp.storages.open_storage import open_storage
-from optuna_nnhp.storages.paths import DEFAULT_STORAGE
-from optuna_nnhp.storages.paths import check_storage_exists
-from optuna_nnhp.storages.paths import models_folder
-from optuna_nnhp.storages.paths import safe_join
+from optuna_nnhp.storages.open_storage import safe_join
 from optuna_nnhp.study.open_study import MODELS
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.problem_spec import ProblemSpec

@@ -30,8 +30,8 @@ import torch
 from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.search.grid import GridPointsSampler
 from optuna_nnhp.storages.buffered import BufferedStorage
-from optuna_nnhp.storages.liveness import machine_id
-from optuna_nnhp.storages.liveness import process_id
+from optuna_nnhp.storages.lease import machine_id
+from optuna_nnhp.storages.lease import process_id
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import ProgressBar
 from optuna_nnhp.study.trial_source import TrialSource

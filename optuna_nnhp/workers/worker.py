@@ -19,8 +19,8 @@ from optuna import Study
 import torch
 
 from optuna_nnhp.search.halving import CohortHalvingPruner
-from optuna_nnhp.storages.liveness import machine_id
-from optuna_nnhp.storages.liveness import process_id
+from optuna_nnhp.storages.lease import machine_id
+from optuna_nnhp.storages.lease import process_id
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import graceful_shutdown

@@ -13,7 +13,7 @@ from unittest import mock
 import optuna
 
 from optuna_nnhp import optimize
-from optuna_nnhp.storages.paths import DEFAULT_STORAGE
+from optuna_nnhp.storages.open_storage import DEFAULT_STORAGE
 from optuna_nnhp.study import method_config
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.policies.halving import HalvingPolicy

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.storages.open_storage import open_storage
-from optuna_nnhp.storages.paths import safe_file_name
-from optuna_nnhp.storages.paths import safe_join
-from optuna_nnhp.storages.paths import sibling_path
+from optuna_nnhp.storages.open_storage import safe_file_name
+from optuna_nnhp.storages.open_storage import safe_join
+from optuna_nnhp.storages.open_storage import sibling_path
 from tests.properties.clear import outcome
 
 # None of these reaches another machine.

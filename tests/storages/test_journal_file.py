@@ -22,14 +22,14 @@ from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.storages.journal._file import get_lock_file
 import pytest
 
-from optuna_nnhp.storages import journal_lock
+from optuna_nnhp.storages import journal_file
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.journal_file import JournalFile
+from optuna_nnhp.storages.journal_file import KernelReleasedLock
 from optuna_nnhp.storages.journal_file import append
 from optuna_nnhp.storages.journal_file import encode
 from optuna_nnhp.storages.journal_file import open_journal
 from optuna_nnhp.storages.journal_file import repair
-from optuna_nnhp.storages.journal_lock import KernelReleasedLock
 from optuna_nnhp.storages.open_storage import open_storage
 from tests.tiny import ENVIRONMENT
 
@@ -184,7 +184,7 @@ def test_a_journal_that_was_moved_away_is_not_begun_anew(path: Path) -> None:
 HOLDER = """
 import sys
 from optuna.storages.journal import JournalFileSymlinkLock
-from optuna_nnhp.storages.journal_lock import KernelReleasedLock
+from optuna_nnhp.storages.journal_file import KernelReleasedLock
 kind, path = sys.argv[1:]
 lock = KernelReleasedLock(path) if kind == "ours" else JournalFileSymlinkLock(path)
 lock.acquire()
@@ -304,7 +304,7 @@ def test_a_link_of_another_machine_is_not_judged(
     is_here: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_here:
-        monkeypatch.setattr(journal_lock, "boot_id", lambda: "another machine")
+        monkeypatch.setattr(journal_file, "boot_id", lambda: "another machine")
     other = KernelReleasedLock(str(path))
     other.acquire()
     os.close(other._file)  # as if its process had died, or were on another machine

@@ -18,15 +18,14 @@ from optuna.storages import InMemoryStorage
 import pytest
 
 from optuna_nnhp.storages import lease as module
-from optuna_nnhp.storages import liveness
 from optuna_nnhp.storages.lease import LEASE_PREFIX
 from optuna_nnhp.storages.lease import Lease
-from optuna_nnhp.storages.liveness import is_worker_alive
-from optuna_nnhp.storages.liveness import lock_worker
-from optuna_nnhp.storages.liveness import machine_id
-from optuna_nnhp.storages.liveness import new_worker_name
-from optuna_nnhp.storages.liveness import process_id
-from optuna_nnhp.storages.liveness import unlock_worker
+from optuna_nnhp.storages.lease import is_worker_alive
+from optuna_nnhp.storages.lease import lock_worker
+from optuna_nnhp.storages.lease import machine_id
+from optuna_nnhp.storages.lease import new_worker_name
+from optuna_nnhp.storages.lease import process_id
+from optuna_nnhp.storages.lease import unlock_worker
 from optuna_nnhp.storages.open_storage import open_storage
 from tests.tiny import ENVIRONMENT
 
@@ -257,7 +256,7 @@ def test_a_killed_process_of_this_machine_is_dead_at_once(folder: Path) -> None:
 
 STARTING = """
 import sys, time
-from optuna_nnhp.storages.liveness import lock_worker
+from optuna_nnhp.storages.lease import lock_worker
 assert lock_worker(sys.argv[1])
 print("here", flush=True)
 time.sleep(60)
@@ -313,7 +312,7 @@ def test_a_forked_process_does_not_keep_its_parents_worker_alive() -> None:
 
 FORKING = """
 import os, sys, time
-from optuna_nnhp.storages.liveness import lock_worker
+from optuna_nnhp.storages.lease import lock_worker
 assert lock_worker(sys.argv[1])
 child = os.fork()
 if child:
@@ -325,7 +324,7 @@ time.sleep(60)
 def test_where_no_file_can_be_locked_leases_tell(
     study: optuna.Study, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveness, "_lock_folder", lambda: None)
+    monkeypatch.setattr(module, "_lock_folder", lambda: None)
     assert not lock_worker("me")
     unlock_worker("me")
     with lease_of(study, "me"):
@@ -341,7 +340,7 @@ def test_where_no_file_can_be_locked_leases_tell(
 def test_a_folder_of_another_user_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveness.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"optuna_nnhp-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     assert not lock_worker("me")
@@ -364,9 +363,9 @@ def test_a_storage_that_is_away_is_no_reason_to_end(study: optuna.Study) -> None
 
 def test_a_worker_whose_file_was_deleted_makes_it_again(study: optuna.Study) -> None:
     with lease_of(study) as own:
-        folder = liveness._lock_folder()
+        folder = module._lock_folder()
         assert folder is not None
-        path = liveness._path(folder, own.worker)
+        path = module._path(folder, own.worker)
         path.unlink()
-        liveness.touch_worker(own.worker)
+        module.touch_worker(own.worker)
         assert path.exists()

@@ -16,8 +16,8 @@ import pytest
 from optuna_nnhp.storages import circuit_breaker
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
-from optuna_nnhp.storages.liveness import lock_worker
-from optuna_nnhp.storages.liveness import unlock_worker
+from optuna_nnhp.storages.lease import lock_worker
+from optuna_nnhp.storages.lease import unlock_worker
 from optuna_nnhp.storages.operations import Op
 from optuna_nnhp.storages.operations import TrialChange
 from optuna_nnhp.storages.outbox import Outbox

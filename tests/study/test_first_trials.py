@@ -22,10 +22,9 @@ import pytest
 from optuna_nnhp import Result
 from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.storages import lease
-from optuna_nnhp.storages import liveness
+from optuna_nnhp.storages.open_storage import models_folder
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.storages.operations import WORKER
-from optuna_nnhp.storages.paths import models_folder
 from optuna_nnhp.study import tuner
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.weight_files import BestWeights
@@ -286,17 +285,17 @@ def test_what_a_killed_process_left_running_goes_on(
 
 @pytest.mark.parametrize("kind", ["dead", "alive", "of another program"])
 def test_only_trials_of_dead_workers_are_taken_over(kind: str) -> None:
-    worker = "" if kind == "of another program" else liveness.new_worker_name()
+    worker = "" if kind == "of another program" else lease.new_worker_name()
     result = tune(X, Y, n_trials=1)
     trial = result.study.ask()
     trial.set_user_attr(WORKER, worker)
     if worker:
-        assert liveness.lock_worker(worker)
+        assert lease.lock_worker(worker)
     if kind == "dead":  # the kernel closes the file of a process that ends
-        os.close(liveness._locked.pop((os.getpid(), worker)))
+        os.close(lease._locked.pop((os.getpid(), worker)))
     again = tune(X, Y, storage=result.study._storage, n_trials=1)
     if kind == "alive":
-        liveness.unlock_worker(worker)
+        lease.unlock_worker(worker)
     expected = TrialState.COMPLETE if kind == "dead" else TrialState.RUNNING
     assert states(again) == [TrialState.COMPLETE, expected]
 
