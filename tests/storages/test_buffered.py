@@ -181,7 +181,7 @@ def test_a_cohort_is_written_once_at_its_start_and_once_a_round(
     assert {trial.user_attrs["worker"] for trial in data.trials()} == {"here"}
 
 
-def test_an_end_is_durable_when_it_is_told(data: Data) -> None:
+def test_an_end_is_durable_when_tell_returns(data: Data) -> None:
     study = data.worker()
     trial, other = study.ask(SPACE), study.ask(SPACE)
     trial.report(0.5, 1)
@@ -209,7 +209,9 @@ def test_an_error_in_a_batch_does_not_lose_ends(data: Data) -> None:
     assert data.states() == "C"
 
 
-def test_nothing_gets_old(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_are_written_when_they_reach_the_maximum_age(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     study, reader = data.worker(2.0), data.worker(2.0)
@@ -276,7 +278,7 @@ def test_workers_never_share_a_number_or_an_enqueued_trial(
         assert study.get_trials() == trials
 
 
-def test_what_was_reserved_and_not_asked_for_waits(data: Data) -> None:
+def test_unused_prefetched_trials_are_waiting_afterwards(data: Data) -> None:
     study = data.worker(trial_attrs=lambda: {"worker": "here"})
     study.enqueue_trial({"layers": 3})
     study.enqueue_trial({"layers": 5})
@@ -301,7 +303,7 @@ def test_what_was_reserved_and_not_asked_for_waits(data: Data) -> None:
     assert data.states() == "RRRRW"
 
 
-def test_a_reservation_needs_a_count() -> None:
+def test_negative_arguments_raise_value_error() -> None:
     storage = BufferedStorage(InMemoryStorage())
     with pytest.raises(ValueError, match="`n_trials` must be at least 0, but got -1"):
         storage.prefetch_trials(-1).__enter__()
@@ -310,7 +312,7 @@ def test_a_reservation_needs_a_count() -> None:
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["before", "after"])
-def test_what_could_not_be_written_is_written_next_time(
+def test_changes_of_a_failed_write_are_written_by_the_next_one(
     data: Data, is_late: bool, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     study = data.worker()
@@ -344,7 +346,7 @@ def test_what_could_not_be_written_is_written_next_time(
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_a_batch_is_written_whole_or_not_at_all(kind: str, tmp_path: Path) -> None:
+def test_a_batch_is_written_completely_or_not_at_all(kind: str, tmp_path: Path) -> None:
     data = Data(kind, tmp_path)
     study = data.worker()
     with deferred(study).prefetch_trials(2):
@@ -360,7 +362,7 @@ def test_a_batch_is_written_whole_or_not_at_all(kind: str, tmp_path: Path) -> No
     assert data.states() == "CC"
 
 
-def test_a_trial_that_somebody_else_has_ended_stays_so(
+def test_a_trial_ended_by_another_process_is_not_changed(
     data: Data, log: pytest.LogCaptureFixture
 ) -> None:
     study = data.worker()
@@ -383,7 +385,7 @@ def test_a_trial_that_somebody_else_has_ended_stays_so(
     assert data.trials()[0].intermediate_values == {}
 
 
-def test_trials_that_run_elsewhere_are_written_through(data: Data) -> None:
+def test_changes_to_trials_of_other_processes_are_written_at_once(data: Data) -> None:
     study, other = data.worker(), data.worker()
     trial = study.ask(SPACE)
     storage = deferred(other)
@@ -402,7 +404,7 @@ def test_trials_that_run_elsewhere_are_written_through(data: Data) -> None:
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_attributes_are_as_they_were_and_must_be_json(kind: str, tmp_path: Path) -> None:
+def test_attributes_are_returned_unchanged_and_must_be_json(kind: str, tmp_path: Path) -> None:
     data = Data(kind, tmp_path)
     study = data.worker()
     trial, losses = study.ask(), [1.0]
@@ -448,7 +450,7 @@ def test_a_finished_trial_is_added_as_it_is(data: Data) -> None:
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
-def test_a_copy_has_everything_and_writes_nothing_twice(
+def test_a_pickled_storage_has_all_data_and_writes_nothing_twice(
     data: Data, again: Callable[[BufferedStorage], BufferedStorage]
 ) -> None:
     study = data.worker()
@@ -461,7 +463,7 @@ def test_a_copy_has_everything_and_writes_nothing_twice(
     study.tell(trial, 1.0)
 
 
-def test_a_session_leaves_nothing_unwritten(data: Data) -> None:
+def test_remove_session_writes_all_changes(data: Data) -> None:
     study = data.worker()
     study.ask(SPACE)
     assert data.trials()[0].params == {}
@@ -469,7 +471,7 @@ def test_a_session_leaves_nothing_unwritten(data: Data) -> None:
     assert data.trials()[0].params.keys() == SPACE.keys()
 
 
-def test_a_deleted_study_is_gone(data: Data) -> None:
+def test_a_deleted_study_raises_key_error(data: Data) -> None:
     study, other = data.worker(), data.worker()
     trial = study.ask(SPACE)
     other.get_trials()
@@ -483,7 +485,7 @@ def test_a_deleted_study_is_gone(data: Data) -> None:
             study.tell(trial, 1.0)
 
 
-def test_samplers_propose_the_same_through_it(data: Data) -> None:
+def test_samplers_propose_the_same_as_with_the_backend(data: Data) -> None:
     def proposals(storage: BaseStorage) -> list[dict[str, Any]]:
         study = create_study(storage=storage, sampler=TPESampler(seed=0))
         for _ in range(6):
@@ -502,7 +504,7 @@ def test_samplers_propose_the_same_through_it(data: Data) -> None:
     assert proposals(BufferedStorage(data.open())) == proposals(InMemoryStorage())
 
 
-def test_heartbeats_are_the_databases(tmp_path: Path) -> None:
+def test_heartbeats_come_from_the_database(tmp_path: Path) -> None:
     database = RDBStorage(f"sqlite:///{tmp_path / 'study.db'}", heartbeat_interval=60)
     storage = BufferedStorage(database)
     study = create_study(storage=storage)
@@ -520,7 +522,7 @@ def test_heartbeats_are_the_databases(tmp_path: Path) -> None:
     assert plain.get_heartbeat_stale_trial_callback() is None
 
 
-def test_threads_of_a_study_share_it(data: Data) -> None:
+def test_threads_of_one_study_can_share_a_storage(data: Data) -> None:
     study = data.worker()
     study.optimize(
         lambda trial: trial.suggest_float("x", 0, 1) + trial.suggest_int("n", 0, 5),

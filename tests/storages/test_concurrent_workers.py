@@ -124,7 +124,7 @@ def meet(folder: Path, name: str, count: int) -> None:
 # --- Taking over ---
 
 
-def test_a_dead_workers_trial_goes_on_here(opened: Callable[[], BaseStorage]) -> None:
+def test_a_dead_workers_trial_can_be_continued(opened: Callable[[], BaseStorage]) -> None:
     dead = worker(opened(), "dead")
     with deferred(dead).prefetch_trials(3):
         trials = [dead.ask(SPACE) for _ in range(3)]
@@ -150,7 +150,7 @@ def test_a_dead_workers_trial_goes_on_here(opened: Callable[[], BaseStorage]) ->
     assert (read.value, read.intermediate_values) == (0.25, {1: 0.5, 2: 0.25})
 
 
-def test_only_what_is_still_the_named_workers_is_taken(opened: Callable[[], BaseStorage]) -> None:
+def test_only_trials_of_the_named_worker_are_taken_over(opened: Callable[[], BaseStorage]) -> None:
     first, second, third = (worker(opened(), name) for name in ("a", "b", "c"))
     ids = [first.ask()._trial_id for _ in range(2)]
     first.enqueue_trial({"x": 1})
@@ -167,7 +167,7 @@ def test_only_what_is_still_the_named_workers_is_taken(opened: Callable[[], Base
         BufferedStorage(opened()).take_over({ids[0]: "c"})
 
 
-def test_who_was_silent_for_long_does_not_write_to_another_workers_trial(
+def test_a_worker_after_a_long_pause_cannot_change_a_trial_that_was_taken_over(
     opened: Callable[[], BaseStorage],
     monkeypatch: pytest.MonkeyPatch,
     log: pytest.LogCaptureFixture,
@@ -215,7 +215,7 @@ def take_all(data: Data, name: str, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_of_two_processes_one_gets_each_trial(
+def test_two_processes_never_take_over_the_same_trial(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, pool: Executor
 ) -> None:
     url = request.getfixturevalue("postgresql").url if kind == "postgresql" else ""
@@ -233,7 +233,7 @@ def test_of_two_processes_one_gets_each_trial(
 
 
 @pytest.mark.parametrize("kind", ["memory", "lines", "calls"])
-def test_of_many_threads_one_gets_each_trial(
+def test_many_threads_never_take_over_the_same_trial(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("optuna_nnhp.storages.generic_adapter.SETTLING_TIME", 0.1)
@@ -262,7 +262,7 @@ def test_of_many_threads_one_gets_each_trial(
 # --- No more than a study shall have ---
 
 
-def test_no_more_than_the_limit_begin(opened: Callable[[], BaseStorage]) -> None:
+def test_no_more_trials_begin_than_the_limit(opened: Callable[[], BaseStorage]) -> None:
     study = worker(opened(), "a")
     study.add_trial(create_trial(value=1.0))
     study.enqueue_trial({"layers": 3})
@@ -327,7 +327,7 @@ def check(backend: BaseStorage, numbers: list[int], most: int) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_four_processes_run_exactly_as_many_as_there_should_be(
+def test_four_processes_run_exactly_the_limit(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, pool: Executor
 ) -> None:
     url = request.getfixturevalue("postgresql").url if kind == "postgresql" else ""
@@ -342,7 +342,7 @@ def test_four_processes_run_exactly_as_many_as_there_should_be(
 
 
 @pytest.mark.parametrize("kind", ["memory", "lines"])
-def test_many_threads_run_exactly_as_many_as_there_should_be(kind: str) -> None:
+def test_many_threads_run_exactly_the_limit(kind: str) -> None:
     shared = InMemoryStorage() if kind == "memory" else Lines()
     opened = (lambda: JournalStorage(shared)) if isinstance(shared, Lines) else (lambda: shared)
     studies = [worker(opened(), f"w{n}") for n in range(4)]
@@ -352,7 +352,7 @@ def test_many_threads_run_exactly_as_many_as_there_should_be(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lines", "calls"])
-def test_what_is_too_much_waits_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_over_the_limit_are_requeued(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process starts trials between this one's look and its writing."""
     shared = Lines() if kind == "lines" else Calls()
     opened = (lambda: JournalStorage(shared)) if isinstance(shared, Lines) else (lambda: shared)
@@ -380,7 +380,7 @@ def test_what_is_too_much_waits_again(kind: str, monkeypatch: pytest.MonkeyPatch
     assert {t.user_attrs["worker"] for t in trials if t.state == TrialState.WAITING} <= {None}
 
 
-def test_of_two_that_created_too_many_the_later_ones_give_back() -> None:
+def test_created_trials_with_the_highest_numbers_are_requeued_first() -> None:
     trials = [create_trial(state=TrialState.RUNNING) for _ in range(5)]
     for number, trial in enumerate(trials):
         trial._number = trial._trial_id = number

@@ -88,7 +88,7 @@ def test_a_journal_of_one_torn_line_is_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"a,b\n1,2\n3,4", b"no journal", b'{"options": 3}\n{"op', b"x"]
 )
-def test_a_file_that_is_no_journal_stays_as_it_is(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_journal_is_not_changed(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"table\.csv cannot: table\.csv must be a journal"):
@@ -96,7 +96,7 @@ def test_a_file_that_is_no_journal_stays_as_it_is(content: bytes, tmp_path: Path
     assert path.read_bytes() == content
 
 
-def test_whoever_appends_next_removes_a_torn_line(path: Path) -> None:
+def test_the_next_append_removes_a_torn_line(path: Path) -> None:
     storage = BufferedStorage(open_journal(path))
     study = optuna.load_study(storage=storage, study_name="a")
     study.ask()
@@ -114,7 +114,7 @@ def str_storage(path: Path) -> JournalStorage:
 
 
 @pytest.mark.parametrize("behind, is_running", [(1, False), (2, False), (2, True)])
-def test_what_others_have_written_behind_a_torn_line_is_not_lost(
+def test_entries_after_a_torn_line_are_kept(
     behind: int, is_running: bool, path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     with path.open("ab") as file:
@@ -139,7 +139,7 @@ def test_what_others_have_written_behind_a_torn_line_is_not_lost(
     assert path.stat().st_size == size  # so that who has read a part of it reads on
 
 
-def test_a_damaged_journal_is_refused_by_name(path: Path) -> None:
+def test_the_error_of_a_damaged_journal_names_the_file(path: Path) -> None:
     damaged = path.read_bytes() + path.read_bytes().replace(b'"op_code"', b'"op_c')
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"study\.journal must hold one JSON object a line"):
@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_whole_lines(path: Path) -> None:
     assert path.read_bytes().endswith(b"\n")
 
 
-def test_a_journal_that_was_moved_away_is_not_begun_anew(path: Path) -> None:
+def test_appending_does_not_recreate_a_moved_journal(path: Path) -> None:
     backend = JournalFile(path)
     path.rename(path.with_suffix(".moved"))
     with pytest.raises(FileNotFoundError):
@@ -229,7 +229,7 @@ def test_a_killed_process_does_not_keep_the_lock(
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_many_that_wait_for_a_dead_process_get_the_lock_one_by_one(path: Path) -> None:
+def test_only_one_waiter_at_a_time_gets_the_lock_of_a_dead_process(path: Path) -> None:
     with holder(path) as process:
         with pytest.raises(TimeoutError):  # a lock of a living process stays
             KernelReleasedLock(str(path), timeout=0.0).acquire()
@@ -249,7 +249,7 @@ def test_many_that_wait_for_a_dead_process_get_the_lock_one_by_one(path: Path) -
     assert most == [1] * 16
 
 
-def test_plain_optuna_and_this_exclude_each_other(path: Path) -> None:
+def test_our_lock_and_optunas_exclude_each_other(path: Path) -> None:
     with holder(path, "plain"), pytest.raises(TimeoutError):
         KernelReleasedLock(str(path), timeout=0.2).acquire()
     path.with_name("study.journal.lock").unlink()
@@ -267,11 +267,13 @@ def test_plain_optuna_and_this_exclude_each_other(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ours", "plain"])
-def test_a_lock_that_looks_the_same_for_too_long_is_nobodys(kind: str, path: Path) -> None:
-    with holder(path, kind):  # it lives, but stands still
+def test_a_lock_unchanged_for_the_grace_period_is_removed(kind: str, path: Path) -> None:
+    with holder(path, kind):  # its process is alive, but does nothing
         lock = KernelReleasedLock(str(path), timeout=0.2)
         lock.grace_period = 0.3  # type: ignore[assignment]
-        with pytest.raises(TimeoutError):  # in a call that must not last, the rest in the next
+        with pytest.raises(
+            TimeoutError
+        ):  # one call waits 0.2 s; the next one continues the grace period
             lock.acquire()
         assert lock.acquire()
         with pytest.raises(TimeoutError):
@@ -279,7 +281,7 @@ def test_a_lock_that_looks_the_same_for_too_long_is_nobodys(kind: str, path: Pat
         lock.release()
 
 
-def test_who_has_lost_the_lock_leaves_it_to_the_next(
+def test_releasing_a_lost_lock_keeps_the_link_of_the_new_owner(
     path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     lock, link = KernelReleasedLock(str(path)), path.with_name("study.journal.lock")
@@ -291,7 +293,9 @@ def test_who_has_lost_the_lock_leaves_it_to_the_next(
     assert "Another process has taken the lock of study.journal away" in log.text
 
 
-def test_a_lock_works_from_anywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_works_from_any_working_directory(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(path.parent.parent)
     relative = path.relative_to(path.parent.parent)
     with get_lock_file(KernelReleasedLock(str(relative))):
@@ -300,7 +304,7 @@ def test_a_lock_works_from_anywhere(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("is_here", [True, False])
-def test_a_link_of_another_machine_is_not_judged(
+def test_a_link_of_another_machine_is_kept(
     is_here: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_here:
@@ -318,7 +322,7 @@ def test_a_link_of_another_machine_is_not_judged(
             lock.acquire()
 
 
-def test_a_file_system_without_flock_has_optunas_lock_alone(
+def test_without_flock_only_optunas_lock_is_used(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fcntl

@@ -97,7 +97,7 @@ def test_another_machine_s_worker_is_dead_once_its_lease_is_not_renewed(
     assert not lease.is_dead("far")
 
 
-def test_other_clocks_do_not_matter_except_by_hours(study: optuna.Study, clock: Clock) -> None:
+def test_clock_differences_below_an_hour_do_not_matter(study: optuna.Study, clock: Clock) -> None:
     lease = lease_of(study)
     for minutes in (-50, 50):
         write(study, "far", at=time.time() + 60 * minutes)
@@ -109,7 +109,9 @@ def test_other_clocks_do_not_matter_except_by_hours(study: optuna.Study, clock: 
 
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["minutes", "hours"])
-def test_nobody_dies_of_an_outage(study: optuna.Study, clock: Clock, is_old: bool) -> None:
+def test_no_worker_is_dead_because_of_an_outage(
+    study: optuna.Study, clock: Clock, is_old: bool
+) -> None:
     lease = lease_of(study)
     write(study, "far", renewals=1)
     assert not lease.is_dead("far")
@@ -135,7 +137,9 @@ def test_nobody_dies_of_an_outage(study: optuna.Study, clock: Clock, is_old: boo
 
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["minutes", "hours"])
-def test_who_died_in_an_outage_is_missed(study: optuna.Study, clock: Clock, is_old: bool) -> None:
+def test_a_worker_that_died_in_an_outage_is_dead_after_it(
+    study: optuna.Study, clock: Clock, is_old: bool
+) -> None:
     lease = lease_of(study)
     write(study, "far", at=time.time() - 7200 * is_old)
     with away(lease):
@@ -147,7 +151,7 @@ def test_who_died_in_an_outage_is_missed(study: optuna.Study, clock: Clock, is_o
 
 
 @pytest.mark.parametrize("is_away", [False, True])
-def test_between_two_looks_renewals_tell_of_an_outage(
+def test_renewals_notice_an_outage_between_two_readings(
     study: optuna.Study, clock: Clock, is_away: bool
 ) -> None:
     lease = lease_of(study)
@@ -161,7 +165,7 @@ def test_between_two_looks_renewals_tell_of_an_outage(
     assert lease.is_dead("far") != is_away
 
 
-def test_who_is_gone_from_this_machine_is_dead_in_an_outage_too(
+def test_a_killed_worker_of_this_machine_is_dead_in_an_outage_too(
     study: optuna.Study, clock: Clock
 ) -> None:
     lease = lease_of(study)
@@ -184,7 +188,7 @@ class Locked(InMemoryStorage):
         super().set_study_system_attr(study_id, key, value)
 
 
-def test_the_first_writing_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_first_lease_is_written_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_RETRY_INTERVAL", 0.02)
     storage = Locked()
     lease = lease_of(optuna.create_study(storage=storage))
@@ -201,7 +205,7 @@ def test_the_first_writing_is_tried_again_soon(monkeypatch: pytest.MonkeyPatch) 
             assert lease._renewals == renewals  # from then on after the usual interval
 
 
-def test_who_has_ended_is_dead_at_once(study: optuna.Study) -> None:
+def test_a_worker_that_has_ended_is_dead_at_once(study: optuna.Study) -> None:
     worker = new_worker_name()
     with lease_of(study, worker):
         assert not lease_of(study).is_dead(worker)
@@ -209,7 +213,7 @@ def test_who_has_ended_is_dead_at_once(study: optuna.Study) -> None:
     assert set(lease_of(study).read()) == {worker}
 
 
-def test_this_process_s_other_work_lives(study: optuna.Study) -> None:
+def test_other_workers_of_this_process_are_alive(study: optuna.Study) -> None:
     with lease_of(study, "one") as one, lease_of(study, "two") as two:
         assert not one.is_dead("two")
         assert not two.is_dead("one")
@@ -321,7 +325,7 @@ time.sleep(60)
 """
 
 
-def test_where_no_file_can_be_locked_leases_tell(
+def test_leases_are_used_if_no_file_can_be_locked(
     study: optuna.Study, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_lock_folder", lambda: None)
@@ -347,7 +351,7 @@ def test_a_folder_of_another_user_is_not_used(
     assert machine_id() == process_id()
 
 
-def test_a_storage_that_is_away_is_no_reason_to_end(study: optuna.Study) -> None:
+def test_a_lease_ends_without_error_in_an_outage(study: optuna.Study) -> None:
     lease = lease_of(study, renewal_interval=0.02)
     write(study, "far")
     with lease:

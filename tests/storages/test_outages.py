@@ -164,9 +164,7 @@ def deferred(study: Study) -> BufferedStorage:
 # --- What goes on ---
 
 
-def test_training_goes_on_while_the_storage_is_away(
-    place: Place, log: pytest.LogCaptureFixture
-) -> None:
+def test_training_continues_in_an_outage(place: Place, log: pytest.LogCaptureFixture) -> None:
     study = place.worker()
     storage = deferred(study)
     study.set_user_attr("known", 1)
@@ -213,7 +211,7 @@ def test_training_goes_on_while_the_storage_is_away(
     assert study.ask().number == 3
 
 
-def test_what_needs_an_answer_says_that_there_is_none(place: Place) -> None:
+def test_calls_that_need_an_answer_raise_storage_unavailable(place: Place) -> None:
     study = place.worker()
     storage = deferred(study)
     study.enqueue_trial({"rate": 0.5})
@@ -267,7 +265,7 @@ def test_an_outage_while_trials_are_taken_over_is_no_error(place: Place, tmp_pat
     assert (trial.user_attrs["worker"], trial.user_attrs[CHECKPOINT]) == ("here", "gone")
 
 
-def test_a_restart_between_two_calls_is_not_even_noticed(
+def test_a_restart_between_two_calls_causes_no_outage(
     postgresql: Database, tmp_path: Path, request: pytest.FixtureRequest, log: Any
 ) -> None:
     place = Place("postgresql", tmp_path, request)
@@ -325,7 +323,7 @@ def test_a_trial_is_not_lost_between_its_start_and_the_answer(
     assert {t.user_attrs["worker"] for t in read} == {"here"}
 
 
-def test_trials_that_were_started_after_all_are_used_first(
+def test_trials_whose_start_was_in_doubt_are_used_first(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = place.worker()
@@ -351,7 +349,7 @@ def test_trials_that_were_started_after_all_are_used_first(
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", ["memory", "journal", "sqlite"])
-def test_outages_at_random_lose_nothing(
+def test_random_outages_lose_nothing(
     kind: str,
     seed: int,
     tmp_path: Path,
@@ -492,7 +490,7 @@ def test_a_disk_that_is_full_can_be_read(
 # --- When ---
 
 
-def test_attempts_are_made_when_they_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_follow_the_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, attempts, slept = 1000.0, list[float](), list[float]()
 
     def sleep(seconds: float) -> None:
@@ -525,13 +523,13 @@ def test_attempts_are_made_when_they_are_due(monkeypatch: pytest.MonkeyPatch) ->
     assert not storage.wait_until_available(math.inf, lambda: len(asked) > 3 or asked.append(1))  # type: ignore[func-returns-value]
 
 
-def test_a_storage_that_is_there_is_not_waited_for() -> None:
+def test_waiting_for_an_available_storage_returns_at_once() -> None:
     storage = BufferedStorage(InMemoryStorage())
     assert storage.is_available
     assert storage.wait_until_available(0.0, lambda: True)
 
 
-def test_an_old_connection_fails_once(log: pytest.LogCaptureFixture) -> None:
+def test_a_stale_connection_is_retried_once(log: pytest.LogCaptureFixture) -> None:
     calls = list[int]()
 
     def question() -> int:
@@ -592,7 +590,7 @@ def wrapped(cause: Exception) -> Exception:
         (DuplicatedStudyError("study"), False),
     ],
 )
-def test_outages_and_errors_are_told_apart(error: Exception, expected: bool) -> None:
+def test_outages_and_errors_are_distinguished(error: Exception, expected: bool) -> None:
     assert is_outage(error) == expected
 
     def question() -> None:
@@ -605,7 +603,7 @@ def test_outages_and_errors_are_told_apart(error: Exception, expected: bool) -> 
 @pytest.mark.parametrize(
     "module, name", [("grpc", "RpcError"), ("redis.exceptions", "RedisError")]
 )
-def test_drivers_that_may_not_be_installed(
+def test_errors_of_optional_drivers_are_outages(
     module: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failed(Exception):
@@ -620,7 +618,7 @@ def test_drivers_that_may_not_be_installed(
     assert outage_reason(Failed()) == "failed to connect to postgresql://me:***@host/db"
 
 
-def test_errors_are_raised_as_ever(place: Place) -> None:
+def test_errors_of_a_working_storage_are_raised_unchanged(place: Place) -> None:
     study = place.worker()
     storage = deferred(study)
     trial = study.ask(SPACE)
@@ -644,7 +642,7 @@ def test_errors_are_raised_as_ever(place: Place) -> None:
     assert storage.is_available
 
 
-def test_an_answer_that_is_no_is_an_answer(log: pytest.LogCaptureFixture) -> None:
+def test_a_rejection_ends_an_outage(log: pytest.LogCaptureFixture) -> None:
     breaker, errors = CircuitBreaker(), [OSError("away"), KeyError("no such study")]
 
     def question() -> None:
@@ -658,7 +656,7 @@ def test_an_answer_that_is_no_is_an_answer(log: pytest.LogCaptureFixture) -> Non
     assert breaker.is_available
 
 
-def test_a_note_of_a_study_that_was_deleted_meanwhile_is_dropped(
+def test_a_pending_attribute_of_a_deleted_study_is_discarded(
     place: Place, log: pytest.LogCaptureFixture
 ) -> None:
     study = place.worker()
@@ -670,7 +668,7 @@ def test_a_note_of_a_study_that_was_deleted_meanwhile_is_dropped(
     assert "Discarded the attribute 'note' of a study" in log.text
 
 
-def test_passwords_are_hidden_wherever_a_driver_puts_them(log: pytest.LogCaptureFixture) -> None:
+def test_passwords_in_errors_of_drivers_are_hidden(log: pytest.LogCaptureFixture) -> None:
     def question() -> None:
         raise OSError("FATAL: no user with password hunter2 at host\nDETAIL: hunter2")
 

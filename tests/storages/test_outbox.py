@@ -85,7 +85,7 @@ def same(a: object, b: object) -> bool:
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
-def test_the_next_run_writes_what_was_kept(
+def test_the_next_run_replays_the_outbox(
     place: Place, box: Path, log: pytest.LogCaptureFixture
 ) -> None:
     path = give_up(place, box)
@@ -115,7 +115,7 @@ def test_the_next_run_writes_what_was_kept(
     assert study.get_trials()[3].intermediate_values == {7: -math.inf}
 
 
-def test_what_has_ended_elsewhere_stays_so(
+def test_a_trial_that_has_ended_is_not_changed_by_the_replay(
     place: Place, box: Path, log: pytest.LogCaptureFixture
 ) -> None:
     give_up(place, box)
@@ -134,7 +134,7 @@ def test_what_has_ended_elsewhere_stays_so(
     assert list(box.iterdir()) == []
 
 
-def test_what_was_written_after_all_is_not_written_again(
+def test_operations_that_were_written_are_not_repeated(
     place: Place, box: Path, log: pytest.LogCaptureFixture
 ) -> None:
     path = give_up(place, box)
@@ -146,7 +146,7 @@ def test_what_was_written_after_all_is_not_written_again(
     assert "Discarded" not in log.text
 
 
-def test_a_file_goes_if_the_storage_comes_back_in_time(place: Place, box: Path) -> None:
+def test_the_outbox_is_deleted_if_its_changes_are_written(place: Place, box: Path) -> None:
     study = place.worker()
     storage = deferred(study)
     trial = study.ask(SPACE)
@@ -175,7 +175,7 @@ def test_a_file_of_a_worker_that_lives_is_not_replayed(place: Place, box: Path) 
     assert replay_outbox(other, box) == 4
 
 
-def test_nothing_goes_while_the_storage_is_away(place: Place, box: Path) -> None:
+def test_the_outbox_is_kept_in_an_outage(place: Place, box: Path) -> None:
     path = give_up(place, box)
     study = place.worker("other")
     with place.away(), pytest.raises(StorageUnavailable):
@@ -243,7 +243,9 @@ def test_a_damaged_file_is_refused_and_stays(
         ("completed", None),
     ],
 )
-def test_a_file_with_the_right_checksum_can_be_wrong(name: str, value: object, box: Path) -> None:
+def test_an_invalid_file_with_the_right_checksum_is_refused(
+    name: str, value: object, box: Path
+) -> None:
     path = write_outbox(box, Outbox("a", [ended(1.0)]))
     whole = json.loads(path.read_text(encoding="utf-8"))
     whole["content"]["operations"][0][name] = value
@@ -255,7 +257,7 @@ def test_a_file_with_the_right_checksum_can_be_wrong(name: str, value: object, b
         read_outbox(path)
 
 
-def test_what_belongs_to_other_storages_stays(storage: BufferedStorage, box: Path) -> None:
+def test_an_outbox_of_another_storage_is_kept(storage: BufferedStorage, box: Path) -> None:
     path = write_outbox(box, Outbox("a", [ended(1.0), ended(2.0, "elsewhere")]))
     assert replay_outbox(storage, box) == 1
     assert path.exists()
@@ -265,7 +267,7 @@ def test_what_belongs_to_other_storages_stays(storage: BufferedStorage, box: Pat
     assert replay_outbox(storage, box.parent / "nowhere") == 0
 
 
-def test_a_trial_that_is_no_more_is_named(
+def test_a_warning_names_a_trial_that_does_not_exist(
     storage: BufferedStorage, box: Path, log: pytest.LogCaptureFixture
 ) -> None:
     write_outbox(box, Outbox("a", [saved(TrialChange(user_attrs={"x": 1}), 7)]))
@@ -282,7 +284,7 @@ def test_a_workers_name_cannot_leave_the_folder(tmp_path: Path) -> None:
     assert read_outbox(path).worker == worker
 
 
-def test_an_unmarked_worker_can_keep_and_replay(
+def test_a_worker_without_name_can_save_and_replay_an_outbox(
     tmp_path: Path, request: pytest.FixtureRequest, box: Path
 ) -> None:
     place = Place("journal", tmp_path, request)

@@ -24,7 +24,7 @@ from tests.tiny import trials
 from tests.tiny import tune
 
 
-def test_a_study_runs_and_goes_on(postgresql: Database, folder: Path) -> None:
+def test_a_study_can_be_resumed(postgresql: Database, folder: Path) -> None:
     X, y = numbers()
     first = tune(X, y, storage=postgresql.url, n_trials=4, cohort_size=2)
     course = courses(first)
@@ -74,7 +74,7 @@ def work(url: str, name: str, ready: Barrier) -> list[int]:
     return numbers
 
 
-def test_four_workers_survive_that_the_database_is_killed(
+def test_four_workers_finish_although_the_database_is_killed(
     postgresql: Database, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(circuit_breaker, "FIRST_PAUSE", 0.05)

@@ -52,7 +52,7 @@ def others(storage: RDBStorage, count: int) -> tuple[int, list[int]]:
     return study._study_id, [study.ask()._trial_id for _ in range(count)]
 
 
-def test_what_others_run_is_read_again_only_after_a_while(
+def test_running_trials_of_others_are_read_again_after_the_interval(
     storage: RDBStorage, clock: Clock
 ) -> None:
     study, (first, second) = others(storage, 2)
@@ -66,7 +66,7 @@ def test_what_others_run_is_read_again_only_after_a_while(
     assert again.intermediate_values == {1: 0.5}
 
 
-def test_the_first_reading_of_a_long_study_does_not_count(
+def test_the_first_reading_of_a_long_study_does_not_extend_the_interval(
     storage: RDBStorage, clock: Clock
 ) -> None:
     study, ids = others(storage, 3)
@@ -76,7 +76,7 @@ def test_the_first_reading_of_a_long_study_does_not_count(
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING])
-def test_what_has_changed_its_state_is_read_at_once(
+def test_trials_with_a_new_state_are_read_at_once(
     storage: RDBStorage, clock: Clock, state: TrialState
 ) -> None:
     study, (first, second) = others(storage, 2)
@@ -97,9 +97,7 @@ def test_new_trials_are_read_at_once(storage: RDBStorage, clock: Clock) -> None:
     assert [t._trial_id for t in adapter.read(study, {first}, first)] == [new]
 
 
-def test_what_has_ended_meanwhile_and_was_never_read_is_read(
-    storage: RDBStorage, clock: Clock
-) -> None:
+def test_ended_trials_that_were_never_read_are_read(storage: RDBStorage, clock: Clock) -> None:
     study, (first, second) = others(storage, 2)
     adapter = RdbAdapter(storage)
     adapter.read(study, {first}, second)
@@ -108,9 +106,7 @@ def test_what_has_ended_meanwhile_and_was_never_read_is_read(
     assert [(t._trial_id, t.state) for t in found] == [(second, TrialState.FAIL)]
 
 
-def test_who_takes_a_trial_over_reads_what_its_last_owner_wrote(
-    storage: RDBStorage, clock: Clock
-) -> None:
+def test_a_takeover_reads_the_values_of_the_last_owner(storage: RDBStorage, clock: Clock) -> None:
     study, (first,) = others(storage, 1)
     storage.set_trial_user_attr(first, "worker", "gone")
     adapter = RdbAdapter(storage)
@@ -164,8 +160,8 @@ def test_an_end_is_written_once_and_recognized_by_its_token(storage: RDBStorage)
     assert adapter.apply([op]) == [Applied(first, is_repeated=True)]
     (same_values,) = adapter.apply([Op(study, first, change)])  # of another process
     assert isinstance(same_values, UpdateFinishedTrialError)
-    nobodys, unknown = adapter.apply([Op(study, 10**6, change), Op(10**6, None, START)])
-    assert isinstance(nobodys, KeyError) and isinstance(unknown, KeyError)
+    no_trial, no_study = adapter.apply([Op(study, 10**6, change), Op(10**6, None, START)])
+    assert isinstance(no_trial, KeyError) and isinstance(no_study, KeyError)
     # Operations on one trial follow each other: it waits, and is started again.
     waits = Op(study, second, TrialChange(state=TrialState.WAITING))
     starts = Op(study, second, START, if_state=(TrialState.WAITING,))
