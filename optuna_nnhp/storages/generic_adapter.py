@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from optuna.trial import create_trial
 
-from optuna_nnhp.storages.operations import TOKEN
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.operations import Applied
 from optuna_nnhp.storages.operations import Op
@@ -96,14 +95,11 @@ class GenericAdapter:
             return StudyCounts()
         if op.study_id not in counts:
             trials = self._storage.get_all_trials(op.study_id, deepcopy=False)
-            begun = sum(trial.state != TrialState.WAITING for trial in trials)
-            counts[op.study_id] = StudyCounts(begun, len(trials))
+            counts[op.study_id] = StudyCounts.of(trials)
         return counts[op.study_id]
 
     def _status(self, trial_id: int) -> TrialStatus:
-        trial = self._storage.get_trial(trial_id)
-        owner, token = trial.user_attrs.get(WORKER), trial.system_attrs.get(TOKEN)
-        return TrialStatus(trial.state, owner, token)
+        return TrialStatus.of(self._storage.get_trial(trial_id))
 
     def _create(self, op: Op) -> Outcome:
         change = op.signed_change

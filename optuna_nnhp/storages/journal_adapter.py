@@ -13,7 +13,6 @@ from optuna.distributions import distribution_to_json
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
 
 from optuna_nnhp.storages._optuna_internals import JournalOperation
 from optuna_nnhp.storages._optuna_internals import JournalState
@@ -22,8 +21,6 @@ from optuna_nnhp.storages._optuna_internals import journal_lock
 from optuna_nnhp.storages._optuna_internals import journal_path
 from optuna_nnhp.storages.journal_file import append
 from optuna_nnhp.storages.journal_file import encode
-from optuna_nnhp.storages.operations import TOKEN
-from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.operations import Applied
 from optuna_nnhp.storages.operations import Op
 from optuna_nnhp.storages.operations import Operation
@@ -77,15 +74,12 @@ class JournalAdapter:
         trials, studies = dict[int, TrialStatus](), dict[int, StudyCounts]()
         for op in ops:
             if isinstance(op, Op) and op.trial_id in self._journal.trials:
-                trial = self._journal.trials[op.trial_id]
-                owner, token = trial.user_attrs.get(WORKER), trial.system_attrs.get(TOKEN)
-                trials[op.trial_id] = TrialStatus(trial.state, owner, token)
+                trials[op.trial_id] = TrialStatus.of(self._journal.trials[op.trial_id])
             needs_study = not isinstance(op, Op) or op.trial_id is None or op.limit is not None
             if needs_study and op.study_id not in studies:
                 known = self._journal.trials_of(op.study_id)
                 if known is not None:
-                    begun = sum(trial.state != TrialState.WAITING for trial in known)
-                    studies[op.study_id] = StudyCounts(begun, len(known))
+                    studies[op.study_id] = StudyCounts.of(known)
         return plan(ops, trials, studies)
 
     def read(self, study_id: int, unfinished: set[int], last_trial_id: int) -> list[FrozenTrial]:

@@ -228,6 +228,11 @@ class TrialStatus(NamedTuple):
     owner: object
     token: object
 
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> TrialStatus:
+        """Return the status of a trial as the storage returns it."""
+        return cls(trial.state, trial.user_attrs.get(WORKER), trial.system_attrs.get(TOKEN))
+
 
 @dataclass
 class StudyCounts:
@@ -235,6 +240,11 @@ class StudyCounts:
 
     begun: int = 0
     created: int = 0
+
+    @classmethod
+    def of(cls, trials: Sequence[FrozenTrial]) -> StudyCounts:
+        """Count all trials of a study."""
+        return cls(sum(trial.state != TrialState.WAITING for trial in trials), len(trials))
 
 
 @dataclass
