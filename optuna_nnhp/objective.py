@@ -17,7 +17,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from torch import nn
 
-from optuna_nnhp.engine.threads import single_threaded_blas
+from optuna_nnhp.engine.library import single_threaded_blas
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.study.environment import ENVIRONMENT
 from optuna_nnhp.study.environment import record_environment
@@ -27,7 +27,7 @@ from optuna_nnhp.study.running import suggest
 from optuna_nnhp.templates import DEFAULT_TEMPLATE
 from optuna_nnhp.templates import make_problem
 from optuna_nnhp.training.cohort import Cohort
-from optuna_nnhp.training.run_to_end import run_to_end
+from optuna_nnhp.training.cohort import run_to_end
 from optuna_nnhp.training.weight_files import BestWeights
 
 Direction = Literal["maximize", "minimize"]

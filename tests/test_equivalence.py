@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters import width
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.networks import mlp
+from optuna_nnhp.training.batches import batch_order
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores

@@ -8,7 +8,6 @@ from optuna_nnhp.data.frames import as_target as as_target
 from optuna_nnhp.data.frames import check_consistent_length as check_consistent_length
 from optuna_nnhp.data.frames import read_csv as read_csv
 from optuna_nnhp.data.preprocessor import Preprocessor as Preprocessor
-from optuna_nnhp.data.splits import batch_order as batch_order
 from optuna_nnhp.data.splits import train_validation_split as train_validation_split
 from optuna_nnhp.data.supervised import SupervisedData as SupervisedData
 from optuna_nnhp.data.supervised import prepare_table as prepare_table

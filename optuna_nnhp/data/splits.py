@@ -1,4 +1,4 @@
-"""Split rows into a training and a validation part, and order the training rows."""
+"""Split rows into a training and a validation part."""
 
 from __future__ import annotations
 
@@ -109,40 +109,6 @@ def train_validation_split(
     tables = [X.iloc[rows].reset_index(drop=True) for rows in (train_rows, valid_rows)]
     labels = [y.iloc[rows].reset_index(drop=True) for rows in (train_rows, valid_rows)]
     return tables[0], labels[0], tables[1], labels[1]
-
-
-def batch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order in which an epoch visits the training rows.
-
-    It is a function of seed and epoch alone, so a resumed or replayed training visits the same
-    rows. Source: NumPy's SeedSequence with the epoch as spawn key, and PCG64
-    (https://numpy.org/doc/stable/reference/random/parallel.html).
-
-    Args:
-        n:
-            How many rows there are.
-        seed:
-            Not negative.
-        epoch:
-            Counted from 0.
-
-    Returns:
-        A permutation of the rows, **shape** (n,).
-
-    Raises:
-        ValueError:
-            If ``n`` is below 1, or seed or epoch is negative.
-
-    Example:
-        >>> sorted(batch_order(4, seed=0, epoch=1).tolist())
-        [0, 1, 2, 3]
-    """
-    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("epoch", epoch, 0)):
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
-    # A spawn key, not seed + epoch, so that seeds 1, 2, ... do not share orders.
-    sequence = np.random.SeedSequence(seed, spawn_key=(epoch,))
-    return np.random.Generator(np.random.PCG64(sequence)).permutation(n)
 
 
 def _check_part_sizes(y: pd.Series[Any], codes: NDArray[np.int64] | None, valid: int) -> None:

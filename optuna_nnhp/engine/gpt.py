@@ -23,10 +23,10 @@ from torch import Tensor
 
 from optuna_nnhp.engine.library import CFunction
 from optuna_nnhp.engine.library import CStructure
+from optuna_nnhp.engine.library import available_threads
 from optuna_nnhp.engine.library import check_range
 from optuna_nnhp.engine.library import load_engine
 from optuna_nnhp.engine.library import run_on_threads
-from optuna_nnhp.engine.threads import available_threads
 from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.layers import StackedModule

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from optuna_nnhp.engine.library import CFunction
 from optuna_nnhp.engine.library import CStructure
+from optuna_nnhp.engine.library import available_threads
 from optuna_nnhp.engine.library import check_range
 from optuna_nnhp.engine.library import load_engine
 from optuna_nnhp.engine.library import run_on_threads
-from optuna_nnhp.engine.threads import available_threads
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.optimizer import UpdateCoefficients

@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 import torch
 from torch import nn
 
-from optuna_nnhp.engine.threads import single_threaded_blas
+from optuna_nnhp.engine.library import single_threaded_blas
 from optuna_nnhp.errors import unknown_name
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.open_storage import check_storage_exists

@@ -25,7 +25,7 @@ from optuna_nnhp.storages._optuna_internals import shallow_copy_trial
 from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.generic_adapter import GenericAdapter
-from optuna_nnhp.storages.journal_adapter import JournalAdapter
+from optuna_nnhp.storages.journal_file import JournalAdapter
 from optuna_nnhp.storages.operations import REQUEUED_BY
 from optuna_nnhp.storages.operations import TOKEN
 from optuna_nnhp.storages.operations import Op

@@ -15,13 +15,11 @@ from typing import NamedTuple
 import optuna
 import torch
 
-from optuna_nnhp.engine import gpt
-from optuna_nnhp.engine.mlp import load_library
-from optuna_nnhp.engine.threads import available_threads
+from optuna_nnhp.engine.library import available_threads
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.run_to_end import run_to_end
+from optuna_nnhp.training.cohort import run_to_end
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -69,7 +67,7 @@ def measure_throughput(problem: Problem, leader: Member, most: int) -> Throughpu
             Trials that memory allows.
     """
     parts = [torch.__version__, torch.get_num_threads(), problem.signature(leader)]
-    parts += [MEASUREMENT, load_library() is not None, gpt.load_library() is not None]
+    parts += [MEASUREMENT, problem.uses_compiled_engine()]
     parts += [problem.description["fingerprint"], str(getattr(problem, "device", "cpu"))]
     parts += [getattr(problem, "compile", False)]
     key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
@@ -91,7 +89,6 @@ def measure_seconds_per_step(shape: str, make: Callable[[], Cohort]) -> float:
             Makes a cohort of one.
     """
     parts = [torch.__version__, torch.get_num_threads(), MEASUREMENT, shape]
-    parts += [gpt.load_library() is not None]
     key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
     if key not in _known:
         _known.update(_read_cache())

@@ -19,7 +19,7 @@ from optuna import Trial
 from optuna.trial import FrozenTrial
 import torch
 
-from optuna_nnhp.engine.threads import available_threads
+from optuna_nnhp.engine.library import available_threads
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.problem import Problem

@@ -17,7 +17,7 @@ from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_nnhp.engine.threads import single_threaded_blas
+from optuna_nnhp.engine.library import single_threaded_blas
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.search.grid import MAX_GRID_POINTS
 from optuna_nnhp.search.grid import Grid

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp import rng
-from optuna_nnhp.engine.threads import single_threaded_blas
+from optuna_nnhp.engine.library import single_threaded_blas
 from optuna_nnhp.errors import short_repr
 from optuna_nnhp.study.autotune import seconds_per_step
 from optuna_nnhp.study.budget import Budget
@@ -32,9 +32,9 @@ from optuna_nnhp.study.running import params_for_retraining
 from optuna_nnhp.study.running import schedule_of
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
+from optuna_nnhp.training.cohort import ended_members
+from optuna_nnhp.training.cohort import run_to_end
 from optuna_nnhp.training.retrain import retrain
-from optuna_nnhp.training.run_to_end import ended_members
-from optuna_nnhp.training.run_to_end import run_to_end
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

@@ -16,7 +16,7 @@ import time
 import optuna
 from optuna import Study
 
-from optuna_nnhp.engine.threads import single_threaded_blas
+from optuna_nnhp.engine.library import single_threaded_blas
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.lease import Lease
@@ -33,8 +33,6 @@ from optuna_nnhp.study.checkpoints import load_newest_checkpoint
 from optuna_nnhp.study.environment import record_environment
 from optuna_nnhp.study.failures import CohortError
 from optuna_nnhp.study.failures import FailureBisector
-from optuna_nnhp.study.history import BestTrials
-from optuna_nnhp.study.history import StudyHistory
 from optuna_nnhp.study.open_study import worker_name
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.policies import MakePolicy
@@ -45,7 +43,9 @@ from optuna_nnhp.study.recovery import Recovery
 from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.study.running import FairQueue
 from optuna_nnhp.study.trial_finisher import REPORT_INTERVAL
+from optuna_nnhp.study.trial_finisher import BestTrials
 from optuna_nnhp.study.trial_finisher import Callback
+from optuna_nnhp.study.trial_finisher import StudyHistory
 from optuna_nnhp.study.trial_finisher import TrialFinisher
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Cohort

@@ -325,7 +325,8 @@ class GPTTemplate(Template):
 
     def seconds_per_step(self, member: Member) -> float:
         """Return the seconds of a step of one trial, measured once for each shape."""
-        key = repr((self._static_signature(member), str(self.device), self.compile))
+        static = self._static_signature(member)
+        key = repr((static, str(self.device), self.compile, self.uses_compiled_engine()))
         return measure_seconds_per_step(key, lambda: self._cohort([member], iterations=10**6))
 
     def memory(self, member: Member) -> int:

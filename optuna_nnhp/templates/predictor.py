@@ -27,6 +27,7 @@ from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.templates.model_files import write_model_files
 from optuna_nnhp.training.metrics import METRICS
 from optuna_nnhp.training.metrics import Metric
+from optuna_nnhp.training.metrics import to_target_units
 
 # The most numbers and rows of a prediction's batch.
 MAX_BATCH_NUMBERS, MAX_BATCH_ROWS = 2**22, 65536
@@ -197,16 +198,3 @@ def _restore_preprocessor(state: Mapping[str, Any]) -> InputPreprocessor:
     if "kind" in state and state["kind"] == ARRAY_KIND:
         return ArrayPreprocessor.from_json(state)
     return Preprocessor.from_json(state)
-
-
-def to_target_units(target: Target, outputs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert outputs and targets for metrics: numbers in their own units, float64.
-
-    Shape:
-        - outputs: ``(k, rows, classes)``, unchanged; or ``(k, rows, 1)``, to ``(k, rows)``.
-        - truth: ``(rows,)``.
-    """
-    if target.task != "regression":
-        return outputs, truth
-    numbers = outputs.squeeze(-1).double() * target.scale + target.mean
-    return numbers, truth.double() * target.scale + target.mean

@@ -34,7 +34,6 @@ from optuna_nnhp.study.problem import TrialTooLarge
 from optuna_nnhp.templates.base import Template
 from optuna_nnhp.templates.predictor import Predictor
 from optuna_nnhp.templates.predictor import restore_predictor
-from optuna_nnhp.templates.predictor import to_target_units
 from optuna_nnhp.training.cohort import Arrays
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
@@ -43,6 +42,7 @@ from optuna_nnhp.training.device import free_memory
 from optuna_nnhp.training.device import resolve_device
 from optuna_nnhp.training.metrics import Metric
 from optuna_nnhp.training.metrics import resolve_metric
+from optuna_nnhp.training.metrics import to_target_units
 from optuna_nnhp.training.torch_compile import check_compile
 
 CONTINUOUS_METRICS = ("log_loss",)  # of those for classes

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 import torch
 from torch import Tensor
 
 from optuna_nnhp import rng
-from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
 from optuna_nnhp.networks.noise import DropoutNoise
 
@@ -65,6 +66,40 @@ def epochs(done: int, rounds: int) -> int | float:
         (2, 0.3333)
     """
     return done // rounds if done % rounds == 0 else round(done / rounds, 4)
+
+
+def batch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the order in which an epoch visits the training rows.
+
+    It is a function of seed and epoch alone, so a resumed or replayed training visits the same
+    rows. Source: NumPy's SeedSequence with the epoch as spawn key, and PCG64
+    (https://numpy.org/doc/stable/reference/random/parallel.html).
+
+    Args:
+        n:
+            How many rows there are.
+        seed:
+            Not negative.
+        epoch:
+            Counted from 0.
+
+    Returns:
+        A permutation of the rows, **shape** (n,).
+
+    Raises:
+        ValueError:
+            If ``n`` is below 1, or seed or epoch is negative.
+
+    Example:
+        >>> sorted(batch_order(4, seed=0, epoch=1).tolist())
+        [0, 1, 2, 3]
+    """
+    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("epoch", epoch, 0)):
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
+    # A spawn key, not seed + epoch, so that seeds 1, 2, ... do not share orders.
+    sequence = np.random.SeedSequence(seed, spawn_key=(epoch,))
+    return np.random.Generator(np.random.PCG64(sequence)).permutation(n)
 
 
 class RoundKeyedNoise:

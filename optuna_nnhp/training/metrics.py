@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_nnhp.data.target import Target
 from optuna_nnhp.errors import short_repr
 from optuna_nnhp.errors import unknown_name
 
@@ -417,3 +418,16 @@ def _as_number(value: Any, name: str) -> float:
     if not isinstance(value, Real):
         raise ValueError(f"The metric {name!r} must return a number, but got {short_repr(value)}.")
     return float(value)
+
+
+def to_target_units(target: Target, outputs: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert outputs and targets for metrics: numbers in their own units, float64.
+
+    Shape:
+        - outputs: ``(k, rows, classes)``, unchanged; or ``(k, rows, 1)``, to ``(k, rows)``.
+        - truth: ``(rows,)``.
+    """
+    if target.task != "regression":
+        return outputs, truth
+    numbers = outputs.squeeze(-1).double() * target.scale + target.mean
+    return numbers, truth.double() * target.scale + target.mean

@@ -19,7 +19,7 @@ from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import NumericsContext
 from optuna_nnhp.training.cohort import Scores
-from optuna_nnhp.training.run_to_end import run_to_end
+from optuna_nnhp.training.cohort import run_to_end
 
 
 @dataclass(frozen=True)

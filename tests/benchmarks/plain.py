@@ -28,7 +28,7 @@ from optuna_nnhp.hyperparameters.weight_init import initial_weight
 from optuna_nnhp.networks.mlp import build_mlp
 from optuna_nnhp.study.running import suggest
 from optuna_nnhp.templates.dnn import DNNTemplate
-from optuna_nnhp.templates.predictor import to_target_units
+from optuna_nnhp.training.metrics import to_target_units
 from tests.benchmarks.common import peak_memory
 from tests.benchmarks.sides import Settings
 from tests.benchmarks.sides import Side

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from optuna_nnhp.data.splits import batch_order
 from optuna_nnhp.data.splits import train_validation_split
 
 
@@ -104,31 +103,3 @@ def test_invalid_splits_are_rejected(
 def test_invalid_seeds_are_rejected(seed: int) -> None:
     with pytest.raises(ValueError, match="`seed` must be from 0"):
         train_validation_split(table(4), pd.Series([0, 1, 0, 1]), 0.5, "binary", seed)
-
-
-def test_batch_order_is_a_permutation() -> None:
-    order = batch_order(1000, seed=1, epoch=2)
-    assert order.dtype == np.int64
-    assert order.shape == (1000,)
-    np.testing.assert_array_equal(np.sort(order), np.arange(1000))
-    np.testing.assert_array_equal(order, batch_order(1000, seed=1, epoch=2))
-    orders = {batch_order(1000, s, e).tobytes() for s in range(5) for e in range(5)}
-    assert len(orders) == 25
-
-
-def test_batch_order_does_not_change_between_versions() -> None:
-    # A resumed study depends on it; the numbers are NumPy 2.4's.
-    assert batch_order(8, seed=7, epoch=3).tolist() == [3, 6, 7, 2, 5, 0, 1, 4]
-
-
-@pytest.mark.parametrize(
-    ("n", "seed", "epoch", "message"),
-    [
-        (0, 0, 0, "`n` must be at least 1, but got 0"),
-        (5, -1, 0, "`seed` must be at least 0, but got -1"),
-        (5, 0, -2, "`epoch` must be at least 0, but got -2"),
-    ],
-)
-def test_invalid_batch_orders_are_rejected(n: int, seed: int, epoch: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        batch_order(n, seed, epoch)

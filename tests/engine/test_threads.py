@@ -5,9 +5,9 @@ from threadpoolctl import threadpool_info
 from threadpoolctl import threadpool_limits
 import torch
 
-from optuna_nnhp.engine import threads
-from optuna_nnhp.engine.threads import MIN_FLOPS_FOR_THREADS
-from optuna_nnhp.engine.threads import limited_threads
+from optuna_nnhp.engine import library
+from optuna_nnhp.engine.library import MIN_FLOPS_FOR_THREADS
+from optuna_nnhp.engine.library import limited_threads
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.5, 1), (2.0, 3)])
@@ -32,8 +32,8 @@ def test_threads_are_given_back_after_an_error() -> None:
 def test_threads_that_wait_for_each_other_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     clock = [0.0]
-    monkeypatch.setattr(threads.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(threads._StallDetector, "stalled_until", -1.0)
+    monkeypatch.setattr(library.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(library._StallDetector, "stalled_until", -1.0)
     torch.set_num_threads(2)
     try:
         used = []
@@ -49,7 +49,7 @@ def test_threads_that_wait_for_each_other_are_given_up(monkeypatch: pytest.Monke
                 before_step()
                 assert torch.get_num_threads() == 1
                 clock[0] += 1.0
-        clock[0] += threads.STALL_SECONDS
+        clock[0] += library.STALL_SECONDS
         with limited_threads(10 * MIN_FLOPS_FOR_THREADS) as before_step:
             for count in (1, 2):
                 before_step()
@@ -64,8 +64,8 @@ def test_blas_has_one_thread_within_and_as_many_as_before_after() -> None:
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
     with threadpool_limits(2, user_api="blas"):
-        with threads.single_threaded_blas:
-            with threads.single_threaded_blas, limited_threads(1.0):
+        with library.single_threaded_blas:
+            with library.single_threaded_blas, limited_threads(1.0):
                 assert blas_threads() == {1}
             assert blas_threads() == {1}
         assert blas_threads() == {2}
@@ -76,6 +76,6 @@ def test_the_engine_may_use_the_threads_that_torch_may_not() -> None:
     torch.set_num_threads(3)
     try:
         with limited_threads(1.0):
-            assert (torch.get_num_threads(), threads.available_threads()) == (1, 3)
+            assert (torch.get_num_threads(), library.available_threads()) == (1, 3)
     finally:
         torch.set_num_threads(before)

@@ -43,7 +43,6 @@ from optuna.trial import create_trial
 import pytest
 from sqlalchemy import Connection
 
-from optuna_nnhp.storages import journal_adapter
 from optuna_nnhp.storages import journal_file
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.operations import Operation
@@ -134,7 +133,7 @@ def writings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     counted: list[str] = []
     append = journal_file.append
     monkeypatch.setattr(
-        journal_adapter,
+        journal_file,
         "append",
         lambda path, lines: (counted.append("append"), append(path, lines))[1],
     )

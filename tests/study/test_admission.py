@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from optuna_nnhp.study.admission import Admission
-from optuna_nnhp.study.admission import FairQueue
 from optuna_nnhp.study.autotune import Throughput
+from optuna_nnhp.study.policies.halving import Admission
+from optuna_nnhp.study.policies.halving import FairQueue
 
 
 def leader(seconds: float, enqueued: bool = False) -> Any:

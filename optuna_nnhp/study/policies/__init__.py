@@ -12,12 +12,12 @@ from typing import Protocol
 from optuna.trial import FrozenTrial
 
 from optuna_nnhp.study.failures import FailureBisector
-from optuna_nnhp.study.history import StudyHistory
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.recovery import Recovery
 from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.study.running import FairQueue
 from optuna_nnhp.study.running import RunningTrial
+from optuna_nnhp.study.trial_finisher import StudyHistory
 from optuna_nnhp.study.trial_finisher import TrialFinisher
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Scores
