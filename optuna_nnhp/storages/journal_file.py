@@ -1,4 +1,4 @@
-"""A journal file that survives killed processes: its lock, opening, repairing and appending."""
+"""Journal files that survive killed processes: lock, repair, and operations in one append."""
 
 from __future__ import annotations
 
@@ -52,7 +52,12 @@ FIRST_PAUSE, MAX_PAUSE = 0.001, 0.25  # seconds between attempts
 TIMEOUT, TIMEOUT_AFTER_FAILURE = 10.0, 1.0  # seconds of one `acquire`
 NO_STAMP = 0
 GRACE_PERIOD = 30  # seconds, as in Optuna, after which an unchanged link may be removed
-
+ATTR_CODES = {
+    ("study", "user"): JournalOperation.SET_STUDY_USER_ATTR,
+    ("study", "system"): JournalOperation.SET_STUDY_SYSTEM_ATTR,
+    ("trial", "user"): JournalOperation.SET_TRIAL_USER_ATTR,
+    ("trial", "system"): JournalOperation.SET_TRIAL_SYSTEM_ATTR,
+}
 
 Log = dict[str, Any]
 
@@ -237,15 +242,7 @@ def _is_journal(path: str | Path) -> bool:
 
 
 def encode(logs: Iterable[dict[str, Any]]) -> bytes:
-    """Return entries as lines of a journal.
-
-    Raises:
-        TypeError: If JSON cannot keep them.
-
-    Example:
-        >>> encode([{"op_code": 1}])
-        b'{"op_code":1}\\n'
-    """
+    """Return entries as lines of a journal; raise TypeError if JSON cannot hold them."""
     return "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
 
 
@@ -253,12 +250,6 @@ def append(path: str | Path, lines: bytes) -> None:
     """Append lines to a journal that this process has locked, and remove a torn line before them.
 
     Unlike Optuna's own method it does not make a file where the journal has been moved away.
-
-    Args:
-        path:
-            The journal.
-        lines:
-            See `encode`.
 
     Raises:
         OSError: If it cannot be written; its last line is whole all the same.
@@ -298,8 +289,6 @@ def repair(
     Returns:
         Whether a line was torn.
 
-    Raises:
-        OSError: If the file cannot be read or written.
     """
     lock = lock or lock_for(path)
     file = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
@@ -405,11 +394,6 @@ class JournalAdapter:
 
     Under the file's lock nobody else can append, so that the conditions of the operations hold.
 
-    Args:
-        storage:
-            The storage.
-        file:
-            Its file.
     """
 
     def __init__(self, storage: JournalStorage, file: JournalFileBackend) -> None:
@@ -481,12 +465,8 @@ def _logs(planned: Plan) -> Iterator[Log]:
             "intermediate_values": {},
         }
     for attr in planned.study_attrs:
-        code = {
-            "user": JournalOperation.SET_STUDY_USER_ATTR,
-            "system": JournalOperation.SET_STUDY_SYSTEM_ATTR,
-        }[attr.kind]
         entry = {"study_id": attr.study_id, f"{attr.kind}_attr": {attr.key: attr.value}}
-        yield {"op_code": code, **entry}
+        yield {"op_code": ATTR_CODES["study", attr.kind], **entry}
 
 
 def _trial_logs(trial_id: int, change: TrialChange) -> Iterator[Log]:
@@ -500,12 +480,10 @@ def _trial_logs(trial_id: int, change: TrialChange) -> Iterator[Log]:
             "param_value_internal": value,
             "distribution": distribution_to_json(distribution),
         }
-    for key, attribute in change.system_attrs.items():
-        code = JournalOperation.SET_TRIAL_SYSTEM_ATTR
-        yield {"op_code": code, **trial, "system_attr": {key: attribute}}
-    for key, attribute in change.user_attrs.items():
-        code = JournalOperation.SET_TRIAL_USER_ATTR
-        yield {"op_code": code, **trial, "user_attr": {key: attribute}}
+    for kind, attrs in (("system", change.system_attrs), ("user", change.user_attrs)):
+        for key, attribute in attrs.items():
+            code = ATTR_CODES["trial", kind]
+            yield {"op_code": code, **trial, f"{kind}_attr": {key: attribute}}
     for step, number in change.intermediate_values.items():
         code = JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE
         yield {"op_code": code, **trial, "step": step, "intermediate_value": number}

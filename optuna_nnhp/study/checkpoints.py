@@ -18,8 +18,8 @@ import optuna
 from torch import Tensor
 
 from optuna_nnhp.study.running import CohortRun
-from optuna_nnhp.training.cohort import CohortState
-from optuna_nnhp.training.cohort import get_cohort_state
+from optuna_nnhp.training.cohort_state import CohortState
+from optuna_nnhp.training.cohort_state import get_cohort_state
 from optuna_nnhp.training.weight_files import JSON_SUFFIX
 from optuna_nnhp.training.weight_files import TENSORS_SUFFIX
 from optuna_nnhp.training.weight_files import load_with_checksum

@@ -41,9 +41,9 @@ from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.cohort import members_from_state
-from optuna_nnhp.training.cohort import restore_cohort
-from optuna_nnhp.training.cohort import select_state
+from optuna_nnhp.training.cohort_state import members_from_state
+from optuna_nnhp.training.cohort_state import restore_cohort
+from optuna_nnhp.training.cohort_state import select_state
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 

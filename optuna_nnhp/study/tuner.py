@@ -129,6 +129,9 @@ class Tuner:
         self.recovery = Recovery(self.source, self.lease, checkpoints)
         self.policy = make_policy(
             PolicyContext(
+                study,
+                problem,
+                budget,
                 self.source,
                 self.finisher,
                 self.history,

@@ -9,11 +9,8 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from itertools import islice
 import math
-from typing import Any
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +22,6 @@ from optuna_nnhp.engine.library import no_op
 from optuna_nnhp.engine.mlp import CompiledMLP
 from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.regularization import EarlyStopping
-from optuna_nnhp.networks.flat_parameters import PER_MEMBER_TENSORS
 from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.flat_parameters import StepParams
 from optuna_nnhp.networks.layers import subset
@@ -61,10 +57,6 @@ PER_MEMBER = (
 SINGLE, SAME_STEP, DIFFERENT_STEPS = 0, 1, 2
 NUMERICS_CONTEXT_KEY = "numerics_context"  # the trial attribute that holds it
 NumericsContext = Sequence[Sequence[int]]  # pairs: first round, and one of the three constants
-
-
-MEMBER_COUNTERS = tuple(name for name in PER_MEMBER if name != "members")
-LOSS_SUMS = ("loss_sum", "examples_seen")
 
 
 def extend_numerics_context(
@@ -463,115 +455,6 @@ class Cohort:
 
 def _sort_by_activation(members: Sequence[Member]) -> list[Member]:
     return sorted(members, key=lambda m: str(m.params.get("activation")))
-
-
-class CohortState(NamedTuple):
-    """The state that a cohort's further training depends on.
-
-    It holds no state of random number generators: random numbers are derived from seeds and
-    counters.
-
-    Args:
-        tensors:
-            Weights, running statistics, optimizer states, the best weights, sums of losses and the
-            state of early stopping; the first axis is the member.
-        metadata:
-            Members and counters; JSON can store them.
-    """
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
-
-
-def get_cohort_state(cohort: Cohort) -> CohortState:
-    """Return the state of a cohort between two steps; its tensors are not copied.
-
-    Args:
-        cohort:
-            The cohort. If a compiled engine trains it in parallel, it must be between two rounds
-            (see `Cohort.train_round`).
-    """
-    flat, network, stopping = cohort.flat, cohort.network, cohort.stopping
-    tensors = {
-        **{f"flat.{name}": getattr(flat, name) for name in PER_MEMBER_TENSORS},
-        **{f"buffer.{name}": buffer for name, buffer in network.named_buffers()},
-        **{f"best.{name}": weights for name, weights in cohort.best_weights.items()},
-        **{f"sum.{name}": getattr(cohort, name) for name in LOSS_SUMS},
-        **{f"stopping.{f.name}": getattr(stopping, f.name) for f in fields(stopping)},
-    }
-    metadata = {
-        "members": [[m.number, m.seed, m.params] for m in cohort.members],
-        "steps_into_round": cohort.steps_into_round,
-        "evaluates_all_data": cohort.evaluates_all_data,
-        **{name: list(getattr(cohort, name)) for name in MEMBER_COUNTERS},
-    }
-    return CohortState(tensors, metadata)
-
-
-def members_from_state(metadata: Mapping[str, Any]) -> list[Member]:
-    """Return the members of a cohort from the metadata of its state.
-
-    Example:
-        >>> members_from_state({"members": [[3, 3, {"epochs": 5}]]})
-        [Member(number=3, seed=3, params={'epochs': 5})]
-    """
-    return [Member(number, seed, params) for number, seed, params in metadata["members"]]
-
-
-def select_state(state: CohortState, indices: Sequence[int]) -> CohortState:
-    """Return the state of some members only.
-
-    Args:
-        state:
-            The state of a cohort.
-        indices:
-            The indices of the members in that cohort.
-    """
-    metadata, index = dict(state.metadata), torch.tensor(indices, dtype=torch.long)
-    for name in PER_MEMBER:
-        metadata[name] = [metadata[name][i] for i in indices]
-    tensors = {name: tensor.cpu()[index] for name, tensor in state.tensors.items()}
-    return CohortState(tensors, metadata)
-
-
-@torch.no_grad()
-def restore_cohort(make: Callable[[Sequence[Member]], Cohort], state: CohortState) -> Cohort:
-    """Make a cohort that continues from a state; bit for bit on the same engine.
-
-    Args:
-        make:
-            Makes a new cohort of some members.
-        state:
-            The state of the old cohort.
-
-    Raises:
-        ValueError: If the names, shapes or dtypes of the tensors differ from the new cohort's.
-    """
-    metadata, members = state.metadata, members_from_state(state.metadata)
-    cohort = make(members)
-    new_tensors = get_cohort_state(cohort).tensors
-    _check_tensors(new_tensors, state.tensors)
-    for name, tensor in new_tensors.items():
-        tensor.copy_(state.tensors[name])
-    # Restored, not recomputed: a budget in seconds may be another number of steps elsewhere.
-    cohort.members = members
-    for name in MEMBER_COUNTERS:
-        setattr(cohort, name, list(metadata[name]))
-    cohort.steps_into_round = int(metadata["steps_into_round"])
-    cohort.evaluates_all_data = bool(metadata["evaluates_all_data"])
-    return cohort
-
-
-def _check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raise unless names, shapes and dtypes are equal."""
-    if different := sorted(expected.keys() ^ given.keys()):
-        raise ValueError(
-            f"A snapshot must have the cohort's tensors, but differs in {different[0]}."
-        )
-    for name, tensor in expected.items():
-        wanted, found = (f"{t.dtype} {list(t.shape)}" for t in (tensor, given[name]))
-        if wanted != found:
-            raise ValueError(f"A snapshot's {name} must be {wanted}, but is {found}.")
 
 
 def ended_members(scores: Scores) -> list[int]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from optuna_nnhp.study.admission import Admission
 from optuna_nnhp.study.autotune import Throughput
-from optuna_nnhp.study.policies.halving import Admission
-from optuna_nnhp.study.policies.halving import FairQueue
+from optuna_nnhp.study.running import FairQueue
 
 
 def leader(seconds: float, enqueued: bool = False) -> Any:
@@ -24,17 +24,15 @@ def admission(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     budget = SimpleNamespace(timeout=100.0, seconds=10.0, is_over=lambda: False)
     queue: list[Any] = []
+    problem: Any = SimpleNamespace(sequential=False)
     source: Any = SimpleNamespace(
-        study=None,
         is_stopped=False,
         ask_failed=False,
-        problem=SimpleNamespace(sequential=False),
-        budget=budget,
         queue=queue,
         left=lambda: len(queue),
         ask=lambda count: [queue.pop(0) for _ in range(count)],
     )
-    return Admission(source, FairQueue(), bisector=None)  # type: ignore[arg-type]
+    return Admission(source, FairQueue(), None, problem, budget)  # type: ignore[arg-type]
 
 
 def test_a_slow_leader_waits_until_it_can_be_afforded(admission: Admission) -> None:

@@ -14,12 +14,12 @@ from torch import nn
 from optuna_nnhp.templates import CustomNetworkTemplate
 from optuna_nnhp.templates import GPTTemplate
 from optuna_nnhp.training.cohort import Cohort
-from optuna_nnhp.training.cohort import CohortState
 from optuna_nnhp.training.cohort import Member
-from optuna_nnhp.training.cohort import get_cohort_state
-from optuna_nnhp.training.cohort import members_from_state
-from optuna_nnhp.training.cohort import restore_cohort
-from optuna_nnhp.training.cohort import select_state
+from optuna_nnhp.training.cohort_state import CohortState
+from optuna_nnhp.training.cohort_state import get_cohort_state
+from optuna_nnhp.training.cohort_state import members_from_state
+from optuna_nnhp.training.cohort_state import restore_cohort
+from optuna_nnhp.training.cohort_state import select_state
 from optuna_nnhp.training.weight_files import load_with_checksum
 from optuna_nnhp.training.weight_files import save_with_checksum
 from tests.members import task

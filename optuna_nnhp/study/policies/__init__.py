@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 from typing import Protocol
 
+from optuna import Study
 from optuna.trial import FrozenTrial
 
+from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.failures import FailureBisector
 from optuna_nnhp.study.outcomes import TrialOutcome
+from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.recovery import Recovery
 from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.study.running import FairQueue
@@ -28,6 +31,12 @@ class PolicyContext:
     """What a policy works with.
 
     Args:
+        study:
+            The opened study.
+        problem:
+            What is tuned.
+        budget:
+            How long.
         source:
             Asks for trials.
         finisher:
@@ -50,6 +59,9 @@ class PolicyContext:
             Writes a checkpoint.
     """
 
+    study: Study
+    problem: Problem
+    budget: Budget
     source: TrialSource
     finisher: TrialFinisher
     history: StudyHistory

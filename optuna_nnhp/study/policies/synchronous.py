@@ -56,8 +56,8 @@ class SynchronousPolicy(ABC):
     def __init__(self, context: PolicyContext) -> None:
         self.source, self.finisher = context.source, context.finisher
         self.queue, self.recovery = context.queue, context.recovery
-        self.study, self.problem = self.source.study, self.source.problem
-        self.budget, self.base = self.source.budget, self.source.sampler
+        self.study, self.problem, self.budget = context.study, context.problem, context.budget
+        self.base = self.source.sampler
         self.wait_for_storage, self.save = context.wait_for_storage, context.save
         self.sampler = self.base  # of the group in training
         self.deferred: list[RunningTrial] = []
@@ -156,7 +156,8 @@ class SynchronousPolicy(ABC):
 
     def restore(self, claimed: Mapping[str, Sequence[FrozenTrial]]) -> None:
         """Remember groups that were taken over; `admit` continues one after the other."""
-        self.claimed |= claimed
+        for worker, trials in claimed.items():
+            self.claimed[worker] = [*self.claimed.get(worker, ()), *trials]
 
     def _restored(self, worker: str, trials: Sequence[FrozenTrial]) -> CohortRun | None:
         """Return a group as a worker's checkpoint has it."""
