@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -67,8 +66,8 @@ class BufferedStorage(GuardedStorage):
         flush_every:
             Maximum age of unwritten data of running trials and of the cache, in seconds.
         trial_attrs:
-            Returns the user attributes of each trial that starts in this process: numbers and
-            texts.
+            User attributes, numbers and texts, of each trial that starts in this process; see
+            `set_trial_attr`.
 
     Raises:
         ValueError: If ``flush_every`` is negative.
@@ -88,16 +87,16 @@ class BufferedStorage(GuardedStorage):
         self,
         backend: BaseStorage,
         flush_every: float = 2.0,
-        trial_attrs: Callable[[], Mapping[str, Any]] = dict,
+        trial_attrs: Mapping[str, Any] | None = None,
     ) -> None:
         if flush_every < 0:
             raise ValueError(f"`flush_every` must be at least 0 seconds, but got {flush_every}.")
         backend = without_cache(backend)
         breaker = CircuitBreaker(str(getattr(backend, "url", "")))
-        buffer = WriteBuffer(backend, flush_every, breaker, lambda: trial_attrs().get(WORKER))
+        self.flush_every, self.trial_attrs = flush_every, dict(trial_attrs or {})
+        buffer = WriteBuffer(backend, flush_every, breaker, lambda: self.trial_attrs.get(WORKER))
         super().__init__(backend, breaker, buffer)
-        self.flush_every, self.trial_attrs = flush_every, trial_attrs
-        self._starter = TrialStarter(buffer, breaker, trial_attrs)
+        self._starter = TrialStarter(buffer, breaker, self.trial_attrs)
         self._batches = threading.local()  # nested `batch` of each thread
         self._outbox: Path | None = None  # file with the pending operations
 
@@ -108,6 +107,12 @@ class BufferedStorage(GuardedStorage):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    def set_trial_attr(self, key: str, value: Any) -> None:
+        """Set a user attribute of the trials that start from now on; None removes it."""
+        self.trial_attrs[key] = value
+        if value is None:
+            del self.trial_attrs[key]
 
     # --- Writing and waiting ---
 
@@ -184,7 +189,7 @@ class BufferedStorage(GuardedStorage):
                 )
                 for key, op in self._buffer.pending.items()
             ]
-            worker = self.trial_attrs().get(WORKER) or f"{machine_id()}:{process_id()}"
+            worker = self.trial_attrs.get(WORKER) or f"{machine_id()}:{process_id()}"
             self._outbox = write_outbox(folder, Outbox(str(worker), saved))
             return self._outbox
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -34,14 +33,14 @@ class TrialStarter:
         breaker:
             Guards all calls of the storage.
         trial_attrs:
-            Returns the user attributes of each trial that starts in this process.
+            The user attributes of each trial that starts in this process.
     """
 
     def __init__(
         self,
         buffer: WriteBuffer,
         breaker: CircuitBreaker,
-        trial_attrs: Callable[[], Mapping[str, Any]],
+        trial_attrs: Mapping[str, Any],
     ) -> None:
         self._buffer, self._breaker, self._trial_attrs = buffer, breaker, trial_attrs
         self._limits: dict[int, int | None] = {}  # of begun trials, by study id
@@ -79,7 +78,7 @@ class TrialStarter:
         for trial in unused:
             waiting = copy_trial(trial)
             change = buffer.set_state(waiting, TrialState.WAITING)
-            change.user_attrs.update(dict.fromkeys(self._trial_attrs()))
+            change.user_attrs.update(dict.fromkeys(self._trial_attrs))
             buffer.put(change.apply_to(waiting))
         return bool(unused)
 
@@ -113,7 +112,7 @@ class TrialStarter:
         return TrialChange(
             state=TrialState.RUNNING,
             started=datetime.now(),
-            user_attrs=dict(self._trial_attrs()),
+            user_attrs=dict(self._trial_attrs),
         )
 
     def add(self, cache: StudyCache, templates: Sequence[FrozenTrial]) -> list[int]:
@@ -205,7 +204,7 @@ class TrialStarter:
 
     def take_over(self, owners: Mapping[int, str]) -> None:
         """Let known trials of other workers run here, see `BufferedStorage.take_over`."""
-        attrs = dict(self._trial_attrs())
+        attrs = dict(self._trial_attrs)
         if WORKER not in attrs:
             raise ValueError(f"`trial_attrs` must have the attribute {WORKER!r}, but has {attrs}.")
         self._breaker.call(lambda: self._take_over(owners, attrs), writes=True)

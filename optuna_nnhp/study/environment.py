@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
 import functools
 import hashlib
 import json
 from pathlib import Path
 import platform
-from typing import Any
 
 import numpy as np
 import optuna
@@ -32,26 +28,6 @@ SEED = "seed"  # of a study; and of a trial that has another one, where the stud
 COMPILED, BY_TORCH, BY_COMPILER = "compiled", "torch", "torch.compile"  # engines
 
 Environment = dict[str, str | int]
-
-
-@dataclass
-class TrialMetadata:
-    """Hold the attributes that every trial of this process gets at its start.
-
-    Args:
-        attributes:
-            User attributes, numbers and texts.
-
-    Example:
-        >>> TrialMetadata({"worker": "me"})()
-        {'worker': 'me'}
-    """
-
-    attributes: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(self) -> Mapping[str, Any]:
-        """The attributes."""
-        return dict(self.attributes)
 
 
 def describe_environment(problem: Problem) -> Environment:
@@ -113,12 +89,10 @@ def record_environment(study: Study, problem: Problem) -> str:
     if f"{ENVIRONMENT}:{key}" not in known:
         study.set_user_attr(f"{ENVIRONMENT}:{key}", environment)
     storage = storage_of(study)
-    if isinstance(storage, BufferedStorage) and isinstance(storage.trial_attrs, TrialMetadata):
-        marks = storage.trial_attrs.attributes
-        marks[ENVIRONMENT] = key
-        marks.pop(SEED, None)
-        if known.get(SEED, problem.seed) != problem.seed:
-            marks[SEED] = problem.seed
+    if isinstance(storage, BufferedStorage):
+        is_other_seed = known.get(SEED, problem.seed) != problem.seed
+        storage.set_trial_attr(ENVIRONMENT, key)
+        storage.set_trial_attr(SEED, problem.seed if is_other_seed else None)
     return key
 
 

@@ -23,7 +23,6 @@ from optuna_nnhp.storages.open_storage import safe_file_name
 from optuna_nnhp.storages.open_storage import safe_join
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.study._optuna_internals import storage_of
-from optuna_nnhp.study.environment import TrialMetadata
 from optuna_nnhp.study.environment import record_environment
 from optuna_nnhp.version import __version__
 
@@ -66,7 +65,7 @@ def open_study(
         ValueError: If the storage holds another study under this name.
     """
     if not isinstance(storage, BufferedStorage):
-        storage = BufferedStorage(storage, trial_attrs=TrialMetadata({WORKER: new_worker_name()}))
+        storage = BufferedStorage(storage, trial_attrs={WORKER: new_worker_name()})
     name = study_name or problem.name
     create = functools.partial(
         optuna.create_study,
@@ -141,10 +140,10 @@ def worker_name(storage: BufferedStorage) -> str:
 
     Example:
         >>> memory = optuna.storages.InMemoryStorage()
-        >>> worker_name(BufferedStorage(memory, trial_attrs=lambda: {"worker": "me"}))
+        >>> worker_name(BufferedStorage(memory, trial_attrs={"worker": "me"}))
         'me'
     """
-    return str(storage.trial_attrs().get(WORKER) or new_worker_name())
+    return str(storage.trial_attrs.get(WORKER) or new_worker_name())
 
 
 def _check_same(study: optuna.Study, problem: Problem) -> None:

@@ -154,7 +154,7 @@ def test_a_cohort_is_written_once_at_its_start_and_once_a_round(
     kind: str, tmp_path: Path, writings: list[str]
 ) -> None:
     data = Data(kind, tmp_path)
-    study = data.worker(trial_attrs=lambda: {"worker": "here"})
+    study = data.worker(trial_attrs={"worker": "here"})
     study.get_trials()
     writings.clear()
     with deferred(study).prefetch_trials(20):
@@ -278,7 +278,7 @@ def test_workers_never_share_a_number_or_an_enqueued_trial(
 
 
 def test_unused_prefetched_trials_are_waiting_afterwards(data: Data) -> None:
-    study = data.worker(trial_attrs=lambda: {"worker": "here"})
+    study = data.worker(trial_attrs={"worker": "here"})
     study.enqueue_trial({"layers": 3})
     study.enqueue_trial({"layers": 5})
     with pytest.raises(RuntimeError, match="stop"), deferred(study).prefetch_trials(4):
@@ -294,7 +294,7 @@ def test_unused_prefetched_trials_are_waiting_afterwards(data: Data) -> None:
     assert data.states() == "RRRWW"
     waiting = data.trials()[3]
     assert waiting.user_attrs == {"worker": None}
-    other = data.worker(trial_attrs=lambda: {"worker": "there"})
+    other = data.worker(trial_attrs={"worker": "there"})
     trial = other.ask(SPACE)
     assert (trial.number, set(trial.params)) == (3, set(SPACE))
     deferred(other).flush()

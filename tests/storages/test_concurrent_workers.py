@@ -78,7 +78,7 @@ def opened(
 
 
 def worker(backend: BaseStorage, name: str, flush_every: float = 100.0) -> Study:
-    storage = BufferedStorage(backend, flush_every, trial_attrs=functools.partial(_mark, name))
+    storage = BufferedStorage(backend, flush_every, trial_attrs={"worker": name})
     adapter = storage._buffer.adapter
     if isinstance(backend, Calls):
         assert isinstance(adapter, GenericAdapter)
@@ -89,10 +89,6 @@ def worker(backend: BaseStorage, name: str, flush_every: float = 100.0) -> Study
         load_if_exists=True,
         sampler=optuna.samplers.RandomSampler(seed=0),
     )
-
-
-def _mark(name: str) -> dict[str, str]:
-    return {"worker": name}
 
 
 def deferred(study: Study) -> BufferedStorage:

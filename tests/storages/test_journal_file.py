@@ -342,7 +342,7 @@ import optuna
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.journal_file import open_journal
 backend, attrs = open_journal(sys.argv[1]), {"worker": sys.argv[2]}
-storage = BufferedStorage(backend, 0.0, trial_attrs=lambda: attrs)
+storage = BufferedStorage(backend, 0.0, trial_attrs=attrs)
 study = optuna.load_study(storage=storage, study_name="a")
 print("ready", flush=True)
 while True:

@@ -140,7 +140,7 @@ class Place:
                 Flaky.is_down = False
 
     def worker(self, name: str = "here") -> Study:
-        storage = BufferedStorage(self.open(), 100.0, trial_attrs=lambda: {"worker": name})
+        storage = BufferedStorage(self.open(), 100.0, trial_attrs={"worker": name})
         return optuna.create_study(storage=storage, study_name="s", load_if_exists=True)
 
     def read(self) -> Study:
@@ -500,7 +500,7 @@ def test_attempts_follow_the_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     monkeypatch.setattr(time, "sleep", sleep)
-    storage = BufferedStorage(InMemoryStorage(), trial_attrs=lambda: {"worker": "here"})
+    storage = BufferedStorage(InMemoryStorage(), trial_attrs={"worker": "here"})
     study = optuna.create_study(storage=storage)
     trial = study.ask(SPACE)
 

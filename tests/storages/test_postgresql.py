@@ -43,7 +43,7 @@ MOST = 60
 
 def work(url: str, name: str, ready: Barrier) -> list[int]:
     """Train until there is nothing left, whatever the database does."""
-    storage = BufferedStorage(RDBStorage(url), 0.01, trial_attrs=lambda: {"worker": name})
+    storage = BufferedStorage(RDBStorage(url), 0.01, trial_attrs={"worker": name})
     study = optuna.load_study(
         storage=storage, study_name="s", sampler=optuna.samplers.RandomSampler()
     )

@@ -15,7 +15,6 @@ from optuna_nnhp.engine import mlp
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.study import environment
 from optuna_nnhp.study.environment import ENVIRONMENT
-from optuna_nnhp.study.environment import TrialMetadata
 from optuna_nnhp.study.environment import describe_environment
 from optuna_nnhp.study.environment import differences
 from optuna_nnhp.study.environment import environment_key
@@ -127,20 +126,20 @@ def test_trials_of_others_are_of_nowhere() -> None:
 
 
 def test_the_seed_of_a_trial_if_it_is_another_one() -> None:
-    storage = BufferedStorage(InMemoryStorage(), trial_attrs=TrialMetadata({"worker": "me"}))
+    storage = BufferedStorage(InMemoryStorage(), trial_attrs={"worker": "me"})
     sampler, pruner = optuna.samplers.RandomSampler(), optuna.pruners.NopPruner()
     study = open_study(problem(), storage, "s", sampler, pruner)
     key = record_environment(study, problem())
-    assert storage.trial_attrs() == {"worker": "me", ENVIRONMENT: key}
+    assert storage.trial_attrs == {"worker": "me", ENVIRONMENT: key}
     record_environment(study, problem().with_seed(3))
-    assert storage.trial_attrs() == {"worker": "me", ENVIRONMENT: key, "seed": 3}
+    assert storage.trial_attrs == {"worker": "me", ENVIRONMENT: key, "seed": 3}
     record_environment(study, problem())
     assert study.ask().user_attrs == {"worker": "me", ENVIRONMENT: key}
 
 
 def test_a_storage_with_marks_can_be_pickled() -> None:
-    storage = BufferedStorage(InMemoryStorage(), trial_attrs=TrialMetadata({"worker": "me"}))
-    assert pickle.loads(pickle.dumps(storage)).trial_attrs() == {"worker": "me"}
+    storage = BufferedStorage(InMemoryStorage(), trial_attrs={"worker": "me"})
+    assert pickle.loads(pickle.dumps(storage)).trial_attrs == {"worker": "me"}
 
 
 def test_what_differs() -> None:

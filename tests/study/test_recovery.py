@@ -413,7 +413,7 @@ def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> N
 
 def test_nobody_who_asks_for_a_trial_gets_one_that_was_left(folder: Path) -> None:
     run("dnn", "cut.journal", how="SIGTERM", at=4)
-    storage = BufferedStorage(open_storage("cut.journal"), trial_attrs=lambda: {"worker": "other"})
+    storage = BufferedStorage(open_storage("cut.journal"), trial_attrs={"worker": "other"})
     study = optuna.load_study(study_name=None, storage=storage)
     assert len(storage.requeued_trials(study._study_id)) == 6
     with storage.prefetch_trials(3):
