@@ -57,6 +57,14 @@ class FailurePolicy:
         self.any_trained, self.rejected_in_row = False, 0
         self.error_lines: list[str] = []
 
+    def note_evaluation(self) -> None:
+        """Note that a trial of the study has been trained to an evaluation."""
+        self.any_trained = True
+
+    def accept(self) -> None:
+        """Note that a trial can be trained as it is proposed."""
+        self.rejected_in_row = 0
+
     def refuse(self, trial: Trial, error: Exception) -> None:
         """End a trial that cannot be trained as it is proposed.
 

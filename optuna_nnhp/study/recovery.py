@@ -20,6 +20,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.lease import Lease
 from optuna_nnhp.storages.operations import REQUEUED_BY
@@ -36,6 +37,7 @@ from optuna_nnhp.study.checkpoints import remove_checkpoints
 from optuna_nnhp.study.environment import record_earlier_environment
 from optuna_nnhp.study.outcomes import CAUSE
 from optuna_nnhp.study.outcomes import TrialOutcome
+from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.study.trial_source import TrialSource
@@ -58,21 +60,28 @@ class Recovery:
     """Finds trials whose worker is dead, or has released them, and goes on with them here.
 
     Args:
+        study:
+            The opened study.
+        problem:
+            What is tuned.
+        storage:
+            The study's storage.
         source:
-            Asks for this worker's trials.
+            The trials that train here.
         lease:
-            Who lives.
+            Tells which workers are alive.
         folder:
             The study's checkpoints; None if there are none.
     """
 
+    study: Study
+    problem: Problem
+    storage: BufferedStorage
     source: TrialSource
     lease: Lease
     folder: Path | None
 
     def __post_init__(self) -> None:
-        self.study: Study = self.source.study
-        self.problem, self.storage = self.source.problem, self.source.storage
         self._found: dict[str, Checkpoint | None] = {}
         self._unsure: dict[str, list[FrozenTrial]] = {}  # the answer to taking them was lost
         self.has_postponed = False  # there are trials to claim, when a suspect has been trained
@@ -329,7 +338,7 @@ class Recovery:
             self.source.tell(own, None, TrialState.FAIL)
             return []
         begun = self.source.begin_trial(own)
-        self.source.running |= {running.member.number: running for running in begun}
+        self.source.start(begun)
         return begun
 
     def cohort(self, kept: CohortCheckpoint, numbers: Collection[int] | None = None) -> Cohort:

@@ -17,9 +17,12 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.search.halving import CohortHalvingPruner
+from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.operations import REQUEUED_BY
 from optuna_nnhp.study._optuna_internals import trial_id
+from optuna_nnhp.study.failures import FailurePolicy
 from optuna_nnhp.study.outcomes import TrialOutcome
+from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.running import TRIAL_TIMEOUT
 from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.study.running import RunningTrial
@@ -41,10 +44,18 @@ class TrialFinisher:
     """Report and end trials: tell Optuna, keep the best weights, run the callbacks.
 
     Args:
+        study:
+            The opened study.
+        problem:
+            What is tuned.
+        storage:
+            The study's storage.
         source:
-            Has the trials that run here.
+            The trials that train here.
+        failures:
+            Ends trials that raise an error.
         best_trials:
-            The best ones.
+            The study's best trials.
         callbacks:
             Called after every trial with the study and the trial, as by Optuna.
         trial_timeout:
@@ -53,19 +64,23 @@ class TrialFinisher:
 
     def __init__(
         self,
+        study: Study,
+        problem: Problem,
+        storage: BufferedStorage,
         source: TrialSource,
+        failures: FailurePolicy,
         best_trials: BestTrials,
         callbacks: Sequence[Callback] = (),
         trial_timeout: float | None = None,
     ) -> None:
-        self.source, self.best_trials = source, best_trials
+        self.study, self.problem, self.storage = study, problem, storage
+        self.source, self.failures, self.best_trials = source, failures, best_trials
         self.callbacks, self.trial_timeout = callbacks, trial_timeout
-        self.study, self.problem, self.storage = source.study, source.problem, source.storage
         self.reports_all = isinstance(self.study.pruner, CohortHalvingPruner)
 
     def report(self, run: CohortRun, evaluated: Sequence[RunningTrial]) -> None:
         """Report new values to the storage, now and then; at once if a pruner reads them."""
-        self.source.failures.any_trained = True
+        self.failures.note_evaluation()
         now = time.monotonic()
         if self.reports_all and now - run.last_report < REPORT_INTERVAL:
             return
@@ -85,9 +100,9 @@ class TrialFinisher:
                 if not running.is_finished:
                     self._end(running, outcome, run.cohort, places[running.member.number])
         for number in outcomes:
-            del run.running[number], self.source.running[number]
+            del run.running[number]
         self.best_trials.delete_others(before)
-        self.source.finished += len(told)
+        self.source.end(told)
         self.run_callbacks(told)
 
     def exceeds_timeout(self, running: RunningTrial, more: float = 0.0) -> bool:
@@ -145,13 +160,11 @@ class TrialFinisher:
         Raises:
             Exception: The error, if probably no trial of the study can be trained.
         """
-        del self.source.running[running.member.number]
+        self.source.end([running])
         try:
-            self.source.failures.fail(running, error, counts=counts)
+            self.failures.fail(running, error, counts=counts)
         except UpdateFinishedTrialError:
             self.mark_lost(running)
-            return
-        self.source.finished += 1
         self.run_callbacks([running])
 
     def fail_unstarted(self, trials: Sequence[RunningTrial], outcome: TrialOutcome) -> None:
@@ -162,7 +175,7 @@ class TrialFinisher:
                     running.fail(self.source.tell, self.problem, outcome)
                 except UpdateFinishedTrialError:
                     self.mark_lost(running)
-                del self.source.running[running.member.number]
+        self.source.end(trials, counts=False)
         self.run_callbacks(trials)
 
     def fail_all(self) -> None:
@@ -191,7 +204,7 @@ class TrialFinisher:
         _logger.warning(
             f"{count} trials are left as they are; repeat the same call to resume them."
         )
-        self.source.running.clear()
+        self.source.end(list(self.source.running.values()), counts=False)
 
     def mark_lost(self, trial: RunningTrial) -> None:
         """Mark a trial as ended by another process, whose state and value stay."""
@@ -199,13 +212,19 @@ class TrialFinisher:
         _logger.warning(f"Trial {trial.member.number} was ended by another process.")
 
     def run_callbacks(self, told: Sequence[RunningTrial]) -> None:
-        """Call the callbacks for trials that have ended."""
+        """Call the callbacks for trials that have ended, and whose end the storage has accepted.
+
+        A worker that was taken for dead may learn only now that another one trains the trial.
+        """
         if not self.callbacks:
             return
         trials = self.study.get_trials(deepcopy=False)
         for running in told:
-            for callback in self.callbacks if not running.ended_elsewhere else ():
-                callback(self.study, trials[running.member.number])
+            trial = trials[running.member.number]
+            if running.ended_elsewhere or not trial.state.is_finished():
+                continue
+            for callback in self.callbacks:
+                callback(self.study, trial)
 
 
 class BestTrials:

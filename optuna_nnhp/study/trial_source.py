@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
 
 import optuna
 from optuna import Study
@@ -68,7 +70,7 @@ class TrialSource:
         points: Those of a grid, if there is one.
         failures: Ends trials that cannot be trained.
         finished: Number of trials that have ended.
-        running: Trials that were asked here and have not ended, by number.
+        running: Trials that train here and have not ended, by number; see `start` and `end`.
         ask_failed: Whether the last trial asked for could not begin: the storage was unavailable,
             or there are as many as may be.
     """
@@ -182,8 +184,18 @@ class TrialSource:
             self.ask_failed = True
             _logger.debug(f"No trials can be asked for now: {error}")
         finally:
-            self.running |= {running.member.number: running for running in trials}
+            self.start(trials)
         return trials
+
+    def start(self, trials: Iterable[RunningTrial]) -> None:
+        """Add trials that train here from now on."""
+        self.running |= {running.member.number: running for running in trials}
+
+    def end(self, trials: Collection[RunningTrial], *, counts: bool = True) -> None:
+        """Remove trials that no longer train here; add them to `finished` if they count."""
+        for running in trials:
+            del self.running[running.member.number]
+        self.finished += len(trials) if counts else 0
 
     def _ask_one(self, study: Study) -> list[RunningTrial]:
         """Return one trial, or none if its network cannot be built; then it has failed already."""
@@ -211,7 +223,7 @@ class TrialSource:
             record_error(trial, error)
             self.tell(trial, None, TrialState.FAIL)
             raise
-        self.failures.rejected_in_row = 0
+        self.failures.accept()
         is_enqueued = FIXED_PARAMS in self.storage.get_trial(trial_id(trial)).system_attrs
         running = RunningTrial(trial, member, self.problem.maximize, signature)
         running.is_baseline = is_enqueued and bool(trial.user_attrs.get(BASELINE))

@@ -121,12 +121,16 @@ class Tuner:
         checkpoints = self.folder and self.folder / "checkpoints"
         self.queue, self.timing = FairQueue(), Timing()
         self.source = TrialSource(study, problem, budget, storage)
+        self.failures = self.source.failures
         self.best_trials = BestTrials(problem.maximize, weights, kept)
         self.history = StudyHistory(study, self.best_trials)
-        self.finisher = TrialFinisher(self.source, self.best_trials, callbacks, trial_timeout)
+        self.finisher = TrialFinisher(
+            *(study, problem, storage, self.source, self.failures, self.best_trials),
+            *(callbacks, trial_timeout),
+        )
         self.lease = Lease(storage.backend, study_id(study), worker)
         self.checkpoints = Checkpoints(checkpoints, worker, checkpoint_every)
-        self.recovery = Recovery(self.source, self.lease, checkpoints)
+        self.recovery = Recovery(study, problem, storage, self.source, self.lease, checkpoints)
         self.policy = make_policy(
             PolicyContext(
                 study,
@@ -291,7 +295,8 @@ class Tuner:
 
     def _sync(self) -> None:
         self.history.sync(self.source.running)
-        self.source.failures.any_trained |= bool(self.history.values)
+        if self.history.values:
+            self.failures.note_evaluation()
 
     def _note_timing(self) -> None:
         """Store the time used by each section of this call as an attribute of the study."""

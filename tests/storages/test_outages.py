@@ -252,8 +252,15 @@ def test_an_outage_while_trials_are_taken_over_is_no_error(place: Place, tmp_pat
     storage = deferred(study)
     storage.set_study_system_attr(study._study_id, f"{LEASE_PREFIX}gone", {"ended": True})
     lease = Lease(storage.backend, study._study_id, "here")
-    asker: Any = SimpleNamespace(study=study, problem=None, storage=storage, running={})
-    recovery = Recovery(asker, lease, tmp_path / "checkpoints")
+    source: Any = SimpleNamespace(running={})
+    recovery = Recovery(
+        study,
+        problem=None,  # type: ignore[arg-type]
+        storage=storage,
+        source=source,
+        lease=lease,
+        folder=tmp_path / "checkpoints",
+    )
     assert recovery.lease.is_dead("gone")
     assert len(study.get_trials()) == 1
     with place.away():
