@@ -80,9 +80,11 @@ class PopulationPolicy(SynchronousPolicy):
     def _start_group(self, leader: RunningTrial) -> CohortRun | None:
         sampler = self.sampler
         assert isinstance(sampler, PopulationSampler)
-        sampler.size, self.last_generation = self._shape(leader)
-        trials = [leader, *self._ask_followers(leader, sampler.size - 1)]
-        sampler.size = self.members = len(trials)
+        members, self.last_generation = self._shape(leader)
+        sampler.set_size(members)
+        trials = [leader, *self._ask_followers(leader, members - 1)]
+        self.members = len(trials)
+        sampler.set_size(self.members)
         for slot, trial in enumerate(trials):
             trial.trial.set_user_attr(POPULATION, self.name)  # an enqueued one has it not
             trial.trial.set_user_attr(SLOT, slot)

@@ -125,7 +125,6 @@ class SynchronousPolicy(ABC):
     def _add(self, run: CohortRun | None) -> None:
         """Let a group train: alone, for a checkpoint has the state of one group."""
         if run is not None:
-            self.queue.runs.clear()
             self.queue.add(run)
             self.save()
 
