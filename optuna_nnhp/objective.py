@@ -19,6 +19,8 @@ from torch import nn
 
 from optuna_nnhp.engine.library import single_threaded_blas
 from optuna_nnhp.inspect.result import Result
+from optuna_nnhp.study._optuna_internals import storage_of
+from optuna_nnhp.study._optuna_internals import study_id
 from optuna_nnhp.study.environment import ENVIRONMENT
 from optuna_nnhp.study.environment import record_environment
 from optuna_nnhp.study.outcomes import TrialOutcome
@@ -126,13 +128,15 @@ class Objective:
     def _keep_if_best(self, trial: Trial, value: float, cohort: Cohort) -> None:
         """Keep the weights of a trial if it is the best of its study so far."""
         with self._lock:
-            best = self._best.setdefault(trial.study._storage, {})
-            study_id = trial.study._study_id
+            best, number = (
+                self._best.setdefault(storage_of(trial.study), {}),
+                study_id(trial.study),
+            )
             is_better = operator.gt if self._problem.maximize else operator.lt
-            if study_id not in best or is_better(value, best[study_id][0]):
+            if number not in best or is_better(value, best[number][0]):
                 weights = BestWeights(None)
                 weights.save(trial.number, cohort.best_network(0))
-                best[study_id] = value, weights
+                best[number] = value, weights
 
     def result(self, study: Study) -> Result:
         """Return the best trial of a study as a model, like `optimize`.
@@ -141,8 +145,8 @@ class Objective:
             study:
                 A study that this object was the objective of.
         """
-        best = self._best.get(study._storage, {})
-        _, weights = best.get(study._study_id, (0.0, BestWeights(None)))
+        best = self._best.get(storage_of(study), {})
+        _, weights = best.get(study_id(study), (0.0, BestWeights(None)))
         return Result(study, self._problem, weights)
 
     def _check_direction(self, study: Study) -> None:

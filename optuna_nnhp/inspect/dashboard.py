@@ -32,6 +32,9 @@ from optuna_nnhp.inspect.summary import replicates_text
 from optuna_nnhp.inspect.summary import schedule_changes_text
 from optuna_nnhp.inspect.summary import search_space
 from optuna_nnhp.inspect.summary import summary
+from optuna_nnhp.storages._optuna_internals import id_of
+from optuna_nnhp.study._optuna_internals import storage_of
+from optuna_nnhp.study._optuna_internals import study_id
 from optuna_nnhp.templates.base import template_of_study
 from optuna_nnhp.version import __version__
 
@@ -65,8 +68,8 @@ def annotate(study: optuna.Study) -> bool:
         (True, False)
     """
     dashboard = _optuna_dashboard()
-    storage, study_id = study._storage, study._study_id
-    last: dict[str, Any] = storage.get_study_system_attrs(study_id).get(_ANNOTATED_KEY, {})
+    storage, number = storage_of(study), study_id(study)
+    last: dict[str, Any] = storage.get_study_system_attrs(number).get(_ANNOTATED_KEY, {})
     fingerprint = _fingerprint(study)
     if last.get("study") == fingerprint:
         return False
@@ -83,7 +86,7 @@ def annotate(study: optuna.Study) -> bool:
         now[name] = _digest(figure.to_json())
         if last.get(name) != now[name]:
             dashboard.save_plotly_graph_object(study, figure, graph_object_id=name)
-    storage.set_study_system_attr(study_id, _ANNOTATED_KEY, now)
+    storage.set_study_system_attr(number, _ANNOTATED_KEY, now)
     _logger.debug(f"Annotated study {study.study_name!r} for optuna-dashboard.")
     return True
 
@@ -270,8 +273,8 @@ def _note_target(study: optuna.Study, number: int) -> optuna.Trial:
     `optuna.Trial(...)` would call the sampler's `before_trial`, which may write to the storage;
     notes need only these three attributes.
     """
-    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
-    target = SimpleNamespace(study=study, storage=study._storage, _trial_id=trial_id)
+    trial_id = id_of(study.get_trials(deepcopy=False)[number])
+    target = SimpleNamespace(study=study, storage=storage_of(study), _trial_id=trial_id)
     return cast(optuna.Trial, target)
 
 

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import optuna
 from optuna import Study
 from optuna.storages import BaseStorage
-from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import torch
@@ -27,11 +26,14 @@ from torch import nn
 
 from optuna_nnhp.engine.library import single_threaded_blas
 from optuna_nnhp.errors import unknown_name
+from optuna_nnhp.storages._optuna_internals import journal_file
+from optuna_nnhp.storages._optuna_internals import journal_path
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.open_storage import check_storage_exists
 from optuna_nnhp.storages.open_storage import models_folder
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.storages.open_storage import safe_join
+from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.environment import BY_COMPILER
 from optuna_nnhp.study.environment import SEED
 from optuna_nnhp.study.environment import Environment
@@ -446,15 +448,14 @@ def _load_study(storage: str | Path | BaseStorage, name: str) -> Study:
 
 def _weights_folder(study: Study) -> Path | None:
     """Return the folder of a study's best weights; None if it is not found."""
-    storage, name = study._storage, study.user_attrs.get(MODELS)
+    storage, name = storage_of(study), study.user_attrs.get(MODELS)
     if isinstance(storage, BufferedStorage):
         storage = storage.backend
     if name is None:
         return None
     folders = [models_folder(storage, None)]
-    if isinstance(storage, JournalStorage):  # opened from a path, or an object of the user's
-        path = getattr(storage._backend, "_file_path", None)
-        folders.insert(0, models_folder(storage, path))
+    if (file := journal_file(storage)) is not None:  # from a path, or an object of the user's
+        folders.insert(0, models_folder(storage, journal_path(file)))
     candidates = [safe_join(folder, name) for folder in folders if folder is not None]
     return next((folder for folder in candidates if folder.is_dir()), None)
 

@@ -1,8 +1,4 @@
-"""The private parts of Optuna that the storages use; each has a test that names it.
-
-Besides these, `FrozenTrial._trial_id`, `._number`, `._params`, `._distributions`, `._user_attrs`,
-`._system_attrs` and `._values` are used where trials are copied or changed.
-"""
+"""The private parts of Optuna that the storages use; each has a test that names it."""
 
 from __future__ import annotations
 
@@ -25,9 +21,15 @@ from optuna.storages.journal._file import get_lock_file as get_lock_file
 from optuna.storages.journal._storage import JournalOperation as JournalOperation
 from optuna.study._frozen import FrozenStudy as FrozenStudy
 from optuna.trial import FrozenTrial
+from optuna.trial import Trial
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
+
+
+def id_of(trial: Trial | FrozenTrial) -> int:
+    """Return the id of a trial, which is unique in its storage."""
+    return trial._trial_id
 
 
 def copy_trial(trial: FrozenTrial) -> FrozenTrial:

@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.storages._optuna_internals import copy_trial
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages._optuna_internals import shallow_copy_trial
 from optuna_nnhp.storages._optuna_internals import without_cache
 from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
@@ -250,7 +251,7 @@ class BufferedStorage(GuardedStorage):
                 self._buffer.sync(cache)
             if not 0 <= trial_number < len(cache.trials):
                 raise KeyError(f"No trial {trial_number} exists in the study {study_id}.")
-            return cache.trials[trial_number]._trial_id
+            return id_of(cache.trials[trial_number])
 
     # --- Starting trials ---
 
@@ -406,7 +407,7 @@ class BufferedStorage(GuardedStorage):
                 return bool(self._write_through("set_trial_state_values", trial_id, state, values))
             change = self._buffer.set_state(trial, state)
             if values is not None:
-                change.values = trial._values = [float(value) for value in values]
+                change.values = trial.values = [float(value) for value in values]
             if state.is_finished():
                 change.completed = trial.datetime_complete = datetime.now()
             self._buffer.put(trial)
@@ -438,8 +439,8 @@ class BufferedStorage(GuardedStorage):
                 if known == distribution:
                     distribution = known  # one object for all trials
             value = distribution.to_external_repr(param_value_internal)
-            trial._params = {**trial._params, param_name: value}
-            trial._distributions = {**trial._distributions, param_name: distribution}
+            trial.params = {**trial.params, param_name: value}
+            trial.distributions = {**trial.distributions, param_name: distribution}
             change = self._buffer.change(trial_id)
             change.params[param_name] = (param_value_internal, distribution)
 
@@ -462,7 +463,7 @@ class BufferedStorage(GuardedStorage):
                 self._write_through("set_trial_user_attr", trial_id, key, value)
                 return
             value = self._buffer.adapter.as_stored(value)
-            trial._user_attrs = {**trial._user_attrs, key: value}
+            trial.user_attrs = {**trial.user_attrs, key: value}
             self._buffer.change(trial_id).user_attrs[key] = value
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
@@ -472,7 +473,7 @@ class BufferedStorage(GuardedStorage):
                 self._write_through("set_trial_system_attr", trial_id, key, value)
                 return
             value = self._buffer.adapter.as_stored(value)
-            trial._system_attrs = {**trial._system_attrs, key: value}
+            trial.system_attrs = {**trial.system_attrs, key: value}
             self._buffer.change(trial_id).system_attrs[key] = value
 
     def write_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from optuna.trial import create_trial
 
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.operations import Applied
 from optuna_nnhp.storages.operations import Op
@@ -189,7 +190,7 @@ def excess_trials(
         limit:
             Number of trials that may have begun.
     """
-    numbers = {t._trial_id: t._number for t in trials if t.state != TrialState.WAITING}
+    numbers = {id_of(t): t.number for t in trials if t.state != TrialState.WAITING}
     begun = sorted(numbers.values())
     late = [i for i in created if i in numbers and bisect_left(begun, numbers[i]) >= limit]
     excess, claims = max(0, len(begun) - limit - len(late)), sorted(claimed)

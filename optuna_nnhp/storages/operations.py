@@ -64,13 +64,13 @@ class TrialChange:
         """Return a changed copy of a trial."""
         changed = copy_trial(trial)
         for name, (value, distribution) in self.params.items():
-            changed._params[name] = distribution.to_external_repr(value)
-            changed._distributions[name] = distribution
-        changed._user_attrs.update(self.user_attrs)
-        changed._system_attrs.update(self.system_attrs)
+            changed.params[name] = distribution.to_external_repr(value)
+            changed.distributions[name] = distribution
+        changed.user_attrs.update(self.user_attrs)
+        changed.system_attrs.update(self.system_attrs)
         changed.intermediate_values.update(self.intermediate_values)
         changed.state = changed.state if self.state is None else self.state
-        changed._values = changed._values if self.values is None else self.values
+        changed.values = changed.values if self.values is None else self.values
         changed.datetime_start = self.started or changed.datetime_start
         changed.datetime_complete = self.completed or changed.datetime_complete
         return changed

@@ -30,6 +30,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages._optuna_internals import load_tables
 from optuna_nnhp.storages._optuna_internals import read_trials
 from optuna_nnhp.storages._optuna_internals import stored_intermediate_value
@@ -166,7 +167,7 @@ class RdbAdapter:
             share = len(unfinished) / max(1, len(trials))  # new trials are read only once
             self._full_read_at = ended + FULL_READ_INTERVAL * (ended - began) * share
             self._states_read.clear()
-        self._states_read.update((t._trial_id, t.state) for t in trials)
+        self._states_read.update((id_of(t), t.state) for t in trials)
         return trials
 
     def _unfinished_states(self, study_id: int) -> dict[int, TrialState]:

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.storages._optuna_internals import copy_trial
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.operations import Applied
@@ -94,7 +95,7 @@ class TrialStarter:
         if not cache.prefetched:
             raise TrialLimitReached(self._limits.get(cache.study_id))
         self._prefetch_count = max(0, self._prefetch_count - 1)
-        return cache.prefetched.pop(0)._trial_id
+        return id_of(cache.prefetched.pop(0))
 
     def _prefetch(self, cache: StudyCache) -> None:
         """Create RUNNING trials; an outage raises its own error."""
@@ -124,7 +125,7 @@ class TrialStarter:
         """
         ops = [new_trial_op(cache.study_id, template) for template in templates]
         trials = self._breaker.call(lambda: self._create(cache, ops), writes=True, retry=False)
-        return [trial._trial_id for trial in trials]
+        return [id_of(trial) for trial in trials]
 
     def _create(self, cache: StudyCache, ops: Sequence[Op]) -> list[FrozenTrial]:
         """Create trials with one write, fewer at the limit; an outage raises its own error."""
@@ -136,20 +137,20 @@ class TrialStarter:
                     trials.append(trial)
                 elif not isinstance(outcome, TrialLimitReached):
                     raise outcome
-            started = {t._trial_id for t in trials if t.state == TrialState.RUNNING}
+            started = {id_of(t) for t in trials if t.state == TrialState.RUNNING}
             buffer.own |= started
-            if any(t._number > number for number, t in enumerate(trials, len(cache.trials))):
+            if any(t.number > number for number, t in enumerate(trials, len(cache.trials))):
                 buffer.sync_once(cache)  # others have started trials since the last reading
         except KeyError:  # the study was deleted
             raise
         except BaseException:
-            buffer.own.difference_update(trial._trial_id for trial in trials)
+            buffer.own.difference_update(id_of(trial) for trial in trials)
             buffer.add_in_doubt(ops)
             raise
         for trial in trials:
-            if trial._number == len(cache.trials):
-                cache.last_trial_id = trial._trial_id
-            buffer.locations[trial._trial_id] = cache, trial._number
+            if trial.number == len(cache.trials):
+                cache.last_trial_id = id_of(trial)
+            buffer.locations[id_of(trial)] = cache, trial.number
             cache.put(trial)
         return trials
 
@@ -176,17 +177,17 @@ class TrialStarter:
         buffer = self._buffer
         if buffer.in_doubt:  # an attempt before this one may have been successful
             buffer.sync_once(cache)
-            if trial._trial_id in buffer.claimed:
+            if id_of(trial) in buffer.claimed:
                 return
         others = [
             t
             for t in cache.queued(requeued=False)
-            if t is not trial and t._trial_id not in buffer.claimed
+            if t is not trial and id_of(t) not in buffer.claimed
         ]
         trials = [trial, *others[: max(0, self._prefetch_count - 1)]]
         limit, waits = self._limits.get(cache.study_id), (TrialState.WAITING,)
         ops = [
-            Op(cache.study_id, t._trial_id, self._start_change(), if_state=waits, limit=limit)
+            Op(cache.study_id, id_of(t), self._start_change(), if_state=waits, limit=limit)
             for t in trials
         ]
         try:
@@ -196,9 +197,9 @@ class TrialStarter:
             raise
         for op, old, outcome in zip(ops, trials, outcomes, strict=True):
             if isinstance(outcome, Applied):
-                claimed = buffer.claimed[old._trial_id] = op.change.apply_to(old)
+                claimed = buffer.claimed[id_of(old)] = op.change.apply_to(old)
                 claimed.state = TrialState.WAITING
-                buffer.own.add(old._trial_id)
+                buffer.own.add(id_of(old))
             else:
                 cache.expire()
 

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.storages._optuna_internals import copy_trial
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages._optuna_internals import journal_file
 from optuna_nnhp.storages._optuna_internals import shallow_copy_trial
 from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
@@ -79,19 +80,19 @@ class StudyCache:
 
     def put(self, trial: FrozenTrial) -> None:
         """Add or replace a trial; numbers have no gaps."""
-        if trial._number == len(self.trials):
+        if trial.number == len(self.trials):
             self.trials.append(trial)
         else:
-            self.trials[trial._number] = trial
+            self.trials[trial.number] = trial
         if trial.state.is_finished():
-            self.unfinished.discard(trial._trial_id)
+            self.unfinished.discard(id_of(trial))
         else:
-            self.unfinished.add(trial._trial_id)
+            self.unfinished.add(id_of(trial))
         if trial.state == TrialState.WAITING:
-            self.waiting.add(trial._number)
+            self.waiting.add(trial.number)
         else:
-            self.waiting.discard(trial._number)
-        for name, distribution in trial._distributions.items():
+            self.waiting.discard(trial.number)
+        for name, distribution in trial.distributions.items():
             self.distributions.setdefault(name, distribution)
 
     def expire(self) -> None:
@@ -101,7 +102,7 @@ class StudyCache:
     def queued(self, *, requeued: bool) -> list[FrozenTrial]:
         """Return WAITING trials by number: new ones, or those that were trained in part."""
         trials = [self.trials[number] for number in sorted(self.waiting)]
-        return [trial for trial in trials if (REQUEUED_BY in trial._user_attrs) == requeued]
+        return [trial for trial in trials if (REQUEUED_BY in trial.user_attrs) == requeued]
 
     def listed(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
         """Return trials in some states by number, as `BaseStorage.get_all_trials` does.
@@ -113,7 +114,7 @@ class StudyCache:
             return self.queued(requeued=False)
         end = len(self.trials)
         for trial in reversed(self.prefetched):
-            if trial._number != end - 1:
+            if trial.number != end - 1:
                 break
             end -= 1
         trials = self.trials[:end]
@@ -183,7 +184,7 @@ class WriteBuffer:
 
     def set_state(self, trial: FrozenTrial, state: TrialState) -> TrialChange:
         """Change the state of a trial of this process, and return its pending change."""
-        change = self.change(trial._trial_id)
+        change = self.change(id_of(trial))
         change.state = trial.state = state
         return change
 
@@ -276,7 +277,7 @@ class WriteBuffer:
         now, others = time.monotonic(), cache.unfinished - self.own
         trials = self.adapter.read(cache.study_id, others, cache.last_trial_id)
         for trial in trials:
-            number, trial_id = trial._number, trial._trial_id
+            number, trial_id = trial.number, id_of(trial)
             if cache.sources.get(trial_id) is trial:
                 continue
             cache.sources[trial_id] = trial
@@ -292,12 +293,12 @@ class WriteBuffer:
                 trial = pending.change.apply_to(trial)
             self.locations[trial_id] = cache, number
             cache.put(trial)
-        cache.last_trial_id = max([cache.last_trial_id, *(t._trial_id for t in trials)])
+        cache.last_trial_id = max([cache.last_trial_id, *(id_of(t) for t in trials)])
         cache.synced_at = now
 
     def put(self, trial: FrozenTrial) -> None:
         """Replace a trial in its study's cache."""
-        self.locations[trial._trial_id][0].put(trial)
+        self.locations[id_of(trial)][0].put(trial)
 
     def location(self, trial_id: int) -> tuple[StudyCache, int] | None:
         """Return a trial's cache and number, None if no known study has it.
@@ -317,9 +318,9 @@ class WriteBuffer:
         """Drop a deleted study."""
         cache = self.studies.pop(study_id, None)
         for trial in cache.trials if cache else ():
-            del self.locations[trial._trial_id]
-            self.own.discard(trial._trial_id)
-            self.pending.pop(trial._trial_id, None)
+            del self.locations[id_of(trial)]
+            self.own.discard(id_of(trial))
+            self.pending.pop(id_of(trial), None)
 
     # --- Starts whose answer was lost ---
 
@@ -331,13 +332,13 @@ class WriteBuffer:
     def _recognize(self, cache: StudyCache, trial: FrozenTrial, token: str) -> None:
         """Adopt a trial that an operation in doubt has started."""
         op, _ = self.in_doubt.pop(token)
-        if trial.state != TrialState.RUNNING or trial._trial_id in self.own:
+        if trial.state != TrialState.RUNNING or id_of(trial) in self.own:
             return
-        self.own.add(trial._trial_id)
+        self.own.add(id_of(trial))
         if op.trial_id is None:
             cache.prefetched.append(trial)
         else:
-            waiting = self.claimed[trial._trial_id] = copy_trial(trial)
+            waiting = self.claimed[id_of(trial)] = copy_trial(trial)
             waiting.state = TrialState.WAITING
 
     def resolve_doubts(self) -> None:
@@ -355,7 +356,7 @@ class WriteBuffer:
 def without_token(trial: FrozenTrial) -> FrozenTrial:
     """Return a trial as callers see it: tokens are the storage's own business."""
     copied = shallow_copy_trial(trial)
-    copied._system_attrs = {k: v for k, v in trial._system_attrs.items() if k != TOKEN}
+    copied.system_attrs = {k: v for k, v in trial.system_attrs.items() if k != TOKEN}
     return copied
 
 

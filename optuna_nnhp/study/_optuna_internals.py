@@ -12,7 +12,6 @@ from optuna import Trial
 from optuna.samplers import BaseSampler
 from optuna.samplers import GridSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
 
 
 class StudyView(Study):
@@ -55,6 +54,11 @@ def is_stopped(study: Study) -> bool:
     return study._stop_flag
 
 
+def stop(study: Study) -> None:
+    """Stop a study as `Study.stop` does, which raises an error outside of callbacks."""
+    study._stop_flag = True
+
+
 @contextmanager
 def allow_study_stop(study: Study) -> Iterator[None]:
     """Allow `study.stop()` within, as Optuna's own `optimize` does.
@@ -78,11 +82,6 @@ def storage_of(study: Study) -> BaseStorage:
 def study_id(study: Study) -> int:
     """Return the number of a study in its storage."""
     return study._study_id
-
-
-def trial_id(trial: Trial | FrozenTrial) -> int:
-    """Return the number of a trial in its storage, which other studies' trials are in too."""
-    return trial._trial_id
 
 
 def known_values(trial: Trial) -> Mapping[int, float]:

@@ -27,10 +27,10 @@ from optuna_nnhp.search.grid import check_grid_values
 from optuna_nnhp.search.grid import default_grid_values
 from optuna_nnhp.search.grid import point_key
 from optuna_nnhp.search.grid import to_stored_value
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.study._optuna_internals import grid_of
 from optuna_nnhp.study._optuna_internals import study_id
-from optuna_nnhp.study._optuna_internals import trial_id
 from optuna_nnhp.study.autotune import measure_throughput
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.outcomes import CAUSE
@@ -268,7 +268,7 @@ class GridQueue:
             if not self._claim(trial):
                 continue
             if not self._is_duplicate(trial, self._read_trials()):
-                return Trial(self._study, trial_id(trial))
+                return Trial(self._study, id_of(trial))
             self._withdraw(trial)
         return None
 
@@ -279,13 +279,13 @@ class GridQueue:
     def _claim(self, trial: FrozenTrial) -> bool:
         """Start a trial, unless another worker is the first to do so."""
         try:
-            return self._storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
+            return self._storage.set_trial_state_values(id_of(trial), TrialState.RUNNING)
         except UpdateFinishedTrialError:
             return False
 
     def _withdraw(self, trial: FrozenTrial) -> None:
-        self._storage.set_trial_user_attr(trial_id(trial), CAUSE, TrialOutcome.DUPLICATE.value)
-        self._storage.set_trial_state_values(trial_id(trial), TrialState.FAIL)
+        self._storage.set_trial_user_attr(id_of(trial), CAUSE, TrialOutcome.DUPLICATE.value)
+        self._storage.set_trial_state_values(id_of(trial), TrialState.FAIL)
 
     def _read_trials(self) -> list[FrozenTrial]:
         """All trials; the new ones are noted by their point."""

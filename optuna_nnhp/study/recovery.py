@@ -20,6 +20,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.lease import Lease
@@ -27,7 +28,6 @@ from optuna_nnhp.storages.operations import REQUEUED_BY
 from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.storages.outbox import replay_outbox
 from optuna_nnhp.study._optuna_internals import study_id
-from optuna_nnhp.study._optuna_internals import trial_id
 from optuna_nnhp.study._optuna_internals import with_sampler
 from optuna_nnhp.study.checkpoints import Checkpoint
 from optuna_nnhp.study.checkpoints import CohortCheckpoint
@@ -102,13 +102,13 @@ class Recovery:
                 self.replay_outbox()  # some of them may have ended
                 abandoned = self._abandoned()
             for worker, trials in self._limit_to_one_suspect(abandoned, separable).items():
-                sources = {trial_id(trial): self._source(trial, worker) for trial in trials}
+                sources = {id_of(trial): self._source(trial, worker) for trial in trials}
                 self._unsure[worker] = trials
                 taken = self.storage.take_over(dict.fromkeys(sources, worker))
                 del self._unsure[worker]
                 for trial in trials:
-                    if trial_id(trial) in taken:
-                        claimed.setdefault(sources[trial_id(trial)], []).append(trial)
+                    if id_of(trial) in taken:
+                        claimed.setdefault(sources[id_of(trial)], []).append(trial)
             if released := self.released():
                 self.source.make_room_for_released()
             for trial in released:
@@ -148,7 +148,7 @@ class Recovery:
         source = worker if has_it or earlier is None else str(earlier)
         if earlier != source and self.folder is not None:
             with suppress(UpdateFinishedTrialError):  # somebody was faster
-                self.storage.write_trial_user_attr(trial_id(trial), CHECKPOINT, source)
+                self.storage.write_trial_user_attr(id_of(trial), CHECKPOINT, source)
         return source
 
     def has_unsure_workers(self) -> bool:
@@ -267,7 +267,7 @@ class Recovery:
     def _start(self, trial: FrozenTrial) -> bool:
         """Start a WAITING trial, unless another worker is the first to do so."""
         try:
-            return self.storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING)
+            return self.storage.set_trial_state_values(id_of(trial), TrialState.RUNNING)
         except UpdateFinishedTrialError:
             return False
 
@@ -326,7 +326,7 @@ class Recovery:
         sampler = sampler or self.source.sampler
         if self.problem.space.keys() <= trial.params.keys():
             sampler = RandomSampler()  # all values are decided: nothing is to be proposed
-        own = Trial(with_sampler(self.study, sampler), trial_id(trial))
+        own = Trial(with_sampler(self.study, sampler), id_of(trial))
         record_earlier_environment(own, trial)
         times, last = trial.user_attrs.get(TAKEN_OVER, (0, 0))
         if trial.state == TrialState.RUNNING:  # a worker has died

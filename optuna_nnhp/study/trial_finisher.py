@@ -17,9 +17,9 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_nnhp.search.halving import CohortHalvingPruner
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.operations import REQUEUED_BY
-from optuna_nnhp.study._optuna_internals import trial_id
 from optuna_nnhp.study.failures import FailurePolicy
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.problem import Problem
@@ -197,7 +197,7 @@ class TrialFinisher:
                 try:
                     running.report()
                     trial.set_user_attr(REQUEUED_BY, worker)
-                    self.storage.set_trial_state_values(trial_id(trial), TrialState.WAITING)
+                    self.storage.set_trial_state_values(id_of(trial), TrialState.WAITING)
                 except UpdateFinishedTrialError:
                     self.mark_lost(running)
         count = sum(not running.is_finished for running in self.source.running.values())

@@ -20,13 +20,13 @@ from optuna.trial import TrialState
 
 from optuna_nnhp.search.follower import FollowerSampler
 from optuna_nnhp.search.grid import GridPointsSampler
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.operations import REQUEUED_BY
 from optuna_nnhp.storages.operations import TrialLimitReached
 from optuna_nnhp.study._optuna_internals import is_stopped
 from optuna_nnhp.study._optuna_internals import study_id
-from optuna_nnhp.study._optuna_internals import trial_id
 from optuna_nnhp.study._optuna_internals import with_sampler
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.failures import FailurePolicy
@@ -224,7 +224,7 @@ class TrialSource:
             self.tell(trial, None, TrialState.FAIL)
             raise
         self.failures.accept()
-        is_enqueued = FIXED_PARAMS in self.storage.get_trial(trial_id(trial)).system_attrs
+        is_enqueued = FIXED_PARAMS in self.storage.get_trial(id_of(trial)).system_attrs
         running = RunningTrial(trial, member, self.problem.maximize, signature)
         running.is_baseline = is_enqueued and bool(trial.user_attrs.get(BASELINE))
         running.is_enqueued = is_enqueued

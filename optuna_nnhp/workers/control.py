@@ -12,6 +12,10 @@ import optuna
 from optuna import Study
 from optuna.trial import FrozenTrial
 
+from optuna_nnhp.study._optuna_internals import is_stopped
+from optuna_nnhp.study._optuna_internals import stop
+from optuna_nnhp.study._optuna_internals import storage_of
+from optuna_nnhp.study._optuna_internals import study_id
 from optuna_nnhp.study.budget import Budget
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -36,7 +40,7 @@ def send_control_message(study: Study, command: str) -> str:
         The message's id, by which workers tell it from earlier messages.
     """
     message = {"command": command, "id": uuid4().hex}
-    study._storage.set_study_system_attr(study._study_id, CONTROL_KEY, message)
+    storage_of(study).set_study_system_attr(study_id(study), CONTROL_KEY, message)
     return message["id"]
 
 
@@ -47,7 +51,7 @@ def last_control_message_id(study: Study) -> str | None:
 
 def _read_control_message(study: Study) -> Mapping[str, str]:
     """Return the last control message of a study; empty if there is none."""
-    attributes = study._storage.get_study_system_attrs(study._study_id)
+    attributes = storage_of(study).get_study_system_attrs(study_id(study))
     return dict(attributes.get(CONTROL_KEY, {}))
 
 
@@ -98,7 +102,7 @@ class ShutdownWatcher:
 
     def __call__(self, study: Study, trial: FrozenTrial) -> None:
         """Send `STOP` to the other workers once the study is stopped here."""
-        if study._stop_flag and not self._is_stopped:
+        if is_stopped(study) and not self._is_stopped:
             self._is_stopped = True
             self._last_message_id = send_control_message(study, STOP)
 
@@ -109,7 +113,7 @@ class ShutdownWatcher:
             if self._parent is not None and os.getppid() != self._parent:
                 self._budget.released = True
             if self._is_stopped:  # a tuner that starts after the message resets the flag
-                self._study._stop_flag = True
+                stop(self._study)
             if time.monotonic() >= next_check:
                 self._check_message()
                 next_check = time.monotonic() + self._interval
@@ -125,7 +129,8 @@ class ShutdownWatcher:
             return
         self._last_message_id = message["id"]
         if message["command"] == STOP:
-            self._is_stopped = self._study._stop_flag = True
+            self._is_stopped = True
+            stop(self._study)
         elif message["command"] == INTERRUPT:
             self._budget.interrupted = True
         else:

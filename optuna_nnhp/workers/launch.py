@@ -32,6 +32,7 @@ from optuna_nnhp.search.grid import GridPointsSampler
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.lease import machine_id
 from optuna_nnhp.storages.lease import process_id
+from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import ProgressBar
 from optuna_nnhp.study.trial_source import TrialSource
@@ -244,7 +245,7 @@ def _enqueue_initial_trials(
     config: WorkerConfig, study: Study, problem: Template, budget: Budget
 ) -> None:
     """Enqueue the first trials of a study once, before workers start."""
-    storage = study._storage
+    storage = storage_of(study)
     assert isinstance(storage, BufferedStorage)
     timeout = None if budget.timeout is None else budget.timeout * config.n_workers
     source = TrialSource(study, problem, Budget(budget.n_trials, timeout), storage)
@@ -259,7 +260,7 @@ def _progress_bar(
     study: Study, problem: Template, budget: Budget
 ) -> Iterator[Callable[[bool], None]]:
     """Yield a function that shows the progress of all workers, at most once per second."""
-    storage, last_shown = study._storage, 0.0
+    storage, last_shown = storage_of(study), 0.0
     assert isinstance(storage, BufferedStorage)
 
     def show_progress(is_running: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import optuna
 import pytest
 
+from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.study import _optuna_internals as internals
 
 
@@ -49,12 +50,18 @@ def test_stop_is_allowed_within_and_a_view_stops_its_study(study: optuna.Study) 
         study.stop()
 
 
+def test_a_study_is_stopped_by_its_flag(study: optuna.Study) -> None:
+    assert not internals.is_stopped(study)
+    internals.stop(study)
+    assert internals.is_stopped(study)
+
+
 def test_ids_and_storages(study: optuna.Study) -> None:
     trial = study.ask()
     storage, number = internals.storage_of(study), internals.study_id(study)
     assert storage.get_study_name_from_id(number) == study.study_name
-    assert storage.get_trial(internals.trial_id(trial)).number == trial.number
-    assert internals.trial_id(study.trials[0]) == internals.trial_id(trial)
+    assert storage.get_trial(id_of(trial)).number == trial.number
+    assert id_of(study.trials[0]) == id_of(trial)
 
 
 def test_reported_values_are_known(study: optuna.Study) -> None:
