@@ -27,7 +27,7 @@ from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.study.running import suggest
 from optuna_nnhp.templates import DEFAULT_TEMPLATE
-from optuna_nnhp.templates import make_problem
+from optuna_nnhp.templates.problem_spec import make_problem
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import run_to_end
 from optuna_nnhp.training.weight_files import BestWeights

@@ -24,13 +24,13 @@ from torch import nn
 from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.errors import short_repr
 from optuna_nnhp.hyperparameters.spec import Value
-from optuna_nnhp.inspect.generated_text import store_generated_text
 from optuna_nnhp.inspect.result import Result
 from optuna_nnhp.rng import check_seed
 from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.storages.open_storage import DEFAULT_STORAGE
 from optuna_nnhp.storages.open_storage import models_folder
 from optuna_nnhp.storages.open_storage import open_storage
+from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.checkpoints import CHECKPOINT_INTERVAL
 from optuna_nnhp.study.method_config import enqueue_source_best
@@ -40,7 +40,6 @@ from optuna_nnhp.study.open_study import open_study
 from optuna_nnhp.study.open_study import without_cache
 from optuna_nnhp.study.replicates import MAX_CONFIGURATIONS
 from optuna_nnhp.study.replicates import ReplicateTrainer
-from optuna_nnhp.study.replicates import check_replicates
 from optuna_nnhp.study.trial_finisher import Callback
 from optuna_nnhp.templates import DEFAULT_TEMPLATE
 from optuna_nnhp.templates import Template
@@ -50,10 +49,6 @@ from optuna_nnhp.workers.config import WorkerConfig
 from optuna_nnhp.workers.launch import check_workers
 from optuna_nnhp.workers.launch import keep_best_weights
 from optuna_nnhp.workers.launch import run_workers
-from optuna_nnhp.workers.study_metadata import store_search_config
-from optuna_nnhp.workers.worker import build_problem
-from optuna_nnhp.workers.worker import build_problem_on_free_device
-from optuna_nnhp.workers.worker import run_tuner
 from optuna_nnhp.workers.worker_pool import Executor
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -230,12 +225,13 @@ def optimize(
         >>> len(result.study.trials)
         3
     """
-    _check_counts(n_trials=n_trials, cohort_size=cohort_size)
+    _check_count("workers", workers)
+    _check_optional_counts(n_trials=n_trials, cohort_size=cohort_size, replicates=replicates)
     _check_seconds(timeout=timeout, checkpoint_every=checkpoint_every, trial_timeout=trial_timeout)
     _check_study_arguments(n_trials, timeout, study_name, callbacks, pruner)
     check_seed(seed)
-    check_workers(workers, executor, storage)
-    replicates = check_replicates(replicates)
+    if workers > 1 or executor is not None:
+        check_workers(executor, storage)
     method_config = parse_method(method, sampler, method_options, levels, seed)
     method_config.reject_options(
         pruner=None if isinstance(pruner, NopPruner) else pruner,
@@ -289,13 +285,11 @@ def _run_study(
     show_progress_bar: bool,
 ) -> Result:
     """Open the study and run it in this process or by workers."""
-    problem, space = build_problem(config.problem_spec), config.problem_spec.space
+    problem = config.problem_spec.problem_without_gpu_claim()
     config.method_config.check(problem, budget)
     study, weights = _open_study_and_weights(problem, config)
-    enqueue_source_best(study, space, problem)
-    study.sampler = config.method_config.sampler_for(study, few=problem.sequential)
     config = replace(config, study_name=study.study_name, weights_folder=weights.folder)
-    store_search_config(study, config)
+    config.store_in(study)
     trainer = ReplicateTrainer(problem, replicates, budget) if replicates else None
     uses_workers = executor is not None or config.n_workers > 1
     if uses_workers:
@@ -303,41 +297,56 @@ def _run_study(
         # A new object, since the workers have written files to the folder.
         all_weights = BestWeights(weights.folder)
         keep_best_weights(study, all_weights, config.tuner_options["kept"], problem.maximize)
-    problem = build_problem_on_free_device(config.problem_spec, study, problem)
+    problem = config.problem_spec.problem_on_free_device(study, problem)
     callbacks = config.callbacks
     if trainer is not None:
         trainer.use_problem(problem)
         callbacks = (*callbacks, trainer)
     if not uses_workers:
-        run_tuner(
-            config, study, problem, budget, weights, callbacks, show_progress_bar=show_progress_bar
-        )
+        config.make_tuner(
+            study, problem, budget, weights, callbacks, show_progress_bar=show_progress_bar
+        ).run()
     if trainer is not None:
         trainer.run(study, is_late=executor is not None)
     result = Result(without_cache(study), problem, weights)
-    store_generated_text(result)
+    if problem.samples_text:
+        result.store_generated_text()
     return result
 
 
 def _open_study_and_weights(problem: Template, config: WorkerConfig) -> tuple[Study, BestWeights]:
     """Create or load the study, and return it with the weights of its best trials."""
-    storage = config.storage
+    storage, method = config.storage, config.method_config
     opened = open_storage(storage)
     pruner = config.pruner or CohortHalvingPruner(min_resource=problem.min_resource)
-    study = open_study(problem, opened, config.study_name, config.method_config.sampler, pruner)
+    study = open_study(problem, opened, config.study_name, method.sampler, pruner)
     if storage is not None:
         is_named = isinstance(storage, str | Path)
         location = hide_passwords(str(storage), storage) if is_named else "the given storage"
         _logger.info(f"Storing the study {study.study_name!r} in {location}.")
+    enqueue_source_best(study, config.problem_spec.space, problem)
+    # The seed of the method's sampler depends on the trials that the study has already.
+    study = optuna.load_study(
+        study_name=study.study_name,
+        storage=storage_of(study),
+        sampler=method.sampler_for(study, few=problem.sequential),
+        pruner=pruner,
+    )
     folder = models_folder(opened, None if isinstance(storage, BaseStorage) else storage)
     return study, BestWeights(folder / study.user_attrs[MODELS] if folder else None)
 
 
-def _check_counts(**counts: Any) -> None:
+def _check_count(name: str, count: Any) -> None:
+    """Raise unless a number is a positive integer."""
+    if not _is_number(count, Integral) or count < 1:
+        raise ValueError(f"`{name}` must be at least 1, but got {short_repr(count)}.")
+
+
+def _check_optional_counts(**counts: Any) -> None:
     """Raise unless each number is None or a positive integer."""
     for name, count in counts.items():
-        if count is not None and (not _is_number(count, Integral) or count < 1):
-            raise ValueError(f"`{name}` must be at least 1, but got {short_repr(count)}.")
+        if count is not None:
+            _check_count(name, count)
 
 
 def _check_seconds(**durations: Any) -> None:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
 from optuna_nnhp.hyperparameters.optimizer import UPDATE_RULES
-from optuna_nnhp.templates import make_problem
+from optuna_nnhp.templates.problem_spec import make_problem
 from tests.tiny import Array
 from tests.tiny import classes
 from tests.tiny import numbers

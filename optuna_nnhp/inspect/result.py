@@ -23,6 +23,7 @@ from optuna_nnhp.inspect.replay import retrain_trial
 from optuna_nnhp.inspect.replay import with_trial_seed
 from optuna_nnhp.inspect.replicates import replicates_dataframe
 from optuna_nnhp.inspect.schedules import schedule_dataframe
+from optuna_nnhp.inspect.summary import GENERATED_TEXT
 from optuna_nnhp.inspect.summary import find_best_trial
 from optuna_nnhp.study.running import member_at_best_round
 from optuna_nnhp.templates.base import Template
@@ -191,15 +192,6 @@ class Result:
         """
         return self._method("generate")(prompt, tokens, **options)  # type: ignore[no-any-return]
 
-    @property
-    def samples_text(self) -> bool:
-        """Whether the best model writes text that the study keeps."""
-        return self._problem.samples_text
-
-    def sample_text(self) -> str:
-        """Return text that the best model writes, if its template's models write text."""
-        return self._problem.sample_text(self.predictor)
-
     def _method(self, name: str) -> Callable[..., Any]:
         """Return a method of the best model, which not all templates' models have."""
         method = getattr(self.predictor, name, None)
@@ -209,6 +201,17 @@ class Result:
                 f"{self._problem.template_name!r} has `{self._problem.model_method}`."
             )
         return method  # type: ignore[no-any-return]
+
+    def store_generated_text(self) -> None:
+        """Store a text that the best model writes in the study, unless it is there already.
+
+        Notes and dashboards show it. Only for templates whose models write text.
+        """
+        best = find_best_trial(self.study)
+        stored = self.study.user_attrs.get(GENERATED_TEXT, {})
+        if best is not None and stored.get("trial") != best.number:
+            text = self._problem.sample_text(self.predictor)
+            self.study.set_user_attr(GENERATED_TEXT, {"trial": best.number, "text": text})
 
     def save(self, folder: str | Path) -> Path:
         """Write the model to a folder (safetensors and JSON) for `optuna_nnhp.load`."""

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 import math
-from numbers import Integral
 from typing import Any
 
 import optuna
@@ -20,7 +19,6 @@ from optuna.trial import TrialState
 
 from optuna_nnhp import rng
 from optuna_nnhp.engine.library import single_threaded_blas
-from optuna_nnhp.errors import short_repr
 from optuna_nnhp.study.autotune import seconds_per_step
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import graceful_shutdown
@@ -46,21 +44,6 @@ PREDICT_AFTER = 0.5  # of the timeout: then the best networks' kind is known
 MARGIN = 1.5  # times what is predicted: the best trials may still become longer ones
 
 Record = dict[str, dict[str, list[Any]]]  # by trial number, as text: seeds, and values
-
-
-def check_replicates(count: object) -> int | None:
-    """How many replicates are wanted, or a ValueError.
-
-    Example:
-        >>> check_replicates(None), check_replicates(3)
-        (None, 3)
-    """
-    is_whole = isinstance(count, Integral) and not isinstance(count, bool)
-    if count is not None and (not is_whole or count < 1):  # type: ignore[operator]
-        raise ValueError(
-            f"`replicates` must be a whole number of at least 1, but got {short_repr(count)}."
-        )
-    return None if count is None else int(count)  # type: ignore[call-overload]
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,19 @@ from optuna.distributions import json_to_distribution
 import torch
 from torch import nn
 
+from optuna_nnhp.errors import unknown_name
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.study.open_study import IDENTITY
+from optuna_nnhp.study.open_study import MODELS
 from optuna_nnhp.templates import DEFAULT_TEMPLATE
+from optuna_nnhp.templates import TEMPLATES
 from optuna_nnhp.templates import CustomNetworkTemplate
+from optuna_nnhp.templates import NetworkBuilder
 from optuna_nnhp.templates import Template
 from optuna_nnhp.templates import find_template
-from optuna_nnhp.templates import make_problem
 from optuna_nnhp.templates.base import NOT_SAVED
+from optuna_nnhp.training.device import claim_device
+from optuna_nnhp.training.device import gpu_uuids
 
 PROBLEM_SPEC = "problem_spec"  # study attribute: `ProblemSpec.attributes`
 # Arguments that are kept as they are, where they are not data or functions.
@@ -124,6 +130,27 @@ class ProblemSpec:
                     f"{found!r}."
                 )
         return problem
+
+    def problem_without_gpu_claim(self) -> Template:
+        """Make the problem before its study is open: on the CPU if any GPU would do."""
+        has_free_choice = self.device is None and gpu_uuids()
+        return (replace(self, device="cpu") if has_free_choice else self).problem()
+
+    def problem_on_free_device(self, study: Study, problem: Template | None = None) -> Template:
+        """Make the problem on a device that no other worker of its study uses.
+
+        Args:
+            study:
+                The opened study.
+            problem:
+                The same problem, possibly on another device; it is reused if the device fits.
+        """
+        if self.device is not None or not gpu_uuids():
+            return problem or self.problem()
+        device = claim_device(study.user_attrs[MODELS])
+        if problem is not None and problem.device == device:
+            return problem
+        return replace(self, device=device).problem()
 
     def attributes(self) -> dict[str, Any]:
         """Return what a study stores, as JSON: paths and names, but no data and no functions.
@@ -264,3 +291,61 @@ def _describe_function(given: Any) -> Any:
         return given
     module, name = (getattr(given, key, "") for key in ("__module__", "__qualname__"))
     return {NOT_SAVED: f"{module}:{name}" if name else type(given).__qualname__}
+
+
+def make_problem(
+    template: str, network: NetworkBuilder | None, X: Any, **options: Any
+) -> Template:
+    """Make the problem of a template, or of a user's own network.
+
+    Args:
+        template:
+            Name of a registered template.
+        network:
+            The user's function instead; see `CustomNetworkTemplate`.
+        X:
+            The examples, or the text.
+        options:
+            Keyword arguments of `optimize`. Those that the template's constructor lacks must have
+            their defaults.
+
+    Raises:
+        ValueError: If there is no such template, two are named, or an option is for another one.
+
+    Example:
+        >>> make_problem("dnn", None, [[1.0], [2.0]] * 5, y=["no", "yes"] * 5).metric.name
+        'accuracy'
+    """
+    if network is None:
+        names = [name for name, known in TEMPLATES.items() if not known.takes_network]
+        if not isinstance(template, str) or template not in names:
+            raise unknown_name("a template", template, names)
+        found: Any = TEMPLATES[template]
+        return found(X, **_options_of(found, options))  # type: ignore[no-any-return]
+    if not isinstance(template, str) or template != DEFAULT_TEMPLATE:
+        raise ValueError(
+            "`template` must not be given with `network`: optimize(network=network, X=X, y=y)."
+        )
+    return CustomNetworkTemplate(network, X, **_options_of(CustomNetworkTemplate, options))
+
+
+def _options_of(template: type[Template], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that a template takes, without those that have no value."""
+    known = template.option_defaults()
+    for name, value in options.items():
+        if name in known:
+            continue
+        others = {n: t.option_defaults() for n, t in TEMPLATES.items()}
+        takers = [other for other, defaults in others.items() if name in defaults]
+        if not takers:
+            raise TypeError(f"`{name}` must be an option of a template, but none has it.")
+        default = others[takers[0]][name]
+        is_given = value is not default and not (isinstance(value, str) and value == default)
+        if is_given and name != "timeout":  # of the study, which only some templates need
+            raise ValueError(
+                f"`{name}` must not be given here: it is for the template "
+                f"{' or '.join(map(repr, takers))}."
+            )
+    return {
+        n: v for n, v in options.items() if n in known and not (n == "validation" and v is None)
+    }

@@ -48,14 +48,13 @@ from optuna_nnhp.templates import Template
 from optuna_nnhp.templates.problem_spec import ProblemSpec
 from optuna_nnhp.workers.config import WorkerConfig
 from optuna_nnhp.workers.config import WorkerResult
+from optuna_nnhp.workers.config import stored_method_config
+from optuna_nnhp.workers.config import stored_n_trials
+from optuna_nnhp.workers.config import stored_pruner
+from optuna_nnhp.workers.config import stored_tuner_options
 from optuna_nnhp.workers.control import INTERRUPT
 from optuna_nnhp.workers.control import RELEASE
 from optuna_nnhp.workers.control import last_control_message_id
-from optuna_nnhp.workers.study_metadata import stored_method_config
-from optuna_nnhp.workers.study_metadata import stored_n_trials
-from optuna_nnhp.workers.study_metadata import stored_pruner
-from optuna_nnhp.workers.study_metadata import stored_tuner_options
-from optuna_nnhp.workers.worker import build_problem_on_free_device
 from optuna_nnhp.workers.worker import run_worker
 
 EXIT_FAILED, EXIT_REFUSED = 1, 2
@@ -178,7 +177,7 @@ def _worker_config(options: argparse.Namespace) -> tuple[WorkerConfig, Template]
         threads=options.threads,
         last_message_id=last_control_message_id(study),
     )
-    return config, build_problem_on_free_device(problem_spec, study)
+    return config, problem_spec.problem_on_free_device(study)
 
 
 def _check_limits(options: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from dataclasses import replace
 import functools
-from numbers import Integral
 import os
 from pathlib import Path
 import re
@@ -29,6 +28,7 @@ import torch
 
 from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.search.grid import GridPointsSampler
+from optuna_nnhp.storages._optuna_internals import without_cache
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.lease import machine_id
 from optuna_nnhp.storages.lease import process_id
@@ -48,33 +48,27 @@ from optuna_nnhp.workers.worker_pool import WorkerPool
 PROGRESS_INTERVAL = 1.0  # seconds between two reads of the storage for the progress bar
 
 
-def check_workers(
-    workers: Any, executor: object, storage: str | Path | BaseStorage | None
-) -> None:
-    """Raise unless the workers can run and can share the study.
+def check_workers(executor: object, storage: str | Path | BaseStorage | None) -> None:
+    """Raise unless several workers can run and can share the study.
 
     Args:
-        workers:
-            Number of workers.
         executor:
             Where they run; None for this machine.
         storage:
             Storage as the user gave it.
 
     Raises:
-        ValueError: If the number, the executor or the storage is not valid.
+        ValueError: If the executor or the storage is not valid.
 
     Example:
-        >>> check_workers(2, None, None)
+        >>> check_workers(None, None)
         Traceback (most recent call last):
         ValueError: `storage` must be one that several processes can open, a path or a URL, but \
 got None.
     """
-    if isinstance(workers, bool) or not isinstance(workers, Integral) or workers < 1:
-        raise ValueError(f"`workers` must be at least 1, but got {workers!r}.")
     if executor is not None:
         _check_executor(executor)
-    if (workers == 1 and executor is None) or not _is_in_memory(storage):
+    if not _is_in_memory(storage):
         return
     shown = hide_passwords(storage if isinstance(storage, str) else repr(storage), storage)
     raise ValueError(
@@ -86,7 +80,8 @@ def _is_in_memory(storage: str | Path | BaseStorage | None) -> bool:
     """Return whether only this process can read a storage."""
     if isinstance(storage, BufferedStorage):
         storage = storage.backend
-    storage = getattr(storage, "_backend", storage)  # Optuna wraps databases in a cache
+    if isinstance(storage, BaseStorage):
+        storage = without_cache(storage)
     if isinstance(storage, RDBStorage):
         storage = storage.url
     if isinstance(storage, str):

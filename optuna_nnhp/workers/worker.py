@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 import os
 from pathlib import Path
 import signal
@@ -24,14 +22,8 @@ from optuna_nnhp.storages.lease import process_id
 from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import graceful_shutdown
-from optuna_nnhp.study.open_study import MODELS
 from optuna_nnhp.study.open_study import open_study
-from optuna_nnhp.study.trial_finisher import Callback
-from optuna_nnhp.study.tuner import Tuner
 from optuna_nnhp.templates import Template
-from optuna_nnhp.templates.problem_spec import ProblemSpec
-from optuna_nnhp.training.device import claim_device
-from optuna_nnhp.training.device import gpu_uuids
 from optuna_nnhp.training.weight_files import BestWeights
 from optuna_nnhp.workers.config import WorkerConfig
 from optuna_nnhp.workers.config import WorkerResult
@@ -66,81 +58,6 @@ def run_worker(config: WorkerConfig, problem: Template | None = None) -> WorkerR
         return WorkerResult(config.worker, _picklable_error(error))
 
 
-def run_tuner(
-    config: WorkerConfig,
-    study: Study,
-    problem: Template,
-    budget: Budget,
-    weights: BestWeights,
-    callbacks: Sequence[Callback] = (),
-    *,
-    show_progress_bar: bool = False,
-) -> None:
-    """Run the tuner in this process.
-
-    Args:
-        config:
-            Configuration with the method and the tuner's options.
-        study:
-            The opened study.
-        problem:
-            Problem to tune.
-        budget:
-            Limits on trials and time.
-        weights:
-            Receives the weights of the best trials.
-        callbacks:
-            Functions called after each trial.
-        show_progress_bar:
-            Whether to show a progress bar.
-    """
-    Tuner(
-        study,
-        problem,
-        budget,
-        weights,
-        make_policy=config.method_config.make_policy,
-        uses_portfolio=config.method_config.uses_portfolio,
-        callbacks=callbacks,
-        show_progress_bar=show_progress_bar,
-        **config.tuner_options,
-    ).run()
-
-
-def build_problem(problem_spec: ProblemSpec) -> Template:
-    """Build a problem before its study is open, without claiming a GPU.
-
-    Args:
-        problem_spec:
-            Specification of the problem.
-
-    Returns:
-        The problem, on the CPU if the specification leaves the device open and there are GPUs.
-    """
-    has_free_choice = problem_spec.device is None and gpu_uuids()
-    return (replace(problem_spec, device="cpu") if has_free_choice else problem_spec).problem()
-
-
-def build_problem_on_free_device(
-    problem_spec: ProblemSpec, study: Study, problem: Template | None = None
-) -> Template:
-    """Build a problem on a device that no other worker of its study uses.
-
-    Args:
-        problem_spec:
-            Specification of the problem.
-        study:
-            The opened study.
-        problem:
-            The same problem, possibly on another device; it is reused if the device fits.
-    """
-    if problem_spec.device is None and gpu_uuids():
-        problem_spec = replace(problem_spec, device=claim_device(study.user_attrs[MODELS]))
-        if problem_spec.device != getattr(problem, "device", None):
-            problem = None
-    return problem or problem_spec.problem()
-
-
 def _train_until_stopped(config: WorkerConfig, problem: Template | None) -> str | None:
     """Open the study and run its tuner.
 
@@ -163,7 +80,9 @@ def _train_until_stopped(config: WorkerConfig, problem: Template | None) -> str 
         )
         with watcher:
             if not budget.is_over():
-                run_tuner(config, study, problem, budget, weights, [*config.callbacks, watcher])
+                config.make_tuner(
+                    study, problem, budget, weights, [*config.callbacks, watcher]
+                ).run()
     if budget.interrupted:
         return INTERRUPT
     return RELEASE if budget.released else None
@@ -175,7 +94,7 @@ def _open_study_and_problem(
     """Open the study, which must exist, and build its problem on a free device."""
     storage = open_storage(config.storage)
     study = optuna.load_study(study_name=config.study_name, storage=storage)
-    problem = problem or build_problem_on_free_device(config.problem_spec, study)
+    problem = problem or config.problem_spec.problem_on_free_device(study)
     sampler = config.sampler or config.method_config.sampler
     pruner = config.pruner or CohortHalvingPruner(min_resource=problem.min_resource)
     return open_study(problem, storage, config.study_name, sampler, pruner), problem

@@ -21,7 +21,6 @@ from optuna_nnhp.study.replicates import MAX_TIMEOUT_SHARE
 from optuna_nnhp.study.replicates import MIN_CONFIGURATIONS
 from optuna_nnhp.study.replicates import REPLICATES
 from optuna_nnhp.study.replicates import ReplicateTrainer
-from optuna_nnhp.study.replicates import check_replicates
 from optuna_nnhp.templates import CustomNetworkTemplate
 from optuna_nnhp.templates import DNNTemplate
 from optuna_nnhp.templates import GPTTemplate
@@ -367,17 +366,14 @@ def test_another_seed_changes_the_weights_and_the_order_alone(kind: str) -> None
         assert other._task.arrays is problem._task.arrays  # the same split
 
 
-@pytest.mark.parametrize("count, found", [(None, None), (1, 1), (np.int64(3), 3)])
-def test_good_counts(count: Any, found: int | None) -> None:
-    assert check_replicates(count) == found
-
-
 @pytest.mark.parametrize("count", [0, -1, True, 2.0, "3", float("nan")])
-def test_bad_counts(count: Any) -> None:
-    with pytest.raises(
-        ValueError, match=f"`replicates` must be a whole number of at least 1, but got {count!r}"
-    ):
-        check_replicates(count)
+def test_replicates_must_be_a_positive_integer(count: Any) -> None:
+    with pytest.raises(ValueError, match=f"`replicates` must be at least 1, but got {count!r}"):
+        tuned(n_trials=1, replicates=count)
+
+
+def test_the_number_of_replicates_may_be_of_numpy() -> None:
+    assert len(tuned(n_trials=1, replicates=np.int64(2)).replicates) == 1
 
 
 def test_a_frame_without_replicates() -> None:

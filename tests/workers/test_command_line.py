@@ -305,7 +305,7 @@ def test_error_in_training_is_printed(
     def fail(*_: object, **__: object) -> None:
         raise ArithmeticError("the loop is broken")
 
-    monkeypatch.setattr("optuna_nnhp.workers.worker.run_tuner", fail)
+    monkeypatch.setattr(WorkerConfig, "make_tuner", fail)
     assert worker("--data", "data.npz", "--n-trials", 2) == 1
     output = capsys.readouterr().err
     assert "ArithmeticError: the loop is broken" in output

@@ -173,7 +173,7 @@ def test_worker_is_released_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("workers", [0, -1, 1.5, "2", True, None])
 def test_workers_must_be_a_positive_integer(workers: object) -> None:
     with pytest.raises(ValueError, match="`workers` must be at least 1, but got"):
-        check_workers(workers, None, "a.journal")
+        tune(*numbers(), n_trials=1, workers=workers)
 
 
 @pytest.mark.parametrize(
@@ -184,20 +184,19 @@ def test_workers_must_be_a_positive_integer(workers: object) -> None:
         optuna.storages.RDBStorage("sqlite://"),
     ],
 )
-def test_in_memory_storages_allow_one_worker_only(storage: Any) -> None:
-    check_workers(1, None, storage)
+def test_in_memory_storages_do_not_allow_several_workers(storage: Any) -> None:
     with pytest.raises(ValueError, match="`storage` must be one that several processes can open"):
-        check_workers(2, None, storage)
+        check_workers(None, storage)
 
 
 @pytest.mark.parametrize("storage", ["a.journal", Path("a"), "sqlite:///a.db", "mysql://h/d"])
 def test_files_and_databases_allow_several_workers(storage: Any) -> None:
-    check_workers(2, None, storage)
+    check_workers(None, storage)
 
 
 def test_executor_must_have_submit() -> None:
     with pytest.raises(ValueError, match="`executor` must have a method `submit`"):
-        check_workers(1, object(), "a.journal")
+        check_workers(object(), "a.journal")
 
 
 def test_relative_paths_become_absolute(folder: Path) -> None:
