@@ -30,7 +30,7 @@ from tests.tiny import TRAIN_ROWS
 from tests.tiny import Array
 from tests.tiny import causes
 from tests.tiny import classes
-from tests.tiny import courses
+from tests.tiny import learning_curves
 from tests.tiny import numbers
 from tests.tiny import states
 from tests.tiny import trials
@@ -63,7 +63,7 @@ def test_csv_file_gives_the_same_study_as_its_frame(folder: Path) -> None:
     of_file = tune("homes.csv", target="price", n_trials=2)
     of_path = tune(folder / "homes.csv", target="price", n_trials=2)
     of_frame = tune(frame[["a", "b", "c"]], frame["price"], n_trials=2)
-    assert courses(of_file) == courses(of_frame) == courses(of_path)
+    assert learning_curves(of_file) == learning_curves(of_frame) == learning_curves(of_path)
     assert [path.name for path in folder.iterdir()] == ["homes.csv"]
 
 
@@ -304,12 +304,12 @@ def test_early_stopped_trial_is_complete_with_its_best_value() -> None:
 def test_same_seed_gives_the_same_study(cohort_size: int | None) -> None:
     options: dict[str, Any] = {"n_trials": 6, "pruner": None, "cohort_size": cohort_size}
     first, second = tune(**options, seed=5), tune(**options, seed=5)
-    assert courses(first) == courses(second)
+    assert learning_curves(first) == learning_curves(second)
     assert first.predict_proba(classes()[0]).tolist() == (
         second.predict_proba(classes()[0]).tolist()
     )
     other = tune(**options, seed=6)
-    assert courses(other) != courses(first)
+    assert learning_curves(other) != learning_curves(first)
     assert trials(other)[1].params != trials(first)[1].params
 
 
@@ -321,7 +321,7 @@ def test_global_random_generators_have_no_effect() -> None:
     random.seed(2)
     np.random.seed(2)
     torch.manual_seed(2)
-    assert courses(tune()) == courses(first)
+    assert learning_curves(tune()) == learning_curves(first)
 
 
 def test_callbacks_are_called_once_per_trial() -> None:

@@ -85,7 +85,7 @@ def causes(result: Result) -> list[str]:
     return [trial.user_attrs["cause"] for trial in trials(result)]
 
 
-def courses(result: Result) -> list[Any]:
+def learning_curves(result: Result) -> list[Any]:
     """Return the curves of all trials, which are equal for equal studies only."""
     return [
         (t.number, t.params, t.value, t.state, t.intermediate_values, t.user_attrs["train_loss"])

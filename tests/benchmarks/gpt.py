@@ -134,8 +134,8 @@ def steps(text: Path) -> Figures:
     """A cohort of one against plain code; and the share of the machine's products."""
     figures: Figures = {}
     for name, width in SHAPES.items():
-        wishes = {"optimizer": "adamw", "width": width, "context": 64, "layers": 4}
-        problem = problem_of(text, 1.0, **wishes, batch_tokens=768, head_size=width // 4)
+        settings = {"optimizer": "adamw", "width": width, "context": 64, "layers": 4}
+        problem = problem_of(text, 1.0, **settings, batch_tokens=768, head_size=width // 4)
         member = problem.member(0, problem.defaults())
         sides = {
             "ours": cohort_steps(problem, [member]),
@@ -189,11 +189,11 @@ def mup(text: Path) -> Figures:
 def _mean_loss(text: Path, kind: str, width: int, rate: float) -> float:
     losses = []
     for seed in range(MUP_SEEDS):
-        wishes = {"layers": 2, "context": 64, "batch_tokens": 768, "optimizer": "adamw"}
+        settings = {"layers": 2, "context": 64, "batch_tokens": 768, "optimizer": "adamw"}
         problem = GPT(
             text,
             fixed={
-                **wishes,
+                **settings,
                 "width": width,
                 "iterations": MUP_STEPS,
                 "parametrization": kind,

@@ -273,15 +273,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
     options = parser.parse_args(argv)
     train, valid, vocabulary = read_characters(options.text)
-    wishes = {"iterations": options.iterations, "seed": options.seed}
-    baseline = train_nanogpt(train, valid, vocabulary, **wishes)
+    settings = {"iterations": options.iterations, "seed": options.seed}
+    baseline = train_nanogpt(train, valid, vocabulary, **settings)
     print(
         f"{baseline.parameters:,} parameters, {options.iterations:,} iterations: "
         f"{baseline.seconds:.1f} s ({1e3 * baseline.seconds_per_step:.1f} ms a step, "
         f"{baseline.tokens_per_second:,.0f} tokens a second), "
         f"loss {baseline.loss:.4f} nats per character"
     )
-    write_json(options.json, {**wishes, **asdict(baseline)})
+    write_json(options.json, {**settings, **asdict(baseline)})
     return 0
 
 

@@ -90,8 +90,8 @@ def test_training_lowers_the_loss_and_prints_it(monkeypatch: pytest.MonkeyPatch)
 
 def test_same_seed_gives_the_same_loss() -> None:
     text = sentence(300)
-    wishes: dict[str, Any] = {"iterations": 2}
-    losses = [train_nanogpt(text, text, 7, **wishes, seed=seed).loss for seed in (1, 1, 2)]
+    settings: dict[str, Any] = {"iterations": 2}
+    losses = [train_nanogpt(text, text, 7, **settings, seed=seed).loss for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -177,7 +177,7 @@ def test_command_line_trains_on_a_file(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    "wishes, message",
+    "settings, message",
     [
         ({"iterations": 0}, "`iterations` must be at least 1, but got 0."),
         ({"train": sentence(64)}, "`train` must have at least 65 tokens, but has 64."),
@@ -185,8 +185,8 @@ def test_command_line_trains_on_a_file(tmp_path: Path, capsys: pytest.CaptureFix
         ({"vocabulary": 6}, "`train` must hold numbers from 0 to 5, but got 0 to 6."),
     ],
 )
-def test_invalid_tokens_are_rejected(wishes: dict[str, Any], message: str) -> None:
+def test_invalid_tokens_are_rejected(settings: dict[str, Any], message: str) -> None:
     text = sentence(100)
     with pytest.raises(ValueError) as error:
-        train_nanogpt(**{"train": text, "valid": text, "vocabulary": 7, **wishes})
+        train_nanogpt(**{"train": text, "valid": text, "vocabulary": 7, **settings})
     assert str(error.value) == message

@@ -83,7 +83,7 @@ def names(known: list[str]) -> st.SearchStrategy[Any]:
     )
 
 
-def wishes(known: list[str]) -> st.SearchStrategy[Any]:
+def settings(known: list[str]) -> st.SearchStrategy[Any]:
     """Arguments `space` and `fixed`."""
     spaces = st.dictionaries(names(known), distributions(), max_size=2)
     pins = st.dictionaries(names(known), values, max_size=2)
@@ -122,18 +122,18 @@ def check_problem(problem: Any, space: Any, fixed: Any) -> None:
                 assert cohort.train_round() is not None
 
 
-@given(wishes=wishes(TABLE), regression=st.booleans())
-def test_any_space_for_tables_is_rejected_or_used(wishes: Any, regression: bool) -> None:
-    space, fixed = wishes
+@given(settings=settings(TABLE), regression=st.booleans())
+def test_any_space_for_tables_is_rejected_or_used(settings: Any, regression: bool) -> None:
+    space, fixed = settings
     y = numbers()[1] if regression else LABELS
     problem = outcome(lambda: DNNTemplate(X, y, space=space, fixed=fixed, device="cpu"))
     if problem is not None:
         check_problem(problem, space, fixed)
 
 
-@given(wishes=wishes(TABLE))
-def test_any_space_for_own_networks_is_rejected_or_used(wishes: Any) -> None:
-    space, fixed = wishes
+@given(settings=settings(TABLE))
+def test_any_space_for_own_networks_is_rejected_or_used(settings: Any) -> None:
+    space, fixed = settings
 
     def network(params: Any) -> nn.Module:
         for name in {*(space or {}), *(fixed or {})}:
@@ -146,11 +146,11 @@ def test_any_space_for_own_networks_is_rejected_or_used(wishes: Any) -> None:
 
 
 @given(
-    wishes=wishes(LANGUAGE),
+    settings=settings(LANGUAGE),
     budget=st.sampled_from([{}, {"iterations": 9}, {"train_tokens": 5000}, {"seconds": 0.1}]),
 )
-def test_any_space_for_texts_is_rejected_or_used(wishes: Any, budget: Any) -> None:
-    space, fixed = wishes
+def test_any_space_for_texts_is_rejected_or_used(settings: Any, budget: Any) -> None:
+    space, fixed = settings
     if isinstance(fixed, dict):
         fixed = {**budget, **fixed}
     problem = outcome(lambda: GPTTemplate(TEXT, space=space, fixed=fixed, device="cpu"))

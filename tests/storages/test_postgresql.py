@@ -18,7 +18,7 @@ from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.operations import TrialLimitReached
 from tests.postgresql import Database
-from tests.tiny import courses
+from tests.tiny import learning_curves
 from tests.tiny import numbers
 from tests.tiny import trials
 from tests.tiny import tune
@@ -27,14 +27,14 @@ from tests.tiny import tune
 def test_a_study_can_be_resumed(postgresql: Database, folder: Path) -> None:
     X, y = numbers()
     first = tune(X, y, storage=postgresql.url, n_trials=4, cohort_size=2)
-    course = courses(first)
-    assert course == courses(tune(X, y, storage=None, n_trials=4, cohort_size=2))
+    course = learning_curves(first)
+    assert course == learning_curves(tune(X, y, storage=None, n_trials=4, cohort_size=2))
     assert [path.name for path in folder.iterdir()] == ["optuna_nnhp.models"]
     again = tune(X, y, storage=postgresql.url, n_trials=4)
     assert again.best_value == first.best_value
     assert np.array_equal(again.predict(X), first.predict(X))
     more = tune(X, y, storage=postgresql.url, n_trials=6)
-    assert courses(more)[:4] == course
+    assert learning_curves(more)[:4] == course
     assert len(trials(more)) == 6
 
 

@@ -1,4 +1,4 @@
-"""Who leads next: what costs much must wait."""
+"""Slow leaders wait until the study can afford them."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_a_slow_leader_waits_until_it_can_be_afforded(admission: Admission) -> N
     assert admission.deferred == []
 
 
-def test_of_many_slow_ones_the_quickest_leads(admission: Admission) -> None:
+def test_the_fastest_of_many_slow_leaders_starts_first(admission: Admission) -> None:
     admission.source.queue[:] = [leader(s) for s in (5.0, 3.0, 4.0, 6.0, 0.1)]  # type: ignore[attr-defined]
     first = admission._next_leader()
     assert first is not None and first.member == 3.0  # type: ignore[comparison-overlap]
     assert len(admission.deferred) == 3 and len(admission.source.queue) == 1  # type: ignore[attr-defined]
 
 
-def test_the_last_ones_lead_however_slow(admission: Admission) -> None:
+def test_a_slow_leader_starts_if_no_other_is_left(admission: Admission) -> None:
     admission.source.queue[:] = [leader(5.0)]  # type: ignore[attr-defined]
     last = admission._next_leader()
     assert last is not None and admission.deferred == []
@@ -63,7 +63,9 @@ def test_the_last_ones_lead_however_slow(admission: Admission) -> None:
 
 
 @pytest.mark.parametrize("change", ["no timeout", "cohort size", "enqueued"])
-def test_who_need_not_wait(admission: Admission, change: str) -> None:
+def test_slow_leaders_start_at_once_without_a_timeout_with_a_cohort_size_or_if_enqueued(
+    admission: Admission, change: str
+) -> None:
     slow = leader(5.0, change == "enqueued")
     admission.source.queue[:] = [slow, leader(0.1)]  # type: ignore[attr-defined]
     if change == "no timeout":

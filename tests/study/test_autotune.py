@@ -1,4 +1,4 @@
-"""How many trials make a cohort: measured, and remembered."""
+"""The number of trials of a cohort is measured once and remembered."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def leader(problem: DNNTemplate) -> Member:
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Nothing is known yet; the file of what is."""
+def cache_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Empty the cache and return the path of its file."""
     monkeypatch.setattr(autotune, "_known", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "optuna_nnhp" / "cohort_sizes.json"
 
 
 @pytest.fixture(autouse=True)
-def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine is left out, where a test does not want it back."""
+def without_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch the compiled engine off."""
     monkeypatch.setenv(ENGINE_VARIABLE, "torch")
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, step: dict[int, float]) -> list[int]:
-    """Steps take this long, by the number of members; what is tried is noted."""
+def fake_step_times(monkeypatch: pytest.MonkeyPatch, step: dict[int, float]) -> list[int]:
+    """Fake the seconds of a step by the number of members; return the numbers that are tried."""
     tried: list[int] = []
 
     def fake(cohort: Cohort) -> float:
@@ -65,7 +65,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, step: dict[int, float]) -> list[int
         ({1: 1e-3}, 1, 1, 1e-3, [1]),
     ],
 )
-def test_the_smallest_stack_that_is_about_the_fastest(
+def test_the_smallest_cohort_that_is_about_as_fast_as_the_fastest_is_chosen(
     problem: DNNTemplate,
     leader: Member,
     step: dict[int, float],
@@ -75,16 +75,16 @@ def test_the_smallest_stack_that_is_about_the_fastest(
     tried: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    noted = pretend(monkeypatch, step)
-    pace = measure_throughput(problem, leader, most)
-    assert noted == tried
-    assert pace.size == size
-    assert pace.round == pytest.approx(2 * each)  # 64 rows, batches of 32
+    tried_sizes = fake_step_times(monkeypatch, step)
+    throughput = measure_throughput(problem, leader, most)
+    assert tried_sizes == tried
+    assert throughput.size == size
+    assert throughput.round == pytest.approx(2 * each)  # 64 rows, batches of 32
 
 
 @pytest.fixture
 def engine_on_three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine is back, and nothing is read or written."""
+    """Switch the engine on, with three threads and without a cache file."""
     monkeypatch.undo()
     if load_library() is None:
         pytest.skip("there was no C compiler")
@@ -94,60 +94,60 @@ def engine_on_three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "available_threads", lambda: 3)
 
 
-def test_the_engine_has_members_for_all_its_threads(
+def test_the_engine_gets_enough_members_for_all_its_threads(
     engine_on_three_threads: None,
     problem: DNNTemplate,
     leader: Member,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    noted = pretend(monkeypatch, {1: 1e-3, 12: 4e-3, 20: 20e-3 / 3})
+    tried_sizes = fake_step_times(monkeypatch, {1: 1e-3, 12: 4e-3, 20: 20e-3 / 3})
     assert measure_throughput(problem, leader, 20).size == 12  # more are no faster
-    assert noted == [1, 12, 20]
+    assert tried_sizes == [1, 12, 20]
 
 
-def test_one_slow_member_tells_enough_of_the_engine(
+def test_a_slow_network_is_measured_with_one_member_in_the_engine(
     engine_on_three_threads: None,
     problem: DNNTemplate,
     leader: Member,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    noted = pretend(monkeypatch, {1: 3e-3})
+    tried_sizes = fake_step_times(monkeypatch, {1: 3e-3})
     assert measure_throughput(problem, leader, 20) == Throughput(12, 6e-3)
-    assert noted == [1]
+    assert tried_sizes == [1]
 
 
-def test_it_is_measured_once_also_by_the_next_process(
-    problem: DNNTemplate, leader: Member, forgotten: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cohort_size_is_measured_once_for_all_processes(
+    problem: DNNTemplate, leader: Member, cache_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = pretend(monkeypatch, {1: 1e-3, 4: 1e-3})
+    tried = fake_step_times(monkeypatch, {1: 1e-3, 4: 1e-3})
     first = measure_throughput(problem, leader, 4)
     monkeypatch.setattr(autotune, "_known", {})
     assert measure_throughput(problem, leader, 4) == first == Throughput(4, pytest.approx(5e-4))
     assert tried == [1, 4]
-    assert forgotten.exists()
+    assert cache_file.exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', '{"a": [1, "x"]}'])
-def test_a_damaged_file_is_measured_anew(
+def test_cohort_sizes_are_measured_again_if_the_cache_file_is_damaged(
     problem: DNNTemplate,
     leader: Member,
-    forgotten: Path,
+    cache_file: Path,
     text: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    forgotten.parent.mkdir()
-    forgotten.write_text(text)
-    pretend(monkeypatch, {1: 1e-3, 2: 1e-3})
+    cache_file.parent.mkdir()
+    cache_file.write_text(text)
+    fake_step_times(monkeypatch, {1: 1e-3, 2: 1e-3})
     assert measure_throughput(problem, leader, 2).size == 2
     monkeypatch.setattr(autotune, "_known", {})
     assert measure_throughput(problem, leader, 2).size == 2
 
 
-def test_without_a_place_for_the_file(
-    problem: DNNTemplate, leader: Member, forgotten: Path, monkeypatch: pytest.MonkeyPatch
+def test_cohort_sizes_are_measured_without_a_place_for_the_cache_file(
+    problem: DNNTemplate, leader: Member, cache_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forgotten.parent.write_text("a file where the folder should be")
-    pretend(monkeypatch, {1: 1e-3, 2: 1e-3})
+    cache_file.parent.write_text("a file where the folder should be")
+    fake_step_times(monkeypatch, {1: 1e-3, 2: 1e-3})
     assert measure_throughput(problem, leader, 2).size == 2
 
 

@@ -1,4 +1,4 @@
-"""Where trials are trained is noted once, and nothing of it is anybody's secret."""
+"""The environment of a trial is recorded once, without personal data."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def problem() -> DNNTemplate:
     return DNNTemplate(X, y, fixed=TINY, device="cpu")
 
 
-def noted(study: optuna.Study) -> dict[str, object]:
-    """All environments that a study knows, by key."""
+def recorded_environments(study: optuna.Study) -> dict[str, object]:
+    """Return the environments that a study has recorded, by key."""
     start = f"{ENVIRONMENT}:"
     return {
         name.removeprefix(start): value
@@ -51,7 +51,7 @@ def noted(study: optuna.Study) -> dict[str, object]:
     }
 
 
-def test_what_is_noted_and_nothing_else() -> None:
+def test_an_environment_has_the_listed_fields_and_no_others() -> None:
     found = describe_environment(problem())
     assert found.keys() == NAMES  # no host, no user, no path
     assert found["device"] == "cpu"
@@ -61,7 +61,7 @@ def test_what_is_noted_and_nothing_else() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def test_which_engine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     if mlp.load_library() is not None:
         assert describe_environment(problem())["engine"] == "compiled"
         assert (
@@ -79,13 +79,15 @@ def test_which_engine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_trial_names_its_environment(tmp_path: Path) -> None:
     result = tune(n_trials=4, storage=tmp_path / "a.journal")
     tune(n_trials=5, storage=tmp_path / "a.journal")
-    (key,) = noted(result.study)
+    (key,) = recorded_environments(result.study)
     assert key == environment_key(describe_environment(problem()))
     assert [trial.user_attrs[ENVIRONMENT] for trial in trials(result)] == [key] * 5
     assert trial_environments(result.study, trials(result)[4]) == [describe_environment(problem())]
 
 
-def test_workers_in_different_environments(tmp_path: Path) -> None:
+def test_trials_of_workers_with_different_threads_have_different_environments(
+    tmp_path: Path,
+) -> None:
     path, before = tmp_path / "a.journal", torch.get_num_threads()
     try:
         for threads, count in ((1, 2), (2, 4)):
@@ -93,18 +95,18 @@ def test_workers_in_different_environments(tmp_path: Path) -> None:
             result = tune(n_trials=count, storage=path)
     finally:
         torch.set_num_threads(before)
-    assert len(noted(result.study)) == 2
+    assert len(recorded_environments(result.study)) == 2
     found = [trial_environments(result.study, trial) for trial in trials(result)]
     assert [place["threads"] for (place,) in found] == [1, 1, 2, 2]
 
 
-def test_it_is_looked_up_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_looked_up_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     first = describe_environment(problem())
     monkeypatch.setattr(environment, "_cpu", lambda: 1 / 0)
     assert describe_environment(problem()) == first
 
 
-def test_a_trial_that_moved_names_both_places() -> None:
+def test_a_trial_that_moved_names_all_its_environments() -> None:
     study = optuna.create_study()
     for key in ("a", "b", "c"):
         study.set_user_attr(f"{ENVIRONMENT}:{key}", {"torch": key})
@@ -119,13 +121,13 @@ def test_a_trial_that_moved_names_both_places() -> None:
     assert found == ["c", "b", "a"]
 
 
-def test_trials_of_others_are_of_nowhere() -> None:
+def test_trials_with_an_unknown_environment_have_none() -> None:
     study = optuna.create_study()
     study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={ENVIRONMENT: "gone"}))
     assert trial_environments(study, study.best_trial) == []
 
 
-def test_the_seed_of_a_trial_if_it_is_another_one() -> None:
+def test_a_trial_records_its_seed_if_it_differs_from_the_studys() -> None:
     storage = BufferedStorage(InMemoryStorage(), trial_attrs={"worker": "me"})
     sampler, pruner = optuna.samplers.RandomSampler(), optuna.pruners.NopPruner()
     study = open_study(problem(), storage, "s", sampler, pruner)
@@ -137,12 +139,12 @@ def test_the_seed_of_a_trial_if_it_is_another_one() -> None:
     assert study.ask().user_attrs == {"worker": "me", ENVIRONMENT: key}
 
 
-def test_a_storage_with_marks_can_be_pickled() -> None:
+def test_a_storage_with_trial_attributes_can_be_pickled() -> None:
     storage = BufferedStorage(InMemoryStorage(), trial_attrs={"worker": "me"})
     assert pickle.loads(pickle.dumps(storage)).trial_attrs == {"worker": "me"}
 
 
-def test_what_differs() -> None:
+def test_differences_between_environments_are_listed() -> None:
     then: dict[str, str | int] = {"torch": "1", "threads": 2, "old": "x"}
     now: dict[str, str | int] = {"torch": "2", "threads": 2, "new": "y"}
     assert differences(then, now) == [

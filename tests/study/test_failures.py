@@ -1,4 +1,4 @@
-"""Everything that goes wrong in training has an outcome with a name."""
+"""Every failure of training has an outcome."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.tiny import DIVERGING
 from tests.tiny import ENVIRONMENT
 from tests.tiny import TINY
 from tests.tiny import causes
-from tests.tiny import courses
+from tests.tiny import learning_curves
 from tests.tiny import numbers
 from tests.tiny import states
 from tests.tiny import trials
@@ -38,8 +38,10 @@ Train = Callable[..., Any]
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Cohort], None]], None]:
-    """Have something done before every round of every cohort."""
+def call_before_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Callable[[Cohort], None]], None]:
+    """Return a function that installs a call before every round of every cohort."""
 
     def install(before: Callable[[Cohort], None]) -> None:
         original = Cohort.train_round
@@ -53,11 +55,11 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Cohort], None]
     return install
 
 
-def plain(n_trials: int = 6, **wishes: Any) -> Result:
-    return tune(X, Y, n_trials=n_trials, cohort_size=6, method="random", **wishes)
+def run(n_trials: int = 6, **settings: Any) -> Result:
+    return tune(X, Y, n_trials=n_trials, cohort_size=6, method="random", **settings)
 
 
-def without(course: dict[str, Any] | list[Any], *numbers: int) -> list[Any]:
+def leave_out(course: dict[str, Any] | list[Any], *numbers: int) -> list[Any]:
     return [c for number, c in enumerate(course) if number not in numbers]
 
 
@@ -65,18 +67,18 @@ def without(course: dict[str, Any] | list[Any], *numbers: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("bad", [0, 3, 5])
-def test_who_raises_fails_and_the_mates_do_not_notice(
-    bad: int, train: Any, log: pytest.LogCaptureFixture
+def test_only_the_trial_that_raises_an_error_fails(
+    bad: int, call_before_rounds: Any, log: pytest.LogCaptureFixture
 ) -> None:
-    wanted = courses(plain())
+    expected = learning_curves(run())
 
     def fault(cohort: Cohort) -> None:
         if max(cohort.rounds_done) >= 2 and any(m.number == bad for m in cohort.members):
             raise ZeroDivisionError(f"the fault of {bad}")
 
-    train(fault)
-    result = plain()
-    assert without(courses(result), bad) == without(wanted, bad)
+    call_before_rounds(fault)
+    result = run()
+    assert leave_out(learning_curves(result), bad) == leave_out(expected, bad)
     trial = trials(result)[bad]
     assert trial.state == TrialState.FAIL
     assert trial.user_attrs["cause"] == "error"
@@ -87,27 +89,29 @@ def test_who_raises_fails_and_the_mates_do_not_notice(
     assert len(trials(result)) == 6
 
 
-def test_first_trials_that_fail_alike_end_the_study_with_their_error(train: Any) -> None:
+def test_the_study_ends_with_the_error_if_its_first_trials_fail_alike(
+    call_before_rounds: Any,
+) -> None:
     def fault(cohort: Cohort) -> None:
         raise KeyError("always")
 
-    train(fault)
+    call_before_rounds(fault)
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(KeyError, match="always") as error:
-        plain(n_trials=50, storage=storage, study_name="s")
+        run(n_trials=50, storage=storage, study_name="s")
     assert "its first 3 trials failed alike" in "".join(error.value.__notes__)
     study = optuna.load_study(study_name="s", storage=storage)
     assert {t.state for t in study.trials} == {TrialState.FAIL}
     assert len(study.trials) == 6
 
 
-def test_failures_that_differ_or_come_late_do_not_end_it(train: Any) -> None:
+def test_different_or_late_failures_do_not_end_the_study(call_before_rounds: Any) -> None:
     def fault(cohort: Cohort) -> None:
         if any(m.number < 4 for m in cohort.members):
             raise ValueError(f"one of {min(m.number for m in cohort.members)}")
 
-    train(fault)
-    result = plain(n_trials=8)
+    call_before_rounds(fault)
+    result = run(n_trials=8)
     assert states(result)[:4] == [TrialState.FAIL] * 4
     assert states(result)[4:] == [TrialState.COMPLETE] * 4
 
@@ -125,7 +129,7 @@ class Picky(nn.Module):
         return self.layer(x)
 
 
-def test_a_user_s_network_that_raises_while_it_trains() -> None:
+def test_trials_whose_network_raises_an_error_fail() -> None:
     result = optimize(
         network=lambda params: Picky(params["good"]),
         X=X,
@@ -148,24 +152,26 @@ def test_a_user_s_network_that_raises_while_it_trains() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError(NO_ROOM)])
-def test_a_cohort_without_room_is_halved_and_repeated(
-    error: Exception, train: Any, log: pytest.LogCaptureFixture
+def test_a_cohort_that_does_not_fit_into_memory_is_halved_and_repeated(
+    error: Exception, call_before_rounds: Any, log: pytest.LogCaptureFixture
 ) -> None:
-    wanted, sizes = courses(plain(12)), list[int]()
+    expected, sizes = learning_curves(run(12)), list[int]()
 
     def fault(cohort: Cohort) -> None:
         if len(cohort.members) > 2 and max(cohort.rounds_done) >= 1:
             raise error
         sizes.append(len(cohort.members))
 
-    train(fault)
-    result = plain(12)
-    assert courses(result) == wanted
+    call_before_rounds(fault)
+    result = run(12)
+    assert learning_curves(result) == expected
     assert "6 trials do not fit into memory together; they go on as 3 and 3" in log.text
     assert causes(result) == ["finished"] * 12
 
 
-def test_later_cohorts_of_this_kind_are_small_from_the_beginning(train: Any) -> None:
+def test_later_cohorts_of_the_same_shape_are_small_from_the_beginning(
+    call_before_rounds: Any,
+) -> None:
     tried = list[int]()
 
     def fault(cohort: Cohort) -> None:
@@ -173,13 +179,15 @@ def test_later_cohorts_of_this_kind_are_small_from_the_beginning(train: Any) -> 
         if len(cohort.members) > 3:
             raise MemoryError
 
-    train(fault)
-    result = plain(18)
+    call_before_rounds(fault)
+    result = run(18)
     assert causes(result) == ["finished"] * 18
     assert sum(size > 3 for size in tried) == 1
 
 
-def test_building_a_cohort_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cohort_that_does_not_fit_while_it_is_built_is_halved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     original = DNNTemplate.cohort
 
     def cohort(problem: DNNTemplate, members: Any) -> Cohort:
@@ -187,25 +195,29 @@ def test_building_a_cohort_without_room(monkeypatch: pytest.MonkeyPatch) -> None
             raise RuntimeError(NO_ROOM)
         return original(problem, members)
 
-    wanted = courses(plain())
+    expected = learning_curves(run())
     monkeypatch.setattr(DNNTemplate, "cohort", cohort)
-    assert courses(plain()) == wanted
+    assert learning_curves(run()) == expected
 
 
-def test_who_does_not_fit_alone_fails_with_what_it_needs(train: Any) -> None:
+def test_a_trial_that_does_not_fit_alone_fails_and_records_the_needed_bytes(
+    call_before_rounds: Any,
+) -> None:
     def fault(cohort: Cohort) -> None:
         if cohort.rounds_done[0] >= 1 and any(m.number == 2 for m in cohort.members):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    train(fault)
-    result = plain()
+    call_before_rounds(fault)
+    result = run()
     trial = trials(result)[2]
     assert (trial.state, trial.user_attrs["cause"]) == (TrialState.FAIL, "out of memory")
     assert trial.user_attrs["needed_bytes"] > 1000
     assert causes(result).count("finished") == 5
 
 
-def test_what_cannot_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_that_cannot_fit_into_memory_are_not_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from optuna_nnhp.templates import supervised
 
     def free(device: torch.device) -> int:
@@ -222,7 +234,7 @@ def test_what_cannot_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("A trial must fit into 0.0 GiB of memory" in error for error in errors)
 
 
-def test_words_for_no_memory() -> None:
+def test_errors_of_missing_memory_are_recognized() -> None:
     assert is_out_of_memory(RuntimeError(NO_ROOM))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     outer = ValueError("outer")
@@ -249,7 +261,7 @@ print(sorted({t.user_attrs["cause"] for t in trials(result)}), len(trials(result
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
-def test_a_process_that_may_really_have_no_more_memory() -> None:
+def test_a_study_finishes_in_a_process_with_limited_memory() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", REAL], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
@@ -260,10 +272,10 @@ def test_a_process_that_may_really_have_no_more_memory() -> None:
 # --- Time ---
 
 
-def test_a_trial_that_takes_too_long_ends_as_it_stands(train: Any) -> None:
-    train(lambda cohort: time.sleep(0.02))
+def test_a_trial_ends_at_its_timeout_with_its_best_value(call_before_rounds: Any) -> None:
+    call_before_rounds(lambda cohort: time.sleep(0.02))
     fixed = TINY | {"epochs": 10**6, "patience": 10**6}
-    result = plain(3, fixed=fixed, trial_timeout=0.3)
+    result = run(3, fixed=fixed, trial_timeout=0.3)
     assert causes(result) == ["trial timeout"] * 3
     assert len(trials(result)) == 3
     for trial in trials(result):
@@ -272,7 +284,7 @@ def test_a_trial_that_takes_too_long_ends_as_it_stands(train: Any) -> None:
     assert result.best_value == min(t.user_attrs["best_value"] for t in trials(result))
 
 
-def test_a_trial_without_a_value_in_its_time_fails_and_counts() -> None:
+def test_a_trial_without_a_value_at_its_timeout_fails_and_counts() -> None:
     class Slow(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -298,7 +310,7 @@ def test_a_trial_without_a_value_in_its_time_fails_and_counts() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, "1", True, float("nan")])
-def test_bad_seconds(seconds: Any) -> None:
+def test_seconds_must_be_positive_numbers(seconds: Any) -> None:
     for name in ("trial_timeout", "checkpoint_every"):
         with pytest.raises(ValueError, match=f"`{name}` must be more than 0 seconds, but got"):
             tune(X, Y, **{name: seconds})
@@ -307,7 +319,7 @@ def test_bad_seconds(seconds: Any) -> None:
 # --- Divergence ---
 
 
-def test_a_diverging_trial_is_told_with_its_last_finite_value() -> None:
+def test_a_diverged_trial_has_its_last_finite_value() -> None:
     fixed = DIVERGING | {"epochs": 30}
     del fixed["learning_rate"]
     space = {"learning_rate": optuna.distributions.FloatDistribution(0.01, 100, log=True)}

@@ -1,4 +1,4 @@
-"""Grids: planned, checked against the budget, each point once, whoever trains it."""
+"""A grid is checked against the budget, and each of its points is trained once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tests.tiny import trials
 from tests.tiny import tune
 
 X, Y = classes()
-# All is fixed but these; the default's rate, 0.002, is on the grid.
+# All other parameters are fixed; the default learning rate, 0.002, is on the grid.
 LEVELS: dict[str, list[Any]] = {
     "learning_rate": [0.002, 0.01, 0.1],
     "optimizer": ["sgd", "adamw"],
@@ -58,28 +58,33 @@ FIXED_PARAMS = {
     for name, value in ({n: h.default for n, h in specs("binary").items()} | TINY).items()
     if name not in (*LEVELS, "iterations")
 }
-COUNT = 9  # sgd has no beta2
+N_POINTS = 9  # sgd has no beta2
 FOREVER = Budget(None, None)
 
 
-def dnn(**options: Any) -> DNNTemplate:
+def make_problem(**options: Any) -> DNNTemplate:
     return DNNTemplate(X, Y, device="cpu", **({"fixed": FIXED_PARAMS} | options))
 
 
-def planned(
+def make_plan(
     n_trials: int | None = None, levels: Any = LEVELS, **options: Any
 ) -> GridPointsSampler:
-    return make_grid(dnn(), Budget(n_trials, None), levels, **options)
+    return make_grid(make_problem(), Budget(n_trials, None), levels, **options)
 
 
-def run(storage: Any = None, n_trials: int | None = COUNT, **options: Any) -> Result:
-    """A study of the whole grid, unless said otherwise."""
-    usual = {"sampler": planned(), "fixed": FIXED_PARAMS, "storage": storage, "n_trials": n_trials}
+def run(storage: Any = None, n_trials: int | None = N_POINTS, **options: Any) -> Result:
+    """Run a study of the whole grid, or with other options."""
+    usual = {
+        "sampler": make_plan(),
+        "fixed": FIXED_PARAMS,
+        "storage": storage,
+        "n_trials": n_trials,
+    }
     return tune(X, Y, **(usual | options))
 
 
-def ended(result: Result) -> dict[str, list[FrozenTrial]]:
-    """Finished trials by their point, without those that do not count."""
+def finished_by_point(result: Result) -> dict[str, list[FrozenTrial]]:
+    """Return the finished trials by their point, without those that do not count."""
     found: dict[str, list[FrozenTrial]] = {}
     for trial in trials(result):
         if trial.state.is_finished() and not retries_grid_point(trial):
@@ -91,9 +96,9 @@ def ended(result: Result) -> dict[str, list[FrozenTrial]]:
 
 
 def test_points_are_complete_and_the_default_comes_first() -> None:
-    problem = dnn(fixed=TINY)
+    problem = make_problem(fixed=TINY)
     plan = make_grid(problem, FOREVER, LEVELS)
-    assert len(plan.points) == COUNT
+    assert len(plan.points) == N_POINTS
     assert plan.points[0] == problem.defaults()
     rest = {n: v for n, v in problem.defaults().items() if n not in LEVELS}
     for point in plan.points:
@@ -103,12 +108,12 @@ def test_points_are_complete_and_the_default_comes_first() -> None:
 
 
 def test_a_default_that_is_not_on_the_grid_is_not_tried() -> None:
-    plan = planned(levels=LEVELS | {"learning_rate": [0.01, 0.1]})
+    plan = make_plan(levels=LEVELS | {"learning_rate": [0.01, 0.1]})
     assert {point["learning_rate"] for point in plan.points} == {0.01, 0.1}
 
 
-def test_without_levels_all_that_is_tuned_has_the_catalogues() -> None:
-    plan = planned(levels=None)
+def test_without_levels_tuned_parameters_have_the_catalogues_grid_values() -> None:
+    plan = make_plan(levels=None)
     points = {(p["learning_rate"], p["optimizer"], p["beta2"]) for p in plan.points}
     rates, names = (0.1, 0.01, 0.001), ("adam", "adamw", "rmsprop")
     assert points == {
@@ -117,13 +122,13 @@ def test_without_levels_all_that_is_tuned_has_the_catalogues() -> None:
     }
 
 
-def test_a_default_that_is_no_choice_leaves_a_level_in_its_place() -> None:
+def test_a_default_outside_the_space_is_replaced_by_a_level() -> None:
     space = {"optimizer": CategoricalDistribution(("sgd", "nesterov"))}
-    plan = make_grid(dnn(space=space), FOREVER, {"learning_rate": [0.1]})
+    plan = make_grid(make_problem(space=space), FOREVER, {"learning_rate": [0.1]})
     assert [point["optimizer"] for point in plan.points] == ["sgd"]
 
 
-def test_an_own_network_says_itself_what_its_structure_means() -> None:
+def test_parameters_of_a_users_network_have_an_effect_whatever_the_catalogue_says() -> None:
     def network(params: Any) -> nn.Module:
         width = params["width"] if params["width_shape"] == "funnel" else params["heads"]
         return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
@@ -133,7 +138,7 @@ def test_an_own_network_says_itself_what_its_structure_means() -> None:
     own = CustomNetworkTemplate(network, X, Y, space=space, fixed={"epochs": 1}, device="cpu")
     del levels["hidden_layers"]
     assert len(make_grid(own, FOREVER, levels | {"heads": [1, 2]}).points) == 4
-    table = dnn(fixed={"epochs": 1})
+    table = make_problem(fixed={"epochs": 1})
     assert len(make_grid(table, FOREVER, levels | {"hidden_layers": [1]}).points) == 1
 
 
@@ -149,14 +154,14 @@ def test_an_own_network_says_itself_what_its_structure_means() -> None:
         ({"levels": {"epochs": [1]}}, "'epochs' is not a hyperparameter that is tuned"),
     ],
 )
-def test_bad_plans(options: dict[str, Any], message: str) -> None:
+def test_invalid_grids_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        planned(**options)
+        make_plan(**options)
 
 
 @pytest.mark.parametrize("n_trials", [None, 10**9])
-def test_a_huge_grid(n_trials: int | None) -> None:
-    problem, budget = dnn(fixed=TINY), Budget(n_trials, 60.0)
+def test_a_huge_grid_is_rejected_unless_it_is_partial(n_trials: int | None) -> None:
+    problem, budget = make_problem(fixed=TINY), Budget(n_trials, 60.0)
     with pytest.raises(ValueError, match=r"at most 100,000 points, but has [\d,]{9,} points"):
         make_grid(problem, budget)
     assert len(make_grid(problem, Budget(12, None), partial=True).points) == 12
@@ -165,14 +170,14 @@ def test_a_huge_grid(n_trials: int | None) -> None:
     )
 
 
-def test_there_must_be_something_to_tune() -> None:
+def test_a_grid_must_have_something_to_tune() -> None:
     fixed = FIXED_PARAMS | {name: values[0] for name, values in LEVELS.items()}
     with pytest.raises(ValueError, match="must have something to tune"):
-        make_grid(dnn(fixed=fixed), FOREVER)
+        make_grid(make_problem(fixed=fixed), FOREVER)
 
 
-def test_part_of_a_grid_is_its_beginning() -> None:
-    part, whole = planned(5, partial=True), planned()
+def test_a_partial_grid_has_the_first_points_of_the_whole() -> None:
+    part, whole = make_plan(5, partial=True), make_plan()
     assert part.points == whole.points[:5]
     assert part.text == f"{whole.text}; 5 are tried, spread over it"
 
@@ -180,34 +185,35 @@ def test_part_of_a_grid_is_its_beginning() -> None:
 # --- Studies ---
 
 
-def test_the_size_is_said_before_it_starts(log: pytest.LogCaptureFixture) -> None:
+def test_the_size_of_the_grid_is_logged_before_training(log: pytest.LogCaptureFixture) -> None:
     storage, seen = optuna.storages.InMemoryStorage(), list[bool]()
     text = "The grid has 9 points: learning_rate 3 x optimizer 2 x beta2 2, less"
-    sampler = planned(4, partial=True)
+    sampler = make_plan(4, partial=True)
     run(storage, 4, sampler=sampler, callbacks=[lambda *_: seen.append(text in log.text)])
     assert seen == [True] * 4
     run(storage)
     assert f"{text} those without a difference; begun before: 4." in log.text
 
 
-@pytest.mark.parametrize("budget", [{"n_trials": COUNT}, {"n_trials": None, "timeout": 300}])
-def test_each_point_once(budget: dict[str, Any]) -> None:
+@pytest.mark.parametrize("budget", [{"n_trials": N_POINTS}, {"n_trials": None, "timeout": 300}])
+def test_each_point_is_trained_once(budget: dict[str, Any]) -> None:
     result = run(**budget)
-    assert trials(result)[0].params == dnn().defaults()
-    assert Counter(map(len, ended(result).values())) == {1: COUNT}
-    assert len(trials(result)) == COUNT
+    assert trials(result)[0].params == make_problem().defaults()
+    assert Counter(map(len, finished_by_point(result).values())) == {1: N_POINTS}
+    assert len(trials(result)) == N_POINTS
 
 
-def test_a_part_goes_on_to_the_whole() -> None:
+def test_a_partial_grid_can_be_continued_to_the_whole() -> None:
     storage = optuna.storages.InMemoryStorage()
     seen = [
-        len(trials(run(storage, n, sampler=planned(n, partial=True)))) for n in (3, 3, 5, COUNT)
+        len(trials(run(storage, n, sampler=make_plan(n, partial=True))))
+        for n in (3, 3, 5, N_POINTS)
     ]
-    assert seen == [3, 3, 5, COUNT]  # and none is left waiting for another method
-    assert Counter(map(len, ended(run(storage, 50)).values())) == {1: COUNT}
+    assert seen == [3, 3, 5, N_POINTS]  # and none is left waiting for another method
+    assert Counter(map(len, finished_by_point(run(storage, 50)).values())) == {1: N_POINTS}
 
 
-def test_what_was_cut_short_is_tried_again() -> None:
+def test_interrupted_points_are_trained_again() -> None:
     class Pressed(optuna.pruners.NopPruner):
         """Prunes nothing, and presses Ctrl-C after the second epoch."""
 
@@ -221,22 +227,24 @@ def test_what_was_cut_short_is_tried_again() -> None:
     cut = [trial for trial in trials(first) if not counts(trial, on_grid=True)]
     assert {trial.state for trial in cut} == {TrialState.PRUNED}
     result = run(storage)
-    assert Counter(map(len, ended(result).values())) == {1: COUNT}
-    assert len(trials(result)) == COUNT + len(cut)
+    assert Counter(map(len, finished_by_point(result).values())) == {1: N_POINTS}
+    assert len(trials(result)) == N_POINTS + len(cut)
     assert all(trial.state.is_finished() for trial in trials(result))
 
 
 def test_a_point_that_failed_is_tried_again_if_there_are_trials_left() -> None:
     storage = optuna.storages.InMemoryStorage()
-    run(storage, 4, sampler=planned(4, partial=True))
+    run(storage, 4, sampler=make_plan(4, partial=True))
     study = optuna.load_study(study_name=None, storage=storage)
-    failed = planned().points[5]
+    failed = make_plan().points[5]
     study.enqueue_trial(failed)
     study.tell(study.ask(), state=TrialState.FAIL)
     result = run(storage)  # its trials are those of the points but one: no fault
-    assert len(trials(result)) == COUNT
-    assert point_key(failed) not in ended(result)
-    assert Counter(map(len, ended(run(storage, COUNT + 1)).values())) == {1: COUNT}
+    assert len(trials(result)) == N_POINTS
+    assert point_key(failed) not in finished_by_point(result)
+    assert Counter(map(len, finished_by_point(run(storage, N_POINTS + 1)).values())) == {
+        1: N_POINTS
+    }
 
 
 def test_the_trials_left_must_suffice_for_the_points_left() -> None:
@@ -244,18 +252,18 @@ def test_the_trials_left_must_suffice_for_the_points_left() -> None:
     run(storage, 4, sampler=None, method="random")
     with pytest.raises(ValueError, match=r"`n_trials` leaves trials, 5, but is [89]: give fewer"):
         run(storage)
-    assert len(trials(run(storage, sampler=planned(COUNT, partial=True)))) == COUNT
-    assert len(trials(run(storage))) == COUNT  # nothing to do is no fault
+    assert len(trials(run(storage, sampler=make_plan(N_POINTS, partial=True)))) == N_POINTS
+    assert len(trials(run(storage))) == N_POINTS  # nothing to do is no fault
 
 
-def test_the_timeout_must_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timeout_must_suffice_for_all_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "estimate_seconds", lambda problem, member: 10.0)
     message = "fit into the timeout of 60 s, but 9 points take about 90 s if none ends early: give"
     with pytest.raises(ValueError, match=message):
         run(n_trials=None, timeout=60)
-    part = run(n_trials=None, timeout=60, sampler=planned(partial=True))
-    assert len(ended(part)) == COUNT
-    assert len(ended(run(n_trials=None, timeout=95))) == COUNT
+    part = run(n_trials=None, timeout=60, sampler=make_plan(partial=True))
+    assert len(finished_by_point(part)) == N_POINTS
+    assert len(finished_by_point(run(n_trials=None, timeout=95))) == N_POINTS
 
 
 TEXT = "to be or not to be that is the question " * 60
@@ -264,11 +272,11 @@ TEXT = "to be or not to be that is the question " * 60
 @pytest.mark.parametrize(
     "budget, seconds", [({"epochs": 4}, 2.0), ({"iterations": 10}, 2.5), ({"iterations": 2}, 0.5)]
 )
-def test_seconds_of_a_point(
+def test_the_seconds_of_a_point_follow_from_its_budget(
     budget: dict[str, int], seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid, "measure_throughput", lambda *_: Throughput(size=1, round=0.5))
-    problem = dnn(fixed={n: v for n, v in FIXED_PARAMS.items() if n != "epochs"} | budget)
+    problem = make_problem(fixed={n: v for n, v in FIXED_PARAMS.items() if n != "epochs"} | budget)
     member = problem.member(0, problem.defaults())
     assert grid.estimate_seconds(problem, member) == seconds  # a round is of two steps
 
@@ -276,7 +284,7 @@ def test_seconds_of_a_point(
 @pytest.mark.parametrize(
     "budget, seconds", [({"seconds": 3.0}, 3.0), ({"iterations": 20}, 2.0), ({"seconds": 7}, 7.0)]
 )
-def test_seconds_of_a_point_of_a_text(
+def test_the_seconds_of_a_point_of_a_text_follow_from_its_budget(
     budget: dict[str, float], seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GPTTemplate, "seconds_per_step", lambda *_: 0.1)
@@ -284,7 +292,7 @@ def test_seconds_of_a_point_of_a_text(
     assert grid.estimate_seconds(problem, problem.member(0, problem.defaults())) == seconds
 
 
-def test_points_that_cannot_be_trained_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_points_that_cannot_be_trained_count_as_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(problem: Any, member: Any) -> float:
         if member.params["optimizer"] == "sgd":
             raise TrialError
@@ -294,33 +302,33 @@ def test_points_that_cannot_be_trained_take_no_time(monkeypatch: pytest.MonkeyPa
     points: list[dict[str, Any]] = [
         {"optimizer": name} for name in ("sgd", "adam", "adam", "adam")
     ]
-    assert grid._seconds_each(dnn(), points) == 3.0
+    assert grid._seconds_each(make_problem(), points) == 3.0
 
 
-def test_a_study_of_an_own_network() -> None:
+def test_a_grid_over_a_users_network_visits_each_point() -> None:
     def network(params: Any) -> nn.Module:
         return nn.Sequential(
             nn.Linear(3, params["units"]), nn.ReLU(), nn.Linear(params["units"], 2)
         )
 
     space: dict[str, BaseDistribution] = {"units": IntDistribution(2, 8, log=True)}
-    wishes: dict[str, Any] = {"space": space, "fixed": {"epochs": 1}}
-    own = CustomNetworkTemplate(network, X, Y, device="cpu", **wishes)
+    settings: dict[str, Any] = {"space": space, "fixed": {"epochs": 1}}
+    own = CustomNetworkTemplate(network, X, Y, device="cpu", **settings)
     plan = make_grid(own, Budget(6, None), {"units": [2, 4, 8], "optimizer": ["sgd", "adamw"]})
     result = optimize(
-        network=network, X=X, y=Y, sampler=plan, n_trials=6, storage=None, device="cpu", **wishes
+        network=network, X=X, y=Y, sampler=plan, n_trials=6, storage=None, device="cpu", **settings
     )
     points = {(t.params["units"], t.params["optimizer"]) for t in trials(result)}
     assert len(points) == len(trials(result)) == 6
 
 
-def test_a_study_of_language_models() -> None:
+def test_a_grid_over_language_models_starts_with_the_default() -> None:
     fixed = {"iterations": 9, "layers": 1, "heads": 2, "context": 32, "batch_tokens": 64}
     levels: Any = {"optimizer": ["muon", "adamw"], "muon_learning_rate": [0.01, 0.02]}
     problem = GPTTemplate(TEXT, fixed=fixed, device="cpu")
     plan = make_grid(problem, Budget(3, None), levels)
-    wishes: dict[str, Any] = {"fixed": fixed, "n_trials": 3, "storage": None, "device": "cpu"}
-    result = optimize("gpt", TEXT, sampler=plan, **wishes)
+    settings: dict[str, Any] = {"fixed": fixed, "n_trials": 3, "storage": None, "device": "cpu"}
+    result = optimize("gpt", TEXT, sampler=plan, **settings)
     points = [(t.params["optimizer"], t.params["muon_learning_rate"]) for t in trials(result)]
     assert points[0] == ("muon", 0.02)  # the default
     assert sorted(points) == [("adamw", 0.02), ("muon", 0.01), ("muon", 0.02)]
@@ -336,12 +344,12 @@ def test_a_study_of_language_models() -> None:
         ({"depth": [1]}, r"lacks \[learning_rate\] and has \[depth\] besides"),
     ],
 )
-def test_bad_grids_of_optuna(levels: dict[str, list[Any]], message: str) -> None:
+def test_invalid_grids_of_optuna_are_rejected(levels: dict[str, list[Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_grid(GridSampler(levels), {"learning_rate": FloatDistribution(0.1, 0.5)})
 
 
-def test_a_huge_grid_of_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_grid_of_optuna_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "MAX_GRID_POINTS", 5)
     with pytest.raises(ValueError, match="at most 5 points, but has 6"):
         check_grid(GridSampler({"x": range(6)}), {"x": IntDistribution(0, 9)})
@@ -351,7 +359,7 @@ def test_a_huge_grid_of_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def two_workers() -> tuple[GridQueue, GridQueue, optuna.Study]:
-    """Two workers of one study, and the study as it is."""
+    """Return the queues of two workers of one study, and the study."""
     backend = optuna.storages.InMemoryStorage()
     plain = optuna.create_study(storage=backend, study_name="both")
 
@@ -362,7 +370,7 @@ def two_workers() -> tuple[GridQueue, GridQueue, optuna.Study]:
     return worker(), worker(), plain
 
 
-def test_of_equal_points_the_lowest_number_counts() -> None:
+def test_of_equal_points_the_one_with_the_lowest_number_is_trained() -> None:
     one, other, study = two_workers()
     one.add([{"x": 1}, {"x": 2}])
     other.add([{"x": 2}, {"x": 1}, {"x": 3}])
@@ -379,7 +387,7 @@ def test_of_equal_points_the_lowest_number_counts() -> None:
     assert other.take() is None
 
 
-def test_who_enqueues_too_late_withdraws() -> None:
+def test_a_worker_ends_its_points_that_another_worker_enqueued_before() -> None:
     one, other, study = two_workers()
     one.add([{"x": 1}, {"x": 2}])
     first = one.take()
@@ -391,18 +399,18 @@ def test_who_enqueues_too_late_withdraws() -> None:
     assert (first.number, second.number, one.take()) == (0, 1, None)
 
 
-def test_duplicates_that_nobody_has_withdrawn_yet_are_no_points() -> None:
+def test_duplicates_that_have_not_ended_yet_are_not_trained() -> None:
     backend = optuna.storages.InMemoryStorage()
-    run(backend, 1, sampler=planned(1, partial=True))
+    run(backend, 1, sampler=make_plan(1, partial=True))
     study = optuna.load_study(study_name=None, storage=backend)
-    for point in planned().points[1:] * 2:
+    for point in make_plan().points[1:] * 2:
         study.enqueue_trial(point)
     result = run(backend)
-    assert Counter(map(len, ended(result).values())) == {1: COUNT}
-    assert sum(t.state == TrialState.FAIL for t in trials(result)) == COUNT - 1
+    assert Counter(map(len, finished_by_point(result).values())) == {1: N_POINTS}
+    assert sum(t.state == TrialState.FAIL for t in trials(result)) == N_POINTS - 1
 
 
-def test_a_point_whose_trial_failed_is_no_duplicate() -> None:
+def test_a_point_whose_earlier_trial_failed_is_not_a_duplicate() -> None:
     one, _, study = two_workers()
     one.add([{"x": 1}, {"x": 1}])
     study._storage.set_trial_state_values(study.trials[0]._trial_id, TrialState.FAIL)
@@ -410,7 +418,7 @@ def test_a_point_whose_trial_failed_is_no_duplicate() -> None:
     assert taken is not None and taken.number == 1
 
 
-def test_trials_that_nobody_enqueued_are_left_alone() -> None:
+def test_waiting_trials_that_were_not_enqueued_are_ignored() -> None:
     one, _, study = two_workers()
     study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
     assert (one.left, one.take()) == (0, None)
@@ -440,8 +448,8 @@ for storage, url in test_grid.STORAGES.items():
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder where two processes have worked, which enqueued all points at once."""
+def folder_of_two_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of two processes that enqueued all points at the same time."""
     folder = tmp_path_factory.mktemp("both")
     environment = {**os.environ, **ENVIRONMENT}
     with pytest.MonkeyPatch.context() as patch:
@@ -457,17 +465,17 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_two_processes_cover_each_point_once(
-    storage: str, both: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_processes_train_each_point_once(
+    storage: str, folder_of_two_workers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(both)
+    monkeypatch.chdir(folder_of_two_workers)
     (study,) = (
         optuna.load_study(study_name=name, storage=open_storage(STORAGES[storage]))
         for name in optuna.get_all_study_names(open_storage(STORAGES[storage]))
     )
     causes = Counter(trial.user_attrs["cause"] for trial in study.trials)
-    assert causes.pop("duplicate") == COUNT  # both had enqueued all
-    assert sum(causes.values()) == COUNT
+    assert causes.pop("duplicate") == N_POINTS  # both had enqueued all
+    assert sum(causes.values()) == N_POINTS
     done = [t for t in study.trials if t.state == TrialState.COMPLETE]
-    assert len({point_key(trial.params) for trial in done}) == len(done) == COUNT
+    assert len({point_key(trial.params) for trial in done}) == len(done) == N_POINTS
     assert not any(t.params for t in study.trials if t.user_attrs["cause"] == "duplicate")

@@ -1,4 +1,4 @@
-"""Storages that go away while a study runs: training goes on, and nothing is lost."""
+"""A study trains while its storage is unavailable, and no result is lost."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from optuna_nnhp.study import tuner
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
 from tests.tiny import causes
-from tests.tiny import courses
+from tests.tiny import learning_curves
 from tests.tiny import numbers
 from tests.tiny import states
 from tests.tiny import trials
 from tests.tiny import tune
 
 X, Y = numbers()
-# A lock that is held is noticed at once, not after five seconds.
+# SQLite waits only 0.05 s for a lock, not five seconds.
 STORAGE = "sqlite:///s.db?timeout=0.05"
 
 
-class Away:
+class DatabaseLock:
     """A callback that locks the database when the first trial has ended."""
 
     def __init__(self, seconds: float | None) -> None:
@@ -44,46 +44,50 @@ class Away:
             self.lock()
 
     def lock(self) -> None:
-        """Lock it now."""
+        """Lock the database now."""
         self.is_used = True
         self.connection = sqlite3.connect("s.db", isolation_level=None, check_same_thread=False)
         self.connection.execute("BEGIN EXCLUSIVE")
         if self.seconds is not None:
-            threading.Timer(self.seconds, self.back).start()
+            threading.Timer(self.seconds, self.unlock).start()
 
-    def back(self) -> None:
-        """Let go of it."""
+    def unlock(self) -> None:
+        """Unlock the database."""
         self.connection.rollback()
         self.connection.close()
 
 
-def run(**wishes: Any) -> Result:
-    wishes = {"storage": STORAGE, "n_trials": 8, "cohort_size": 4, **wishes}
-    return tune(X, Y, **DIFFERENT_LENGTHS, **wishes)
+def run(**settings: Any) -> Result:
+    settings = {"storage": STORAGE, "n_trials": 8, "cohort_size": 4, **settings}
+    return tune(X, Y, **DIFFERENT_LENGTHS, **settings)
 
 
-def test_training_goes_on_without_the_storage(folder: Path, log: pytest.LogCaptureFixture) -> None:
-    wanted = run(storage=None)
-    result = run(callbacks=[Away(1.5)])
+def test_training_continues_while_the_storage_is_unavailable(
+    folder: Path, log: pytest.LogCaptureFixture
+) -> None:
+    expected = run(storage=None)
+    result = run(callbacks=[DatabaseLock(1.5)])
     assert states(result) == [TrialState.COMPLETE] * 8
-    assert courses(result)[:4] == courses(wanted)[:4]  # who trained while it was away
+    assert (
+        learning_curves(result)[:4] == learning_curves(expected)[:4]
+    )  # those that trained during the outage
     assert "database is locked" in log.text
     assert not list(folder.rglob("outbox-*"))
 
 
-def test_what_a_storage_has_not_got_waits_for_the_next_run(
+def test_unwritten_results_are_written_by_the_next_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted, away = run(storage=None), Away(None)
+    expected, database_lock = run(storage=None), DatabaseLock(None)
     monkeypatch.setattr(tuner, "MAX_STORAGE_WAIT", 0.5)
     with pytest.raises(StorageUnavailable, match="the same call goes on") as error:
-        run(callbacks=[away])
-    (kept,) = folder.rglob("outbox-*.json")
-    assert kept.name in str(error.value)
-    away.back()
+        run(callbacks=[database_lock])
+    (outbox,) = folder.rglob("outbox-*.json")
+    assert outbox.name in str(error.value)
+    database_lock.unlock()
     result = run()
     assert states(result) == [TrialState.COMPLETE] * 8
-    assert courses(result)[:4] == courses(wanted)[:4]
+    assert learning_curves(result)[:4] == learning_curves(expected)[:4]
     assert causes(result) == ["finished"] * 8
     assert not list(folder.rglob("outbox-*"))
 
@@ -91,14 +95,14 @@ def test_what_a_storage_has_not_got_waits_for_the_next_run(
 KILLED = """
 import os, signal
 from optuna_nnhp.study import checkpoints
-from tests.study.test_outage import Away, run
+from tests.study.test_outage import DatabaseLock, run
 
 checkpoints.MAX_TIME_SHARE = 1e9  # as many as there can be
-away, ended = Away(None), []
+lock, ended = DatabaseLock(None), []
 
 
 def note(study, trial):
-    away(study, trial)
+    lock(study, trial)
     ended.append(trial.number)
     print(trial.number, flush=True)
     if len(ended) == 3:
@@ -109,8 +113,8 @@ run(callbacks=[note], checkpoint_every=0.001)
 """
 
 
-def test_what_ended_while_the_storage_was_away_survives_a_kill(folder: Path) -> None:
-    wanted = run(storage=None)
+def test_trials_that_ended_during_an_outage_survive_a_kill(folder: Path) -> None:
+    expected = run(storage=None)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
     )
@@ -119,14 +123,16 @@ def test_what_ended_while_the_storage_was_away_survives_a_kill(folder: Path) -> 
     assert len(list(folder.rglob("outbox-*.json"))) == 1
     again = datetime.now()
     result = run()
-    assert courses(result)[:4] == courses(wanted)[:4]
+    assert learning_curves(result)[:4] == learning_curves(expected)[:4]
     assert causes(result) == ["finished"] * 8
     early = [t.number for t in trials(result) if (t.datetime_complete or again) < again]
     assert set(early) >= set(ended[:2])  # the third one's end was not in a checkpoint yet
     assert not list(folder.rglob("outbox-*"))
 
 
-def test_a_damaged_file_is_named_and_stays(folder: Path, log: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_outbox_is_named_and_not_deleted(
+    folder: Path, log: pytest.LogCaptureFixture
+) -> None:
     result = run(n_trials=2)
     (models,) = folder.glob("*.models/*")
     damaged = models / "outbox-somebody.json"

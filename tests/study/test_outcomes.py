@@ -1,4 +1,4 @@
-"""The table of how a trial can end."""
+"""Each way to end has a state in Optuna, and counts or does not count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def trial(state: TrialState, cause: str | None) -> FrozenTrial:
 
 
 @pytest.mark.parametrize("cause", ["finished", "early stopping", "diverged"])
-def test_what_training_says_of_an_end_is_an_outcome(cause: str) -> None:
+def test_each_cause_that_training_reports_is_an_outcome(cause: str) -> None:
     outcome = TrialOutcome.from_cause(cause)
     assert outcome is not None and outcome.value == cause
     for has_value in (False, True):
@@ -32,7 +32,7 @@ def test_what_training_says_of_an_end_is_an_outcome(cause: str) -> None:
 
 
 @pytest.mark.parametrize("cause", ENDS_EARLY)
-def test_a_trial_that_is_cut_short_is_complete_only_if_it_is_the_best(cause: str) -> None:
+def test_an_interrupted_trial_is_complete_only_if_it_is_the_best(cause: str) -> None:
     outcome = TrialOutcome.from_cause(cause)
     assert outcome is not None
     assert outcome.state_of(has_value=False, is_best=False) == FAIL
@@ -41,7 +41,7 @@ def test_a_trial_that_is_cut_short_is_complete_only_if_it_is_the_best(cause: str
 
 
 @pytest.mark.parametrize("cause", ["timeout", "interrupted", "killed", "duplicate"])
-def test_trials_that_fail_through_no_fault_of_their_own_do_not_count(cause: str) -> None:
+def test_failed_trials_do_not_count_if_they_did_not_cause_the_failure(cause: str) -> None:
     assert not counts(trial(FAIL, cause))
 
 
@@ -51,14 +51,14 @@ def test_all_other_failed_trials_count(cause: str | None) -> None:
 
 
 @pytest.mark.parametrize("cause", ENDS_EARLY)
-def test_trials_that_are_cut_short_count_if_they_have_a_value_but_not_on_a_grid(
+def test_interrupted_trials_with_a_value_count_except_on_a_grid(
     cause: str,
 ) -> None:
     assert counts(trial(PRUNED, cause)) and not counts(trial(PRUNED, cause), on_grid=True)
     assert counts(trial(COMPLETE, cause), on_grid=True)
 
 
-def test_a_grid_point_is_tried_again_unless_it_came_to_a_result() -> None:
+def test_a_grid_point_is_tried_again_unless_it_has_a_result() -> None:
     for outcome in TrialOutcome:
         assert retries_grid_point(trial(FAIL, outcome.value))
         assert not retries_grid_point(trial(COMPLETE, outcome.value))

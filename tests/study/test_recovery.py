@@ -1,4 +1,4 @@
-"""Killed studies: the same call again goes on with the same trials where they stood."""
+"""After a kill, the same call continues the same trials from their checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from optuna_nnhp.training.cohort import Cohort
 from tests.tiny import DIFFERENT_LENGTHS
 from tests.tiny import ENVIRONMENT
 from tests.tiny import SHAPE
-from tests.tiny import courses
+from tests.tiny import learning_curves
 from tests.tiny import numbers
 from tests.tiny import tune
 
@@ -133,25 +133,25 @@ def run(kind: str, storage: str, how: str = "SIGKILL", at: int = 0, **options: A
 
 
 @functools.cache
-def whole(kind: str) -> list[Any]:
-    """What a study comes to that nobody kills."""
+def records_without_kill(kind: str) -> list[Any]:
+    """Return the records of the trials of a study that is not killed."""
     before, folder = Path.cwd(), tempfile.mkdtemp()
     os.chdir(folder)
     try:
         assert run(kind, "whole.journal").returncode == 0
-        return courses_of("whole.journal")
+        return trial_records("whole.journal")
     finally:
         os.chdir(before)
         shutil.rmtree(folder)
 
 
-def study_of(storage: str) -> optuna.Study:
+def load_study(storage: str) -> optuna.Study:
     backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
     return optuna.load_study(study_name=None, storage=backend)
 
 
-def courses_of(storage: str) -> list[Any]:
-    """All that a study has found out about its trials, whenever it was."""
+def trial_records(storage: str) -> list[Any]:
+    """Return what a study has stored about its trials, without times."""
     return [
         (
             t.number,
@@ -161,34 +161,34 @@ def courses_of(storage: str) -> list[Any]:
             t.intermediate_values,
             *(t.user_attrs.get(n) for n in ("cause", "train_loss", "best_epoch", "schedule")),
         )
-        for t in study_of(storage).trials
+        for t in load_study(storage).trials
     ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_study_comes_to_the_same_curves(kind: str, folder: Path) -> None:
+def test_a_killed_study_ends_with_the_same_results(kind: str, folder: Path) -> None:
     moments = {"dnn": (4, 5), "own": (7,), "gpt": (20,)}
     for at in moments.get(kind, (3,)):
         killed = run(kind, "cut.journal", at=at)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert TrialState.RUNNING in [t.state for t in study_of("cut.journal").trials]
+        assert TrialState.RUNNING in [t.state for t in load_study("cut.journal").trials]
     last = run(kind, "cut.journal")
     assert last.returncode == 0, last.stderr
     assert "Going on with trials that" in last.stderr
-    assert courses_of("cut.journal") == whole(kind)
+    assert trial_records("cut.journal") == records_without_kill(kind)
     assert not list(folder.glob("*.models/*/checkpoints/*"))
 
 
-def test_without_the_checkpoint_trials_begin_anew_under_their_numbers(folder: Path) -> None:
+def test_without_a_checkpoint_trials_start_again_under_their_numbers(folder: Path) -> None:
     run("dnn", "cut.journal", at=6)
     for path in folder.glob("cut.models/*/checkpoints/*/*"):
         path.unlink()
     assert run("dnn", "cut.journal").returncode == 0
-    assert courses_of("cut.journal") == whole("dnn")
+    assert trial_records("cut.journal") == records_without_kill("dnn")
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
-def test_a_damaged_checkpoint_is_left_out_with_a_warning(folder: Path, harm: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(folder: Path, harm: str) -> None:
     run("dnn", "cut.journal", at=6)
     paths = sorted(folder.glob("cut.models/*/checkpoints/*/*.safetensors"))
     assert len(paths) == 2  # the newest two
@@ -202,20 +202,20 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(folder: Path, harm: str
     last = run("dnn", "cut.journal")
     assert "A checkpoint cannot be used, the one before it may" in last.stderr
     assert newest_one.name in last.stderr
-    assert courses_of("cut.journal") == whole("dnn")
+    assert trial_records("cut.journal") == records_without_kill("dnn")
 
 
-def test_who_kills_every_worker_is_trained_alone_and_ends_and_its_mates_do_not(
+def test_a_trial_that_kills_every_worker_fails_and_its_cohort_finishes(
     folder: Path,
 ) -> None:
-    wishes: dict[str, Any] = {"n_trials": 4, "cohort_size": 4, "checkpoint_every": 60.0}
-    lasts = [run("poison", "s.journal", **wishes)]
+    settings: dict[str, Any] = {"n_trials": 4, "cohort_size": 4, "checkpoint_every": 60.0}
+    lasts = [run("poison", "s.journal", **settings)]
     while lasts[-1].returncode == -signal.SIGKILL and len(lasts) < 12:
-        lasts.append(run("poison", "s.journal", **wishes))
+        lasts.append(run("poison", "s.journal", **settings))
     assert lasts[-1].returncode == 0, lasts[-1].stderr
     # The first worker and MAX_WORKER_DEATHS that took the trial over are killed.
     assert len(lasts) == 6
-    found = study_of("s.journal").trials
+    found = load_study("s.journal").trials
     assert [t.user_attrs["cause"] for t in found] == ["finished", "killed"] + ["finished"] * 3
     assert [t.state.name for t in found] == ["COMPLETE", "FAIL"] + ["COMPLETE"] * 3
 
@@ -224,35 +224,37 @@ def test_who_kills_every_worker_is_trained_alone_and_ends_and_its_mates_do_not(
 def test_sigterm_leaves_trials_to_the_next_call(kind: str, folder: Path) -> None:
     at = {"own": 8, "gpt": 20}.get(kind, 4)
     ended = run(kind, "cut.journal", how="SIGTERM", at=at)
-    states = [t.state for t in study_of("cut.journal").trials]
+    states = [t.state for t in load_study("cut.journal").trials]
     assert TrialState.RUNNING not in states, ended.stderr
     assert TrialState.WAITING in states
     assert "are left as they are" in ended.stderr
-    owners = {t.user_attrs.get(REQUEUED_BY) for t in study_of("cut.journal").trials} - {None}
+    owners = {t.user_attrs.get(REQUEUED_BY) for t in load_study("cut.journal").trials} - {None}
     (checkpoints,) = folder.glob("cut.models/*/checkpoints")
     for owner in owners:
         assert load_newest_checkpoint(checkpoints, str(owner)) is not None
     last = run(kind, "cut.journal")
     assert last.returncode == 0, last.stderr
-    assert courses_of("cut.journal") == whole(kind)
+    assert trial_records("cut.journal") == records_without_kill(kind)
     assert not list(folder.glob("*.models/*/checkpoints/*"))
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
-def test_after_an_error_the_same_call_goes_on(folder: Path, error: type[BaseException]) -> None:
+def test_the_same_call_continues_after_an_error(folder: Path, error: type[BaseException]) -> None:
     def broken(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         raise error("of the user")
 
-    wishes: dict[str, Any] = {**DIFFERENT_LENGTHS, "cohort_size": 3, "storage": "s.journal"}
-    wanted = courses(tune(**{**wishes, "storage": None}))
+    settings: dict[str, Any] = {**DIFFERENT_LENGTHS, "cohort_size": 3, "storage": "s.journal"}
+    expected = learning_curves(tune(**{**settings, "storage": None}))
     with pytest.raises(error, match="of the user"):
-        tune(**wishes, callbacks=[broken])
-    states = [t.state for t in study_of("s.journal").trials]
+        tune(**settings, callbacks=[broken])
+    states = [t.state for t in load_study("s.journal").trials]
     assert set(states) == {TrialState.COMPLETE, TrialState.WAITING}
-    assert courses(tune(**wishes)) == wanted
+    assert learning_curves(tune(**settings)) == expected
 
 
-def test_the_answer_to_a_takeover_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_takeover_whose_answer_is_lost_takes_place_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run("dnn", "sqlite:///cut.db", at=4).returncode == -signal.SIGKILL
     original, lost = RdbAdapter.apply, list[int]()
 
@@ -271,19 +273,19 @@ def test_the_answer_to_a_takeover_is_lost(folder: Path, monkeypatch: pytest.Monk
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 6
 
 
-def finish(storage: str, **wishes: Any) -> list[Any]:
-    """Go on in this process with what `run` has begun of the kind "dnn"."""
+def finish_study(storage: str, **settings: Any) -> list[Any]:
+    """Continue in this process the study "dnn" that `run` has started."""
     usual: dict[str, Any] = {
         "fixed": LONG,
         "cohort_size": 6,
         "pruner": NopPruner(),
         "device": "cpu",
     }
-    tune(*numbers(200), storage=storage, **{"n_trials": TRIALS["dnn"], **usual, **wishes})
-    return courses_of(storage)
+    tune(*numbers(200), storage=storage, **{"n_trials": TRIALS["dnn"], **usual, **settings})
+    return trial_records(storage)
 
 
-def test_a_checkpoint_of_more_than_there_is_room_for(
+def test_a_cohort_of_a_checkpoint_is_divided_if_it_does_not_fit_into_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("dnn", "cut.journal", at=4)
@@ -296,33 +298,33 @@ def test_a_checkpoint_of_more_than_there_is_room_for(
         return original(problem, members)
 
     monkeypatch.setattr(DNNTemplate, "cohort", cohort)
-    assert finish("cut.journal") == whole("dnn")
+    assert finish_study("cut.journal") == records_without_kill("dnn")
     assert 2 in sizes
 
 
-def test_a_checkpoint_of_another_version_is_of_no_use(
+def test_trials_start_again_if_their_checkpoint_cannot_be_used(
     folder: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:
         raise ValueError("A snapshot must have the cohort's tensors.")
 
     alone: dict[str, Any] = {"cohort_size": 1, "n_trials": 1}
-    wanted = finish("whole.journal", **alone)
+    expected = finish_study("whole.journal", **alone)
     run("dnn", "cut.journal", at=4, **alone)
     monkeypatch.setattr(recovery, "restore_cohort", refuse)
-    assert finish("cut.journal", **alone) == wanted
+    assert finish_study("cut.journal", **alone) == expected
     assert "their checkpoint is of no use" in log.text
 
 
-def test_trials_that_wait_for_a_worker_have_their_place(
+def test_released_trials_count_towards_n_trials(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("dnn", "cut.journal", how="SIGTERM", at=4)
     with monkeypatch.context() as patch:  # a worker that does not see them yet
         patch.setattr(recovery.Recovery, "released", lambda self: [])
-        finish("cut.journal")
-    assert [t.state for t in study_of("cut.journal").trials] == [TrialState.WAITING] * 6
-    assert finish("cut.journal") == whole("dnn")
+        finish_study("cut.journal")
+    assert [t.state for t in load_study("cut.journal").trials] == [TrialState.WAITING] * 6
+    assert finish_study("cut.journal") == records_without_kill("dnn")
 
 
 def test_a_living_worker_keeps_its_trials(folder: Path) -> None:
@@ -343,16 +345,16 @@ def test_a_living_worker_keeps_its_trials(folder: Path) -> None:
         second = run("own", "s.journal", n_trials=5)
         assert second.returncode == 0, second.stderr
         assert "Going on with" not in second.stderr
-        states = [t.state for t in study_of("s.journal").trials]
+        states = [t.state for t in load_study("s.journal").trials]
         assert states == [TrialState.RUNNING] * 3 + [TrialState.COMPLETE] * 2
         os.kill(first.pid, signal.SIGCONT)
         assert first.wait(60) == 0
     finally:
         first.kill()
-    assert {t.state for t in study_of("s.journal").trials} == {TrialState.COMPLETE}
+    assert {t.state for t in load_study("s.journal").trials} == {TrialState.COMPLETE}
 
 
-def test_checkpoints_take_their_share_of_the_time(tmp_path: Path) -> None:
+def test_checkpoints_take_at_most_their_share_of_the_time(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "me", interval=10.0)
     assert checkpoints.is_due()  # the first one is written soon
     checkpoints.write([])
@@ -372,14 +374,16 @@ def test_checkpoints_take_their_share_of_the_time(tmp_path: Path) -> None:
     assert not Checkpoints(tmp_path, "me", None).write([])
 
 
-def test_a_full_disk_is_no_reason_to_stop(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_does_not_stop_the_study(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     assert not Checkpoints(blocked, "me").write([])
     assert "The checkpoint could not be written" in log.text
 
 
-def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
+def test_only_the_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "me:1")
     for _ in range(5):
         assert checkpoints.write([], {"n": checkpoints.written})
@@ -392,7 +396,7 @@ def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert load_newest_checkpoint(tmp_path, "me:1") is None
 
 
-def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> None:
+def test_a_second_kill_during_recovery_loses_nothing(folder: Path) -> None:
     run("dnn", "cut.journal", at=6)
     fatal = SCRIPT.replace(
         "X, y = numbers(200)",
@@ -408,10 +412,10 @@ def test_a_second_kill_while_trials_are_revived_loses_nothing(folder: Path) -> N
     done = json.loads(path.read_text())["metadata"]["cohorts"][0]["cohort"]["rounds_done"]
     assert min(done) >= 6  # it did not begin anew
     assert run("dnn", "cut.journal").returncode == 0
-    assert courses_of("cut.journal") == whole("dnn")
+    assert trial_records("cut.journal") == records_without_kill("dnn")
 
 
-def test_nobody_who_asks_for_a_trial_gets_one_that_was_left(folder: Path) -> None:
+def test_asking_for_a_trial_never_returns_a_released_one(folder: Path) -> None:
     run("dnn", "cut.journal", how="SIGTERM", at=4)
     storage = BufferedStorage(open_storage("cut.journal"), trial_attrs={"worker": "other"})
     study = optuna.load_study(study_name=None, storage=storage)

@@ -38,36 +38,36 @@ def problem_of(**options: Any) -> DNNTemplate:
     return DNNTemplate(X, Y, fixed=TINY, device="cpu", **options)
 
 
-def tuned(n_trials: int = 8, **options: Any) -> Result:
+def tune_study(n_trials: int = 8, **options: Any) -> Result:
     return tune(X, Y, n_trials=n_trials, method="random", **options)
 
 
 def replicate(result: Result, count: int = 3, budget: Budget | None = None) -> ReplicateTrainer:
-    replication = ReplicateTrainer(result._problem, count, budget or Budget(None, None))
-    replication.run(result.study)
-    return replication
+    trainer = ReplicateTrainer(result._problem, count, budget or Budget(None, None))
+    trainer.run(result.study)
+    return trainer
 
 
-def record(result: Result) -> dict[str, Any]:
+def recorded(result: Result) -> dict[str, Any]:
     found: dict[str, Any] = result.study.user_attrs.get(REPLICATES, {})
     return found
 
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    found = tuned()
+    found = tune_study()
     replicate(found)
     return found
 
 
-def test_the_best_configurations_have_values_with_other_seeds(result: Result) -> None:
+def test_the_best_configurations_are_trained_with_other_seeds(result: Result) -> None:
     complete = sorted(result.study.trials, key=lambda t: t.value or 0.0)
-    assert set(record(result)) == {str(t.number) for t in complete[:MAX_CONFIGURATIONS]}
-    seeds = {tuple(entry["seeds"]) for entry in record(result).values()}
+    assert set(recorded(result)) == {str(t.number) for t in complete[:MAX_CONFIGURATIONS]}
+    seeds = {tuple(entry["seeds"]) for entry in recorded(result).values()}
     assert len(seeds) == 1  # the same for all, so that they can be compared
     assert len(set(*seeds)) == 3
     assert result.study.user_attrs["seed"] not in next(iter(seeds))
-    for entry in record(result).values():
+    for entry in recorded(result).values():
         assert len(set(entry["values"])) == 3  # each seed has its own luck
     assert len(result.study.trials) == 8  # none of them is a trial
 
@@ -77,7 +77,7 @@ def test_the_frame_and_the_best_trial_follow_the_mean(result: Result) -> None:
     assert list(frame.columns) == ["number", "value", "mean", "std", "n", "diverged"]
     assert frame["mean"].is_monotonic_increasing
     for row in frame.itertuples():
-        values = record(result)[str(row.number)]["values"]
+        values = recorded(result)[str(row.number)]["values"]
         assert row.mean == pytest.approx(statistics.fmean(values))
         assert row.std == pytest.approx(statistics.stdev(values))
         assert row.value == result.study.trials[int(row.number)].value
@@ -87,8 +87,8 @@ def test_the_frame_and_the_best_trial_follow_the_mean(result: Result) -> None:
     assert result.best_params == result.best_trial.params
 
 
-def test_the_winner_by_its_mean_predicts_though_it_did_not_lead() -> None:
-    found = tuned()
+def test_the_trial_with_the_best_mean_predicts_even_if_another_has_the_best_value() -> None:
+    found = tune_study()
     order = sorted(found.study.trials, key=lambda t: t.value or 0.0)
     lucky, steady = order[0].number, order[1].number
     entries = {lucky: [90.0, 91.0], steady: [50.0, 51.0]}
@@ -106,7 +106,7 @@ def test_the_winner_by_its_mean_predicts_though_it_did_not_lead() -> None:
 
 
 def _validation(found: Result) -> tuple[Any, Any]:
-    """The rows that judged the trials, as the user gave them."""
+    """Return the rows of the validation part as the user gave them."""
     problem: Any = found._problem
     seen = problem.data.valid_X
     everything = found.predictor.preprocessor.transform(X)  # type: ignore[union-attr]
@@ -114,9 +114,8 @@ def _validation(found: Result) -> tuple[Any, Any]:
     return X[rows], Y[rows]
 
 
-def test_a_replicate_is_the_study_with_another_seed(result: Result) -> None:
-    """Its value is what a study of that seed with that split would give its trial."""
-    number, entry = next(iter(record(result).items()))
+def test_a_replicate_has_the_value_of_a_study_with_its_seed(result: Result) -> None:
+    number, entry = next(iter(recorded(result).items()))
     trial = result.study.trials[int(number)]
     problem = result._problem.with_seed(entry["seeds"][1])
     cohort = problem.cohort([problem.member(trial.number, trial.params)])
@@ -132,40 +131,40 @@ def test_the_same_call_again_trains_nothing(
         raise AssertionError("nothing is missing")
 
     monkeypatch.setattr(DNNTemplate, "cohort", train)
-    before = record(result)
+    before = recorded(result)
     replicate(result)
     replicate(result, count=2)
-    assert record(result) == before
+    assert recorded(result) == before
 
 
-def test_what_is_missing_is_trained() -> None:
-    found = tuned()
+def test_missing_replicates_are_trained() -> None:
+    found = tune_study()
     replicate(found, count=1)
-    once = record(found)
+    once = recorded(found)
     replicate(found, count=3)
-    for number, entry in record(found).items():
+    for number, entry in recorded(found).items():
         assert len(entry["values"]) == 3
         for name in ("seeds", "values"):
             assert entry[name][:1] == once[number][name]
 
 
-def test_configurations_that_repeat_another_are_one() -> None:
-    found = tuned(n_trials=1)
+def test_equal_configurations_are_replicated_once() -> None:
+    found = tune_study(n_trials=1)
     trial = found.study.trials[0]
     found.study.add_trials([trial, trial])
     replicate(found, count=1)
-    assert set(record(found)) == {"0"}
+    assert set(recorded(found)) == {"0"}
 
 
-def test_a_diverged_replicate_is_the_worst_and_is_shown(
+def test_a_diverged_replicate_counts_as_the_worst_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = tuned(n_trials=2)
+    found = tune_study(n_trials=2)
     original = DNNTemplate.member
     monkeypatch.setattr(DNNTemplate, "member", lambda self, n, p: original(self, n, p | DIVERGING))
     replicate(found, count=2)
     monkeypatch.undo()
-    entries = record(found)
+    entries = recorded(found)
     assert [entries[name]["values"] for name in "01"] == [[None, None]] * 2
     first, second = sorted(entries, key=lambda n: found.study.trials[int(n)].value or 0.0)
     assert found.best_trial.number == int(first)  # all diverge: the best in the study
@@ -179,8 +178,8 @@ def test_a_diverged_replicate_is_the_worst_and_is_shown(
     assert frame["std"].isna().tolist() == [False, True]
 
 
-def test_a_trial_with_few_replicates_does_not_win() -> None:
-    found = tuned()
+def test_a_trial_with_few_replicates_is_not_the_best_trial() -> None:
+    found = tune_study()
     lengths = {0: 3, 1: 2, 2: 1}  # a timeout leaves one less; fewer are luck
     entries = {
         str(n): {"seeds": list(range(k)), "values": [10.0 - n] * k} for n, k in lengths.items()
@@ -195,8 +194,8 @@ def test_a_trial_with_few_replicates_does_not_win() -> None:
 
 
 @dataclass
-class Steps(Budget):
-    """A budget that ends after some questions, each before a step."""
+class BudgetInSteps(Budget):
+    """A budget that is over after a number of steps."""
 
     steps: int = 0
     asked: int = 0
@@ -206,126 +205,128 @@ class Steps(Budget):
         return self.interrupted or self.asked > self.steps
 
 
-def test_what_is_cut_short_is_left_out() -> None:
+def test_unfinished_replicates_are_not_stored() -> None:
     found = tune(*classes(), n_trials=3, cohort_size=3, method="random")
     whole = tune(*classes(), n_trials=3, cohort_size=3, method="random")
-    budget = Steps(None, None, steps=10**9)
+    budget = BudgetInSteps(None, None, steps=10**9)
     replicate(whole, count=2, budget=budget)
-    assert {len(entry["values"]) for entry in record(whole).values()} == {2}
-    replicate(found, count=2, budget=Steps(None, None, steps=budget.asked * 3 // 4))
-    assert {len(entry["values"]) for entry in record(found).values()} == {1}
-    for number, entry in record(found).items():
-        assert entry["values"] == record(whole)[number]["values"][:1]
+    assert {len(entry["values"]) for entry in recorded(whole).values()} == {2}
+    replicate(found, count=2, budget=BudgetInSteps(None, None, steps=budget.asked * 3 // 4))
+    assert {len(entry["values"]) for entry in recorded(found).values()} == {1}
+    for number, entry in recorded(found).items():
+        assert entry["values"] == recorded(whole)[number]["values"][:1]
     assert found.best_trial.number in {0, 1, 2}
 
 
-def test_no_time_at_all() -> None:
-    found = tuned()
-    replicate(found, budget=Steps(None, None, steps=0))
-    assert record(found) == {}
+def test_without_time_there_are_no_replicates() -> None:
+    found = tune_study()
+    replicate(found, budget=BudgetInSteps(None, None, steps=0))
+    assert recorded(found) == {}
     assert found.replicates.empty
     assert found.best_trial.number == found.study.best_trial.number
     assert "other seeds" not in summary(found.study)
 
 
-def test_an_interrupt_ends_tidily(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tuned()
+def test_an_interrupt_keeps_the_finished_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tune_study()
     original = DNNTemplate.with_seed
 
     def pressed(self: DNNTemplate, seed: int) -> DNNTemplate:
-        if record(found):
+        if recorded(found):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, seed)
 
     monkeypatch.setattr(DNNTemplate, "with_seed", pressed)
     before = signal.getsignal(signal.SIGINT)
     replicate(found)
-    assert {len(entry["values"]) for entry in record(found).values()} == {1}
+    assert {len(entry["values"]) for entry in recorded(found).values()} == {1}
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_nothing_has_finished() -> None:
+def test_a_study_without_finished_trials_has_no_replicates() -> None:
     study = optuna.create_study()
     ReplicateTrainer(problem_of(), 3, Budget(None, None)).run(study)
     assert REPLICATES not in study.user_attrs
 
 
-def test_a_quarter_of_the_timeout_is_reserved_and_given_back() -> None:
-    found = tuned()
+def test_a_quarter_of_the_timeout_is_reserved_and_unneeded_time_is_returned() -> None:
+    found = tune_study()
     budget = Budget(None, timeout=1000.0)
-    replication = ReplicateTrainer(found._problem, 3, budget)
+    trainer = ReplicateTrainer(found._problem, 3, budget)
     assert budget.timeout == 1000.0 * (1 - MAX_TIMEOUT_SHARE)
     trial = found.study.trials[0]
-    replication(found.study, trial)
+    trainer(found.study, trial)
     assert budget.timeout == 1000.0 * (1 - MAX_TIMEOUT_SHARE)  # too early to know
     budget.started -= 600.0
-    replication(found.study, trial)
+    trainer(found.study, trial)
     given_back = budget.timeout
     assert 900.0 < given_back < 1000.0  # networks of a few milliseconds
-    replication.run(found.study)
+    trainer.run(found.study)
     assert budget.timeout == 1000.0
-    assert {len(entry["values"]) for entry in record(found).values()} == {3}
+    assert {len(entry["values"]) for entry in recorded(found).values()} == {3}
 
 
 @pytest.mark.parametrize("seconds, configurations", [(0.5, 5), (1.1, 4), (1.6, 3), (9.0, 2)])
-def test_where_time_is_short_fewer_configurations_have_all_replicates(
+def test_with_little_time_fewer_configurations_have_all_replicates(
     monkeypatch: pytest.MonkeyPatch, seconds: float, configurations: int
 ) -> None:
-    found, budget = tuned(), Budget(None, timeout=1000.0)
-    replication = ReplicateTrainer(found._problem, 3, budget)
+    found, budget = tune_study(), Budget(None, timeout=1000.0)
+    trainer = ReplicateTrainer(found._problem, 3, budget)
     left = 1000.0 - budget.seconds
     # A training of each configuration takes as much as a fifth of the time that is left, or so.
-    monkeypatch.setattr(replication, "_seconds", lambda some: len(some) / 5 * left * seconds)
-    replication.run(found.study)
-    assert [len(entry["values"]) for entry in record(found).values()] == [3] * configurations
+    monkeypatch.setattr(trainer, "_seconds", lambda some: len(some) / 5 * left * seconds)
+    trainer.run(found.study)
+    assert [len(entry["values"]) for entry in recorded(found).values()] == [3] * configurations
     best = sorted(found.study.trials, key=lambda t: t.value or 0.0)[:configurations]
-    assert set(record(found)) == {str(trial.number) for trial in best}
+    assert set(recorded(found)) == {str(trial.number) for trial in best}
 
 
-def test_what_cannot_be_measured_is_tried_for_the_best(
+def test_the_best_configurations_are_replicated_if_their_time_cannot_be_measured(
     monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     def no_room(some: object) -> float:
         raise MemoryError
 
-    found, budget = tuned(), Budget(None, timeout=1000.0)
-    replication = ReplicateTrainer(found._problem, 3, budget)
-    monkeypatch.setattr(replication, "_seconds", no_room)
-    replication.run(found.study)
-    assert len(record(found)) == MIN_CONFIGURATIONS
+    found, budget = tune_study(), Budget(None, timeout=1000.0)
+    trainer = ReplicateTrainer(found._problem, 3, budget)
+    monkeypatch.setattr(trainer, "_seconds", no_room)
+    trainer.run(found.study)
+    assert len(recorded(found)) == MIN_CONFIGURATIONS
     assert "The replicates' time could not be measured" in log.text
 
 
 @pytest.mark.parametrize("is_late", [True, False])
-def test_after_workers_that_came_late_there_is_time_left(is_late: bool) -> None:
-    found, budget = tuned(), Budget(None, timeout=100.0)
-    replication = ReplicateTrainer(found._problem, 3, budget)
+def test_replicates_are_trained_after_the_timeout_only_if_workers_started_late(
+    is_late: bool,
+) -> None:
+    found, budget = tune_study(), Budget(None, timeout=100.0)
+    trainer = ReplicateTrainer(found._problem, 3, budget)
     budget.started -= 1000.0
-    replication.run(found.study, is_late=is_late)
+    trainer.run(found.study, is_late=is_late)
     assert bool(found.study.user_attrs.get(REPLICATES)) == is_late
 
 
-def test_long_trials_take_their_quarter() -> None:
-    found = tuned()
+def test_the_reserve_stays_a_quarter_if_trials_are_long() -> None:
+    found = tune_study()
     for trial in found.study.get_trials(deepcopy=False):
         trial.user_attrs["iterations"] = 10**9
     budget = Budget(None, timeout=1000.0)
-    replication = ReplicateTrainer(found._problem, 3, budget)
+    trainer = ReplicateTrainer(found._problem, 3, budget)
     budget.started -= 600.0
-    replication(found.study, found.study.trials[0])
-    assert replication.predicted
+    trainer(found.study, found.study.trials[0])
+    assert trainer.predicted
     assert budget.timeout == 1000.0 * (1 - MAX_TIMEOUT_SHARE)
 
 
 def test_without_a_timeout_nothing_is_reserved() -> None:
-    found, budget = tuned(), Budget(8, None)
-    replication = ReplicateTrainer(found._problem, 3, budget)
-    replication(found.study, found.study.trials[0])
+    found, budget = tune_study(), Budget(8, None)
+    trainer = ReplicateTrainer(found._problem, 3, budget)
+    trainer(found.study, found.study.trials[0])
     assert budget.timeout is None
-    assert not replication.predicted
+    assert not trainer.predicted
 
 
-def _own(params: Any) -> Any:
+def network(params: Any) -> Any:
     from torch import nn
 
     return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -334,7 +335,7 @@ def _own(params: Any) -> Any:
 PROBLEMS = {
     "dnn": problem_of,
     "own": lambda: CustomNetworkTemplate(
-        _own, X, Y, fixed={"epochs": 2, "batch_size": 32}, device="cpu"
+        network, X, Y, fixed={"epochs": 2, "batch_size": 32}, device="cpu"
     ),
     "gpt": lambda: GPTTemplate(
         "to be or not to be\n" * 99,
@@ -345,7 +346,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("kind", PROBLEMS)
-def test_another_seed_changes_the_weights_and_the_order_alone(kind: str) -> None:
+def test_another_seed_changes_only_the_weights_and_the_order_of_rows(kind: str) -> None:
     problem: Template = PROBLEMS[kind]()
 
     def trained(some: Template) -> tuple[list[float], list[float]]:
@@ -369,14 +370,14 @@ def test_another_seed_changes_the_weights_and_the_order_alone(kind: str) -> None
 @pytest.mark.parametrize("count", [0, -1, True, 2.0, "3", float("nan")])
 def test_replicates_must_be_a_positive_integer(count: Any) -> None:
     with pytest.raises(ValueError, match=f"`replicates` must be at least 1, but got {count!r}"):
-        tuned(n_trials=1, replicates=count)
+        tune_study(n_trials=1, replicates=count)
 
 
 def test_the_number_of_replicates_may_be_of_numpy() -> None:
-    assert len(tuned(n_trials=1, replicates=np.int64(2)).replicates) == 1
+    assert len(tune_study(n_trials=1, replicates=np.int64(2)).replicates) == 1
 
 
-def test_a_frame_without_replicates() -> None:
-    frame = tuned(n_trials=1).replicates
+def test_the_frame_is_empty_without_replicates() -> None:
+    frame = tune_study(n_trials=1).replicates
     assert isinstance(frame, pd.DataFrame)
     assert frame.empty

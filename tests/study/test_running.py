@@ -1,4 +1,4 @@
-"""Suggesting, curves and attributes of one trial."""
+"""Suggested values, learning curves and attributes of one trial."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SPACE: dict[str, BaseDistribution] = {
 }
 
 
-def running(maximize: bool) -> tuple[optuna.Study, RunningTrial]:
+def make_running_trial(maximize: bool) -> tuple[optuna.Study, RunningTrial]:
     study = optuna.create_study(direction="maximize" if maximize else "minimize")
     return study, RunningTrial(study.ask(), Member(0, 0, {}), maximize)
 
 
-def scores(value: float, done: int, best_round: int) -> Scores:
-    """Those of two members of a cohort; the trial is the second."""
+def make_scores(value: float, done: int, best_round: int) -> Scores:
+    """Return the scores of two members of a cohort; the trial is the second one."""
     losses = {"train_loss": [9.0, 0.1], "validation_loss": [9.0, 0.2]}
     rounds = {"rounds": [9, done], "best_round": [9, best_round]}
     return Scores(indices=[3, 5], value=[9.0, value], ended=[None, None], **losses, **rounds)
@@ -51,37 +51,39 @@ def test_suggested_values_have_the_distributions_of_the_space() -> None:
     assert all(SPACE[n]._contains(SPACE[n].to_internal_repr(v)) for n, v in values.items())
 
 
-def test_an_unknown_distribution() -> None:
+def test_unknown_distributions_are_rejected() -> None:
     with pytest.raises(TypeError, match="`x` must have a known distribution, not"):
         suggest(optuna.create_study().ask(), {"x": "odd"})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("maximize", [True, False])
-def test_curves(maximize: bool) -> None:
-    study, trial = running(maximize)
+def test_finite_values_are_reported_once(maximize: bool) -> None:
+    study, trial = make_running_trial(maximize)
     for done, value, best_round in [(1, 0.5, 1), (3, math.nan, 1), (9, 0.7, 9)]:
-        trial.add_scores(scores(value, done, best_round), 1)
+        trial.add_scores(make_scores(value, done, best_round), 1)
     assert trial.train_loss == [0.1] * 3
     assert trial.validation_loss == [0.2] * 3
     trial.report()
     trial.report()
-    assert study.trials[0].intermediate_values == {1: 0.5, 9: 0.7}  # NaN is nobody's value
+    assert study.trials[0].intermediate_values == {1: 0.5, 9: 0.7}  # NaN is not reported
     trial.tell(study.tell, TrialState.COMPLETE)
     assert study.trials[0].value == 0.7
 
 
 def test_a_trial_without_a_value_is_pruned() -> None:
-    study, trial = running(maximize=True)
-    trial.add_scores(scores(math.nan, 1, 0), 1)
+    study, trial = make_running_trial(maximize=True)
+    trial.add_scores(make_scores(math.nan, 1, 0), 1)
     trial.tell(study.tell, TrialState.PRUNED)
     assert study.trials[0].state == TrialState.PRUNED
     assert study.trials[0].intermediate_values == {}
 
 
 @pytest.mark.parametrize(("best_round", "best"), [(0, None), (1, 0.5)])
-def test_there_is_no_best_before_the_first_value(best_round: int, best: float | None) -> None:
-    _, trial = running(maximize=True)
-    trial.add_scores(scores(0.5, 1, best_round), 1)
+def test_a_trial_has_no_best_value_before_its_first_value(
+    best_round: int, best: float | None
+) -> None:
+    _, trial = make_running_trial(maximize=True)
+    trial.add_scores(make_scores(0.5, 1, best_round), 1)
     assert trial.best == best
 
 
@@ -95,11 +97,13 @@ def test_there_is_no_best_before_the_first_value(best_round: int, best: float | 
         (False, 2.0, None, True),
     ],
 )
-def test_is_better(maximize: bool, value: float, than: float | None, expected: bool) -> None:
-    assert running(maximize)[1].is_better(value, than) is expected
+def test_is_better_follows_the_direction(
+    maximize: bool, value: float, than: float | None, expected: bool
+) -> None:
+    assert make_running_trial(maximize)[1].is_better(value, than) is expected
 
 
-def test_attributes() -> None:
+def test_describe_stores_the_trials_attributes() -> None:
     class Problem:
         rounds_per_epoch = 3
 
@@ -110,11 +114,11 @@ def test_attributes() -> None:
             return {}
 
     problem: Any = Problem()
-    study, trial = running(maximize=True)
+    study, trial = make_running_trial(maximize=True)
     trial.describe(problem, 0, TrialOutcome.KILLED)
     assert "best_value" not in study.trials[0].user_attrs
-    trial.add_scores(scores(0.5, 1, 1), 1)
-    trial.add_scores(scores(0.4, 3, 1), 1)
+    trial.add_scores(make_scores(0.5, 1, 1), 1)
+    trial.add_scores(make_scores(0.4, 3, 1), 1)
     trial.describe(problem, iterations=12, outcome=TrialOutcome.FINISHED)
     attributes = study.trials[0].user_attrs
     assert attributes.pop("seconds") >= 0

@@ -1,4 +1,4 @@
-"""Ctrl-C: the study ends tidily, and what was found is handed back."""
+"""After Ctrl-C a study ends in order and keeps its results."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_an_interrupt_keeps_finished_trials_and_marks_running_ones() -> None:
     # Trials of 1 to 9 epochs: the shortest ends, and the others are interrupted.
     space = {"epochs": optuna.distributions.IntDistribution(1, 9)}
     fixed = {name: value for name, value in TINY.items() if name != "epochs"}
-    wishes: dict[str, Any] = {"space": space, "fixed": fixed, "method": "random"}
-    result = tune(X, Y, **wishes, callbacks=[Interrupt()], n_trials=20, cohort_size=6)
+    settings: dict[str, Any] = {"space": space, "fixed": fixed, "method": "random"}
+    result = tune(X, Y, **settings, callbacks=[Interrupt()], n_trials=20, cohort_size=6)
     assert len(trials(result)) == 6
     assert set(causes(result)) == {"finished", "interrupted"}
     for trial in trials(result):
@@ -66,7 +66,7 @@ def test_an_interrupt_keeps_finished_trials_and_marks_running_ones() -> None:
     assert result.predict(X).shape == (80,)
 
 
-def test_an_interrupted_study_goes_on() -> None:
+def test_an_interrupted_study_can_be_continued() -> None:
     storage = optuna.storages.InMemoryStorage()
     cut = tune(X, Y, storage=storage, callbacks=[Interrupt()], n_trials=6, cohort_size=2)
     assert len(trials(cut)) < 6
@@ -74,7 +74,7 @@ def test_an_interrupted_study_goes_on() -> None:
     assert len([t for t in trials(again) if t.state != TrialState.FAIL]) == 6
 
 
-def test_an_interrupt_while_all_trials_run() -> None:
+def test_an_interrupt_ends_all_running_trials_with_their_values() -> None:
     class Pressed(optuna.pruners.NopPruner):
         """Prunes nothing, and presses Ctrl-C after the fifth epoch."""
 
@@ -91,7 +91,7 @@ def test_an_interrupt_while_all_trials_run() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError])
-def test_what_ends_the_study_at_once_waits_for_no_round(
+def test_an_error_while_asking_stops_the_round_in_training(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_told = list[bool]()
@@ -125,7 +125,7 @@ print("best", result.best_value, flush=True)
 """
 
 
-def test_an_interrupt_from_the_terminal(folder: Path) -> None:
+def test_a_script_continues_after_an_interrupt_of_its_study(folder: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
         env=ENVIRONMENT,
@@ -156,14 +156,14 @@ def test_the_second_interrupt_is_not_caught() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_handler_of_before_is_put_back() -> None:
+def test_the_previous_signal_handler_is_restored() -> None:
     before = signal.getsignal(signal.SIGINT)
     with graceful_shutdown(Budget(None, None)):
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_study_in_another_thread() -> None:
+def test_a_study_can_run_in_another_thread() -> None:
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(tune(X, Y)))
     thread.start()
@@ -174,18 +174,20 @@ def test_a_study_in_another_thread() -> None:
 @pytest.mark.parametrize(
     ("n_trials", "finished", "left"), [(10, 3, 7), (10, 12, 0), (None, 5, None)]
 )
-def test_trials_left(n_trials: int | None, finished: int, left: int | None) -> None:
+def test_the_budget_counts_the_trials_left(
+    n_trials: int | None, finished: int, left: int | None
+) -> None:
     assert Budget(n_trials, timeout=1).left(finished) == left
 
 
-def test_out_of_time() -> None:
+def test_the_budget_is_over_after_its_timeout_or_an_interrupt() -> None:
     assert not Budget(1, timeout=None).out_of_time()
     assert not Budget(1, timeout=1000).out_of_time()
     assert Budget(1, timeout=1e-9).out_of_time()
     assert Budget(1, timeout=None, interrupted=True).out_of_time()
 
 
-def test_stop_works_inside_only() -> None:
+def test_study_stop_is_allowed_only_inside_the_context() -> None:
     study = optuna.create_study()
     with allow_study_stop(study):
         study.stop()

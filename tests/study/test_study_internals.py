@@ -1,4 +1,4 @@
-"""The private parts of Optuna that `study` uses: each test names one that Optuna has changed."""
+"""Each private part of Optuna that `study` uses has a test that names it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def study() -> optuna.Study:
     return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
 
 
-def test_a_view_proposes_by_its_own_sampler_and_leaves_the_study_its_own(
+def test_a_view_asks_its_own_sampler_and_does_not_change_the_studys(
     study: optuna.Study,
 ) -> None:
     other = optuna.samplers.PartialFixedSampler({"x": 0.25}, study.sampler)
@@ -28,7 +28,7 @@ def test_a_view_proposes_by_its_own_sampler_and_leaves_the_study_its_own(
     assert internals.with_sampler(study, before) is study
 
 
-def test_a_view_tells_its_own_sampler_of_ends(study: optuna.Study) -> None:
+def test_a_view_reports_ended_trials_to_its_own_sampler(study: optuna.Study) -> None:
     told = list[int]()
 
     class Listening(optuna.samplers.RandomSampler):
@@ -41,7 +41,9 @@ def test_a_view_tells_its_own_sampler_of_ends(study: optuna.Study) -> None:
     assert told == [0]
 
 
-def test_stop_is_allowed_within_and_a_view_stops_its_study(study: optuna.Study) -> None:
+def test_study_stop_is_allowed_in_the_context_and_a_view_stops_its_study(
+    study: optuna.Study,
+) -> None:
     with internals.allow_study_stop(study):
         assert not internals.is_stopped(study)
         internals.with_sampler(study, optuna.samplers.RandomSampler()).stop()
@@ -56,7 +58,7 @@ def test_a_study_is_stopped_by_its_flag(study: optuna.Study) -> None:
     assert internals.is_stopped(study)
 
 
-def test_ids_and_storages(study: optuna.Study) -> None:
+def test_ids_and_storages_are_those_of_optuna(study: optuna.Study) -> None:
     trial = study.ask()
     storage, number = internals.storage_of(study), internals.study_id(study)
     assert storage.get_study_name_from_id(number) == study.study_name
@@ -64,13 +66,13 @@ def test_ids_and_storages(study: optuna.Study) -> None:
     assert id_of(study.trials[0]) == id_of(trial)
 
 
-def test_reported_values_are_known(study: optuna.Study) -> None:
+def test_known_values_are_the_reported_ones(study: optuna.Study) -> None:
     trial = study.ask()
     trial.report(0.5, step=3)
     assert internals.known_values(trial) == {3: 0.5}
 
 
-def test_the_grid_of_a_grid_sampler() -> None:
+def test_grid_of_returns_the_values_of_a_grid_sampler() -> None:
     sampler = optuna.samplers.GridSampler({"x": [1, 2]})
     assert {name: list(values) for name, values in internals.grid_of(sampler).items()} == {
         "x": [1, 2]

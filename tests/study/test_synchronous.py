@@ -1,4 +1,4 @@
-"""Methods whose trials train in lockstep: populations, and hyperparameters along a gradient."""
+"""Methods whose trials train in synchronous groups: populations and hypergradients."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from tests import tiny
 
-SLOPE_TOLERANCE = 0.05  # of a difference over a stretch against autograd through it
+SLOPE_TOLERANCE = 0.05  # of a finite difference over a round, compared with autograd
 FIXED_PARAMS = tiny.SHAPE | {"epochs": 8}
-LOCKSTEP: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "population": {"method_options": {"size": 4, "generations": 4}, "n_trials": 16},
     "gradient": {"method_options": {"starts": 2}, "n_trials": 4},
 }
@@ -35,22 +35,22 @@ LOCKSTEP: dict[str, dict[str, Any]] = {
 
 def run(method: str, **more: Any) -> Result:
     X, y = tiny.classes()
-    options = {**LOCKSTEP[method], "fixed": FIXED_PARAMS, "storage": None, **more}
+    options = {**METHODS[method], "fixed": FIXED_PARAMS, "storage": None, **more}
     return optimize("dnn", X, y, method=method, **options)
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
-def test_a_study_has_its_trials_and_a_model(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_study_finishes_its_trials_and_has_a_model(method: str) -> None:
     result = run(method)
     trials = result.study.get_trials()
-    assert len(trials) == LOCKSTEP[method]["n_trials"]
+    assert len(trials) == METHODS[method]["n_trials"]
     assert all(t.state == TrialState.COMPLETE for t in trials)
     assert result.score(*tiny.classes()) > 0.7
     X, _ = tiny.classes()
     assert len(result.predict(X)) == len(X)
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_study(method: str) -> None:
     first, again, other = run(method), run(method), run(method, seed=1)
     values = [[t.value for t in r.study.trials] for r in (first, again, other)]
@@ -59,11 +59,13 @@ def test_the_same_seed_gives_the_same_study(method: str) -> None:
     assert params[0] == params[1] != params[2]
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
-def test_the_course_gives_the_value_again(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_training_with_the_stored_schedule_gives_the_same_value(method: str) -> None:
     result = run(method)
     for trial in result.study.get_trials():
-        best = result._load_predictor(trial.number)  # of most there are no weights: trained again
+        best = result._load_predictor(
+            trial.number
+        )  # most have no stored weights and are trained again
         X, y = tiny.classes()
         data = DNNTemplate(X, y, fixed=FIXED_PARAMS).data
         outputs = best.model(torch.from_numpy(data.valid_X))  # type: ignore[union-attr]
@@ -72,7 +74,7 @@ def test_the_course_gives_the_value_again(method: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_model_has_the_values_of_its_best_epoch(seed: int) -> None:
+def test_the_best_model_loads_although_dropout_was_switched_on_and_off(seed: int) -> None:
     # Dropout goes on and off within this range, and a network without it has fewer layers.
     space = {"dropout": FloatDistribution(0.035, 0.045, log=True)}
     result = run("gradient", space=space, method_options={"starts": 2, "rate": 0.5}, seed=seed)
@@ -84,7 +86,7 @@ def test_a_model_has_the_values_of_its_best_epoch(seed: int) -> None:
     assert min(dropouts) < 0.04 < max(dropouts)
 
 
-def test_generations_go_on_from_their_parents() -> None:
+def test_generations_continue_their_parents() -> None:
     trials = run("population").study.get_trials()
     assert [t.user_attrs["generation"] for t in trials] == [g for g in range(4) for _ in range(4)]
     for trial in trials[4:]:
@@ -100,7 +102,7 @@ def test_generations_go_on_from_their_parents() -> None:
     assert any(len(t.user_attrs["schedule"]) > 1 for t in trials)
 
 
-def test_the_gradient_moves_rates_and_nothing_that_is_no_number() -> None:
+def test_hypergradients_change_only_continuous_values() -> None:
     result = run("gradient")
     for trial in result.study.get_trials():
         course = trial.user_attrs["schedule"]
@@ -111,7 +113,7 @@ def test_the_gradient_moves_rates_and_nothing_that_is_no_number() -> None:
         assert any(first[name] != last[name] for name in first)
 
 
-def test_a_poor_rate_becomes_a_good_one() -> None:
+def test_hypergradients_correct_a_poor_learning_rate() -> None:
     X, y = tiny.numbers(400)
     space = {"learning_rate": FloatDistribution(1e-6, 1e-4, log=True)}
     poor: dict[str, Any] = {
@@ -139,8 +141,8 @@ def test_a_poor_rate_becomes_a_good_one() -> None:
         assert moved.best_value < 0.5 * stays.best_value
 
 
-def test_a_difference_over_a_stretch_is_the_gradient_through_it() -> None:
-    """The oracle: autograd through the same steps of plain gradient descent."""
+def test_the_finite_difference_over_a_round_equals_the_gradient_of_autograd() -> None:
+    """Compare with autograd through the same steps of plain gradient descent."""
     X, y = tiny.numbers()
     options = {
         **FIXED_PARAMS,
@@ -156,10 +158,10 @@ def test_a_difference_over_a_stretch_is_the_gradient_through_it() -> None:
     members = [problem.member(0, params) for _ in range(2)]
     members[1] = Member(-1, 0, {**members[1].params, "learning_rate": there})
     cohort = problem.cohort(members[:1])
-    stretch(cohort)  # not from the beginning
+    train_one_round(cohort)  # not from the beginning
     state = cohort.network.member(0).train()
     cohort.resume_from([0, 0], members)
-    stretch(cohort)
+    train_one_round(cohort)
     loss = dict(zip([m.number for m in cohort.members], losses(cohort), strict=True))
     slope = (loss[-1] - loss[0]) / distance
     oracle = slope_by_autograd(cohort, state, rate)
@@ -170,20 +172,20 @@ def test_a_difference_over_a_stretch_is_the_gradient_through_it() -> None:
 WIDE = FloatDistribution(0.01, 0.1, log=True)
 
 
-def stretch(cohort: Cohort) -> None:
+def train_one_round(cohort: Cohort) -> None:
     cohort.set_next_evaluation(cohort.rounds_done[0] + 1)
     assert cohort.train_round() is not None
 
 
 def losses(cohort: Cohort) -> list[float]:
     with torch.no_grad():
-        everybody = torch.arange(len(cohort.members))
-        loss, _, _ = cohort.task.evaluate(cohort.apply(everybody), cohort.members, True)
+        all_members = torch.arange(len(cohort.members))
+        loss, _, _ = cohort.task.evaluate(cohort.apply(all_members), cohort.members, True)
     return [float(value) for value in loss]
 
 
 def slope_by_autograd(cohort: Cohort, network: nn.Module, rate: float) -> float:
-    """One full-batch step of gradient descent, differentiated by the rate's unit scale."""
+    """Differentiate one full-batch step of gradient descent by the rate on the unit scale."""
     arrays = cohort.task.arrays
     unit = torch.tensor(to_unit(WIDE, rate), requires_grad=True)
     step = WIDE.low * (WIDE.high / WIDE.low) ** unit
@@ -217,11 +219,11 @@ def recurrent(params: Mapping[str, Any]) -> nn.Module:
     return Last()
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
-def test_with_a_network_of_ones_own(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_synchronous_methods_tune_a_users_network(method: str) -> None:
     X, y = tiny.classes()
     fixed = {"epochs": 4, "batch_size": 32}
-    options = {**LOCKSTEP[method], "storage": None, "fixed": fixed}
+    options = {**METHODS[method], "storage": None, "fixed": fixed}
     result = optimize(network=convolution, X=X[:, None], y=y, method=method, **options)
     assert len(result.study.trials) == options["n_trials"]
     dropouts = {
@@ -231,8 +233,8 @@ def test_with_a_network_of_ones_own(method: str) -> None:
     assert len(result.predict(X[:, None])) == len(X)
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
-def test_a_network_that_can_only_train_alone_is_refused(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_networks_that_cannot_be_stacked_are_rejected(method: str) -> None:
     X, y = tiny.classes()
     with pytest.raises(ValueError, match="this one can only train alone"):
         optimize(
@@ -246,8 +248,8 @@ def test_a_network_that_can_only_train_alone_is_refused(method: str) -> None:
         )
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
-def test_with_a_text(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_synchronous_methods_tune_language_models(method: str) -> None:
     fixed = {"iterations": 18, "width": 16, "layers": 1, "context": 32, "batch_tokens": 64}
     text = "to be or not to be, that is the question\n" * 60
     n_trials = 4 if method == "population" else 1
@@ -289,8 +291,8 @@ def test_a_diverging_member_is_replaced_by_a_good_one() -> None:
     assert np.isfinite(result.best_value)
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
-def test_the_timeout_ends_what_runs(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_timeout_ends_all_running_trials(method: str) -> None:
     fixed = FIXED_PARAMS | {"epochs": 100_000, "patience": 1_000_000}
     X, y = tiny.classes()
     result = optimize(
@@ -301,13 +303,13 @@ def test_the_timeout_ends_what_runs(method: str) -> None:
         fixed=fixed,
         timeout=1.0,
         storage=None,
-        method_options=LOCKSTEP[method]["method_options"],
+        method_options=METHODS[method]["method_options"],
     )
     assert result.study.get_trials()
     assert all(t.user_attrs["cause"] == "timeout" for t in result.study.get_trials())
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_study_can_be_continued(method: str) -> None:
     storage = optuna.storages.InMemoryStorage()
     first = run(method, storage=storage)
@@ -340,7 +342,9 @@ def test_a_study_can_be_continued(method: str) -> None:
         ({"method": "grid", "method_options": {"partial": 1}}, "`partial` must be True or False"),
     ],
 )
-def test_bad_wishes(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected_before_training(
+    options: dict[str, Any], message: str
+) -> None:
     X, y = tiny.classes()
     if "continuous" in message:
         problem = DNNTemplate(X, y)
@@ -349,31 +353,33 @@ def test_bad_wishes(options: dict[str, Any], message: str) -> None:
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(ValueError, match=message):
         optimize("dnn", X, y, **{"fixed": FIXED_PARAMS, **options}, n_trials=4, storage=storage)
-    assert all(not s.get_trials() for s in map_studies(storage))
+    assert all(not s.get_trials() for s in load_studies(storage))
 
 
-def map_studies(storage: optuna.storages.BaseStorage) -> list[optuna.Study]:
+def load_studies(storage: optuna.storages.BaseStorage) -> list[optuna.Study]:
     names = optuna.get_all_study_names(storage)
     return [optuna.load_study(study_name=name, storage=storage) for name in names]
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "given",
     [{"pruner": optuna.pruners.MedianPruner()}, {"cohort_size": 4}],
     ids=["pruner", "cohort size"],
 )
-def test_what_a_method_has_no_use_for_is_refused(method: str, given: dict[str, Any]) -> None:
+def test_options_that_a_method_does_not_use_are_rejected(
+    method: str, given: dict[str, Any]
+) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(given))}` must not be given with"):
         run(method, **given)
 
 
-@pytest.mark.parametrize("method", LOCKSTEP)
-def test_what_somebody_enqueues_leads_a_group_of_its_own(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_an_enqueued_trial_leads_a_group_of_its_own(method: str) -> None:
     X, y = tiny.classes()
     storage = optuna.storages.InMemoryStorage()
     fixed = {name: value for name, value in FIXED_PARAMS.items() if name != "hidden_layers"}
-    options = {**LOCKSTEP[method], "fixed": fixed, "storage": storage, "method": method}
+    options = {**METHODS[method], "fixed": fixed, "storage": storage, "method": method}
     first = optimize("dnn", X, y, **options)
     study = optuna.load_study(study_name=first.study.study_name, storage=storage)
     count, depths = len(study.get_trials()), (3, 4)
@@ -386,7 +392,7 @@ def test_what_somebody_enqueues_leads_a_group_of_its_own(method: str) -> None:
     assert set(depths) <= {t.params["hidden_layers"] for t in added}
 
 
-def test_dropout_that_is_structure_stays() -> None:
+def test_hypergradients_do_not_change_dropout_that_decides_the_structure() -> None:
     def network(params: Mapping[str, Any]) -> nn.Module:
         drop = [nn.Dropout(params["dropout"])] if params["dropout"] else []
         return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), *drop, nn.Linear(8, 2))

@@ -1,3 +1,5 @@
+"""The time that a study spends in each section is measured."""
+
 from __future__ import annotations
 
 import pytest

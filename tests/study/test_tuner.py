@@ -1,4 +1,4 @@
-"""Samplers, pruners, cohorts, stopping: what the loop does with them."""
+"""The loop works with all samplers, pruners, cohort sizes and ways to stop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.tiny import SHAPE
 from tests.tiny import TINY
 from tests.tiny import causes
 from tests.tiny import classes
-from tests.tiny import courses
+from tests.tiny import learning_curves
 from tests.tiny import numbers
 from tests.tiny import states
 from tests.tiny import trials
@@ -51,8 +51,8 @@ GRID_SPACE = {
 }
 
 
-def all_but(*names: str) -> dict[str, Any]:
-    """Everything pinned to its default or to `TINY`, besides some."""
+def fixed_except(*names: str) -> dict[str, Any]:
+    """Return the defaults or the values of `TINY` of all parameters except some."""
     pinned = {name: h.default for name, h in specs("binary").items()} | TINY
     return {name: value for name, value in pinned.items() if name not in (*names, "iterations")}
 
@@ -70,7 +70,7 @@ def all_but(*names: str) -> dict[str, Any]:
     ids=lambda sampler: type(sampler).__name__,
 )
 @pytest.mark.parametrize("cohort_size", [1, 3])
-def test_samplers(sampler: BaseSampler, cohort_size: int) -> None:
+def test_studies_finish_with_every_sampler(sampler: BaseSampler, cohort_size: int) -> None:
     result = tune(
         sampler=sampler, n_trials=8, cohort_size=cohort_size, fixed=SHAPE | {"epochs": 1}
     )
@@ -80,7 +80,7 @@ def test_samplers(sampler: BaseSampler, cohort_size: int) -> None:
 
 
 @pytest.mark.parametrize("cohort_size", [1, 4])
-def test_what_a_partial_fixed_sampler_fixes_stays_fixed(cohort_size: int) -> None:
+def test_values_of_a_partial_fixed_sampler_stay_fixed(cohort_size: int) -> None:
     fixed = {"hidden_layers": 3, "activation": "tanh"}
     base = optuna.samplers.RandomSampler(seed=0)
     result = tune(
@@ -104,44 +104,46 @@ def test_a_grid_covers_each_point_once_and_ends(
     result = tune(
         sampler=optuna.samplers.GridSampler(grid, seed=1),
         space=GRID_SPACE,
-        fixed=all_but(*GRID),
+        fixed=fixed_except(*GRID),
         cohort_size=cohort_size,
         **budget,
     )
     points = [(t.params["learning_rate"], t.params["activation"]) for t in trials(result)]
-    wanted = {(rate, name) for rate in grid["learning_rate"] for name in grid["activation"]}
+    expected = {(rate, name) for rate in grid["learning_rate"] for name in grid["activation"]}
     assert points[0] == (0.002, "relu")
-    assert set(points) == wanted | {(0.002, "relu")}
+    assert set(points) == expected | {(0.002, "relu")}
     assert len(points) == (6 if default_is_on_the_grid else 7)
     assert set(states(result)) == {TrialState.COMPLETE}
 
 
-def test_a_grid_goes_on_where_it_was() -> None:
+def test_a_grid_is_continued_where_it_stopped() -> None:
     storage = optuna.storages.InMemoryStorage()
 
     def run(n_trials: int) -> list[FrozenTrial]:
         sampler = optuna.samplers.GridSampler(GRID, seed=1)
-        fixed = all_but(*GRID)
-        wishes = {"sampler": sampler, "space": GRID_SPACE, "fixed": fixed, "storage": storage}
-        known = trials(tune(**wishes, n_trials=n_trials, cohort_size=2))
+        fixed = fixed_except(*GRID)
+        settings = {"sampler": sampler, "space": GRID_SPACE, "fixed": fixed, "storage": storage}
+        known = trials(tune(**settings, n_trials=n_trials, cohort_size=2))
         return [t for t in known if t.state.is_finished()]  # the other points wait
 
     assert [len(run(n)) for n in (3, 4, 50, 50)] == [3, 4, 6, 6]
     assert len({tuple(t.params.items()) for t in run(50)}) == 6
 
 
-def test_a_grid_must_hold_what_is_tuned() -> None:
+def test_a_grid_must_have_all_tuned_parameters() -> None:
     sampler = optuna.samplers.GridSampler(GRID | {"momentum": [0.9]}, seed=1)
     with pytest.raises(ValueError, match=r"lacks \[dropout\] and has \[momentum\] besides"):
         tune(
-            sampler=sampler, space=GRID_SPACE, fixed=all_but(*GRID, "dropout") | {"momentum": 0.5}
+            sampler=sampler,
+            space=GRID_SPACE,
+            fixed=fixed_except(*GRID, "dropout") | {"momentum": 0.5},
         )
 
 
-def test_brute_force_ends_by_itself() -> None:
+def test_a_brute_force_sampler_ends_the_study() -> None:
     sampler = optuna.samplers.BruteForceSampler(seed=0)
     space = {"activation": CategoricalDistribution(("relu", "tanh", "elu"))}
-    result = tune(sampler=sampler, space=space, fixed=all_but("activation"), n_trials=30)
+    result = tune(sampler=sampler, space=space, fixed=fixed_except("activation"), n_trials=30)
     assert {t.params["activation"] for t in trials(result)} == {"relu", "tanh", "elu"}
     assert len(trials(result)) < 30
 
@@ -158,7 +160,7 @@ def test_brute_force_ends_by_itself() -> None:
     ids=lambda pruner: type(pruner).__name__,
 )
 @pytest.mark.parametrize("cohort_size", [1, 3])
-def test_pruners(pruner: BasePruner, cohort_size: int) -> None:
+def test_studies_prune_with_every_pruner(pruner: BasePruner, cohort_size: int) -> None:
     result = tune(*numbers(), pruner=pruner, n_trials=12, cohort_size=cohort_size, method="random")
     pruned = [t for t in trials(result) if t.state == TrialState.PRUNED]
     assert pruned
@@ -171,19 +173,19 @@ def test_pruners(pruner: BasePruner, cohort_size: int) -> None:
         assert attributes["best_value"] == min(curve.values()) == curve[attributes["best_epoch"]]
 
 
-def test_no_pruning() -> None:
+def test_a_nop_pruner_prunes_nothing() -> None:
     result = tune(n_trials=8, pruner=optuna.pruners.NopPruner(), cohort_size=4)
     assert causes(result) == ["finished"] * 8
 
 
-def test_a_threshold_ends_trials_at_its_epoch() -> None:
+def test_a_threshold_pruner_prunes_after_its_warmup() -> None:
     pruner = optuna.pruners.ThresholdPruner(lower=2.0, n_warmup_steps=3)
     result = tune(pruner=pruner, n_trials=3, cohort_size=3)  # no accuracy is 2
     assert states(result) == [TrialState.PRUNED] * 3
     assert [t.user_attrs["epochs"] for t in trials(result)] == [3, 3, 3]
 
 
-def test_halving_is_the_default_and_judges_the_whole_cohort() -> None:
+def test_the_default_pruner_keeps_the_better_half_of_a_cohort() -> None:
     result = tune(*numbers(), pruner=None, n_trials=9, cohort_size=9, method="random")
     at_first = {t.number: t.intermediate_values[1] for t in trials(result)}
     gone = {t.number for t in trials(result) if t.user_attrs["epochs"] == 1}
@@ -198,8 +200,8 @@ def test_the_baseline_is_never_pruned_by_default(monkeypatch: pytest.MonkeyPatch
     assert [t.user_attrs.get("baseline") for t in trials(result)] == [True] + [None] * 5
 
 
-def noted_rounds(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Who trains in each round; sizes of cohorts are not measured, which would be rounds too."""
+def record_rounds(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Return a list that gets the members of each round; cohort sizes are not measured."""
     train, rounds = Cohort.train_round, list[list[int]]()
 
     def noted(cohort: Cohort, *arguments: Any) -> Any:
@@ -213,19 +215,19 @@ def noted_rounds(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def test_the_baseline_is_trained_alone_before_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = noted_rounds(monkeypatch)
+    rounds = record_rounds(monkeypatch)
     tune(n_trials=30)
     assert rounds[:4] == [[0]] * 4
     assert 0 not in rounds[4] and len(rounds[4]) > 1
 
 
-def test_the_portfolio_begins_beside_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = noted_rounds(monkeypatch)
+def test_the_portfolio_starts_together_with_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = record_rounds(monkeypatch)
     few = tune(*numbers(), fixed={"epochs": 4}, pruner=None, n_trials=9)
     assert not any(t.user_attrs.get("portfolio") for t in trials(few))
     rounds.clear()
-    wishes: dict[str, Any] = {"fixed": {"epochs": 4}, "pruner": None, "method": "random"}
-    result = tune(*numbers(), n_trials=40, **wishes)
+    settings: dict[str, Any] = {"fixed": {"epochs": 4}, "pruner": None, "method": "random"}
+    result = tune(*numbers(), n_trials=40, **settings)
     first, sixth = trials(result)[:5], trials(result)[5].params
     marks = [t.user_attrs.get("portfolio", False) for t in trials(result)]
     assert marks == [False] + [True] * 4 + [False] * 35
@@ -239,9 +241,9 @@ def test_the_portfolio_begins_beside_the_baseline(monkeypatch: pytest.MonkeyPatc
     assert best.params["width"] / 2 < sixth["width"] <= best.params["width"]
 
 
-def test_the_portfolio_is_judged_by_shape_where_nobody_is_stacked() -> None:
-    wishes: dict[str, Any] = {"fixed": {"epochs": 4}, "pruner": None, "method": "random"}
-    result = tune(*numbers(), n_trials=40, cohort_size=1, **wishes)
+def test_the_portfolio_is_compared_by_shape_also_without_stacking() -> None:
+    settings: dict[str, Any] = {"fixed": {"epochs": 4}, "pruner": None, "method": "random"}
+    result = tune(*numbers(), n_trials=40, cohort_size=1, **settings)
     openers = [t for t in trials(result) if t.user_attrs.get("portfolio")]
     assert len(openers) == 4
     assert "pruned" in {t.user_attrs["cause"] for t in openers}
@@ -255,7 +257,7 @@ def test_a_sampler_that_fixes_values_gets_no_portfolio() -> None:
     assert {t.params["hidden_layers"] for t in trials(result)[1:]} == {3}
 
 
-def test_a_baseline_that_takes_long_does_not_hold_up_the_study() -> None:
+def test_a_long_baseline_does_not_delay_other_trials() -> None:
     endless = TINY | {"epochs": 10**6, "patience": 10**6}
     result = tune(n_trials=10**6, timeout=4.0, fixed=endless)
     assert trials(result)[0].user_attrs["cause"] == "timeout"
@@ -276,10 +278,10 @@ def test_followers_are_asked_for_while_the_engine_trains(monkeypatch: pytest.Mon
     first = tune(n_trials=40)
     assert len(trials(first)) == 40 and set(causes(first)) == {"finished"}
     assert bool(prepared) == (load_library() is not None)
-    assert courses(tune(n_trials=40)) == courses(first)
+    assert learning_curves(tune(n_trials=40)) == learning_curves(first)
 
 
-def test_followers_that_had_no_time_to_begin_are_said_to_have_failed() -> None:
+def test_followers_that_did_not_start_before_the_timeout_fail() -> None:
     result = tune(n_trials=10**6, timeout=2.0, fixed=TINY | {"epochs": 40})
     assert TrialState.RUNNING not in states(result)
     late = [t for t in trials(result) if t.state == TrialState.FAIL]
@@ -287,12 +289,14 @@ def test_followers_that_had_no_time_to_begin_are_said_to_have_failed() -> None:
     assert len(trials(result)) > len(late)
 
 
-def test_halving_remembers_earlier_calls() -> None:
+def test_halving_compares_with_trials_of_earlier_calls() -> None:
     storage = optuna.storages.InMemoryStorage()
-    wishes = {"pruner": None, "method": "random", "storage": storage, "cohort_size": 6}
-    tune(*numbers(), **wishes, n_trials=6)
-    best = sorted(t.intermediate_values[1] for t in trials(tune(*numbers(), **wishes, n_trials=6)))
-    later = trials(tune(*numbers(), **wishes, n_trials=12))[6:]
+    settings = {"pruner": None, "method": "random", "storage": storage, "cohort_size": 6}
+    tune(*numbers(), **settings, n_trials=6)
+    best = sorted(
+        t.intermediate_values[1] for t in trials(tune(*numbers(), **settings, n_trials=6))
+    )
+    later = trials(tune(*numbers(), **settings, n_trials=12))[6:]
     for trial in later:
         if trial.user_attrs["epochs"] > 1:
             assert trial.intermediate_values[1] <= best[5]  # among the best 6 of 12
@@ -307,15 +311,15 @@ def test_a_value_does_not_depend_on_the_cohort(cohort_size: int) -> None:
         "optimizer": CategoricalDistribution(("sgd", "adamw", "adam")),
     }
 
-    pinned = {k: v for k, v in all_but(*space).items() if k in specs("regression")}
-    wishes = {"space": space, "fixed": pinned | {"loss": "mse"}}
+    pinned = {k: v for k, v in fixed_except(*space).items() if k in specs("regression")}
+    settings = {"space": space, "fixed": pinned | {"loss": "mse"}}
 
     def run(size: int) -> list[FrozenTrial]:
-        first = tune(*numbers(), **wishes, storage=optuna.storages.InMemoryStorage(), n_trials=1)
+        first = tune(*numbers(), **settings, storage=optuna.storages.InMemoryStorage(), n_trials=1)
         for method_config in params:
             first.study.enqueue_trial(method_config)
         storage = first.study._storage
-        result = tune(*numbers(), **wishes, storage=storage, n_trials=6, cohort_size=size)
+        result = tune(*numbers(), **settings, storage=storage, n_trials=6, cohort_size=size)
         return trials(result)
 
     for alone, stacked in zip(run(1), run(cohort_size), strict=True):
@@ -326,8 +330,8 @@ def test_a_value_does_not_depend_on_the_cohort(cohort_size: int) -> None:
 
 
 def test_trials_of_one_signature_are_stacked() -> None:
-    wishes = {"fixed": {"epochs": 1}, "space": {"width": IntDistribution(4, 64)}}
-    result = tune(n_trials=12, cohort_size=6, method="random", **wishes)
+    settings = {"fixed": {"epochs": 1}, "space": {"width": IntDistribution(4, 64)}}
+    result = tune(n_trials=12, cohort_size=6, method="random", **settings)
     static = ("hidden_layers", "normalization", "batch_size")
     first, second = trials(result)[:6], trials(result)[6:]
     for cohort in (first, second):
@@ -346,7 +350,7 @@ def test_stop_from_a_callback_ends_the_study_after_the_running_cohort(cohort_siz
     assert len(trials(tune(storage=result.study._storage, n_trials=9))) == 9  # not for ever
 
 
-def test_max_trials_callback() -> None:
+def test_a_max_trials_callback_ends_the_study() -> None:
     callback = optuna.study.MaxTrialsCallback(4, states=(TrialState.COMPLETE,))
     result = tune(callbacks=[callback], n_trials=50, cohort_size=2)
     assert len(trials(result)) == 4
@@ -381,7 +385,7 @@ def test_an_error_of_the_sampler_leaves_nothing_running() -> None:
     assert {t.state for t in left[4:]} <= {TrialState.WAITING}
 
 
-def big(**options: Any) -> Any:
+def tune_slow_networks(**options: Any) -> Any:
     source = np.random.default_rng(0)
     X = source.normal(size=(6000, 20)).astype(np.float32)
     fixed = {"width": 1024, "hidden_layers": 6, "batch_size": 16, "normalization": "none"}
@@ -389,10 +393,10 @@ def big(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize("cohort_size", [1, 2])
-def test_the_timeout_holds_inside_an_epoch(cohort_size: int) -> None:
+def test_the_timeout_interrupts_an_epoch(cohort_size: int) -> None:
     tune(*numbers(), n_trials=1)  # a first call imports modules, which takes time
     began = time.monotonic()
-    result = big(n_trials=40, timeout=1, cohort_size=cohort_size)
+    result = tune_slow_networks(n_trials=40, timeout=1, cohort_size=cohort_size)
     assert time.monotonic() - began < 15  # an epoch alone takes longer
     assert states(result) == [TrialState.FAIL] * cohort_size
     assert causes(result) == ["timeout"] * cohort_size
@@ -402,7 +406,7 @@ def test_the_timeout_holds_inside_an_epoch(cohort_size: int) -> None:
         _ = result.best_value
 
 
-def test_trials_cut_short_by_a_timeout_keep_what_they_have() -> None:
+def test_trials_ended_by_the_timeout_keep_their_best_value() -> None:
     result = tune(
         *numbers(),
         n_trials=4,
@@ -419,13 +423,13 @@ def test_trials_cut_short_by_a_timeout_keep_what_they_have() -> None:
     assert result.predict(numbers()[0]).shape == (80,)
 
 
-def test_trials_that_never_got_a_value_do_not_count() -> None:
+def test_trials_without_a_value_do_not_count() -> None:
     storage = optuna.storages.InMemoryStorage()
-    wishes: dict[str, Any] = {"storage": storage, "study_name": "s"}
-    cut = big(n_trials=2, timeout=0.2, **wishes)
+    settings: dict[str, Any] = {"storage": storage, "study_name": "s"}
+    cut = tune_slow_networks(n_trials=2, timeout=0.2, **settings)
     assert TrialState.COMPLETE not in states(cut)
     before = len(trials(cut))
-    again = big(n_trials=2, timeout=0.2, **wishes)
+    again = tune_slow_networks(n_trials=2, timeout=0.2, **settings)
     assert len(trials(again)) > before
 
 
@@ -438,16 +442,20 @@ def test_the_best_of_equal_values_is_the_first(make: Callable[[], Any]) -> None:
     assert result.study.best_value == result.best_value
 
 
-def test_the_same_seed_is_the_same_study_with_halving_and_cohorts() -> None:
-    wishes: dict[str, Any] = {
+def test_the_same_seed_gives_the_same_study_with_halving_and_cohorts() -> None:
+    settings: dict[str, Any] = {
         "n_trials": 12,
         "pruner": None,
         "fixed": {"epochs": 3, "batch_size": 64},
     }
-    assert courses(tune(*numbers(), **wishes)) == courses(tune(*numbers(), **wishes))
+    assert learning_curves(tune(*numbers(), **settings)) == learning_curves(
+        tune(*numbers(), **settings)
+    )
 
 
-def test_only_the_first_round_counts_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_round_of_a_cohort_is_recorded_as_its_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock, seen = [0.0], []
     train, start = Cohort.train_round, tuner.Tuner.run
 
@@ -469,11 +477,11 @@ def test_only_the_first_round_counts_as_such(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_study_keeps_its_grid_sampler() -> None:
     sampler = optuna.samplers.GridSampler(GRID, seed=1)
-    result = tune(sampler=sampler, space=GRID_SPACE, fixed=all_but(*GRID), n_trials=2)
+    result = tune(sampler=sampler, space=GRID_SPACE, fixed=fixed_except(*GRID), n_trials=2)
     assert result.study.sampler is sampler
 
 
-def test_only_a_study_with_nothing_to_do_says_so(log: pytest.LogCaptureFixture) -> None:
+def test_only_a_study_with_nothing_to_do_logs_that(log: pytest.LogCaptureFixture) -> None:
     storage = optuna.storages.InMemoryStorage()
     tune(storage=storage, n_trials=2)
     assert "nothing to do" not in log.text
@@ -483,7 +491,7 @@ def test_only_a_study_with_nothing_to_do_says_so(log: pytest.LogCaptureFixture) 
 
 @pytest.fixture
 def joins(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
-    """Every time that members join a cohort: the rounds that its own have done, and how many."""
+    """Return a list that gets, per join, the rounds of the members and the number of new ones."""
     seen: list[tuple[list[int], int]] = []
     append = Cohort.append
 
@@ -510,19 +518,21 @@ def test_one_cohort_at_a_time_is_filled(monkeypatch: pytest.MonkeyPatch) -> None
     filled: list[int] = []
     note = FairQueue.note
 
-    def spy(pool: FairQueue, *arguments: Any, **more: Any) -> None:
-        filled.append(sum(run.refills for run in pool.runs))
-        note(pool, *arguments, **more)
+    def spy(queue: FairQueue, *arguments: Any, **more: Any) -> None:
+        filled.append(sum(run.refills for run in queue.runs))
+        note(queue, *arguments, **more)
 
     monkeypatch.setattr(FairQueue, "note", spy)
     tune(cohort_size=4, n_trials=40)
     assert set(filled) == {1}
 
 
-def test_trials_that_join_later_are_trained_as_alone() -> None:
-    wishes: dict[str, Any] = {"n_trials": 12, **DIFFERENT_LENGTHS}
-    result = tune(cohort_size=4, **wishes)
-    problem = DNNTemplate(*classes(), space=wishes["space"], fixed=wishes["fixed"], device="cpu")
+def test_trials_that_join_later_have_the_values_of_single_training() -> None:
+    settings: dict[str, Any] = {"n_trials": 12, **DIFFERENT_LENGTHS}
+    result = tune(cohort_size=4, **settings)
+    problem = DNNTemplate(
+        *classes(), space=settings["space"], fixed=settings["fixed"], device="cpu"
+    )
     for trial in trials(result):
         alone = problem.cohort([problem.member(trial.number, trial.params)])
         values = []
@@ -533,27 +543,31 @@ def test_trials_that_join_later_are_trained_as_alone() -> None:
         assert_close(list(trial.intermediate_values.values()), values, FLOAT32)
 
 
-def test_a_budget_in_iterations_is_not_joined(joins: list[tuple[list[int], int]]) -> None:
+def test_cohorts_with_a_budget_in_iterations_take_no_new_members(
+    joins: list[tuple[list[int], int]],
+) -> None:
     fixed = {name: value for name, value in TINY.items() if name != "epochs"}
     result = tune(cohort_size=4, n_trials=12, fixed=fixed | {"iterations": 5})
     assert {trial.user_attrs["iterations"] for trial in trials(result)} == {5}
     assert all(max(done) == 0 for done, _ in joins)
 
 
-def test_leaders_of_other_shapes_have_their_turn() -> None:
+def test_leaders_of_other_shapes_start_too() -> None:
     space = {"hidden_layers": IntDistribution(1, 4)}
     fixed = {name: value for name, value in TINY.items() if name != "hidden_layers"}
     result = tune(space=space, fixed=fixed, cohort_size=2, n_trials=40, method="random")
     assert len({trial.params["hidden_layers"] for trial in trials(result)}) > 2
 
 
-def test_where_the_time_went_is_noted() -> None:
+def test_the_study_records_where_the_time_went() -> None:
     timing = tune().study.user_attrs["timing"]
     assert timing.keys() == {"seconds", "occupancy", "training", "asking", "bookkeeping"}
     assert sum(timing[name] for name in ("training", "asking", "bookkeeping")) <= 1
 
 
-def test_a_trial_that_somebody_else_ends_stops_nobody(log: pytest.LogCaptureFixture) -> None:
+def test_a_trial_that_another_process_ends_does_not_stop_the_study(
+    log: pytest.LogCaptureFixture,
+) -> None:
     storage = optuna.storages.InMemoryStorage()
     ended: list[int] = []
 

@@ -32,7 +32,7 @@ from optuna_nnhp.templates.supervised import MAX_COHORT_SIZE
 from tests.tiny import Array
 from tests.tiny import causes
 from tests.tiny import classes
-from tests.tiny import courses
+from tests.tiny import learning_curves
 
 Params = Mapping[str, Any]
 TINY = {"epochs": 3, "batch_size": 32}
@@ -150,7 +150,7 @@ def test_a_custom_network_is_tuned(
 @pytest.mark.parametrize(("network", "X", "y", "space"), CASES)
 def test_the_same_seed_gives_the_same_study(network: Any, X: Any, y: Array, space: Any) -> None:
     one, two = (tune(network, X, y, space=space, n_trials=3) for _ in range(2))
-    assert courses(one) == courses(two)
+    assert learning_curves(one) == learning_curves(two)
 
 
 @pytest.mark.parametrize("validation", [0.25, "pair"])

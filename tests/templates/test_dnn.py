@@ -45,7 +45,7 @@ def test_study_names_depend_on_data_metric_and_space() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "expected"),
+    ("settings", "expected"),
     [
         ({}, "up to 50 epochs a trial, early stopping after 16 epochs without improvement"),
         (
@@ -57,8 +57,8 @@ def test_study_names_depend_on_data_metric_and_space() -> None:
         ({"space": {"iterations": IntDistribution(1, 9)}}, "a tuned number of iterations: iter"),
     ],
 )
-def test_describe_budget_names_the_limits(wishes: dict[str, Any], expected: str) -> None:
-    assert expected in DNNTemplate(*classes(), **wishes).description["budget"]
+def test_describe_budget_names_the_limits(settings: dict[str, Any], expected: str) -> None:
+    assert expected in DNNTemplate(*classes(), **settings).description["budget"]
 
 
 def test_members_have_effective_parameters() -> None:
@@ -183,8 +183,8 @@ def test_the_portfolio_lies_in_the_space_and_differs() -> None:
 
 
 def test_the_portfolio_fits_a_users_space() -> None:
-    def portfolio(**wishes: Any) -> list[dict[str, Any]]:
-        return DNNTemplate(*classes(), **wishes).portfolio()
+    def portfolio(**settings: Any) -> list[dict[str, Any]]:
+        return DNNTemplate(*classes(), **settings).portfolio()
 
     assert portfolio(fixed={"hidden_layers": 2}) == []
     assert portfolio(space={"activation": CategoricalDistribution(("tanh", "elu"))}) == []

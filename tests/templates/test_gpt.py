@@ -33,9 +33,9 @@ TEXT = "".join(f"{n} and {n + 1} make {2 * n + 1}.\n" for n in range(400))
 SMALL: dict[str, Any] = {"width": 16, "layers": 1, "context": 16, "batch_tokens": 64}
 
 
-def tune(**wishes: Any) -> Any:
-    settings = {"storage": None, "n_trials": 2, "fixed": SMALL | {"iterations": 18}}
-    return optimize("gpt", wishes.pop("X", TEXT), **{**settings, **wishes})
+def tune(**settings: Any) -> Any:
+    defaults = {"storage": None, "n_trials": 2, "fixed": SMALL | {"iterations": 18}}
+    return optimize("gpt", settings.pop("X", TEXT), **{**defaults, **settings})
 
 
 def test_a_study_finds_saves_and_loads_a_model(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_trials_are_sequential() -> None:
 
 
 @pytest.mark.parametrize(
-    ("X", "wishes", "message"),
+    ("X", "settings", "message"),
     [
         ("", {}, "at least one character"),
         ("abc", {}, "at least"),
@@ -186,10 +186,10 @@ def test_trials_are_sequential() -> None:
     ],
 )
 def test_invalid_arguments_are_rejected_before_training(
-    X: str, wishes: dict[str, Any], message: str
+    X: str, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        tune(X=X, **wishes)
+        tune(X=X, **settings)
 
 
 def test_a_vocabulary_larger_than_the_text_supports() -> None:
@@ -199,7 +199,7 @@ def test_a_vocabulary_larger_than_the_text_supports() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "value"),
+    ("settings", "value"),
     [
         ({"fixed": {"vocabulary": 300}}, "300 with 'char'"),
         ({"fixed": {"vocabulary": 300, "tokens": "byte"}}, "300 with 'byte'"),
@@ -213,10 +213,10 @@ def test_a_vocabulary_larger_than_the_text_supports() -> None:
         ),
     ],
 )
-def test_vocabulary_is_rejected_without_bpe(wishes: dict[str, Any], value: str) -> None:
+def test_vocabulary_is_rejected_without_bpe(settings: dict[str, Any], value: str) -> None:
     message = rf"^`vocabulary` must be given only where `tokens` can be 'bpe', but got {value}\.$"
     with pytest.raises(ValueError, match=message):
-        tune(**{"fixed": {}, **wishes})
+        tune(**{"fixed": {}, **settings})
 
 
 def test_text_options_are_rejected_for_tables() -> None:
@@ -230,7 +230,7 @@ def test_language_models_do_not_predict_and_tables_do_not_generate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("settings", "message"),
     [
         ({"prompt": ""}, "`prompt`"),
         ({"prompt": "é"}, "é"),
@@ -239,10 +239,10 @@ def test_language_models_do_not_predict_and_tables_do_not_generate() -> None:
         ({"top_k": 0}, "`top_k`"),
     ],
 )
-def test_invalid_generate_arguments_are_rejected(wishes: dict[str, Any], message: str) -> None:
+def test_invalid_generate_arguments_are_rejected(settings: dict[str, Any], message: str) -> None:
     result = _MODEL.setdefault("result", tune(n_trials=1))
     with pytest.raises(ValueError, match=message):
-        result.generate(**wishes)
+        result.generate(**settings)
 
 
 _MODEL: dict[str, Any] = {}

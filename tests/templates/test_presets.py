@@ -205,7 +205,7 @@ def test_describe_is_readable() -> None:
 
 
 @pytest.mark.parametrize(
-    "wishes, message",
+    "settings, message",
     [
         ({"name": "gpt-2"}, "'gpt-2' is not a preset; did you mean 'gpt2'"),
         ({"name": ["gpt2"]}, "Known: gpt1, gpt2, gpt2-medium"),
@@ -218,9 +218,9 @@ def test_describe_is_readable() -> None:
         ({"vocabulary": "65"}, "but got '65'."),
     ],
 )
-def test_unknown_presets_are_rejected(wishes: dict[str, Any], message: str) -> None:
+def test_unknown_presets_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
-        preset(**{"name": "gpt2", **wishes})
+        preset(**{"name": "gpt2", **settings})
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

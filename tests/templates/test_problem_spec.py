@@ -90,11 +90,11 @@ def noted(problem_spec: ProblemSpec) -> tuple[optuna.Study, Template]:
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_from_study_makes_the_same_problem(case: str) -> None:
-    wishes = CASES[case]
-    study, problem = noted(ProblemSpec(**wishes))
-    needed = {n: wishes[n] for n in ("X", "y", "network", "validation") if n in wishes}
-    if callable(wishes.get("metric")):
-        needed["metric"] = wishes["metric"]
+    settings = CASES[case]
+    study, problem = noted(ProblemSpec(**settings))
+    needed = {n: settings[n] for n in ("X", "y", "network", "validation") if n in settings}
+    if callable(settings.get("metric")):
+        needed["metric"] = settings["metric"]
     again = ProblemSpec.from_study(study, **needed).problem()
     for name in ("name", "space", "fixed", "seed", "maximize", "description"):
         assert getattr(again, name) == getattr(problem, name)

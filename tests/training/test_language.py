@@ -114,8 +114,8 @@ def trained(cohort: Cohort) -> dict[int, list[float]]:
 def test_members_together_are_members_alone(
     optimizer: str, parametrization: str, float64: None
 ) -> None:
-    wishes = {"optimizer": optimizer, "parametrization": parametrization, "base_width": 8}
-    chosen, some = task(**wishes), members(3, **wishes)
+    settings = {"optimizer": optimizer, "parametrization": parametrization, "base_width": 8}
+    chosen, some = task(**settings), members(3, **settings)
     together = trained(Cohort(some, chosen))
     for member in some:
         alone = trained(Cohort([member], chosen))
@@ -127,20 +127,22 @@ def test_members_together_are_members_alone(
 def test_both_engines_train_alike(
     optimizer: str, dropout: float, float64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wishes = {"optimizer": optimizer, "dropout": dropout, "token_shift": True}
-    courses = []
+    settings = {"optimizer": optimizer, "dropout": dropout, "token_shift": True}
+    learning_curves = []
     for is_compiled in (True, False):
         if not is_compiled:
             monkeypatch.setenv(ENGINE_VARIABLE, "torch")
-        cohort = Cohort(members(3, **wishes), task(iterations=25, **wishes))
+        cohort = Cohort(members(3, **settings), task(iterations=25, **settings))
         assert (cohort.engine is not None) == (is_compiled and load_library() is not None)
         first = cohort.train_round()
         cohort.select([0, 2])
         second = cohort.train_round()
         assert first is not None and second is not None
         last = trained(cohort)
-        courses.append([*first.train_loss, *first.value, *second.value, *last[0], *last[2]])
-    assert_close(courses[0], courses[1], FLOAT64)
+        learning_curves.append(
+            [*first.train_loss, *first.value, *second.value, *last[0], *last[2]]
+        )
+    assert_close(learning_curves[0], learning_curves[1], FLOAT64)
 
 
 def test_evaluations_at_a_ninth_a_third_and_the_end_of_the_budget() -> None:
@@ -286,9 +288,9 @@ def test_rates_of_muon_for_other_shapes() -> None:
 
 
 def test_under_mup_hidden_matrices_move_less() -> None:
-    wishes = {"parametrization": "mup", "base_width": 4, "optimizer": "adamw"}
-    some = members(1, weight_decay=0.0, clip_norm=math.inf, **wishes)
-    network = task(**wishes).build(some)
+    settings = {"parametrization": "mup", "base_width": 4, "optimizer": "adamw"}
+    some = members(1, weight_decay=0.0, clip_norm=math.inf, **settings)
+    network = task(**settings).build(some)
     flat = FlatParameters(network)
     flat.allocate_grads()
     flat.grads.fill_(1.0)
@@ -324,13 +326,13 @@ def activations(network: StackedGPT, ids: Tensor) -> dict[str, Tensor]:
     return seen
 
 
-def sizes_after_training(width: int, **wishes: Any) -> dict[str, tuple[float, float]]:
+def sizes_after_training(width: int, **settings: Any) -> dict[str, tuple[float, float]]:
     """By place: the mean size of activations after five steps, and of their change."""
-    wishes |= {"base_width": 32, "heads": width // 16, "head_size": 16, "optimizer": "adamw"}
-    wishes |= {"learning_rate": 0.01, "warmup": 0.0, "weight_decay": 0.0, "clip_norm": math.inf}
-    wishes |= {"dropout": 0.0, "embedding_rate": 1.0}
-    chosen = task(iterations=5 * ROUNDS_PER_BUDGET, **wishes)
-    cohort = Cohort(members(3, **wishes), chosen)
+    settings |= {"base_width": 32, "heads": width // 16, "head_size": 16, "optimizer": "adamw"}
+    settings |= {"learning_rate": 0.01, "warmup": 0.0, "weight_decay": 0.0, "clip_norm": math.inf}
+    settings |= {"dropout": 0.0, "embedding_rate": 1.0}
+    chosen = task(iterations=5 * ROUNDS_PER_BUDGET, **settings)
+    cohort = Cohort(members(3, **settings), chosen)
     assert isinstance(cohort.network, StackedGPT)
     ids = chosen.corpus.valid[:64].view(8, 8)
     before = activations(cohort.network, ids)
@@ -360,8 +362,8 @@ def test_activations_stay_as_large_over_widths_under_mup_alone(
     """The coordinate check of Yang et al. 2022 (arXiv:2203.03466), appendix D.1."""
     powers = {}
     for kind in ("mup", "standard"):
-        wishes = {"parametrization": kind, "weight_init": weight_init, "tied_head": tied_head}
-        found = [sizes_after_training(width, **wishes) for width in WIDTHS]
+        settings = {"parametrization": kind, "weight_init": weight_init, "tied_head": tied_head}
+        found = [sizes_after_training(width, **settings) for width in WIDTHS]
         powers[kind] = {
             (place, which): growth([sizes[place][i] for sizes in found])
             for place in found[0]

@@ -86,15 +86,15 @@ def test_all_kinds_of_stacks_can_be_compiled(
     monkeypatch.setenv(ENGINE_VARIABLE, "torch")
     values = []
     for compile in (True, False):
-        wishes: dict[str, Any] = {"storage": None, "n_trials": 3, "compile": compile}
+        settings: dict[str, Any] = {"storage": None, "n_trials": 3, "compile": compile}
         if template == "gpt":
             fixed = {"iterations": 9, "layers": 1, "heads": 2, "context": 16, "batch_tokens": 64}
-            result = optimize("gpt", "to be or not to be\n" * 99, fixed=fixed, **wishes)
+            result = optimize("gpt", "to be or not to be\n" * 99, fixed=fixed, **settings)
         elif template == "dnn":
-            result = optimize("dnn", *classes(), fixed={"epochs": 2}, **wishes)
+            result = optimize("dnn", *classes(), fixed={"epochs": 2}, **settings)
         else:
             one = {"network": odd, "fixed": {"epochs": 2}}
-            result = optimize(X=classes()[0], y=classes()[1], **one, **wishes)
+            result = optimize(X=classes()[0], y=classes()[1], **one, **settings)
         values.append([list(t.intermediate_values.values()) for t in result.study.trials])
     assert all(len(v) for v in values[0])
     for ours, theirs in zip(*values, strict=True):
@@ -124,10 +124,10 @@ def test_code_is_made_for_every_number_of_members(monkeypatch: pytest.MonkeyPatc
 
 def test_a_study_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    wishes: dict[str, Any] = {"n_trials": 3, "storage": None, "fixed": {"epochs": 2}}
+    settings: dict[str, Any] = {"n_trials": 3, "storage": None, "fixed": {"epochs": 2}}
     X, y = classes()
     values = [
-        [t.value for t in optimize(network=network, X=X, y=y, compile=c, **wishes).study.trials]
+        [t.value for t in optimize(network=network, X=X, y=y, compile=c, **settings).study.trials]
         for c in (True, False)
     ]
     assert values[0] == values[1]

@@ -1,4 +1,4 @@
-"""Where studies are kept, and how the same call goes on with them."""
+"""Studies are stored where `storage` says, and the same call continues them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.tiny import SHAPE
 from tests.tiny import TINY
 from tests.tiny import causes
 from tests.tiny import classes
-from tests.tiny import courses
+from tests.tiny import learning_curves
 from tests.tiny import numbers
 from tests.tiny import states
 from tests.tiny import trials
@@ -49,7 +49,7 @@ def journal() -> JournalStorage:
 
 @pytest.fixture
 def epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A number for every epoch that any cohort trains."""
+    """Return a list that gets one element for every round that a cohort trains."""
     trained: list[int] = []
     original = Cohort.train_round
 
@@ -61,7 +61,7 @@ def epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return trained
 
 
-def weights(folder: Path) -> list[Path]:
+def stored_weights(folder: Path) -> list[Path]:
     return sorted(folder.rglob("trial-*.safetensors"))
 
 
@@ -74,26 +74,26 @@ def weights(folder: Path) -> list[Path]:
         pytest.param(journal, "optuna_nnhp.models", id="own"),
     ],
 )
-def test_the_same_call_again_does_nothing_and_finds_the_same_model(
+def test_the_same_call_again_trains_nothing_and_returns_the_same_model(
     storage: Callable[[], Any], models: str, folder: Path, epochs: list[int]
 ) -> None:
     (folder / "sub").mkdir()
     first = tune(X, Y, storage=storage(), n_trials=5)
-    assert [path.parent.parent for path in weights(folder)] == [folder / models]
-    predicted, trained, course = first.predict(X), len(epochs), courses(first)
+    assert [path.parent.parent for path in stored_weights(folder)] == [folder / models]
+    predicted, trained, course = first.predict(X), len(epochs), learning_curves(first)
 
     again = tune(X, Y, storage=storage(), n_trials=5)
     assert again.best_trial.value == first.best_value
     assert again.best_params == first.best_params
     assert np.array_equal(again.predict(X), predicted)
-    assert courses(again) == course
+    assert learning_curves(again) == course
     assert len(epochs) == trained
 
     more = tune(X, Y, storage=storage(), n_trials=8)
     assert len(trials(more)) == 8
-    assert courses(more)[:5] == course
+    assert learning_curves(more)[:5] == course
     assert more.best_value <= again.best_value
-    assert len(weights(folder)) == 1  # only the best one's are kept
+    assert len(stored_weights(folder)) == 1  # only the best one's are kept
 
 
 def test_lost_weights_are_trained_again(
@@ -110,17 +110,17 @@ def test_lost_weights_are_trained_again(
     assert "this time" not in log.text
     again.predict(X)
     assert len(epochs) - trained == best.user_attrs["best_epoch"]  # kept from then on
-    assert len(weights(folder)) == 1
+    assert len(stored_weights(folder)) == 1
 
 
-def test_lost_weights_of_a_study_that_went_on_with_another_seed(
+def test_lost_weights_are_trained_again_with_the_trials_own_seed(
     folder: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    wishes: dict[str, Any] = {"validation": numbers(50, seed=3), "storage": "s.journal"}
-    wishes["fixed"] = TINY | {"dropout": 0.5}
-    first = tune(X, Y, **wishes, seed=1)
+    settings: dict[str, Any] = {"validation": numbers(50, seed=3), "storage": "s.journal"}
+    settings["fixed"] = TINY | {"dropout": 0.5}
+    first = tune(X, Y, **settings, seed=1)
     shutil.rmtree("s.models")
-    other = tune(X, Y, **wishes, seed=2)
+    other = tune(X, Y, **settings, seed=2)
     assert "began with the seed 1 and continues with 2" in log.text
     _ = other.model
     assert (
@@ -129,7 +129,7 @@ def test_lost_weights_of_a_study_that_went_on_with_another_seed(
     assert "reached" not in log.text  # a trial is trained again with the seed it had
 
 
-def test_memory_only_leaves_no_file(folder: Path) -> None:
+def test_a_study_in_memory_writes_no_file(folder: Path) -> None:
     result = tune(X, Y, storage=None)
     assert result.predict(X).shape == (80,)
     assert list(folder.iterdir()) == []
@@ -142,33 +142,33 @@ def test_studies_of_one_name_in_two_storages_keep_their_own_weights(folder: Path
         tune(table, Y, storage=store, study_name="../same", n_trials=1)
         for table, store in zip(tables, stores, strict=True)
     ]
-    assert len(weights(folder / "optuna_nnhp.models")) == 2
+    assert len(stored_weights(folder / "optuna_nnhp.models")) == 2
     for result, table, store in zip(results, tables, stores, strict=True):
         again = tune(table, Y, storage=store, study_name="../same", n_trials=1)
         assert np.array_equal(again.predict(X), result.predict(X))
     assert not np.array_equal(results[0].predict(X), results[1].predict(X))
 
 
-def test_other_data_is_another_study_in_the_same_file(folder: Path) -> None:
+def test_other_data_make_another_study_in_the_same_file(folder: Path) -> None:
     one, two = tune(X, Y, storage="s.journal"), tune(X, Y + 1000, storage="s.journal")
     three = tune(*classes(), storage="s.journal")
     assert len({r.study.study_name for r in (one, two, three)}) == 3
     assert [len(trials(r)) for r in (one, two, three)] == [3, 3, 3]
-    assert len(weights(folder)) == 3
+    assert len(stored_weights(folder)) == 3
 
 
 @pytest.mark.parametrize("method", ["bayes", "random", "quasi-random"])
-def test_a_continued_study_does_not_repeat_itself(method: str) -> None:
+def test_a_continued_study_does_not_repeat_its_parameters(method: str) -> None:
     def run(storage: optuna.storages.BaseStorage, n_trials: int) -> Result:
         return tune(X, Y, storage=storage, n_trials=n_trials, method=method)
 
     storages = [optuna.storages.InMemoryStorage() for _ in range(2)]
     results = [run(storage, n_trials) for n_trials in (4, 8) for storage in storages]
     assert len({t.params["learning_rate"] for t in trials(results[3])}) == 8
-    assert courses(results[2]) == courses(results[3])  # and is the same each time
+    assert learning_curves(results[2]) == learning_curves(results[3])  # and is the same each time
 
 
-def test_optuna_reads_the_study(folder: Path) -> None:
+def test_optuna_can_load_the_study(folder: Path) -> None:
     result = tune(X, Y, storage="sqlite:///s.db", study_name="homes")
     study = optuna.load_study(study_name="homes", storage="sqlite:///s.db")
     assert study.best_params == result.best_params
@@ -183,7 +183,7 @@ def test_an_enqueued_trial_is_trained(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("settings", "message"),
     [
         (
             {"fixed": TINY | {"epochs": 5}},
@@ -208,22 +208,24 @@ def test_an_enqueued_trial_is_trained(folder: Path) -> None:
         ({"seed": 1}, "another fingerprint: "),  # which rows validate follows from the seed
     ],
 )
-def test_another_study_under_this_name(wishes: dict[str, Any], message: str, folder: Path) -> None:
-    before = courses(tune(X, Y, storage="s.journal", study_name="s"))
+def test_a_study_name_of_another_problem_is_rejected(
+    settings: dict[str, Any], message: str, folder: Path
+) -> None:
+    before = learning_curves(tune(X, Y, storage="s.journal", study_name="s"))
     with pytest.raises(ValueError, match=message) as error:
-        tune(X, **({"y": Y, "storage": "s.journal", "study_name": "s"} | wishes))
+        tune(X, **({"y": Y, "storage": "s.journal", "study_name": "s"} | settings))
     assert "\n" not in str(error.value)
-    assert courses(tune(X, Y, storage="s.journal", study_name="s")) == before
+    assert learning_curves(tune(X, Y, storage="s.journal", study_name="s")) == before
 
 
-def test_a_study_of_another_origin(folder: Path) -> None:
+def test_a_study_that_optuna_nnhp_did_not_make_is_rejected(folder: Path) -> None:
     study = optuna.create_study(study_name="s", storage="sqlite:///s.db")
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     with pytest.raises(ValueError, match="its trials are not optuna_nnhp's; choose another"):
         tune(X, Y, storage="sqlite:///s.db", study_name="s")
 
 
-def test_a_study_of_another_template(folder: Path) -> None:
+def test_a_study_of_another_template_is_rejected(folder: Path) -> None:
     result = tune(X, Y, storage="s.journal", study_name="s")
     result.study.set_user_attr("template", "gpt")
     with pytest.raises(ValueError, match="another template: 'gpt', but this one has 'dnn'"):
@@ -231,13 +233,15 @@ def test_a_study_of_another_template(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("directions", [["maximize"], ["minimize", "minimize"]])
-def test_an_empty_study_of_another_direction(folder: Path, directions: list[str]) -> None:
+def test_an_empty_study_of_another_direction_is_rejected(
+    folder: Path, directions: list[str]
+) -> None:
     optuna.create_study(study_name="s", storage=open_storage("s.journal"), directions=directions)
     with pytest.raises(ValueError, match="another direction: m"):
         tune(X, Y, storage="s.journal", study_name="s", n_trials=1)
 
 
-def test_another_direction(folder: Path) -> None:
+def test_a_study_of_another_direction_is_rejected(folder: Path) -> None:
     def own(y_true: Any, y_pred: Any) -> float:
         return 0.0
 
@@ -260,7 +264,7 @@ tune(*numbers(), storage="s.journal", n_trials=8, cohort_size=4, callbacks=[kill
 """
 
 
-def test_what_a_killed_process_left_running_goes_on(
+def test_running_trials_of_a_killed_process_are_continued(
     folder: Path, log: pytest.LogCaptureFixture
 ) -> None:
     # Killed after the first ends; trials of more epochs still run.
@@ -300,7 +304,7 @@ def test_only_trials_of_dead_workers_are_taken_over(kind: str) -> None:
     assert states(again) == [TrialState.COMPLETE, expected]
 
 
-def test_a_trial_of_a_worker_without_lease_is_taken_over_when_one_would_be_over(
+def test_a_trial_of_a_worker_without_a_lease_is_taken_over_after_the_duration_of_a_lease(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     result = tune(X, Y, n_trials=1)
@@ -353,7 +357,9 @@ def test_two_processes_share_a_study(folder: Path) -> None:
         ("postgresql://me:secret@localhost:1/s", r"postgresql://me:\*\*\*@localhost:1/s cannot: "),
     ],
 )
-def test_storages_that_cannot_be_written(storage: str, message: str, folder: Path) -> None:
+def test_storages_that_cannot_be_written_are_rejected(
+    storage: str, message: str, folder: Path
+) -> None:
     (folder / "table.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=message) as error:
         tune(X, Y, storage=storage)
@@ -386,7 +392,7 @@ def test_passwords_are_hidden(text: str, expected: str) -> None:
         ("sqlite://", "optuna_nnhp.models"),
     ],
 )
-def test_models_lie_beside_the_storage(given: str, expected: str, folder: Path) -> None:
+def test_models_are_stored_beside_the_storage(given: str, expected: str, folder: Path) -> None:
     (folder / "x").mkdir()
     if given.startswith("sqlite:////"):
         storage: Any = object.__new__(optuna.storages.RDBStorage)
@@ -397,10 +403,10 @@ def test_models_lie_beside_the_storage(given: str, expected: str, folder: Path) 
     assert models_folder(open_storage(None), None) is None
 
 
-def test_a_storage_object_in_memory(folder: Path) -> None:
+def test_a_study_in_a_storage_object_in_memory_can_be_continued(folder: Path) -> None:
     storage = optuna.storages.InMemoryStorage()
     first, again = tune(X, Y, storage=storage), tune(X, Y, storage=storage)
-    assert courses(first) == courses(again)
+    assert learning_curves(first) == learning_curves(again)
     np.testing.assert_allclose(first.predict(X), again.predict(X), rtol=1e-4)
     assert list(folder.iterdir()) == []
 
