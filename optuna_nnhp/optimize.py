@@ -225,9 +225,13 @@ def optimize(
         >>> len(result.study.trials)
         3
     """
-    _check_count("workers", workers)
-    _check_optional_counts(n_trials=n_trials, cohort_size=cohort_size, replicates=replicates)
-    _check_seconds(timeout=timeout, checkpoint_every=checkpoint_every, trial_timeout=trial_timeout)
+    workers = _as_count("workers", workers)
+    n_trials = _as_optional_count("n_trials", n_trials)
+    cohort_size = _as_optional_count("cohort_size", cohort_size)
+    replicates = _as_optional_count("replicates", replicates)
+    timeout = _as_seconds("timeout", timeout)
+    checkpoint_every = _as_seconds("checkpoint_every", checkpoint_every)
+    trial_timeout = _as_seconds("trial_timeout", trial_timeout)
     _check_study_arguments(n_trials, timeout, study_name, callbacks, pruner)
     check_seed(seed)
     if workers > 1 or executor is not None:
@@ -336,26 +340,25 @@ def _open_study_and_weights(problem: Template, config: WorkerConfig) -> tuple[St
     return study, BestWeights(folder / study.user_attrs[MODELS] if folder else None)
 
 
-def _check_count(name: str, count: Any) -> None:
-    """Raise unless a number is a positive integer."""
+def _as_count(name: str, count: Any) -> int:
+    """Return a positive integer, also of NumPy, as an int; raise for anything else."""
     if not _is_number(count, Integral) or count < 1:
         raise ValueError(f"`{name}` must be at least 1, but got {short_repr(count)}.")
+    return int(count)
 
 
-def _check_optional_counts(**counts: Any) -> None:
-    """Raise unless each number is None or a positive integer."""
-    for name, count in counts.items():
-        if count is not None:
-            _check_count(name, count)
+def _as_optional_count(name: str, count: Any) -> int | None:
+    """Return a positive integer as an int, and None as it is; raise for anything else."""
+    return None if count is None else _as_count(name, count)
 
 
-def _check_seconds(**durations: Any) -> None:
-    """Raise unless each duration is None or positive."""
-    for name, seconds in durations.items():
-        if seconds is not None and not (_is_number(seconds, Real) and seconds > 0):
-            raise ValueError(
-                f"`{name}` must be more than 0 seconds, but got {short_repr(seconds)}."
-            )
+def _as_seconds(name: str, seconds: Any) -> float | None:
+    """Return a positive duration as a float, and None as it is; raise for anything else."""
+    if seconds is None:
+        return None
+    if not (_is_number(seconds, Real) and seconds > 0):
+        raise ValueError(f"`{name}` must be more than 0 seconds, but got {short_repr(seconds)}.")
+    return float(seconds)
 
 
 def _check_study_arguments(

@@ -372,6 +372,21 @@ def test_study_has_the_given_name_and_its_storage_is_logged(
     assert sorted(names) == ["a.journal", "a.models"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_trials": np.int64(1)},
+        {"cohort_size": np.int64(1)},
+        {"trial_timeout": np.float32(60)},
+        {"method": "zoom", "method_options": {"round_size": np.int64(5)}},
+    ],
+    ids=str,
+)
+def test_a_study_in_a_file_takes_numbers_of_numpy(options: dict[str, Any], folder: Path) -> None:
+    result = tune(**{"storage": "a.journal", "n_trials": 1, **options})
+    assert len(trials(result)) == 1
+
+
 def test_diverged_trials_are_pruned_and_the_study_continues() -> None:
     space = {"learning_rate": CategoricalDistribution((0.002, 100.0))}
     fixed = {name: value for name, value in DIVERGING.items() if name != "learning_rate"}

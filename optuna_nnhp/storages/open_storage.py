@@ -10,6 +10,7 @@ import warnings
 
 import optuna
 from optuna.storages import BaseStorage
+from optuna.storages import InMemoryStorage
 from optuna.storages import RDBStorage
 
 from optuna_nnhp.errors import contains_password
@@ -22,6 +23,24 @@ from optuna_nnhp.storages.journal_file import open_journal
 DEFAULT_STORAGE = "optuna_nnhp.journal"
 SQLITE = re.compile(r"sqlite(?:\+\w+)?:///([^?]+)")
 LONGEST_NAME = 60  # of 255 bytes at most, and a letter may take four
+
+
+def is_in_memory(storage: str | Path | BaseStorage | None) -> bool:
+    """Return whether only this process can read a storage.
+
+    Example:
+        >>> [is_in_memory(s) for s in (None, "sqlite:///:memory:", "sqlite:///b.db", "a.journal")]
+        [True, True, False, False]
+    """
+    if isinstance(storage, BufferedStorage):
+        storage = storage.backend
+    if isinstance(storage, BaseStorage):
+        storage = without_cache(storage)
+    if isinstance(storage, RDBStorage):
+        storage = storage.url
+    if isinstance(storage, str):
+        return re.fullmatch(r"sqlite(\+\w+)?://(/(:memory:)?)?(\?.*)?", storage) is not None
+    return storage is None or isinstance(storage, InMemoryStorage)
 
 
 def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None:
@@ -38,7 +57,7 @@ def models_folder(storage: BaseStorage, given: str | Path | None) -> Path | None
     """
     if isinstance(storage, BufferedStorage):
         storage = storage.backend
-    if isinstance(storage, optuna.storages.InMemoryStorage):
+    if is_in_memory(storage):
         return None
     if given is None:
         backend = without_cache(storage)

@@ -156,9 +156,10 @@ def parse_method(
                 f"`method_options` must come with the name of a method, but it is {method!r}."
             )
         return parse_method("bayes", method, None, levels, seed)
-    mine, loops = split_options(method, options)
-    for name, value in {**mine, **loops}.items():
-        _check_option(name, value)
+    mine, loops = (
+        {name: _checked_option(name, value) for name, value in part.items()}
+        for part in split_options(method, options)
+    )
     if levels is not None and method != "grid":
         raise ValueError(f"`levels` must come with the method 'grid', but it is {method!r}.")
     if sampler is None:
@@ -183,21 +184,24 @@ def parse_method(
     )
 
 
-def _check_option(name: str, value: object) -> None:
-    """Raise unless an option of a method makes sense."""
+def _checked_option(name: str, value: Any) -> Any:
+    """Return an option of a method as a plain number or bool; raise if it makes no sense."""
     if name == "partial":
         if not isinstance(value, bool):
             raise ValueError(f"`partial` must be True or False, but got {short_repr(value)}.")
-    elif name == "rate":
+        return value
+    if name == "rate":
         if type(value) is bool or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"`rate` must be a number above 0, but got {short_repr(value)}.")
-    elif not (name == "patience" and value is None):
-        least = LEAST.get(name, 1)
-        if type(value) is bool or not isinstance(value, Integral) or int(value) < least:
-            raise ValueError(
-                f"`{name}` must be a whole number of at least {least}, but got "
-                f"{short_repr(value)}."
-            )
+        return float(value)
+    if name == "patience" and value is None:
+        return None
+    least = LEAST.get(name, 1)
+    if type(value) is bool or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {least}, but got {short_repr(value)}."
+        )
+    return int(value)
 
 
 def enqueue_source_best(

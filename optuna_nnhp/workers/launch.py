@@ -22,16 +22,15 @@ from optuna import Study
 from optuna.samplers import BaseSampler
 from optuna.samplers import GridSampler
 from optuna.storages import BaseStorage
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 import torch
 
 from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.search.grid import GridPointsSampler
-from optuna_nnhp.storages._optuna_internals import without_cache
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.lease import machine_id
 from optuna_nnhp.storages.lease import process_id
+from optuna_nnhp.storages.open_storage import is_in_memory
 from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.budget import ProgressBar
@@ -68,25 +67,12 @@ got None.
     """
     if executor is not None:
         _check_executor(executor)
-    if not _is_in_memory(storage):
+    if not is_in_memory(storage):
         return
     shown = hide_passwords(storage if isinstance(storage, str) else repr(storage), storage)
     raise ValueError(
         f"`storage` must be one that several processes can open, a path or a URL, but got {shown}."
     )
-
-
-def _is_in_memory(storage: str | Path | BaseStorage | None) -> bool:
-    """Return whether only this process can read a storage."""
-    if isinstance(storage, BufferedStorage):
-        storage = storage.backend
-    if isinstance(storage, BaseStorage):
-        storage = without_cache(storage)
-    if isinstance(storage, RDBStorage):
-        storage = storage.url
-    if isinstance(storage, str):
-        return re.fullmatch(r"sqlite(\+\w+)?://(/(:memory:)?)?(\?.*)?", storage) is not None
-    return storage is None or isinstance(storage, optuna.storages.InMemoryStorage)
 
 
 def _check_executor(executor: object) -> None:

@@ -389,7 +389,6 @@ def test_passwords_are_hidden(text: str, expected: str) -> None:
         ("sqlite:///x/y.db", "x/y.models"),
         ("sqlite:////tmp/y.db", "/tmp/y.models"),
         ("sqlite:///y.db?timeout=9", "y.models"),
-        ("sqlite://", "optuna_nnhp.models"),
     ],
 )
 def test_models_are_stored_beside_the_storage(given: str, expected: str, folder: Path) -> None:
@@ -400,7 +399,11 @@ def test_models_are_stored_beside_the_storage(given: str, expected: str, folder:
     else:
         storage = open_storage(given)
     assert models_folder(storage, given) == Path(expected)
-    assert models_folder(open_storage(None), None) is None
+
+
+@pytest.mark.parametrize("given", [None, "sqlite://", "sqlite:///:memory:"])
+def test_a_study_in_memory_has_no_folder_of_weights(given: str | None) -> None:
+    assert models_folder(open_storage(given), given) is None
 
 
 def test_a_study_in_a_storage_object_in_memory_can_be_continued(folder: Path) -> None:
