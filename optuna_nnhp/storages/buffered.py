@@ -38,6 +38,7 @@ from optuna_nnhp.storages.outbox import Outbox
 from optuna_nnhp.storages.outbox import SavedOp
 from optuna_nnhp.storages.outbox import write_outbox
 from optuna_nnhp.storages.trial_starter import TrialStarter
+from optuna_nnhp.storages.write_buffer import Key
 from optuna_nnhp.storages.write_buffer import WriteBuffer
 
 
@@ -117,12 +118,13 @@ class BufferedStorage(GuardedStorage):
 
     # --- Writing and waiting ---
 
-    def flush(self) -> None:
-        """Write everything now; what cannot be written is written later."""
+    def flush(self) -> dict[Key, Exception]:
+        """Write everything now and return the rejections; write later what cannot be written."""
+        rejections: dict[Key, Exception] = {}
         with self._lock:
             with suppress(StorageUnavailable):
                 if self._buffer.pending:
-                    self._buffer.write()
+                    rejections = self._buffer.write()
                 if self._buffer.in_doubt:
                     self._buffer.resolve_doubts()
                     if not self._starter.is_prefetching and self._starter.requeue_prefetched():
@@ -130,6 +132,7 @@ class BufferedStorage(GuardedStorage):
             if self._outbox is not None and not self._buffer.pending:
                 self._outbox.unlink(missing_ok=True)
                 self._outbox = None
+        return rejections
 
     def flush_if_due(self) -> None:
         """Write everything if the oldest change is older than ``flush_every``."""
@@ -143,18 +146,20 @@ class BufferedStorage(GuardedStorage):
         return getattr(self._batches, "depth", 0)
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
+    def batch(self) -> Iterator[Mapping[Key, Exception]]:
         """Delay this thread's writes to the end of the block, also if it raises an error.
 
-        Starting a trial writes the changes before it.
+        Starting a trial writes the changes before it. After the block the mapping that it got
+        says, by trial id, why the changes to a trial were rejected.
         """
+        rejections: dict[Key, Exception] = {}
         self._batches.depth = self._batch_depth + 1
         try:
-            yield
+            yield rejections
         finally:
             self._batches.depth -= 1
             if self._buffer.has_ends and not self._batch_depth:
-                self.flush()
+                rejections |= self.flush()
         self.flush_if_due()
 
     def refresh(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import suppress
 import threading
@@ -22,6 +23,7 @@ from optuna_nnhp.storages.circuit_breaker import CircuitBreaker
 from optuna_nnhp.storages.circuit_breaker import StorageUnavailable
 from optuna_nnhp.storages.operations import StudyAttr
 from optuna_nnhp.storages.operations import json_round_trip
+from optuna_nnhp.storages.write_buffer import Key
 from optuna_nnhp.storages.write_buffer import StudyCache
 from optuna_nnhp.storages.write_buffer import WriteBuffer
 
@@ -54,8 +56,8 @@ class GuardedStorage(BaseStorage, BaseHeartbeat):
         self._last_answers: dict[tuple[str, Any], Any] = {}
 
     @abstractmethod
-    def flush(self) -> None:
-        """Write the pending operations, if the storage answers."""
+    def flush(self) -> Mapping[Key, Exception]:
+        """Write the pending operations, if the storage answers, and return the rejections."""
 
     @property
     def is_available(self) -> bool:

@@ -16,6 +16,7 @@ import optuna
 from optuna_nnhp.study.autotune import Throughput
 from optuna_nnhp.study.autotune import measure_throughput
 from optuna_nnhp.study.budget import Budget
+from optuna_nnhp.study.failures import UNLIMITED
 from optuna_nnhp.study.failures import FailureBisector
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.running import CohortRun
@@ -267,7 +268,7 @@ class Admission:
         leader = self._next_leader()
         if leader is None:
             return None
-        signature, most = leader.signature, self.bisector.most(leader.signature)
+        signature, most = leader.signature, self._memory_limit(leader.signature)
         run = self.queue.with_signature(signature, most)
         if leader.is_baseline and self.cohort_size is None:
             return self._start_baseline_and_portfolio(leader)
@@ -353,7 +354,7 @@ class Admission:
             groups[running.signature].append(running)
         for signature, group in groups.items():
             most = self.cohort_size or self.problem.cohort_size(group[0].member)
-            most = min(most, self.bisector.most(signature))
+            most = min(most, self._memory_limit(signature))
             run = self.queue.with_signature(signature)
             if run is not None and len(run.running) + len(group) <= most:
                 self._join(run, group)
@@ -423,7 +424,11 @@ class Admission:
 
     def _count_slots(self, leader: Member, signature: Hashable) -> int:
         """Return the number of slots of a leader's cohort."""
-        return min(self._count_wanted_slots(leader), self.bisector.most(signature))
+        return min(self._count_wanted_slots(leader), self._memory_limit(signature))
+
+    def _memory_limit(self, signature: Hashable) -> int:
+        """Return how many trials with a signature may be tried together."""
+        return self.bisector.memory_limits.get(signature, UNLIMITED)
 
     def _count_wanted_slots(self, leader: Member) -> int:
         """Return the number of slots of a leader's cohort before the limit of memory."""

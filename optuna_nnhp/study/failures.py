@@ -9,7 +9,6 @@ import traceback
 
 import optuna
 from optuna import Trial
-from optuna.trial import TrialState
 import torch
 
 from optuna_nnhp.errors import exception_chain
@@ -17,96 +16,26 @@ from optuna_nnhp.errors import hide_passwords
 from optuna_nnhp.study.checkpoints import Checkpoint
 from optuna_nnhp.study.outcomes import CAUSE
 from optuna_nnhp.study.outcomes import TrialOutcome
-from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.study.problem import TrialTooLarge
 from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.study.running import RunningTrial
-from optuna_nnhp.study.running import Tell
 from optuna_nnhp.training.device import is_out_of_memory
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 ERROR, TRACEBACK = "error", "traceback"  # attributes: the last line, and all of it
 MAX_TRACEBACK_LENGTH = 4000  # characters of a traceback, those at its end
-MAX_SAME_ERROR = 3  # so many first trials that fail with the same error end a study
-MAX_REJECTED = 100  # trials in a row that cannot be trained end it too
 
 
 class CohortError(Exception):
     """What a cohort raised while it was built or trained, as its cause."""
 
 
-class FailurePolicy:
-    """End trials as FAIL, and raise when no trial of the study can be trained, it seems.
-
-    Args:
-        tell:
-            Tells Optuna of a trial's end.
-        problem:
-            What is tuned.
-
-    Attributes:
-        any_trained: Whether any trial of the study has been trained to an evaluation.
-        rejected_in_row: How many trials in a row could not be trained as they were proposed.
-        error_lines: Of the trials that failed before any was trained, what they failed with.
-    """
-
-    def __init__(self, tell: Tell, problem: Problem) -> None:
-        self.tell, self.problem = tell, problem
-        self.any_trained, self.rejected_in_row = False, 0
-        self.error_lines: list[str] = []
-
-    def note_evaluation(self) -> None:
-        """Note that a trial of the study has been trained to an evaluation."""
-        self.any_trained = True
-
-    def accept(self) -> None:
-        """Note that a trial can be trained as it is proposed."""
-        self.rejected_in_row = 0
-
-    def refuse(self, trial: Trial, error: Exception) -> None:
-        """End a trial that cannot be trained as it is proposed.
-
-        Raises:
-            ValueError: If there were too many of them in a row.
-        """
-        record_error(trial, error)
-        self.tell(trial, None, TrialState.FAIL)
-        _logger.warning(f"Trial {trial.number} failed: {error}")
-        self.rejected_in_row += 1
-        if self.rejected_in_row >= MAX_REJECTED:
-            raise ValueError(
-                f"One of {MAX_REJECTED} trials in a row must be possible, but the last is not "
-                f"either: {error}"
-            ) from error
-
-    def fail(self, running: RunningTrial, error: BaseException, *, counts: bool = True) -> None:
-        """End a trial that raised while it was built or trained alone.
-
-        Raises:
-            Exception: The error itself, if the study's first trials all raise it.
-        """
-        trial, line = running.trial, error_line(error)
-        record_error(trial, error)
-        if is_out_of_memory(error):
-            needed = self.problem.memory(running.member)
-            trial.set_user_attr("needed_bytes", needed)
-            line = f"it needs about {needed / 2**20:,.0f} MiB, and there is no room: {line}"
-        running.fail(self.tell, self.problem, _outcome(error))
-        _logger.warning(f"Trial {trial.number} failed: {line}")
-        if self.any_trained or not counts:
-            return
-        self.error_lines.append(error_line(error))
-        if self.error_lines[-MAX_SAME_ERROR:] == [self.error_lines[-1]] * MAX_SAME_ERROR:
-            error.add_note(f"The study ends: its first {MAX_SAME_ERROR} trials failed alike.")
-            raise error
-
-
 def record_error(trial: Trial, error: BaseException) -> None:
     """Write what went wrong as attributes of a trial."""
     text = "".join(traceback.format_exception(error)).strip()
-    trial.set_user_attr(CAUSE, _outcome(error).value)
+    trial.set_user_attr(CAUSE, outcome_of_error(error).value)
     trial.set_user_attr(ERROR, hide_passwords(error_line(error)))
     trial.set_user_attr(TRACEBACK, hide_passwords(text[-MAX_TRACEBACK_LENGTH:]))
 
@@ -130,7 +59,8 @@ def free_frames(error: BaseException) -> None:
         torch.cuda.empty_cache()
 
 
-def _outcome(error: BaseException) -> TrialOutcome:
+def outcome_of_error(error: BaseException) -> TrialOutcome:
+    """Return how a trial ends that raises an error."""
     too_large = isinstance(error, TrialTooLarge) or is_out_of_memory(error)
     return TrialOutcome.OUT_OF_MEMORY if too_large else TrialOutcome.ERROR
 
@@ -199,10 +129,6 @@ class FailureBisector:
                     run.quarantined_until = 1 + max(reached[t.member.number] for t in some)
                     runs.append(run)
         return runs
-
-    def most(self, signature: Hashable) -> int:
-        """How many trials with a signature may be tried together."""
-        return self.memory_limits.get(signature, UNLIMITED)
 
     def _log_division(
         self, part: list[RunningTrial], pieces: list[list[RunningTrial]], error: Exception

@@ -20,7 +20,9 @@ from optuna_nnhp.search.halving import CohortHalvingPruner
 from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.operations import REQUEUED_BY
-from optuna_nnhp.study.failures import FailurePolicy
+from optuna_nnhp.study.failures import error_line
+from optuna_nnhp.study.failures import outcome_of_error
+from optuna_nnhp.study.failures import record_error
 from optuna_nnhp.study.outcomes import TrialOutcome
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.running import TRIAL_TIMEOUT
@@ -33,6 +35,7 @@ from optuna_nnhp.training.weight_files import BestWeights
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 REPORT_INTERVAL = 2.0  # seconds between reports of running trials, unless a pruner reads them
+MAX_SAME_ERROR = 3  # so many first trials that fail with the same error end a study
 
 Callback = Callable[[Study, FrozenTrial], None]
 
@@ -52,8 +55,6 @@ class TrialFinisher:
             The study's storage.
         source:
             The trials that train here.
-        failures:
-            Ends trials that raise an error.
         best_trials:
             The study's best trials.
         callbacks:
@@ -68,19 +69,18 @@ class TrialFinisher:
         problem: Problem,
         storage: BufferedStorage,
         source: TrialSource,
-        failures: FailurePolicy,
         best_trials: BestTrials,
         callbacks: Sequence[Callback] = (),
         trial_timeout: float | None = None,
     ) -> None:
         self.study, self.problem, self.storage = study, problem, storage
-        self.source, self.failures, self.best_trials = source, failures, best_trials
+        self.source, self.best_trials = source, best_trials
         self.callbacks, self.trial_timeout = callbacks, trial_timeout
+        self.first_errors: list[str] = []  # of trials that failed before any was evaluated
         self.reports_all = isinstance(self.study.pruner, CohortHalvingPruner)
 
     def report(self, run: CohortRun, evaluated: Sequence[RunningTrial]) -> None:
         """Report new values to the storage, now and then; at once if a pruner reads them."""
-        self.failures.note_evaluation()
         now = time.monotonic()
         if self.reports_all and now - run.last_report < REPORT_INTERVAL:
             return
@@ -95,10 +95,11 @@ class TrialFinisher:
         """End trials of a cohort, by their numbers; the cohort stays as it is."""
         places = {member.number: place for place, member in enumerate(run.cohort.members)}
         told, before = [run.running[number] for number in outcomes], self.best_trials.ranking
-        with self.storage.batch():
+        with self.storage.batch() as rejections:
             for running, outcome in zip(told, outcomes.values(), strict=True):
                 if not running.is_finished:
                     self._end(running, outcome, run.cohort, places[running.member.number])
+        self._mark_rejected(told, rejections)
         for number in outcomes:
             del run.running[number]
         self.best_trials.delete_others(before)
@@ -162,19 +163,41 @@ class TrialFinisher:
         """
         self.source.end([running])
         try:
-            self.failures.fail(running, error, counts=counts)
+            self._fail(running, error)
         except UpdateFinishedTrialError:
             self.mark_lost(running)
+        else:
+            if counts and not self.source.any_evaluated():
+                self._raise_if_first_trials_fail_alike(error)
         self.run_callbacks([running])
+
+    def _fail(self, running: RunningTrial, error: Exception) -> None:
+        trial, line = running.trial, error_line(error)
+        record_error(trial, error)
+        outcome = outcome_of_error(error)
+        if outcome == TrialOutcome.OUT_OF_MEMORY:
+            needed = self.problem.memory(running.member)
+            trial.set_user_attr("needed_bytes", needed)
+            line = f"it needs about {needed / 2**20:,.0f} MiB, and there is no room: {line}"
+        running.fail(self.source.tell, self.problem, outcome)
+        _logger.warning(f"Trial {trial.number} failed: {line}")
+
+    def _raise_if_first_trials_fail_alike(self, error: Exception) -> None:
+        line = error_line(error)
+        self.first_errors.append(line)
+        if self.first_errors[-MAX_SAME_ERROR:] == [line] * MAX_SAME_ERROR:
+            error.add_note(f"The study ends: its first {MAX_SAME_ERROR} trials failed alike.")
+            raise error
 
     def fail_unstarted(self, trials: Sequence[RunningTrial], outcome: TrialOutcome) -> None:
         """Fail trials that were asked for but did not start in time."""
-        with self.storage.batch():
+        with self.storage.batch() as rejections:
             for running in trials:
                 try:
                     running.fail(self.source.tell, self.problem, outcome)
                 except UpdateFinishedTrialError:
                     self.mark_lost(running)
+        self._mark_rejected(trials, rejections)
         self.source.end(trials, counts=False)
         self.run_callbacks(trials)
 
@@ -210,6 +233,14 @@ class TrialFinisher:
         """Mark a trial as ended by another process, whose state and value stay."""
         trial.is_finished = trial.ended_elsewhere = True
         _logger.warning(f"Trial {trial.member.number} was ended by another process.")
+
+    def _mark_rejected(
+        self, trials: Sequence[RunningTrial], rejections: Mapping[Any, Exception]
+    ) -> None:
+        """Mark the trials whose end the storage has rejected."""
+        for running in trials:
+            if id_of(running.trial) in rejections and not running.ended_elsewhere:
+                self.mark_lost(running)
 
     def run_callbacks(self, told: Sequence[RunningTrial]) -> None:
         """Call the callbacks for trials that have ended, and whose end the storage has accepted.

@@ -29,7 +29,6 @@ from optuna_nnhp.study._optuna_internals import is_stopped
 from optuna_nnhp.study._optuna_internals import study_id
 from optuna_nnhp.study._optuna_internals import with_sampler
 from optuna_nnhp.study.budget import Budget
-from optuna_nnhp.study.failures import FailurePolicy
 from optuna_nnhp.study.failures import record_error
 from optuna_nnhp.study.grid import FIXED_PARAMS
 from optuna_nnhp.study.grid import GridQueue
@@ -47,6 +46,7 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
 BASELINE = "baseline"  # attribute of the trial with the default configuration
 PORTFOLIO = "portfolio"  # attribute of the trials with the template's other first configurations
+MAX_REJECTED = 100  # so many trials in a row that cannot be trained end a study
 PORTFOLIO_SHARE = 10  # of a number of trials, at most one of so many is from the portfolio
 
 
@@ -68,7 +68,6 @@ class TrialSource:
     Attributes:
         sampler: What proposes trials, and is told of their ends; not that of a grid's points.
         points: Those of a grid, if there is one.
-        failures: Ends trials that cannot be trained.
         finished: Number of trials that have ended.
         running: Trials that train here and have not ended, by number; see `start` and `end`.
         ask_failed: Whether the last trial asked for could not begin: the storage was unavailable,
@@ -91,10 +90,10 @@ class TrialSource:
         self.points = (
             GridQueue(with_sampler(study, self.sampler), storage) if self.is_grid else None
         )
-        self.failures = FailurePolicy(self.tell, problem)
         self.finished, self.ask_failed = 0, False
         self.running: dict[int, RunningTrial] = {}
         self._most: int | None = None  # trials that may have begun
+        self._rejected_in_row = 0
 
     def begin(self, *, with_portfolio: bool = True) -> None:
         """Enqueue what comes first: the defaults in a new study, the points of a grid."""
@@ -217,18 +216,43 @@ class TrialSource:
             member = self.problem.member(trial.number, suggest(trial, self.problem.space))
             signature = self.problem.signature(member)
         except TrialError as error:
-            self.failures.refuse(trial, error)
+            self._refuse(trial, error)
             return []
         except BaseException as error:
             record_error(trial, error)
             self.tell(trial, None, TrialState.FAIL)
             raise
-        self.failures.accept()
+        self._rejected_in_row = 0
         is_enqueued = FIXED_PARAMS in self.storage.get_trial(id_of(trial)).system_attrs
         running = RunningTrial(trial, member, self.problem.maximize, signature)
         running.is_baseline = is_enqueued and bool(trial.user_attrs.get(BASELINE))
         running.is_enqueued = is_enqueued
         return [running]
+
+    def _refuse(self, trial: Trial, error: TrialError) -> None:
+        """End a trial that cannot be trained as it is proposed.
+
+        Raises:
+            ValueError: If there are too many of them in a row.
+        """
+        record_error(trial, error)
+        self.tell(trial, None, TrialState.FAIL)
+        _logger.warning(f"Trial {trial.number} failed: {error}")
+        self._rejected_in_row += 1
+        if self._rejected_in_row >= MAX_REJECTED:
+            raise ValueError(
+                f"One of {MAX_REJECTED} trials in a row must be possible, but the last is not "
+                f"either: {error}"
+            ) from error
+
+    def any_evaluated(self) -> bool:
+        """Return whether any trial of the study has been trained to an evaluation."""
+        if any(running.values for running in self.running.values()):
+            return True
+        return any(
+            trial.intermediate_values or trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+            for trial in self.study.get_trials(deepcopy=False)
+        )
 
 
 def is_released(trial: FrozenTrial) -> bool:

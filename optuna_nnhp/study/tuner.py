@@ -121,11 +121,10 @@ class Tuner:
         checkpoints = self.folder and self.folder / "checkpoints"
         self.queue, self.timing = FairQueue(), Timing()
         self.source = TrialSource(study, problem, budget, storage)
-        self.failures = self.source.failures
         self.best_trials = BestTrials(problem.maximize, weights, kept)
         self.history = StudyHistory(study, self.best_trials)
         self.finisher = TrialFinisher(
-            *(study, problem, storage, self.source, self.failures, self.best_trials),
+            *(study, problem, storage, self.source, self.best_trials),
             *(callbacks, trial_timeout),
         )
         self.lease = Lease(storage.backend, study_id(study), worker)
@@ -278,7 +277,7 @@ class Tuner:
         """Read the results of other workers, and take over the trials of dead ones."""
         if time.monotonic() - self.history.last_sync > REPORT_INTERVAL:
             with self.timing("bookkeeping"):
-                self._sync()
+                self.history.sync(self.source.running)
         if self.queue.training and not self.policy.separable:
             return
         is_due = time.monotonic() - self._last_recovery > self.lease.renewal_interval
@@ -293,11 +292,6 @@ class Tuner:
             if self.queue.training:
                 self._save()
 
-    def _sync(self) -> None:
-        self.history.sync(self.source.running)
-        if self.history.values:
-            self.failures.note_evaluation()
-
     def _note_timing(self) -> None:
         """Store the time used by each section of this call as an attribute of the study."""
         wall = self.budget.seconds
@@ -311,7 +305,7 @@ class Tuner:
         """Load the study's earlier trials; enqueue the defaults in a new study."""
         self.recovery.replay_outbox()
         self.source.begin(with_portfolio=self.uses_portfolio)
-        self._sync()
+        self.history.sync(self.source.running)
 
     def _admit(self) -> None:
         with self.timing("asking"):
