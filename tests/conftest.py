@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 
 from optuna_nnhp.engine.library import ENGINE_VARIABLE
 from tests.postgresql import postgresql as postgresql
@@ -26,6 +27,12 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def is_engine_built() -> bool:
     """Return whether the compiled engine is there."""
     return importlib.util.find_spec("optuna_nnhp.engine._mlp_engine") is not None
+
+
+@pytest.fixture(autouse=True)
+def seed_torch() -> None:
+    """Torch's global generator starts each test from the same seed."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -279,10 +279,22 @@ def run_on_threads(
     except BaseException:
         on_error()
         raise
-    finally:  # no thread may still use memory that the caller frees afterwards
-        wait(futures)
+    finally:
+        _wait_for_all(futures)
     for future in futures:
         future.result()
+
+
+def _wait_for_all(futures: Sequence[Future[None]]) -> None:
+    """Wait until no thread uses memory any more that the caller frees; Ctrl-C is raised then."""
+    interrupt: BaseException | None = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 @contextmanager

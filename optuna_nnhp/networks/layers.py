@@ -162,7 +162,8 @@ class StackedBatchNorm(nn.Module):
         - Input, output: ``(k, batch, width)``.
 
     Example:
-        >>> y = StackedBatchNorm(2, 3)(torch.randn(2, 8, 3))
+        >>> x = torch.arange(48.0).view(2, 8, 3) % 7
+        >>> y = StackedBatchNorm(2, 3)(x)
         >>> bool(y.mean(1).abs().max() < 1e-5)
         True
 

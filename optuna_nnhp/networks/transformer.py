@@ -224,7 +224,7 @@ def apply_rotary(x: Tensor) -> Tensor:
         - x, Output: ``(n, length, heads, head_size)``.
 
     Example:
-        >>> x = torch.randn(1, 3, 2, 4)
+        >>> x = torch.arange(24.0).view(1, 3, 2, 4)
         >>> bool((apply_rotary(x)[:, 0] == x[:, 0]).all())  # nothing at the first position
         True
 

@@ -465,8 +465,6 @@ def ended_members(scores: Scores) -> list[int]:
 def run_to_end(
     cohorts: Iterable[Cohort],
     out_of_time: Callable[[], bool] = lambda: False,
-    *,
-    ended: Callable[[Scores], Collection[int]] = ended_members,
 ) -> Iterator[tuple[Cohort, Scores]]:
     """Train cohorts one after the other, and yield the scores of every evaluation.
 
@@ -478,8 +476,6 @@ def run_to_end(
             The cohorts. A generator creates each cohort when the one before has ended.
         out_of_time:
             Called before every step; if it returns True, training stops.
-        ended:
-            Returns the indices of the members that leave after an evaluation.
 
     Yields:
         The cohort, and the scores of the members that were evaluated.
@@ -490,7 +486,7 @@ def run_to_end(
             if scores is None:
                 return
             yield cohort, scores
-            leaving = set(ended(scores))
+            leaving = set(ended_members(scores))
             remaining = [i for i in range(len(cohort.members)) if i not in leaving]
             if not remaining:
                 break

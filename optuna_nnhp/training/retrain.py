@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
@@ -18,8 +17,6 @@ from optuna_nnhp.training.cohort import SINGLE
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import NumericsContext
-from optuna_nnhp.training.cohort import Scores
-from optuna_nnhp.training.cohort import run_to_end
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,6 @@ def retrain(
     stops = {*by_begin, *(begin for begin, _ in numerics_context), best, rounds}
     planned = sorted({*(evaluation_rounds or ()), *by_begin, best, rounds})
     context_now = SINGLE
-    evaluations = run_to_end([cohort], out_of_time, ended=lambda _: ())
     while (done := cohort.rounds_done[0]) < rounds:
         segment, context = by_begin.get(done), _context_of_round(numerics_context, done)
         if segment is not None and (done or segment.from_scratch):
@@ -107,7 +103,7 @@ def retrain(
             context_now = context
         if evaluation_rounds is not None:
             cohort.set_next_evaluation(next(end for end in planned if end > done))
-        if not _train_on(result, evaluations, min(stop for stop in stops if stop > done)):
+        if not _train_on(result, min(stop for stop in stops if stop > done), out_of_time):
             break
         if cohort.rounds_done[0] == best:
             result.network = cohort.network.member(0)
@@ -127,18 +123,16 @@ def _pad_with_copy(cohort: Cohort, context: int) -> None:
         cohort.rounds_done[1] += 1
 
 
-def _train_on(
-    result: RetrainResult, evaluations: Iterator[tuple[Cohort, Scores]], stop: int
-) -> bool:
+def _train_on(result: RetrainResult, stop: int, out_of_time: Callable[[], bool]) -> bool:
     """Train to the next evaluation, at most to round ``stop``; return False if time ran out."""
     cohort = result.cohort
-    if len(cohort.members) > 1:  # evaluate the copy, and so stop, at the same time
+    if len(cohort.members) > 1:  # evaluate the copy at the same time
         ahead = cohort.rounds_done[1] - cohort.rounds_done[0]
-        cohort.next_evaluations[1] = min(cohort.next_evaluations[0], stop) + ahead
-    _, scores = next(evaluations, (cohort, None))
+        cohort.next_evaluations[1] = cohort.next_evaluations[0] + ahead
+    scores = cohort.train_round(lambda: cohort.rounds_done[0] >= stop or out_of_time())
     if scores is not None and 0 in scores.indices:
         result.values[cohort.rounds_done[0]] = scores.value[scores.indices.index(0)]
-    return scores is not None
+    return scores is not None or cohort.rounds_done[0] >= stop
 
 
 def evaluate_network(

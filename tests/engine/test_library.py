@@ -6,7 +6,9 @@ import ctypes
 from ctypes import c_int32
 from ctypes import c_int64
 import importlib.util
+import signal
 import threading
+import time
 from types import ModuleType
 
 import pytest
@@ -173,3 +175,19 @@ def test_an_error_on_any_thread_is_raised_after_all_have_ended() -> None:
     with pytest.raises(KeyError, match="0"):
         fail_on(0)
     assert sorted(ended) == [-1, 1, 2]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="POSIX only")
+def test_ctrl_c_does_not_leave_threads_that_still_work() -> None:
+    ended, main = list[int](), threading.get_ident()
+
+    def work(number: int) -> None:
+        if number == 0:
+            threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGINT]).start()
+            return
+        time.sleep(0.3)
+        ended.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on_threads(3, work)
+    assert sorted(ended) == [1, 2]

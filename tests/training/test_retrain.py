@@ -111,6 +111,31 @@ def test_retraining_is_exact_when_other_members_come_and_go(
         assert again.values == values
 
 
+@pytest.mark.parametrize("make_task", NETWORKS)
+def test_retraining_is_exact_when_members_come_between_evaluations(
+    make_task: Callable[[], Task], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    chosen = make_task()
+    rows = len(chosen.arrays.train_y)
+    monkeypatch.setattr("optuna_nnhp.training.batches.MAX_EXAMPLES_PER_ROUND", rows // 9 + 1)
+    first, second, *_ = members_from_state(chosen)
+    cohort = Cohort([first], chosen)
+    while cohort.rounds_done[0] < 4:
+        cohort.train_round(lambda: cohort.rounds_done[0] == 4)
+    cohort.append([second])
+    place = cohort.members.index(first)
+    while cohort.rounds_done[place] < 9:
+        cohort.train_round()
+    numerics_context = cohort.numerics_context[place]
+    assert numerics_context == ([] if cohort.compiled_mlp else [[0, 0], [4, 2]])
+    again = retrain(make(chosen), [Segment(0, first)], 9, 9, numerics_context)
+    assert again.network is not None
+    assert list(again.values) == [1, 3, 9]
+    expected = cohort.network.member(place).state_dict()
+    for name, tensor in again.network.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 @pytest.mark.parametrize("chosen", NETWORKS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_best_weights_are_evaluated_alone(
