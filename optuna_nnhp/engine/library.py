@@ -166,9 +166,9 @@ def check_layout(library: ctypes.CDLL, name: str, structures: Sequence[type[CStr
             what = f"field `{structure}.{field}`" if field else f"structure `{structure}`"
             raise RuntimeError(
                 f"The compiled {name} engine does not match this version of optuna_nnhp: {what} "
-                f"is {_in_words(theirs)} in C and {_in_words(ours)} in Python. Rebuild "
-                f"the engine (`python setup.py build_ext --inplace`, or install optuna_nnhp "
-                f"again), or set {ENGINE_VARIABLE}=torch."
+                f"is {_describe_place(theirs)} in C and {_describe_place(ours)} in Python. "
+                f"Rebuild the engine (`python setup.py build_ext --inplace`, or install "
+                f"optuna_nnhp again), or set {ENGINE_VARIABLE}=torch."
             )
 
 
@@ -193,7 +193,7 @@ def _fields_in_c(
         yield (entry.structure.decode(), entry.field.decode()), (entry.offset, entry.size)
 
 
-def _in_words(place: tuple[int, int] | None) -> str:
+def _describe_place(place: tuple[int, int] | None) -> str:
     return "missing" if place is None else f"at byte {place[0]} with {place[1]} bytes"
 
 

@@ -71,11 +71,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.transpose(1, 2) if is_tall else x
 
 
-def shape_rate_factor(inputs: int, outputs: int) -> float:
+def learning_rate_factor(inputs: int, outputs: int) -> float:
     """Return the factor of the learning rate for a matrix that is not square.
 
     Example:
-        >>> shape_rate_factor(64, 256), shape_rate_factor(256, 64)
+        >>> learning_rate_factor(64, 256), learning_rate_factor(256, 64)
         (2.0, 1.0)
 
     Source:

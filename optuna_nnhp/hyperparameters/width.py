@@ -60,14 +60,18 @@ def padded_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def fold_width(width: int, padded: int) -> int:
+def scale_width_to_octave(width: int, padded: int) -> int:
     """Scale a width by a power of two into ``(padded / 2, padded]``.
 
     So a trial with any proposed width can join an existing stack; the ratio of the width to its
     padded width is kept.
 
     Example:
-        >>> fold_width(100, 512), fold_width(700, 64), fold_width(20, 16)
+        >>> (
+        ...     scale_width_to_octave(100, 512),
+        ...     scale_width_to_octave(700, 64),
+        ...     scale_width_to_octave(20, 16),
+        ... )
         (400, 44, 10)
     """
     if padded_width(width) == padded:

@@ -73,7 +73,7 @@ def annotate(study: optuna.Study) -> bool:
     fingerprint = _fingerprint(study)
     if last.get("study") == fingerprint:
         return False
-    _write_note(study, _merge_notes(study_note(study), dashboard.get_note(study)))
+    _write_note(study, _append_written_text(study_note(study), dashboard.get_note(study)))
     best = _write_best_trial_note(study, last.get("best"))
     now: dict[str, Any] = {"study": fingerprint, "best": best}
     figures = {
@@ -250,7 +250,7 @@ def _digest(text: str) -> str:
     return sha256(text.encode()).hexdigest()[:32]
 
 
-def _merge_notes(generated: str, old: str) -> str:
+def _append_written_text(generated: str, old: str) -> str:
     """Append what a person wrote to the generated note.
 
     That is the text below our line, or the whole note if it has no such line.
@@ -293,5 +293,5 @@ def _write_best_trial_note(study: optuna.Study, old_best: int | None) -> int | N
     if best is not None:
         target = _note_target(study, best.number)
         note = trial_note(study, best)
-        _write_note(target, _merge_notes(note, dashboard.get_note(target)))
+        _write_note(target, _append_written_text(note, dashboard.get_note(target)))
     return number

@@ -338,7 +338,7 @@ def append_members(module: nn.Module, other: nn.Module) -> None:
             setattr(part, name, torch.cat([buffer, new.get_buffer(name)]))
 
 
-def subset(stack: StackedModule, members: Tensor) -> StackedModule:
+def subset_stack(stack: StackedModule, members: Tensor) -> StackedModule:
     """Return some members ``(m,)`` as a new stack; leave the old one unchanged."""
     shared = [*stack.parameters(), *stack.buffers()]
     for layer in stack.modules():

@@ -69,11 +69,11 @@ def structure_key(network: nn.Module) -> str:
     """
     if isinstance(network, torch.jit.ScriptModule):
         raise CannotStack(f"{type(network).__name__} is a compiled module")
-    description = [_tensors(network), *_modules(network)]
+    description = [_describe_tensors(network), *_describe_modules(network)]
     return blake2b(repr(description).encode(), digest_size=12).hexdigest()
 
 
-def _tensors(network: nn.Module) -> list[Any]:
+def _describe_tensors(network: nn.Module) -> list[Any]:
     """Describe parameters and buffers; tied ones by the first name."""
     first: dict[int, str] = {}
     return [
@@ -85,7 +85,7 @@ def _tensors(network: nn.Module) -> list[Any]:
     ]
 
 
-def _modules(network: nn.Module) -> Iterable[Any]:
+def _describe_modules(network: nn.Module) -> Iterable[Any]:
     """Describe submodules and their attributes; repeated ones by the first name."""
     names: dict[int, str] = {}
     for name, module in network.named_modules(remove_duplicate=False):
@@ -135,11 +135,11 @@ class _Describer:
             return "above", len(self._ancestors) - self._ancestors.index(id(value))
         self._ancestors.append(id(value))
         try:
-            return self._nested(value)
+            return self._describe_nested(value)
         finally:
             self._ancestors.pop()
 
-    def _nested(self, value: Any) -> Any:
+    def _describe_nested(self, value: Any) -> Any:
         match value:
             case type():
                 return self.type(value)
@@ -148,18 +148,18 @@ class _Describer:
                     raise CannotStack("holds a module that is not registered")
                 return "module", self._names[id(value)]
             case Tensor() | np.ndarray():
-                return self._array(value)
+                return self._describe_array(value)
             case FunctionType():
-                return self._function(value)
+                return self._describe_function(value)
             case MethodType():
                 return self(value.__func__), self(value.__self__)
             case partial():
                 return self(value.func), self(value.args), self(value.keywords)
             case BuiltinFunctionType():
                 return value.__module__, value.__qualname__
-        return self._container(value)
+        return self._describe_container(value)
 
-    def _container(self, value: Any) -> Any:
+    def _describe_container(self, value: Any) -> Any:
         name = type(value).__qualname__
         match value:
             case list() | tuple():
@@ -174,7 +174,7 @@ class _Describer:
             return name, [(f.name, self(getattr(value, f.name))) for f in fields(value)]
         raise CannotStack(f"is a {name}, which cannot be compared")
 
-    def _array(self, value: Tensor | np.ndarray[Any, Any]) -> Any:
+    def _describe_array(self, value: Tensor | np.ndarray[Any, Any]) -> Any:
         if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.requires_grad):
             raise CannotStack("holds weights that are not registered")
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
@@ -183,12 +183,12 @@ class _Describer:
         content = blake2b(np.ascontiguousarray(array).tobytes(), digest_size=12).hexdigest()
         return type(value).__name__, str(array.dtype), array.shape, content
 
-    def _function(self, value: FunctionType) -> Any:
-        cells = [self._cell(cell) for cell in value.__closure__ or ()]
+    def _describe_function(self, value: FunctionType) -> Any:
+        cells = [self._describe_closure_cell(cell) for cell in value.__closure__ or ()]
         defaults = self(value.__defaults__), self(value.__kwdefaults__)
-        return value.__module__, self._code(value.__code__), defaults, cells
+        return value.__module__, self._describe_code(value.__code__), defaults, cells
 
-    def _cell(self, cell: Any) -> Any:
+    def _describe_closure_cell(self, cell: Any) -> Any:
         try:
             return self(cell.cell_contents)
         except ValueError as error:
@@ -196,8 +196,10 @@ class _Describer:
                 raise
             return "empty"  # as a recursive function's before its own definition ends
 
-    def _code(self, code: CodeType) -> Any:
-        constants = [self._code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    def _describe_code(self, code: CodeType) -> Any:
+        constants = [
+            self._describe_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts
+        ]
         return code.co_name, code.co_code.hex(), code.co_names, constants
 
     def type(self, kind: type) -> Any:
@@ -206,13 +208,13 @@ class _Describer:
         if "<locals>" not in kind.__qualname__:
             return name
         inside = [
-            (attribute, self._member(item))
+            (attribute, self._describe_attribute(item))
             for attribute, item in sorted(vars(kind).items())
             if attribute not in ("__dict__", "__weakref__", "__doc__", "__module__")
         ]
         return name, [self(base) for base in kind.__bases__], inside
 
-    def _member(self, item: Any) -> Any:
+    def _describe_attribute(self, item: Any) -> Any:
         """Describe an attribute of a class."""
         match item:
             case staticmethod() | classmethod():

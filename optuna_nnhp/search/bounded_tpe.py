@@ -87,7 +87,7 @@ class BoundedTPESampler(TPESamplerHooks):
 
     def sample_jointly(self, study: Study, trial: FrozenTrial, space: Space) -> dict[str, Any]:
         """Propose all values jointly, or none while there are too few finished trials."""
-        if not _is_plain(study):
+        if not _is_single_objective_study(study):
             return super().sample_jointly(study, trial, space)
         history = self._trial_history.refresh(study, trial.number)
         if not space or history.n_finished < self.n_startup_trials:
@@ -96,7 +96,7 @@ class BoundedTPESampler(TPESamplerHooks):
 
     def sample_values(self, study: Study, trial: FrozenTrial, space: Space) -> dict[str, Any]:
         """Propose values by Optuna's method, from the trials that the history selects."""
-        if not _is_plain(study):
+        if not _is_single_objective_study(study):
             return super().sample_values(study, trial, space)
         history = self._trial_history.refresh(study, trial.number)
         numbers, rest = history.split_good_and_rest(
@@ -112,7 +112,7 @@ class BoundedTPESampler(TPESamplerHooks):
         other = history.fitted_rest
         if other is None or other.key != key or other.proposals >= history.n_finished:
             density = self.fit_density(study, space, others, good=False)
-            other = history.fitted_rest = _FittedOthers(key, density)
+            other = history.fitted_rest = _FittedRestDensity(key, density)
         other.proposals += REFIT_INTERVAL
         return self.propose(fitted[1], other.estimator, space)
 
@@ -141,13 +141,13 @@ class BoundedTPESampler(TPESamplerHooks):
         return dict(zip(space, columns, strict=True))
 
 
-def _is_plain(study: Study) -> bool:
+def _is_single_objective_study(study: Study) -> bool:
     """Return whether a study has one objective and is not a view made by `HyperbandPruner`."""
     return type(study) is Study and len(study.directions) == 1
 
 
 @dataclass
-class _FittedOthers:
+class _FittedRestDensity:
     """The density of the trials that are not good, and how often it was used.
 
     Args:
@@ -188,7 +188,7 @@ class _TrialHistory:
         self.trials: list[FrozenTrial] = []
         self.running: list[int] = []
         self.space: Space | None = None
-        self.fitted_rest: _FittedOthers | None = None
+        self.fitted_rest: _FittedRestDensity | None = None
         self.fitted_good: tuple[Any, ParzenEstimator] | None = None
         self.last_asked: int | None = None
         self._n_seen = 0  # number of trials at the last refresh

@@ -219,7 +219,7 @@ class Grid:
     @cached_property
     def count(self) -> int:
         """The number of points, computed without listing them."""
-        return sum(math.prod(map(len, block.values())) for block in self._blocks())
+        return sum(math.prod(map(len, block.values())) for block in self._blocks_by_condition())
 
     @cached_property
     def _conditional_names(self) -> tuple[str, ...]:
@@ -249,7 +249,7 @@ class Grid:
                 canonical[name] = context[name] = self.inactive_values[name]
         return canonical
 
-    def _blocks(self) -> Iterator[dict[str, tuple[Value, ...]]]:
+    def _blocks_by_condition(self) -> Iterator[dict[str, tuple[Value, ...]]]:
         """Yield parts of the grid in each of which the same hyperparameters have an effect."""
         known = set[str]()
         for values in itertools.product(*(self.levels[name] for name in self._condition_names)):
@@ -281,7 +281,7 @@ class Grid:
 
     def points(self) -> Iterator[Point]:
         """Yield every point once; the last parameter changes fastest."""
-        for block in self._blocks():
+        for block in self._blocks_by_condition():
             for values in itertools.product(*block.values()):
                 yield dict(zip(block, values, strict=True))
 

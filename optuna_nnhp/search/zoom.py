@@ -267,9 +267,9 @@ class RoundHistory:
                 [current for current in self._round_states if current.n_finished <= first]
             )
         while self._n_processed < len(self._order):
-            self._advance()
+            self._process_next_trial()
 
-    def _advance(self) -> None:
+    def _process_next_trial(self) -> None:
         """Process the next trial, and end the round if it is the round's last one."""
         ended, number = self._order[self._n_processed]
         self._n_processed += 1
@@ -281,10 +281,10 @@ class RoundHistory:
         if trial.state == TrialState.COMPLETE and _started_after(start, current.improved_at):
             self._has_evidence = True
         if self._n_new >= self.size:
-            self._round_states.append(self._next(current, ended))
+            self._round_states.append(self._next_round(current, ended))
             self._n_new, self._has_evidence = 0, False
 
-    def _next(self, current: RoundState, ended: datetime) -> RoundState:
+    def _next_round(self, current: RoundState, ended: datetime) -> RoundState:
         """Return the state of the next round."""
         number, box, best = current.number + 1, self._narrowed_box(current.box), self._ranked[0][0]
         if best != current.best:

@@ -207,7 +207,7 @@ def zoom(study: Study) -> ZoomedSpace:
     new: dict[str, BaseDistribution] = {}
     reasons: dict[str, str] = {}
     for name, distribution in old.items():
-        new[name], reasons[name] = _propose(ParameterAxis(name, distribution), ranked)
+        new[name], reasons[name] = _propose_distribution(ParameterAxis(name, distribution), ranked)
     return ZoomedSpace(new, old, reasons, study.study_name, ranked[0].params)
 
 
@@ -222,7 +222,9 @@ def _space_of_study(study: Study, trials: Sequence[FrozenTrial]) -> dict[str, Ba
     return found
 
 
-def _propose(axis: ParameterAxis, ranked: Sequence[FrozenTrial]) -> tuple[BaseDistribution, str]:
+def _propose_distribution(
+    axis: ParameterAxis, ranked: Sequence[FrozenTrial]
+) -> tuple[BaseDistribution, str]:
     """Return a parameter's new distribution, and the reason."""
     positions = [
         axis.position(trial.params[axis.name])

@@ -120,7 +120,7 @@ class JournalState:
             return None
         return [replayed._trials[i] for i in replayed._study_id_to_trial_ids[study_id]]
 
-    def signed(self, logs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    def with_worker_id(self, logs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return log entries with the name of the thread that writes them."""
         worker = {"worker_id": self.storage._replay_result.worker_id}
         return [{**log, **worker} for log in logs]

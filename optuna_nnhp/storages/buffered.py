@@ -166,7 +166,7 @@ class BufferedStorage(GuardedStorage):
         """Let the next query read what other processes have written until now."""
         with self._lock:
             for cache in self._buffer.studies.values():
-                cache.expire()
+                cache.mark_stale()
 
     def save_outbox(self, folder: Path) -> Path | None:
         """Save all pending changes in a file, for a storage that may stay unavailable.
@@ -215,7 +215,7 @@ class BufferedStorage(GuardedStorage):
         with self._lock:
             self.flush()
             self._write_through("delete_study", study_id)
-            self._buffer.forget(study_id)
+            self._buffer.drop_study(study_id)
 
     # --- Reading trials ---
 
@@ -223,11 +223,11 @@ class BufferedStorage(GuardedStorage):
         """Return a trial."""
         with self._lock:
             self.flush_if_due()
-            location = self._buffer.location(trial_id)
+            location = self._buffer.find_trial(trial_id)
             if location is None:
                 return self._breaker.call(lambda: self.backend.get_trial(trial_id))
             cache, number = location
-            trial = self._study(cache.study_id).trials[number]
+            trial = self._fresh_study_cache(cache.study_id).trials[number]
             # Optuna's `Trial` changes the trial that it is given.
             return trial if trial.state.is_finished() else copy_trial(trial)
 
@@ -240,18 +240,18 @@ class BufferedStorage(GuardedStorage):
         """Return a study's trials by number."""
         with self._lock:
             self.flush_if_due()
-            trials = self._study(study_id).listed(states)
+            trials = self._fresh_study_cache(study_id).trials_in_states(states)
         return copy.deepcopy(trials) if deepcopy else trials
 
     def requeued_trials(self, study_id: int) -> list[FrozenTrial]:
         """Return WAITING trials that were trained in part, which `Study.ask` does not start."""
         with self._lock:
-            return self._buffer.study(study_id).queued(requeued=True)
+            return self._buffer.study(study_id).waiting_trials(requeued=True)
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
         """Return a trial's id."""
         with self._lock:
-            cache = self._study(study_id)
+            cache = self._fresh_study_cache(study_id)
             if trial_number >= len(cache.trials):
                 self._buffer.sync(cache)
             if not 0 <= trial_number < len(cache.trials):
@@ -318,7 +318,7 @@ class BufferedStorage(GuardedStorage):
             if template_trial is not None:
                 return self.create_new_trials(study_id, [template_trial])[0]
             self.flush_if_due()
-            return self._starter.start_new(self._known_study(study_id))
+            return self._starter.start_new(self._study_cache(study_id))
 
     def create_new_trials(self, study_id: int, templates: Sequence[FrozenTrial]) -> list[int]:
         """Add many trials as they are, with one write if none has parameters or values.
@@ -337,7 +337,7 @@ class BufferedStorage(GuardedStorage):
             StorageUnavailable: If the storage does not answer; they may be added all the same.
         """
         with self._lock:
-            cache = self._known_study(study_id)
+            cache = self._study_cache(study_id)
             if not any(t.state.is_finished() or _has_values(t) for t in templates):
                 return self._starter.add(cache, templates)
             ids = [
@@ -346,7 +346,7 @@ class BufferedStorage(GuardedStorage):
             ]
             running = (t.state == TrialState.RUNNING for t in templates)
             self._buffer.own.update(i for i, r in zip(ids, running, strict=True) if r)
-            cache.expire()
+            cache.mark_stale()
             return ids
 
     def take_over(self, owners: Mapping[int, str]) -> list[int]:
@@ -368,7 +368,7 @@ class BufferedStorage(GuardedStorage):
             StorageUnavailable: If the storage does not answer.
         """
         with self._lock:
-            known = {i: owner for i, owner in owners.items() if self._buffer.location(i)}
+            known = {i: owner for i, owner in owners.items() if self._buffer.find_trial(i)}
             self._starter.take_over(known)
             return [trial_id for trial_id in known if trial_id in self._buffer.own]
 
@@ -377,7 +377,7 @@ class BufferedStorage(GuardedStorage):
     def _editable(self, trial_id: int) -> FrozenTrial | None:
         """Return a copy of a trial in the cache, to be changed; None if it does not run here."""
         self.flush_if_due()
-        buffer, location = self._buffer, self._buffer.location(trial_id)
+        buffer, location = self._buffer, self._buffer.find_trial(trial_id)
         if location is None:
             return None
         cache, number = location
@@ -387,7 +387,7 @@ class BufferedStorage(GuardedStorage):
         if trial.state.is_finished():
             self.check_trial_is_updatable(trial_id, trial.state)
         if trial_id not in buffer.own:
-            cache.expire()
+            cache.mark_stale()
             return None
         copied = cache.trials[number] = shallow_copy_trial(trial)  # callers may have the old one
         return copied
@@ -406,7 +406,7 @@ class BufferedStorage(GuardedStorage):
         While the storage is unavailable (see `is_available`) it is durable later.
         """
         with self._lock:
-            if state == TrialState.RUNNING and self._buffer.location(trial_id) is not None:
+            if state == TrialState.RUNNING and self._buffer.find_trial(trial_id) is not None:
                 return self._start_waiting(trial_id)
             if (trial := self._editable(trial_id)) is None:
                 return bool(self._write_through("set_trial_state_values", trial_id, state, values))

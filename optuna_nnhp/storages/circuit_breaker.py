@@ -101,21 +101,21 @@ class CircuitBreaker:
                     raise
                 answer = function()
         except ANSWERS:
-            self._note_answer(writes)
+            self._record_success(writes)
             raise
         except Exception as error:
             if not is_outage(error):
                 raise
-            self._note_outage(error, writes)
+            self._record_outage(error, writes)
         else:
-            self._note_answer(writes)
+            self._record_success(writes)
             return answer
         raise self._error()  # here, so that a driver's own text is not shown above it
 
     def _error(self) -> StorageUnavailable:
         return StorageUnavailable(f"The storage is unavailable: {self._reason}")
 
-    def _note_answer(self, writes: bool) -> None:
+    def _record_success(self, writes: bool) -> None:
         if self.is_available:
             return
         with self._lock:
@@ -125,7 +125,7 @@ class CircuitBreaker:
             self._reason, self._failures, self._needs_write = None, 0, False
         _logger.info(f"The storage is available again after {seconds:.0f} s.")
 
-    def _note_outage(self, error: Exception, writes: bool) -> None:
+    def _record_outage(self, error: Exception, writes: bool) -> None:
         with self._lock:
             is_new, now = self.is_available, time.monotonic()
             self._reason = outage_reason(error, self._url)

@@ -28,7 +28,7 @@ from optuna_nnhp.storages.operations import StudyCounts
 from optuna_nnhp.storages.operations import TrialLimitReached
 from optuna_nnhp.storages.operations import TrialStatus
 from optuna_nnhp.storages.operations import TrialTakenOver
-from optuna_nnhp.storages.operations import check
+from optuna_nnhp.storages.operations import check_conditions
 from optuna_nnhp.storages.operations import json_round_trip
 
 REJECTIONS = (KeyError, UpdateFinishedTrialError)  # a storage says: deleted, or finished
@@ -73,21 +73,21 @@ class GenericAdapter:
             return error
 
     def _apply_to_trial(self, op: Op, study: StudyCounts) -> Outcome:
-        if op.limit is not None and op.starts and study.begun >= op.limit:
+        if op.limit is not None and op.starts_trial and study.begun >= op.limit:
             return TrialLimitReached(op.limit)
         if op.trial_id is None:
             outcome: Outcome = self._create(op)
         else:
             # The storage itself rejects changes of finished trials: one call less.
             if op.if_owner is not None:
-                rejection = check(op, self._status(op.trial_id), study)
+                rejection = check_conditions(op, self._status(op.trial_id), study)
                 if rejection is not None:
                     return rejection
             try:
                 outcome = self._change(op.trial_id, op)
             except UpdateFinishedTrialError as error:
-                return check(op, self._status(op.trial_id), study) or error
-        study.begun += op.starts and isinstance(outcome, Applied)
+                return check_conditions(op, self._status(op.trial_id), study) or error
+        study.begun += op.starts_trial and isinstance(outcome, Applied)
         return outcome
 
     def _count(self, op: Op, counts: dict[int, StudyCounts]) -> StudyCounts:
@@ -103,7 +103,7 @@ class GenericAdapter:
         return TrialStatus.of(self._storage.get_trial(trial_id))
 
     def _create(self, op: Op) -> Outcome:
-        change = op.signed_change
+        change = op.change_with_token
         assert change.state is not None
         template = create_trial(
             state=change.state, user_attrs=change.user_attrs, system_attrs=change.system_attrs
@@ -113,8 +113,8 @@ class GenericAdapter:
         return Applied(trial_id, self._storage.get_trial_number_from_id(trial_id))
 
     def _change(self, trial_id: int, op: Op) -> Outcome:
-        storage, change = self._storage, op.signed_change
-        if op.starts and not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+        storage, change = self._storage, op.change_with_token
+        if op.starts_trial and not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
             return UpdateFinishedTrialError(f"Another process has started the trial {trial_id}.")
         for name, (value, distribution) in change.params.items():
             storage.set_trial_param(trial_id, name, value, distribution)
@@ -124,7 +124,7 @@ class GenericAdapter:
             storage.set_trial_user_attr(trial_id, key, attribute)
         for step, number in change.intermediate_values.items():
             storage.set_trial_intermediate_value(trial_id, step, number)
-        if change.state is not None and not op.starts:
+        if change.state is not None and not op.starts_trial:
             storage.set_trial_state_values(trial_id, change.state, change.values)
         return Applied(trial_id)
 
@@ -151,7 +151,7 @@ class GenericAdapter:
             started = {
                 outcome.trial_id: (place, op)
                 for place, (op, outcome) in enumerate(zip(ops, outcomes, strict=True))
-                if isinstance(op, Op) and isinstance(outcome, Applied) and op.starts
+                if isinstance(op, Op) and isinstance(outcome, Applied) and op.starts_trial
                 if (op.study_id, op.limit) == (study_id, limit)
             }
             trials = self._storage.get_all_trials(study_id, deepcopy=False)

@@ -210,13 +210,13 @@ class GuardedStorage(BaseStorage, BaseHeartbeat):
         with self._lock:
             return self._breaker.call(self.backend.get_all_studies)
 
-    def _study(self, study_id: int) -> StudyCache:
+    def _fresh_study_cache(self, study_id: int) -> StudyCache:
         """Return a study's cache, fresh enough to read."""
         if study_id in self._buffer.studies:
             return self._buffer.study(study_id)
-        return self._known_study(study_id)
+        return self._study_cache(study_id)
 
-    def _known_study(self, study_id: int) -> StudyCache:
+    def _study_cache(self, study_id: int) -> StudyCache:
         """Return a study's cache of any age, to add trials to it."""
         if study_id not in self._buffer.studies:
             self._buffer.study(study_id)

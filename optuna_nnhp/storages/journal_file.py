@@ -42,7 +42,7 @@ from optuna_nnhp.storages.operations import StudyCounts
 from optuna_nnhp.storages.operations import TrialChange
 from optuna_nnhp.storages.operations import TrialStatus
 from optuna_nnhp.storages.operations import json_round_trip
-from optuna_nnhp.storages.operations import plan
+from optuna_nnhp.storages.operations import plan_operations
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -130,11 +130,11 @@ class KernelReleasedLock(JournalFileSymlinkLock):
         if has_flock:
             with suppress(OSError, NotImplementedError):  # a link without a stamp is not judged
                 os.utime(self.link, ns=(self._stamp, self._stamp), follow_symlinks=False)
-        self._made = _identity(self.link)
+        self._made = _inode_and_time(self.link)
         return True
 
     def _is_abandoned(self, has_flock: bool) -> bool:
-        link, changed = _identity(self.link), os.stat(self.path).st_mtime_ns
+        link, changed = _inode_and_time(self.link), os.stat(self.path).st_mtime_ns
         if self._seen[:2] != (link, changed):
             self._seen = link, changed, time.monotonic()
         is_old = time.monotonic() - self._seen[2] > (self.grace_period or GRACE_PERIOD)
@@ -144,7 +144,7 @@ class KernelReleasedLock(JournalFileSymlinkLock):
         """Release the lock, unless another process has taken it away from this one."""
         self.is_held = False
         try:
-            is_own = _identity(self.link) == self._made
+            is_own = _inode_and_time(self.link) == self._made
             if is_own:
                 os.unlink(self.link)
         except FileNotFoundError:
@@ -155,13 +155,13 @@ class KernelReleasedLock(JournalFileSymlinkLock):
             _logger.warning(f"Another process has taken the lock of {Path(self.path).name} away.")
 
 
-def _identity(link: str) -> tuple[int, int]:
+def _inode_and_time(link: str) -> tuple[int, int]:
     """Return what tells a link from every other one: its inode and its time."""
     state = os.lstat(link)
     return state.st_ino, state.st_mtime_ns
 
 
-def lock_for(path: str | Path) -> BaseJournalFileLock:
+def make_journal_lock(path: str | Path) -> BaseJournalFileLock:
     """Return the lock of a journal; on Windows, where links need a privilege, Optuna's own."""
     return JournalFileOpenLock(str(path)) if os.name == "nt" else KernelReleasedLock(str(path))
 
@@ -182,7 +182,7 @@ class JournalFile(JournalFileBackend):
     """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(str(path), lock_for(path))
+        super().__init__(str(path), make_journal_lock(path))
         self.path = Path(path)
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
@@ -193,15 +193,15 @@ class JournalFile(JournalFileBackend):
                 number += 1
                 yield log
         except json.JSONDecodeError:
-            if not repair(self.path, all_lines=True, lock=journal_lock(self)):
+            if not remove_unfinished_line(self.path, all_lines=True, lock=journal_lock(self)):
                 raise
             yield from super().read_logs(number)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append entries."""
-        lines = encode(logs)
+        lines = encode_logs(logs)
         with get_lock_file(journal_lock(self)):
-            append(self.path, lines)
+            append_lines(self.path, lines)
 
 
 def open_journal(path: str | Path) -> JournalStorage:
@@ -223,7 +223,7 @@ def open_journal(path: str | Path) -> JournalStorage:
     journal, name = JournalFile(path), Path(path).name
     if not _is_journal(path):
         raise ValueError(f"{name} must be a journal of Optuna, but holds something else.")
-    repair(path)
+    remove_unfinished_line(path)
     try:
         return JournalStorage(journal)
     except ValueError as error:
@@ -241,12 +241,12 @@ def _is_journal(path: str | Path) -> bool:
     return LINE_START.startswith(start)
 
 
-def encode(logs: Iterable[dict[str, Any]]) -> bytes:
+def encode_logs(logs: Iterable[dict[str, Any]]) -> bytes:
     """Return entries as lines of a journal; raise TypeError if JSON cannot hold them."""
     return "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
 
 
-def append(path: str | Path, lines: bytes) -> None:
+def append_lines(path: str | Path, lines: bytes) -> None:
     """Append lines to a journal that this process has locked, and remove a torn line before them.
 
     Unlike Optuna's own method it does not make a file where the journal has been moved away.
@@ -270,7 +270,7 @@ def append(path: str | Path, lines: bytes) -> None:
         os.close(file)
 
 
-def repair(
+def remove_unfinished_line(
     path: str | Path, *, all_lines: bool = False, lock: BaseJournalFileLock | None = None
 ) -> bool:
     """Remove a last line that a killed process or a full disk has left unfinished.
@@ -290,7 +290,7 @@ def repair(
         Whether a line was torn.
 
     """
-    lock = lock or lock_for(path)
+    lock = lock or make_journal_lock(path)
     file = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
     try:
         size = os.fstat(file).st_size
@@ -322,7 +322,7 @@ def _remove_torn_end(file: int, path: str | Path) -> bool:
 def _whole_size(file: int) -> int:
     """Return the bytes up to the end of the last finished line."""
     end = os.fstat(file).st_size
-    if not end or _read(file, end - 1, 1) == b"\n":
+    if not end or _read_bytes(file, end - 1, 1) == b"\n":
         return end
     return _line_start(file, end)
 
@@ -331,21 +331,21 @@ def _has_valid_end(file: int) -> bool:
     """Return whether the last line of a file that ends with a line's end is JSON."""
     end = os.fstat(file).st_size
     start = _line_start(file, end - 1)
-    return end == 0 or _is_json(_read(file, start, end - start))
+    return end == 0 or _is_json(_read_bytes(file, start, end - start))
 
 
 def _line_start(file: int, end: int) -> int:
     """Return the start of the line that ends at a place."""
     while end > 0:
         start = max(0, end - BLOCK_SIZE)
-        place = _read(file, start, end - start).rfind(b"\n")
+        place = _read_bytes(file, start, end - start).rfind(b"\n")
         if place >= 0:
             return start + place + 1
         end = start
     return 0
 
 
-def _read(file: int, start: int, count: int) -> bytes:
+def _read_bytes(file: int, start: int, count: int) -> bytes:
     os.lseek(file, start, os.SEEK_SET)
     return os.read(file, count)
 
@@ -410,16 +410,16 @@ class JournalAdapter:
         with self._journal.exclusive():
             with get_lock_file(self._lock):
                 self._journal.sync()  # with it what an attempt that failed has left
-                planned = self._plan(ops)
+                planned = self._plan_operations(ops)
                 first_id = len(self._journal.trials)
-                lines = encode(self._journal.signed(_logs(planned)))
+                lines = encode_logs(self._journal.with_worker_id(_logs_of_plan(planned)))
                 if lines:
-                    append(self._path, lines)
+                    append_lines(self._path, lines)
             errors = self._journal.sync()
         planned.set_ids(range(first_id, first_id + len(planned.new)))
-        return [_outcome(outcome, errors) for outcome in planned.outcomes]
+        return [_error_or_outcome(outcome, errors) for outcome in planned.outcomes]
 
-    def _plan(self, ops: Sequence[Operation]) -> Plan:
+    def _plan_operations(self, ops: Sequence[Operation]) -> Plan:
         trials, studies = dict[int, TrialStatus](), dict[int, StudyCounts]()
         for op in ops:
             if isinstance(op, Op) and op.trial_id in self._journal.trials:
@@ -429,7 +429,7 @@ class JournalAdapter:
                 known = self._journal.trials_of(op.study_id)
                 if known is not None:
                     studies[op.study_id] = StudyCounts.of(known)
-        return plan(ops, trials, studies)
+        return plan_operations(ops, trials, studies)
 
     def read(self, study_id: int, unfinished: set[int], last_trial_id: int) -> list[FrozenTrial]:
         """Return all trials: a journal is kept in memory."""
@@ -440,17 +440,17 @@ class JournalAdapter:
         return json_round_trip(value)
 
 
-def _outcome(outcome: Outcome, errors: Mapping[int, Exception]) -> Outcome:
+def _error_or_outcome(outcome: Outcome, errors: Mapping[int, Exception]) -> Outcome:
     """Return the error of an operation whose entries Optuna refuses, such as an odd parameter."""
     return errors.get(outcome.trial_id, outcome) if isinstance(outcome, Applied) else outcome
 
 
-def _logs(planned: Plan) -> Iterator[Log]:
+def _logs_of_plan(planned: Plan) -> Iterator[Log]:
     """Return the journal's entries for planned operations."""
     for trial_id, change in planned.changes.items():
         yield from _trial_logs(trial_id, change)
     for op in planned.new:
-        change = op.signed_change
+        change = op.change_with_token
         yield {
             "op_code": JournalOperation.CREATE_TRIAL,
             "study_id": op.study_id,

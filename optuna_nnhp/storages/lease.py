@@ -281,14 +281,14 @@ class Lease:
             attributes = self.storage.get_study_system_attrs(self.study_id)
         except Exception as error:  # drivers raise their own types
             _logger.debug(f"The leases could not be read: {type(error).__name__}")
-            self._note_answer(False)
+            self._record_answer(False)
         else:
-            self._read_at = self._note_answer(True)
+            self._read_at = self._record_answer(True)
             names = [name for name in attributes if name.startswith(LEASE_PREFIX)]
             self._known = {name.removeprefix(LEASE_PREFIX): attributes[name] for name in names}
         return self._known
 
-    def _note_answer(self, is_available: bool) -> float:
+    def _record_answer(self, is_available: bool) -> float:
         """Note whether the storage has answered, and return the time.
 
         This worker's own renewals count too: between two readings it may train for long, and an
@@ -326,9 +326,9 @@ class Lease:
                 raise outcome
         except Exception as error:  # drivers raise types of their own
             _logger.debug(f"The lease could not be renewed: {type(error).__name__}")
-            self._note_answer(False)
+            self._record_answer(False)
         else:
-            self._note_answer(True)
+            self._record_answer(True)
             self._is_written = True
 
 

@@ -114,7 +114,7 @@ class Op:
 
     Example:
         >>> op = Op(study_id=0, trial_id=7, change=TrialChange(state=TrialState.COMPLETE))
-        >>> op.signed_change.system_attrs == {TOKEN: op.token}
+        >>> op.change_with_token.system_attrs == {TOKEN: op.token}
         True
     """
 
@@ -127,14 +127,14 @@ class Op:
     token: str = field(default_factory=lambda: uuid4().hex[:16])
 
     @property
-    def signed_change(self) -> TrialChange:
+    def change_with_token(self) -> TrialChange:
         """The change, with the token if it changes the state."""
         if self.change.state is None:
             return self.change
         return self.change.merged(TrialChange(system_attrs={TOKEN: self.token}))
 
     @property
-    def starts(self) -> bool:
+    def starts_trial(self) -> bool:
         """Whether a trial begins to run."""
         return self.change.state == TrialState.RUNNING
 
@@ -274,7 +274,7 @@ class Plan:
             outcome.trial_id = trial_id
 
 
-def plan(
+def plan_operations(
     ops: Sequence[Operation],
     trials: dict[int, TrialStatus],
     studies: Mapping[int, StudyCounts],
@@ -296,9 +296,11 @@ def plan(
         study = studies.get(op.study_id)
         if isinstance(op, Op):
             trial = None if op.trial_id is None else trials.get(op.trial_id)
-            outcome = check(op, trial, study) or _accept(op, planned, trials, study)
+            outcome = check_conditions(op, trial, study) or _add_to_plan(
+                op, planned, trials, study
+            )
         elif study is None:
-            outcome = _no_study(op.study_id)
+            outcome = _missing_study_error(op.study_id)
         else:
             planned.study_attrs.append(op)
             outcome = Applied()
@@ -306,17 +308,17 @@ def plan(
     return planned
 
 
-def _accept(
+def _add_to_plan(
     op: Op, planned: Plan, trials: dict[int, TrialStatus], study: StudyCounts | None
 ) -> Applied:
     """Add an operation to a plan; later operations depend on it."""
     study = study or StudyCounts()
-    study.begun += op.starts
+    study.begun += op.starts_trial
     if op.trial_id is None:
         study.created += 1
         planned.new.append(op)
         return Applied(number=study.created - 1)
-    change, now = op.signed_change, trials[op.trial_id]
+    change, now = op.change_with_token, trials[op.trial_id]
     trials[op.trial_id] = TrialStatus(
         now.state if change.state is None else change.state,
         change.user_attrs.get(WORKER, now.owner),
@@ -329,7 +331,9 @@ def _accept(
     return Applied(op.trial_id)
 
 
-def check(op: Op, trial: TrialStatus | None, study: StudyCounts | None) -> Outcome | None:
+def check_conditions(
+    op: Op, trial: TrialStatus | None, study: StudyCounts | None
+) -> Outcome | None:
     """Check an operation's conditions.
 
     Args:
@@ -344,7 +348,7 @@ def check(op: Op, trial: TrialStatus | None, study: StudyCounts | None) -> Outco
         None if the operation is to be applied, else its outcome.
     """
     if op.trial_id is None and study is None:
-        return _no_study(op.study_id)
+        return _missing_study_error(op.study_id)
     if op.trial_id is not None:
         if trial is None:
             return KeyError(f"There is no trial with the id {op.trial_id}.")
@@ -355,12 +359,12 @@ def check(op: Op, trial: TrialStatus | None, study: StudyCounts | None) -> Outco
             return UpdateFinishedTrialError(text)
         if op.if_owner is not None and trial.owner not in op.if_owner:
             return TrialTakenOver(op.trial_id, trial.owner)
-    if op.limit is not None and op.starts and study is not None and study.begun >= op.limit:
+    if op.limit is not None and op.starts_trial and study is not None and study.begun >= op.limit:
         return TrialLimitReached(op.limit)
     return None
 
 
-def _no_study(study_id: int) -> KeyError:
+def _missing_study_error(study_id: int) -> KeyError:
     return KeyError(f"There is no study with the id {study_id}.")
 
 

@@ -167,7 +167,7 @@ def replay_outbox(storage: BufferedStorage, folder: Path) -> int:
                 is_whole = False
                 continue
             ops = [saved for saved in outbox.ops if saved.study == name]
-            count += _replay(storage, study_id, Outbox(outbox.worker, ops))
+            count += _write_operations(storage, study_id, Outbox(outbox.worker, ops))
         if is_whole:
             path.unlink(missing_ok=True)
     if damage is not None:
@@ -175,7 +175,7 @@ def replay_outbox(storage: BufferedStorage, folder: Path) -> int:
     return count
 
 
-def _replay(storage: BufferedStorage, study_id: int, outbox: Outbox) -> int:
+def _write_operations(storage: BufferedStorage, study_id: int, outbox: Outbox) -> int:
     """Write the operations on one study; return how many trials were changed."""
     storage.refresh()
     found, lost = list[SavedOp](), dict[int, object]()
@@ -236,14 +236,14 @@ def _from_json(saved: Mapping[str, Any], worker: str) -> SavedOp:
             raise ValueError(f"{saved['kind']!r} is no kind of attribute")
         attr = StudyAttr(-1, saved["kind"], str(saved["key"]), saved["value"])
         return SavedOp(study, attr)
-    change, token = _change(saved), str(saved["token"])
+    change, token = _change_from_json(saved), str(saved["token"])
     op = Op(-1, -1, change, if_owner=(None, worker), token=token)
     return SavedOp(study, op, int(saved["trial"]))
 
 
-def _change(saved: Mapping[str, Any]) -> TrialChange:
+def _change_from_json(saved: Mapping[str, Any]) -> TrialChange:
     state = None if saved["state"] is None else TrialState[saved["state"]]
-    completed = _local(saved["completed"]) if saved["completed"] else None
+    completed = _to_local_time(saved["completed"]) if saved["completed"] else None
     if state is not None and state.is_finished() and completed is None:
         raise ValueError("a trial has ended without a time")  # it would make a journal unreadable
     values = saved["intermediate_values"]
@@ -261,7 +261,7 @@ def _change(saved: Mapping[str, Any]) -> TrialChange:
     )
 
 
-def _local(text: str) -> datetime:
+def _to_local_time(text: str) -> datetime:
     return datetime.fromisoformat(text).astimezone().replace(tzinfo=None)
 
 

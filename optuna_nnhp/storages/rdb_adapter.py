@@ -47,7 +47,7 @@ from optuna_nnhp.storages.operations import StudyCounts
 from optuna_nnhp.storages.operations import TrialChange
 from optuna_nnhp.storages.operations import TrialStatus
 from optuna_nnhp.storages.operations import json_round_trip
-from optuna_nnhp.storages.operations import plan
+from optuna_nnhp.storages.operations import plan_operations
 
 Row = dict[str, Any]
 DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
@@ -105,7 +105,7 @@ class RdbAdapter:
     def _apply(self, connection: Connection, ops: Sequence[Operation]) -> list[Outcome]:
         # Studies are always locked before trials, so that no two transactions wait for each other.
         studies = _lock_studies(connection, ops)
-        planned = plan(ops, _lock_trials(connection, ops), studies)
+        planned = plan_operations(ops, _lock_trials(connection, ops), studies)
         rows: dict[Table, list[Row]] = defaultdict(list)
         for attr in planned.study_attrs:
             row = {"study_id": attr.study_id, "key": attr.key}
@@ -114,7 +114,7 @@ class RdbAdapter:
         if planned.new:
             ids = _create_trials(connection, planned)
             planned.set_ids(ids)
-            changes |= {i: op.signed_change for i, op in zip(ids, planned.new, strict=True)}
+            changes |= {i: op.change_with_token for i, op in zip(ids, planned.new, strict=True)}
         self._write_rows(connection, changes, rows)
         _write_states(connection, planned.changes)
         return planned.outcomes
@@ -207,31 +207,31 @@ def _lock_trials(connection: Connection, ops: Sequence[Operation]) -> dict[int, 
     """Read the trials of operations, which stay so until the end of the transaction."""
     on_trials = [(op.trial_id, op) for op in ops if isinstance(op, Op) and op.trial_id is not None]
     states = dict[int, TrialState]()
-    for some in _in_parts(sorted({i for i, _ in on_trials})):
+    for some in _split_ids(sorted({i for i, _ in on_trials})):
         query = select(TRIALS.c.trial_id, TRIALS.c.state).where(TRIALS.c.trial_id.in_(some))
         query = query.order_by(TRIALS.c.trial_id).with_for_update()
         states.update({row.trial_id: row.state for row in connection.execute(query)})
     owned = {i for i, op in on_trials if op.if_owner is not None}
-    owners = _attrs(connection, TABLES.user_attrs, WORKER, sorted(owned))
+    owners = _read_attrs(connection, TABLES.user_attrs, WORKER, sorted(owned))
     # A token matters only where the operation may have been applied before.
     repeated = {i for i, op in on_trials if i in states and op.change.state == states[i]}
-    tokens = _attrs(connection, TABLES.system_attrs, TOKEN, sorted(repeated))
+    tokens = _read_attrs(connection, TABLES.system_attrs, TOKEN, sorted(repeated))
     return {i: TrialStatus(s, owners.get(i), tokens.get(i)) for i, s in states.items()}
 
 
-def _attrs(
+def _read_attrs(
     connection: Connection, table: Table, key: str, trial_ids: Sequence[int]
 ) -> dict[int, Any]:
     """Read an attribute of trials."""
     found = dict[int, Any]()
-    for some in _in_parts(trial_ids):
+    for some in _split_ids(trial_ids):
         query = select(table.c.trial_id, table.c.value_json)
         rows = connection.execute(query.where(table.c.trial_id.in_(some), table.c.key == key))
         found.update({row.trial_id: json.loads(row.value_json) for row in rows})
     return found
 
 
-def _in_parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+def _split_ids(ids: Sequence[int]) -> Iterator[Sequence[int]]:
     for start in range(0, len(ids), MAX_IDS):
         yield ids[start : start + MAX_IDS]
 

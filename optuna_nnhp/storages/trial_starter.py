@@ -181,7 +181,7 @@ class TrialStarter:
                 return
         others = [
             t
-            for t in cache.queued(requeued=False)
+            for t in cache.waiting_trials(requeued=False)
             if t is not trial and id_of(t) not in buffer.claimed
         ]
         trials = [trial, *others[: max(0, self._prefetch_count - 1)]]
@@ -201,7 +201,7 @@ class TrialStarter:
                 claimed.state = TrialState.WAITING
                 buffer.own.add(id_of(old))
             else:
-                cache.expire()
+                cache.mark_stale()
 
     def take_over(self, owners: Mapping[int, str]) -> None:
         """Let known trials of other workers run here, see `BufferedStorage.take_over`."""

@@ -64,7 +64,7 @@ class StudyCache:
 
     Example:
         >>> cache = StudyCache(study_id=0)
-        >>> cache.listed(states=None)
+        >>> cache.trials_in_states(states=None)
         []
     """
 
@@ -95,23 +95,23 @@ class StudyCache:
         for name, distribution in trial.distributions.items():
             self.distributions.setdefault(name, distribution)
 
-    def expire(self) -> None:
+    def mark_stale(self) -> None:
         """Let the next access read what other processes have written."""
         self.synced_at = -math.inf
 
-    def queued(self, *, requeued: bool) -> list[FrozenTrial]:
+    def waiting_trials(self, *, requeued: bool) -> list[FrozenTrial]:
         """Return WAITING trials by number: new ones, or those that were trained in part."""
         trials = [self.trials[number] for number in sorted(self.waiting)]
         return [trial for trial in trials if (REQUEUED_BY in trial.user_attrs) == requeued]
 
-    def listed(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
+    def trials_in_states(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
         """Return trials in some states by number, as `BaseStorage.get_all_trials` does.
 
         Prefetched trials at the end do not exist for callers. The query for WAITING trials alone
         is the one of `Study.ask`, which does not start requeued trials.
         """
         if states == (TrialState.WAITING,):
-            return self.queued(requeued=False)
+            return self.waiting_trials(requeued=False)
         end = len(self.trials)
         for trial in reversed(self.prefetched):
             if trial.number != end - 1:
@@ -170,7 +170,7 @@ class WriteBuffer:
         self.pending_since, self.has_ends = math.inf, False
         self.claimed: dict[int, FrozenTrial] = {}
         self.in_doubt: dict[str, tuple[Op, float]] = {}
-        self._written_at = _clocks()
+        self._written_at = _monotonic_and_wall_time()
 
     # --- Operations ---
 
@@ -216,7 +216,7 @@ class WriteBuffer:
         pending = dict(self.pending)
         outcomes = self.adapter.apply([*pending.values(), *ops])
         self.pending, self.pending_since, self.has_ends = {}, math.inf, False
-        self._written_at = _clocks()
+        self._written_at = _monotonic_and_wall_time()
         rejections = dict[Key, Exception]()
         for (key, op), outcome in zip(pending.items(), outcomes, strict=False):
             if isinstance(op, Op) and op.change.state is not None:
@@ -241,7 +241,7 @@ class WriteBuffer:
         cache, number = self.locations[op.trial_id]
         cache.unfinished.add(op.trial_id)  # so that it is read again, and at once
         cache.sources.pop(op.trial_id, None)
-        cache.expire()
+        cache.mark_stale()
         if isinstance(error, TrialTakenOver):
             self.taken_over[op.trial_id] = error.owner
         _logger.warning(f"Discarded the changes to trial {number}: {error}")
@@ -300,7 +300,7 @@ class WriteBuffer:
         """Replace a trial in its study's cache."""
         self.locations[id_of(trial)][0].put(trial)
 
-    def location(self, trial_id: int) -> tuple[StudyCache, int] | None:
+    def find_trial(self, trial_id: int) -> tuple[StudyCache, int] | None:
         """Return a trial's cache and number, None if no known study has it.
 
         Raises:
@@ -311,10 +311,10 @@ class WriteBuffer:
                 try:
                     self.sync(cache)
                 except KeyError:  # another process has deleted the study
-                    self.forget(cache.study_id)
+                    self.drop_study(cache.study_id)
         return self.locations.get(trial_id)
 
-    def forget(self, study_id: int) -> None:
+    def drop_study(self, study_id: int) -> None:
         """Drop a deleted study."""
         cache = self.studies.pop(study_id, None)
         for trial in cache.trials if cache else ():
@@ -327,7 +327,7 @@ class WriteBuffer:
     def add_in_doubt(self, ops: Sequence[Op]) -> None:
         """Note operations whose answer was lost."""
         now = time.monotonic()
-        self.in_doubt.update({op.token: (op, now) for op in ops if op.starts})
+        self.in_doubt.update({op.token: (op, now) for op in ops if op.starts_trial})
 
     def _recognize(self, cache: StudyCache, trial: FrozenTrial, token: str) -> None:
         """Adopt a trial that an operation in doubt has started."""
@@ -360,13 +360,13 @@ def without_token(trial: FrozenTrial) -> FrozenTrial:
     return copied
 
 
-def _clocks() -> tuple[float, float]:
+def _monotonic_and_wall_time() -> tuple[float, float]:
     return time.monotonic(), time.time()
 
 
 def _seconds_since(then: tuple[float, float]) -> float:
     """Return the seconds since two clocks were read, those of a sleeping machine included."""
-    return max(now - before for now, before in zip(_clocks(), then, strict=True))
+    return max(now - before for now, before in zip(_monotonic_and_wall_time(), then, strict=True))
 
 
 def adapter_for(storage: BaseStorage) -> StorageAdapter:

@@ -98,7 +98,7 @@ class Admission:
         """Fill the cohorts: with followers while a leader's turn lasts, else with a new leader."""
         if self._is_too_late_to_start() or any(run.is_quarantined for run in self.queue.training):
             return
-        if self.source.is_planned:
+        if self.source.sampler_fixes_all_values:
             self._admit_grid_points()
             return
         run = self.active_run
@@ -107,7 +107,7 @@ class Admission:
                 return
             self.active_run = run = self._begin_turn_of_best_opener()
         is_over = run is None or time.monotonic() > run.deadline
-        if run is not None and not is_over and run.free < max(1, run.slots // REFILL_PART):
+        if run is not None and not is_over and run.n_free_slots < max(1, run.slots // REFILL_PART):
             return
         if run is None or is_over or not (run.quota or self.waiting):
             if self.problem.sequential and self.queue.n_training:
@@ -131,7 +131,7 @@ class Admission:
         if (
             run is None
             or not self._asks_ahead(run)
-            or self.source.is_planned
+            or self.source.sampler_fixes_all_values
             or self._is_too_late_to_start()
         ):
             return
@@ -154,15 +154,17 @@ class Admission:
             return True
         return self.budget.seconds_left < self.asking + self.first_round
 
-    def note_first_round(self, run: CohortRun) -> None:
+    def record_first_round_seconds(self, run: CohortRun) -> None:
         """Record how long a new cohort trained for its first scores."""
         if not run.is_scored:
             self.first_round, run.is_scored = run.seconds, True
 
-    def has_more(self) -> bool:
+    def has_more_trials(self) -> bool:
         """Return whether trials can still start, also if all that were just asked for failed."""
         asked = self.waiting or self.deferred
-        return not self._is_too_late_to_start() and (bool(asked) or self.source.left() != 0)
+        return not self._is_too_late_to_start() and (
+            bool(asked) or self.source.n_trials_left() != 0
+        )
 
     def _next_cohort_to_fill(self) -> CohortRun | None:
         """Return the cohort to fill: by turns a new leader's, and the best existing one.
@@ -227,7 +229,7 @@ class Admission:
         runs = [
             run
             for run in self.queue.runs
-            if run.running and run.cohort.can_append and 2 * run.free > run.slots
+            if run.running and run.cohort.can_append and 2 * run.n_free_slots > run.slots
         ]
         better = max if self.problem.maximize else min
         return better(runs, key=lambda run: run.cohort.best, default=None)
@@ -239,7 +241,7 @@ class Admission:
             if affordable:
                 self.deferred.remove(affordable[0])
                 return affordable[0]
-            if self.source.left() == 0 or self.budget.is_over() or self.source.is_stopped:
+            if self.source.n_trials_left() == 0 or self.budget.is_over() or self.source.is_stopped:
                 break
             asked = self.source.ask(1)
             self.deferred += asked
@@ -276,7 +278,7 @@ class Admission:
         if run is None:
             run = self._start_cohort(signature, [leader], size)
         else:
-            self._join(run, [leader])
+            self._append_trials(run, [leader])
             run.slots = max(run.slots, size)
         if run is not None:
             run.quota = -1
@@ -286,7 +288,7 @@ class Admission:
         """Fill a cohort with followers: those that wait, and new ones."""
         if run.rounds and run.running and not run.cohort.can_append:
             run.quota = 0
-        free, started = run.free, time.monotonic()
+        free, started = run.n_free_slots, time.monotonic()
         trials, self.waiting = self.waiting[:free], self.waiting[free:]
         wanted = free - len(trials)
         if self._asks_ahead(run):  # and asks for the rest while the others train
@@ -299,7 +301,7 @@ class Admission:
 
     def _count_followers_to_ask(self, run: CohortRun, wanted: int) -> int:
         """Return how many of the wanted followers can be asked for."""
-        left = self.source.left() if wanted > 0 else 0
+        left = self.source.n_trials_left() if wanted > 0 else 0
         return int(max(0, min(wanted, run.quota, math.inf if left is None else left)))
 
     def _ask(
@@ -314,7 +316,7 @@ class Admission:
 
         It differs for enqueued trials, whose values are fixed, and for some users' networks.
         """
-        self._join(run, [trial for trial in trials if trial.signature == run.signature])
+        self._append_trials(run, [trial for trial in trials if trial.signature == run.signature])
         self._group_by_signature([trial for trial in trials if trial.signature != run.signature])
 
     def _admit_grid_points(self) -> None:
@@ -322,7 +324,7 @@ class Admission:
         if self._baseline_trains_alone() or (self.problem.sequential and self.queue.n_training):
             return
         planned = 1 if self.problem.sequential else self._limit_generation(MAX_PLANNED)
-        most, left = self.cohort_size or planned, self.source.left()
+        most, left = self.cohort_size or planned, self.source.n_trials_left()
         count = (
             most - self.queue.n_training
             if left is None
@@ -357,7 +359,7 @@ class Admission:
             most = min(most, self._memory_limit(signature))
             run = self.queue.with_signature(signature)
             if run is not None and len(run.running) + len(group) <= most:
-                self._join(run, group)
+                self._append_trials(run, group)
                 run.slots = max(run.slots, len(run.running))
                 continue
             for start in range(0, len(group), most):
@@ -380,7 +382,7 @@ class Admission:
             _logger.debug(f"A cohort of {run.slots}: {signature}.")
         return runs[0] if runs else None
 
-    def _join(self, run: CohortRun, trials: Sequence[RunningTrial]) -> None:
+    def _append_trials(self, run: CohortRun, trials: Sequence[RunningTrial]) -> None:
         if not trials:
             return
         members, is_empty = [trial.member for trial in trials], not run.running
@@ -391,7 +393,7 @@ class Admission:
                 return
             run.cohort, run.rounds = self.problem.cohort(members), 0
         except Exception as error:  # the stack may be half of each by now
-            self.replace(run, self.bisector.bisect(run.dissolve(), error))
+            self.replace_cohort(run, self.bisector.bisect(run.dissolve(), error))
             return
         if run not in self.queue.runs:
             self.queue.add(run)
@@ -403,7 +405,7 @@ class Admission:
         else:
             self._group_by_signature(list(run.running.values()))
 
-    def replace(self, old: CohortRun, new: Sequence[CohortRun]) -> None:
+    def replace_cohort(self, old: CohortRun, new: Sequence[CohortRun]) -> None:
         """Replace a cohort whose training raised an error by smaller cohorts."""
         for run in new:
             self.queue.add(run)

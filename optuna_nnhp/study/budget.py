@@ -36,7 +36,7 @@ class Budget:
             Processes that share the trials: each starts at most its share of the remaining ones.
 
     Example:
-        >>> Budget(n_trials=10, timeout=None).left(finished=7)
+        >>> Budget(n_trials=10, timeout=None).n_trials_left(finished=7)
         3
     """
 
@@ -65,7 +65,7 @@ class Budget:
         """Seconds until the timeout, infinite without one."""
         return math.inf if self.timeout is None else self.timeout - self.seconds
 
-    def left(self, finished: int) -> int | None:
+    def n_trials_left(self, finished: int) -> int | None:
         """Return how many trials may still start in this process; None if unlimited."""
         if self.n_trials is None:
             return None
@@ -89,23 +89,23 @@ def graceful_shutdown(budget: Budget, *, releases: bool = True) -> Iterator[None
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def put_back() -> None:
+    def restore_handlers() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def end_tidily(number: int, frame: FrameType | None) -> None:
+    def request_stop(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT or not releases:
             budget.interrupted = True
         else:
             budget.released = True
-        put_back()
+        restore_handlers()
 
     for number in before:
-        signal.signal(number, end_tidily)
+        signal.signal(number, request_stop)
     try:
         yield
     finally:
-        put_back()
+        restore_handlers()
 
 
 class ProgressBar:
@@ -182,7 +182,7 @@ class Timing:
             self._count()
             self._inside.pop()
 
-    def move(self, source: str, target: str, seconds: float) -> None:
+    def move_seconds(self, source: str, target: str, seconds: float) -> None:
         """Move seconds from one section to another."""
         self.seconds[source] -= seconds
         self.seconds[target] += seconds

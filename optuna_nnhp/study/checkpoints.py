@@ -48,12 +48,12 @@ class CohortCheckpoint(NamedTuple):
     facts: dict[str, Any]
 
     @property
-    def numbers(self) -> list[int]:
+    def trial_numbers(self) -> list[int]:
         """Numbers of its running trials."""
         return [int(trial["number"]) for trial in self.facts["running"]]
 
     @property
-    def steps(self) -> dict[int, int]:
+    def steps_done(self) -> dict[int, int]:
         """Steps that each of its members has done, by number."""
         metadata = self.snapshot.metadata
         numbers = [number for number, _, _ in metadata["members"]]
@@ -143,7 +143,7 @@ class Checkpoints:
         stem = folder / f"{_next_number(folder):06d}"
         try:
             save_with_checksum(stem, tensors, {**facts, "loop": dict(loop or {})})
-            for old in _stems(folder)[N_KEPT_CHECKPOINTS:]:
+            for old in _checkpoint_stems(folder)[N_KEPT_CHECKPOINTS:]:
                 _remove(old)
         except OSError as error:
             _logger.warning(f"The checkpoint could not be written: {error}")
@@ -172,10 +172,10 @@ def load_newest_checkpoint(folder: Path | None, worker: str) -> Checkpoint | Non
     """
     if folder is None:
         return None
-    for stem in _stems(checkpoint_folder(folder, worker)):
+    for stem in _checkpoint_stems(checkpoint_folder(folder, worker)):
         try:
             tensors, facts = load_with_checksum(stem)
-            return Checkpoint(_cohorts(tensors, facts), facts["loop"])
+            return Checkpoint(_parse_cohorts(tensors, facts), facts["loop"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             _logger.warning(f"A checkpoint cannot be used, the one before it may: {error}")
     return None
@@ -214,7 +214,9 @@ def _collect_state(runs: Sequence[CohortRun]) -> tuple[dict[str, Tensor], dict[s
     return tensors, {"version": VERSION, "cohorts": cohorts}
 
 
-def _cohorts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> list[CohortCheckpoint]:
+def _parse_cohorts(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> list[CohortCheckpoint]:
     if facts["version"] != VERSION:
         raise ValueError(f"A checkpoint's version must be {VERSION}, but is {facts['version']}.")
     kept = []
@@ -225,14 +227,14 @@ def _cohorts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> list[Co
     return kept
 
 
-def _stems(folder: Path) -> list[Path]:
+def _checkpoint_stems(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
     found = {path.with_suffix("") for path in folder.glob("*[0-9].*") if path.suffix in SUFFIXES}
     return sorted(found, reverse=True)
 
 
 def _next_number(folder: Path) -> int:
-    return 1 + max((int(stem.name) for stem in _stems(folder)), default=-1)
+    return 1 + max((int(stem.name) for stem in _checkpoint_stems(folder)), default=-1)
 
 
 def _remove(stem: Path) -> None:

@@ -45,10 +45,10 @@ def describe_environment(problem: Problem) -> Environment:
     device = problem.device
     is_gpu = device.type == "cuda"
     return {
-        **_constant(),
+        **_process_environment(),
         "device": f"cuda: {torch.cuda.get_device_name(device)}" if is_gpu else str(device),
         "threads": available_threads(),
-        "engine": _engine(problem),
+        "engine": _engine_name(problem),
     }
 
 
@@ -164,7 +164,7 @@ def differences(then: Environment, now: Environment) -> list[str]:
 
 
 @functools.cache
-def _constant() -> Environment:
+def _process_environment() -> Environment:
     """What does not change within a process."""
     return {
         "optuna_nnhp": __version__,
@@ -173,12 +173,12 @@ def _constant() -> Environment:
         "optuna": optuna.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def _cpu() -> str:
+def _cpu_model() -> str:
     """The processor's model, where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -187,7 +187,7 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def _engine(problem: Problem) -> str:
+def _engine_name(problem: Problem) -> str:
     """Return what computes gradients and outputs."""
     if problem.uses_compiled_engine():
         return COMPILED

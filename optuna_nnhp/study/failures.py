@@ -104,9 +104,9 @@ class FailureBisector:
         Raises:
             Exception: The error, if no trial of the study can be trained, it seems.
         """
-        return self.again(group, error, self.newest_checkpoint())
+        return self.divide(group, error, self.newest_checkpoint())
 
-    def again(
+    def divide(
         self, group: list[RunningTrial], error: Exception, checkpoint: Checkpoint | None
     ) -> list[CohortRun]:
         """Divide a group of trials, given their last checkpoint."""
@@ -148,7 +148,7 @@ def _divide_group(
 ) -> list[list[RunningTrial]]:
     """Divide a group into halves, or into the trials with and without a checkpoint."""
     for kept in checkpoint.cohorts if checkpoint else ():
-        numbers = set(kept.numbers)
+        numbers = set(kept.trial_numbers)
         there = [trial for trial in part if trial.member.number in numbers]
         if 0 < len(there) < len(part):
             return [there, [trial for trial in part if trial.member.number not in numbers]]

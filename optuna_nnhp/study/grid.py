@@ -83,7 +83,7 @@ def make_grid(
     Raises:
         ValueError: If a level is none of its range, or the grid is larger than the budget.
     """
-    grid = _grid(problem, levels)
+    grid = _all_combinations(problem, levels)
     if not partial:
         _check_count(grid, budget)
     most = budget.n_trials if partial else None
@@ -101,7 +101,7 @@ def make_grid(
     return GridPointsSampler(points, f"{grid}{part}", is_part=partial)
 
 
-def _grid(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Grid:
+def _all_combinations(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Grid:
     """All combinations of a problem's levels."""
     space, known = problem.space, problem.specs()
     if not space:
@@ -197,7 +197,7 @@ class GridQueue:
         >>> points.add([{"depth": 2}, {"depth": 1}])
         >>> points.add([{"depth": 2}])
         >>> points.end_duplicates()
-        >>> [points.left, points.take().number, points.take().number, points.take()]
+        >>> [points.n_points_left, points.take().number, points.take().number, points.take()]
         [2, 0, 1, None]
     """
 
@@ -207,7 +207,7 @@ class GridQueue:
         self._known = 0  # trials that are in there
 
     @property
-    def left(self) -> int:
+    def n_points_left(self) -> int:
         """Return the number of points that have not started."""
         return len(self._waiting())
 
@@ -236,7 +236,7 @@ class GridQueue:
         waiting = [point_of(t) for t in reversed(owners.values()) if t.state == TrialState.WAITING]
         ended = sum(t.state.is_finished() and counts(t, on_grid=True) for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in owners.values())
-        left = budget.left(ended + running)
+        left = budget.n_trials_left(ended + running)
         _logger.info(f"The grid has {plan.text}{f'; begun before: {begun:,}' if trials else ''}.")
         if not plan.is_part:
             _check_left(problem, budget, left, [*fresh, *waiting])
@@ -317,7 +317,7 @@ def _check_left(
         )
     if budget.timeout is None or left == 0 or not points:
         return
-    seconds = len(points) * _seconds_each(problem, points[:MAX_PROBED_POINTS])
+    seconds = len(points) * _mean_seconds_per_point(problem, points[:MAX_PROBED_POINTS])
     if seconds > budget.seconds_left:
         raise ValueError(
             f"A grid must fit into the timeout of {budget.timeout:,g} s, but {len(points):,} "
@@ -325,7 +325,7 @@ def _check_left(
         )
 
 
-def _seconds_each(problem: Problem, points: Sequence[Mapping[str, Value]]) -> float:
+def _mean_seconds_per_point(problem: Problem, points: Sequence[Mapping[str, Value]]) -> float:
     """Mean seconds of a trial's whole budget, of some points; those that cannot be take none."""
     seconds, started = list[float](), time.monotonic()
     with single_threaded_blas:

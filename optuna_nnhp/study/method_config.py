@@ -104,11 +104,11 @@ class MethodConfig:
 
         Else it would repeat its first trials, or those of the first worker.
         """
-        is_planned = self.method == "grid" or isinstance(self.sampler, QMCSampler)
-        if is_planned:  # one seed is one sequence, which workers share
+        sampler_fixes_all_values = self.method == "grid" or isinstance(self.sampler, QMCSampler)
+        if sampler_fixes_all_values:  # one seed is one sequence, which workers share
             return self.sampler
         if self.method is None or self.is_user_sampler:
-            return _reseeded(self.sampler) if worker else self.sampler
+            return _with_new_seed(self.sampler) if worker else self.sampler
         seed = (self.seed + 1_000_003 * len(study.get_trials(deepcopy=False))) % 2**32
         if worker:
             seed = rng.mix_keys(seed, rng.WORKERS, worker) % 2**32
@@ -125,7 +125,7 @@ class MethodConfig:
         return POLICIES.get(self.method, HalvingPolicy)(context, **options)
 
 
-def _reseeded(sampler: BaseSampler) -> BaseSampler:
+def _with_new_seed(sampler: BaseSampler) -> BaseSampler:
     """A user's own sampler with random numbers that nobody else has."""
     other = copy.deepcopy(sampler)
     other.reseed_rng()

@@ -79,8 +79,8 @@ def open_study(
         study = _retry_until_available(storage, create)
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
-        _await_description(study)
-    _check_same(study, problem)
+        _wait_for_description(study)
+    _check_same_problem(study, problem)
     if DESCRIPTION_COMPLETE not in study.user_attrs:
         attributes = {
             **problem.description,
@@ -112,7 +112,7 @@ def _retry_until_available(
                 raise
 
 
-def _await_description(study: optuna.Study) -> None:
+def _wait_for_description(study: optuna.Study) -> None:
     """Give another process, that has just created a study, the time to describe it."""
     until = time.monotonic() + MAX_DESCRIPTION_WAIT
     while DESCRIPTION_COMPLETE not in study.user_attrs and time.monotonic() < until:
@@ -146,7 +146,7 @@ def worker_name(storage: BufferedStorage) -> str:
     return str(storage.trial_attrs.get(WORKER) or new_worker_name())
 
 
-def _check_same(study: optuna.Study, problem: Problem) -> None:
+def _check_same_problem(study: optuna.Study, problem: Problem) -> None:
     """Raise if the study is not this problem's."""
     safe_join(Path(), study.user_attrs.get(MODELS, "none"))
     text = f"The study {study.study_name!r} exists already with another "
@@ -168,12 +168,12 @@ def _check_same(study: optuna.Study, problem: Problem) -> None:
     for name in {**old_space, **problem.space}:
         old_values = old_space.get(name, known["fixed"].get(name))
         new_values = problem.space.get(name, problem.fixed.get(name))
-        if not _equal(old_values, new_values):
+        if not _are_equal(old_values, new_values):
             raise ValueError(
                 f"{text}range of `{name}`: {old_values}, but this one has {new_values}{advice}"
             )
     for name, value in problem.fixed.items():
-        if not _equal(known["fixed"].get(name), value):
+        if not _are_equal(known["fixed"].get(name), value):
             raise ValueError(
                 f"{text}value of `{name}`: {known['fixed'].get(name)}, but this one has "
                 f"{value}{advice}"
@@ -184,7 +184,7 @@ def _check_same(study: optuna.Study, problem: Problem) -> None:
         )
 
 
-def _equal(old: object, new: object) -> bool:
+def _are_equal(old: object, new: object) -> bool:
     if isinstance(old, BaseDistribution) or isinstance(new, BaseDistribution):
         return old == new
     return old == new and type(old) is type(new)

@@ -82,7 +82,7 @@ class Problem(Protocol):
             TrialError: If the trial cannot be trained.
         """
 
-    def pin(self, leader: Member) -> Callable[[str, Any], Any]:
+    def pin_to_leader(self, leader: Member) -> Callable[[str, Any], Any]:
         """Return the function that changes proposed values so that they fit a leader's cohort.
 
         It maps a parameter's name and proposed value to the value to use.

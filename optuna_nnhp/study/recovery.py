@@ -98,22 +98,22 @@ class Recovery:
         self._found.clear()
         claimed: dict[str, list[FrozenTrial]] = {}
         try:
-            if abandoned := self._abandoned():
+            if abandoned := self._abandoned_trials():
                 self.replay_outbox()  # some of them may have ended
-                abandoned = self._abandoned()
+                abandoned = self._abandoned_trials()
             for worker, trials in self._limit_to_one_suspect(abandoned, separable).items():
-                sources = {id_of(trial): self._source(trial, worker) for trial in trials}
+                sources = {id_of(trial): self._checkpoint_owner(trial, worker) for trial in trials}
                 self._unsure[worker] = trials
                 taken = self.storage.take_over(dict.fromkeys(sources, worker))
                 del self._unsure[worker]
                 for trial in trials:
                     if id_of(trial) in taken:
                         claimed.setdefault(sources[id_of(trial)], []).append(trial)
-            if released := self.released():
-                self.source.make_room_for_released()
+            if released := self.released_trials():
+                self.source.reserve_places_for_released()
             for trial in released:
-                source = self._source(trial, str(trial.user_attrs[REQUEUED_BY]))
-                if self._start(trial):
+                source = self._checkpoint_owner(trial, str(trial.user_attrs[REQUEUED_BY]))
+                if self._start_waiting_trial(trial):
                     claimed.setdefault(source, []).append(trial)
         except StorageUnavailable as error:  # the others another time
             _logger.debug(f"Not all abandoned trials could be taken over: {error}")
@@ -131,7 +131,7 @@ class Recovery:
         except ValueError as error:  # damaged: it stays where it is
             _logger.error(f"What an earlier run could not write is lost: {error}")
 
-    def released(self) -> list[FrozenTrial]:
+    def released_trials(self) -> list[FrozenTrial]:
         """Trials that wait for somebody who goes on with them."""
         return self.storage.requeued_trials(study_id(self.study))
 
@@ -141,21 +141,23 @@ class Recovery:
             self._found[worker] = load_newest_checkpoint(self.folder, worker)
         return self._found[worker]
 
-    def _source(self, trial: FrozenTrial, worker: str) -> str:
+    def _checkpoint_owner(self, trial: FrozenTrial, worker: str) -> str:
         """Whose checkpoint has a trial: its worker's, or an earlier one's; it is noted."""
         own, earlier = self.checkpoint(worker), trial.user_attrs.get(CHECKPOINT)
-        has_it = own is not None and any(trial.number in kept.numbers for kept in own.cohorts)
+        has_it = own is not None and any(
+            trial.number in kept.trial_numbers for kept in own.cohorts
+        )
         source = worker if has_it or earlier is None else str(earlier)
         if earlier != source and self.folder is not None:
             with suppress(UpdateFinishedTrialError):  # somebody was faster
                 self.storage.write_trial_user_attr(id_of(trial), CHECKPOINT, source)
         return source
 
-    def has_unsure_workers(self) -> bool:
+    def has_possibly_dead_workers(self) -> bool:
         """Whether a trial's worker may be dead, or has died since the last `claim`."""
         if self._unsure or self.has_postponed:
             return True
-        workers = {self._owner(trial) for trial in self._trials_in_state(TrialState.RUNNING)}
+        workers = {self._worker_of(trial) for trial in self._trials_in_state(TrialState.RUNNING)}
         leases = self.lease.read() if workers else {}
         return any(
             self.lease.is_dead(worker, leases) or self.lease.may_be_dead(worker, leases)
@@ -184,20 +186,22 @@ class Recovery:
             for kept in checkpoint.cohorts if checkpoint else ():
                 runs += self._restore_cohort(kept, waiting, broken)
             for trial in waiting.values():
-                for running in self.begun(trial, 0):
+                for running in self.resume_trial(trial, 0):
                     runs += self._restart_trials([running], broken)
         self._found.clear()
         self.storage.flush()  # how often they were taken over must be known if this ends badly
         return runs
 
-    def again(self, group: Sequence[RunningTrial], checkpoint: Checkpoint | None) -> CohortRun:
+    def restore_from_checkpoint(
+        self, group: Sequence[RunningTrial], checkpoint: Checkpoint | None
+    ) -> CohortRun:
         """A cohort of some of this worker's trials as they were at their last checkpoint.
 
         Where there is none it is a new one.
         """
         wanted = {trial.member.number: trial for trial in group}
         for kept in checkpoint.cohorts if checkpoint else ():
-            if wanted.keys() <= set(kept.numbers):
+            if wanted.keys() <= set(kept.trial_numbers):
                 cohort = self.cohort(kept, wanted.keys())
                 for facts in kept.facts["running"]:
                     if facts["number"] in wanted:
@@ -211,7 +215,7 @@ class Recovery:
         """Remove the checkpoints of dead workers that have left no trials."""
         if self.folder is None or not self.folder.is_dir():
             return
-        trials = [*self._trials_in_state(TrialState.RUNNING), *self.released()]
+        trials = [*self._trials_in_state(TrialState.RUNNING), *self.released_trials()]
         attributes = [trial.user_attrs for trial in trials]
         owners = {
             str(a.get(name)) for a in attributes for name in (WORKER, REQUEUED_BY, CHECKPOINT)
@@ -223,11 +227,11 @@ class Recovery:
             ):
                 remove_checkpoints(self.folder, worker)
 
-    def _abandoned(self) -> dict[str, list[FrozenTrial]]:
+    def _abandoned_trials(self) -> dict[str, list[FrozenTrial]]:
         """RUNNING trials of dead workers, by worker; those that may be this one's by now too."""
         found: dict[str, list[FrozenTrial]] = {}
         for trial in self._trials_in_state(TrialState.RUNNING):
-            worker = self._owner(trial)
+            worker = self._worker_of(trial)
             if worker and trial.number not in self.source.running:
                 found.setdefault(worker, []).append(trial)
         leases = self.lease.read() if found else {}
@@ -261,10 +265,10 @@ class Recovery:
         return self.study.get_trials(deepcopy=False, states=(state,))
 
     @staticmethod
-    def _owner(trial: FrozenTrial) -> str:
+    def _worker_of(trial: FrozenTrial) -> str:
         return str(trial.user_attrs.get(WORKER, ""))
 
-    def _start(self, trial: FrozenTrial) -> bool:
+    def _start_waiting_trial(self, trial: FrozenTrial) -> bool:
         """Start a WAITING trial, unless another worker is the first to do so."""
         try:
             return self.storage.set_trial_state_values(id_of(trial), TrialState.RUNNING)
@@ -277,40 +281,50 @@ class Recovery:
         """One cohort of a checkpoint, with those of its trials that wait for it."""
         group = [
             running
-            for number in kept.numbers
+            for number in kept.trial_numbers
             if number in waiting
-            for running in self.begun(waiting.pop(number), kept.steps[number])
+            for running in self.resume_trial(waiting.pop(number), kept.steps_done[number])
         ]
         runs, checkpoint = list[CohortRun](), Checkpoint([kept], {})
-        for part in self._separate_suspects(group):
+        for part in self._isolate_quarantined_trials(group):
             try:
-                run = self.again(part, checkpoint)
+                run = self.restore_from_checkpoint(part, checkpoint)
             except ValueError as error:  # of another version of the template
                 _logger.warning(f"Trials begin anew, their checkpoint is of no use: {error}")
                 runs += self._restart_trials(part, broken)
             except Exception as error:  # whatever it is, it becomes an outcome
                 runs += broken(part, error, checkpoint)
             else:
-                if len(part) == len(kept.numbers):
+                if len(part) == len(kept.trial_numbers):
                     run.slots = int(kept.facts["slots"])
                 run.rounds, run.leader = kept.facts["rounds"], Member(*kept.facts["leader"])
-                runs.append(_alone_if_suspect(run))
+                runs.append(_quarantine_if_suspect(run))
         return runs
 
     def _restart_trials(self, group: list[RunningTrial], broken: Broken) -> list[CohortRun]:
         """A cohort of some of this worker's trials at their beginning."""
         try:
-            return [_alone_if_suspect(self.again(group, None))]
+            return [_quarantine_if_suspect(self.restore_from_checkpoint(group, None))]
         except Exception as error:  # whatever it is, it becomes an outcome
             return broken(group, error, None)
 
-    def _separate_suspects(self, group: Sequence[RunningTrial]) -> list[list[RunningTrial]]:
+    def _isolate_quarantined_trials(
+        self, group: Sequence[RunningTrial]
+    ) -> list[list[RunningTrial]]:
         """Divide trials into groups; each quarantined trial is alone."""
-        alone = [[trial] for trial in group if _count_vain_takeovers(trial) >= QUARANTINE_DEATHS]
-        rest = [trial for trial in group if _count_vain_takeovers(trial) < QUARANTINE_DEATHS]
+        alone = [
+            [trial]
+            for trial in group
+            if _count_takeovers_without_progress(trial) >= QUARANTINE_DEATHS
+        ]
+        rest = [
+            trial
+            for trial in group
+            if _count_takeovers_without_progress(trial) < QUARANTINE_DEATHS
+        ]
         return [*([rest] if rest else []), *alone]
 
-    def begun(
+    def resume_trial(
         self, trial: FrozenTrial, done: int, sampler: BaseSampler | None = None
     ) -> list[RunningTrial]:
         """Return a claimed trial as a running trial; an empty list if it cannot be trained.
@@ -366,14 +380,17 @@ class Recovery:
         return restore_cohort(make, select_state(kept.snapshot, places))  # all may have no room
 
 
-def _count_vain_takeovers(running: RunningTrial) -> int:
+def _count_takeovers_without_progress(running: RunningTrial) -> int:
     """How often a trial was taken over without progress."""
     return int(running.trial.user_attrs.get(TAKEN_OVER, (0, 0))[0])
 
 
-def _alone_if_suspect(run: CohortRun) -> CohortRun:
+def _quarantine_if_suspect(run: CohortRun) -> CohortRun:
     """The same, which is trained before all others and joined by none where workers died of it."""
-    if any(_count_vain_takeovers(trial) >= QUARANTINE_DEATHS for trial in run.running.values()):
+    if any(
+        _count_takeovers_without_progress(trial) >= QUARANTINE_DEATHS
+        for trial in run.running.values()
+    ):
         run.quarantined_until = max(run.cohort.rounds_done) + 2
     return run
 

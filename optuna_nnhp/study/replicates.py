@@ -95,10 +95,10 @@ class ReplicateTrainer:
             return
         if self.budget.seconds < PREDICT_AFTER * self.timeout:
             return
-        if not (trials := _best(study, self.problem)):
+        if not (trials := _best_configurations(study, self.problem)):
             return
         try:
-            self.predicted, needed = True, MARGIN * self._seconds(trials)
+            self.predicted, needed = True, MARGIN * self._estimate_seconds(trials)
         except Exception as error:  # as when they are trained
             _logger.warning(f"The replicates' time could not be measured: {error_line(error)}")
             return
@@ -122,8 +122,8 @@ class ReplicateTrainer:
             until = self.budget.seconds + MAX_TIMEOUT_SHARE * self.timeout
             self.budget.timeout = max(self.timeout, until)
         with single_threaded_blas, graceful_shutdown(self.budget):
-            trials = self._affordable(study)
-            for seed in (_seed(self.problem.seed, place) for place in range(self.count)):
+            trials = self._affordable_configurations(study)
+            for seed in (_replicate_seed(self.problem.seed, place) for place in range(self.count)):
                 record = study.user_attrs.get(REPLICATES, {})
                 missing = [t for t in trials if self._needs_replicate(record, t.number, seed)]
                 problem = self.problem.with_seed(seed)
@@ -138,9 +138,11 @@ class ReplicateTrainer:
         out_of_time = self.budget.is_over
         plain = [trial for trial in trials if SCHEDULE not in trial.user_attrs]
         try:
-            for group in _groups(problem, plain):
+            for group in _group_into_cohorts(problem, plain):
                 if not out_of_time():
-                    _store_values(study, seed, dict(_train(problem.cohort(group), out_of_time)))
+                    _store_values(
+                        study, seed, dict(_train_to_end(problem.cohort(group), out_of_time))
+                    )
             for trial in trials:
                 if SCHEDULE in trial.user_attrs and not out_of_time():
                     _store_values(study, seed, _train_along_schedule(problem, trial, out_of_time))
@@ -148,15 +150,15 @@ class ReplicateTrainer:
             _logger.warning(f"Not all replicates could be trained: {error_line(error)}")
         return not out_of_time()
 
-    def _affordable(self, study: Study) -> list[FrozenTrial]:
+    def _affordable_configurations(self, study: Study) -> list[FrozenTrial]:
         """The best configurations: rather few of them than few replicates of each."""
-        trials = _best(study, self.problem)
+        trials = _best_configurations(study, self.problem)
         if self.timeout is None or self.budget.is_over():
             return trials
         try:
             while (
                 len(trials) > MIN_CONFIGURATIONS
-                and self._seconds(trials) > self.budget.seconds_left
+                and self._estimate_seconds(trials) > self.budget.seconds_left
             ):
                 trials.pop()
         except Exception as error:  # no room, or a user's network: the study is complete
@@ -169,26 +171,26 @@ class ReplicateTrainer:
         known = record.get(str(number), {}).get("seeds", [])
         return len(known) < self.count and seed not in known
 
-    def _seconds(self, trials: Sequence[FrozenTrial]) -> float:
+    def _estimate_seconds(self, trials: Sequence[FrozenTrial]) -> float:
         """Seconds that the replicates of some trials take, by a few steps of each cohort."""
         steps = {t.number: int(t.user_attrs.get("iterations", 0)) for t in trials}
         return self.count * sum(
             max(steps[m.number] for m in group) * seconds_per_step(self.problem.cohort(group))
-            for group in _groups(self.problem, trials)
+            for group in _group_into_cohorts(self.problem, trials)
         )
 
 
-def _seed(seed: int, place: int) -> int:
+def _replicate_seed(seed: int, place: int) -> int:
     """The seed of the replicates at one place; all configurations have the same ones.
 
     Example:
-        >>> len({_seed(study, place) for study in range(3) for place in range(3)})
+        >>> len({_replicate_seed(study, place) for study in range(3) for place in range(3)})
         9
     """
     return rng.mix_keys(seed, rng.REPLICATES, place) % 2**32
 
 
-def _best(study: Study, problem: Problem) -> list[FrozenTrial]:
+def _best_configurations(study: Study, problem: Problem) -> list[FrozenTrial]:
     """The best few COMPLETE trials, best first, without those that repeat another's values."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     sign = -1.0 if problem.maximize else 1.0
@@ -199,7 +201,7 @@ def _best(study: Study, problem: Problem) -> list[FrozenTrial]:
     return list(distinct.values())
 
 
-def _groups(problem: Problem, trials: Sequence[FrozenTrial]) -> list[list[Member]]:
+def _group_into_cohorts(problem: Problem, trials: Sequence[FrozenTrial]) -> list[list[Member]]:
     """Trials that can be trained as one cohort each."""
     groups: dict[Hashable, list[Member]] = defaultdict(list)
     for trial in trials:
@@ -215,7 +217,9 @@ def _groups(problem: Problem, trials: Sequence[FrozenTrial]) -> list[list[Member
     return parts
 
 
-def _train(cohort: Cohort, out_of_time: Callable[[], bool]) -> Iterator[tuple[int, float | None]]:
+def _train_to_end(
+    cohort: Cohort, out_of_time: Callable[[], bool]
+) -> Iterator[tuple[int, float | None]]:
     """Train a cohort to its members' ends: trial numbers and best values, None if diverged.
 
     Those whose time ran out are left out.

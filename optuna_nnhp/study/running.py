@@ -348,7 +348,7 @@ class CohortRun:
         )
 
     @property
-    def free(self) -> int:
+    def n_free_slots(self) -> int:
         """Slots without a member."""
         return max(0, self.slots - len(self.running))
 
@@ -383,7 +383,7 @@ class FairQueue:
             self.runs, key=lambda run: (not run.is_quarantined, run.virtual_time), default=None
         )
 
-    def note(self, run: CohortRun, members: int, seconds: float, work: float) -> None:
+    def record_turn(self, run: CohortRun, members: int, seconds: float, work: float) -> None:
         """Record that a cohort has trained.
 
         Args:
@@ -406,7 +406,7 @@ class FairQueue:
         self.offered += seconds * slots
 
     def with_signature(self, signature: Hashable, most: float = math.inf) -> CohortRun | None:
-        """The cohort that trials with this signature can join, if it has fewer than `most`."""
+        """Return the cohort that trials with this signature can join, with fewer than `most`."""
         for run in self.runs:
             can_join = run.running and run.cohort.can_append and not run.is_quarantined
             if run.signature == signature and can_join and len(run.running) < most:

@@ -89,7 +89,7 @@ class TrialFinisher:
             try:
                 trial.report()
             except UpdateFinishedTrialError:
-                self.mark_lost(trial)
+                self.record_ended_elsewhere(trial)
 
     def end(self, run: CohortRun, outcomes: Mapping[int, TrialOutcome]) -> None:
         """End trials of a cohort, by their numbers; the cohort stays as it is."""
@@ -98,7 +98,7 @@ class TrialFinisher:
         with self.storage.batch() as rejections:
             for running, outcome in zip(told, outcomes.values(), strict=True):
                 if not running.is_finished:
-                    self._end(running, outcome, run.cohort, places[running.member.number])
+                    self._end_trial(running, outcome, run.cohort, places[running.member.number])
         self._mark_rejected(told, rejections)
         for number in outcomes:
             del run.running[number]
@@ -110,21 +110,21 @@ class TrialFinisher:
         """Whether a trial, trained for some seconds more, has taken longer than each may."""
         return self.trial_timeout is not None and running.trained + more > self.trial_timeout
 
-    def _end(
+    def _end_trial(
         self, running: RunningTrial, outcome: TrialOutcome, cohort: Cohort, place: int
     ) -> None:
         """Tell Optuna of one trial's end, its best weights kept first if it leads."""
         try:
             if outcome == TrialOutcome.TRIAL_TIMEOUT:
                 running.trial.set_user_attr(TRIAL_TIMEOUT, self.trial_timeout)
-            state, number = self._state(running, outcome), running.member.number
+            state, number = self._final_state(running, outcome), running.member.number
             is_complete = state == TrialState.COMPLETE and running.best is not None
             if is_complete and self.best_trials.would_rank(running.best or 0.0, number):
                 self._set_exact_value(running, cohort, place)
             running.numerics_context = cohort.numerics_context[place]
             running.describe(self.problem, cohort.iterations[place], outcome)
         except UpdateFinishedTrialError:
-            self.mark_lost(running)
+            self.record_ended_elsewhere(running)
             return
         if is_complete and self.best_trials.add(running.best or 0.0, number):
             self.best_trials.keep_weights(cohort, place)
@@ -140,7 +140,7 @@ class TrialFinisher:
                 f"from its cohort: {error}"
             )
 
-    def _state(self, running: RunningTrial, outcome: TrialOutcome) -> TrialState:
+    def _final_state(self, running: RunningTrial, outcome: TrialOutcome) -> TrialState:
         """Return the state that Optuna is told."""
         return outcome.state_of(
             has_value=running.best_so_far is not None,
@@ -165,7 +165,7 @@ class TrialFinisher:
         try:
             self._fail(running, error)
         except UpdateFinishedTrialError:
-            self.mark_lost(running)
+            self.record_ended_elsewhere(running)
         else:
             if counts and not self.source.any_evaluated():
                 self._raise_if_first_trials_fail_alike(error)
@@ -196,7 +196,7 @@ class TrialFinisher:
                 try:
                     running.fail(self.source.tell, self.problem, outcome)
                 except UpdateFinishedTrialError:
-                    self.mark_lost(running)
+                    self.record_ended_elsewhere(running)
         self._mark_rejected(trials, rejections)
         self.source.end(trials, counts=False)
         self.run_callbacks(trials)
@@ -208,7 +208,7 @@ class TrialFinisher:
                 try:
                     running.fail(self.source.tell, self.problem, TrialOutcome.ERROR)
                 except UpdateFinishedTrialError:
-                    self.mark_lost(running)
+                    self.record_ended_elsewhere(running)
 
     def release_all(self, worker: str) -> None:
         """Release all running trials, so that other workers can take them over."""
@@ -222,14 +222,14 @@ class TrialFinisher:
                     trial.set_user_attr(REQUEUED_BY, worker)
                     self.storage.set_trial_state_values(id_of(trial), TrialState.WAITING)
                 except UpdateFinishedTrialError:
-                    self.mark_lost(running)
+                    self.record_ended_elsewhere(running)
         count = sum(not running.is_finished for running in self.source.running.values())
         _logger.warning(
             f"{count} trials are left as they are; repeat the same call to resume them."
         )
         self.source.end(list(self.source.running.values()), counts=False)
 
-    def mark_lost(self, trial: RunningTrial) -> None:
+    def record_ended_elsewhere(self, trial: RunningTrial) -> None:
         """Mark a trial as ended by another process, whose state and value stay."""
         trial.is_finished = trial.ended_elsewhere = True
         _logger.warning(f"Trial {trial.member.number} was ended by another process.")
@@ -240,7 +240,7 @@ class TrialFinisher:
         """Mark the trials whose end the storage has rejected."""
         for running in trials:
             if id_of(running.trial) in rejections and not running.ended_elsewhere:
-                self.mark_lost(running)
+                self.record_ended_elsewhere(running)
 
     def run_callbacks(self, told: Sequence[RunningTrial]) -> None:
         """Call the callbacks for trials that have ended, and whose end the storage has accepted.
@@ -288,16 +288,16 @@ class BestTrials:
 
     def add(self, value: float, number: int) -> bool:
         """Add a trial and return whether it is ranked; of equal trials the first one is."""
-        self.ranking = self._with(value, number)
+        self.ranking = self._ranking_with(value, number)
         if self.ranking[0][1] == number:
             self.best = value
         return any(number == entry[1] for entry in self.ranking)
 
     def would_rank(self, value: float, number: int) -> bool:
         """Return whether a trial would be ranked."""
-        return any(number == entry[1] for entry in self._with(value, number))
+        return any(number == entry[1] for entry in self._ranking_with(value, number))
 
-    def _with(self, value: float, number: int) -> Ranking:
+    def _ranking_with(self, value: float, number: int) -> Ranking:
         entry = (-value if self.maximize else value, number)
         return sorted({*self.ranking, entry})[: self.size]
 

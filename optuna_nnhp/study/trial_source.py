@@ -105,17 +105,17 @@ class TrialSource:
         elif not self.study.get_trials(deepcopy=False):
             self.study.enqueue_trial(defaults, user_attrs={BASELINE: True})
             portfolio, left = self.problem.portfolio(), self.budget.n_trials
-            if self.is_planned or not with_portfolio:
+            if self.sampler_fixes_all_values or not with_portfolio:
                 return  # there are other wishes, of all trials
             for params in portfolio[: None if left is None else left // PORTFOLIO_SHARE]:
                 self.study.enqueue_trial(params, user_attrs={PORTFOLIO: True})
 
     @property
-    def is_planned(self) -> bool:
+    def sampler_fixes_all_values(self) -> bool:
         """Whether the sampler fixes every value, so that there are no followers."""
         return self.points is not None or isinstance(self.sampler, PLANNERS)
 
-    def left(self) -> int | None:
+    def n_trials_left(self) -> int | None:
         """Trials still to start, those of other workers counted; a grid ends by itself."""
         self.storage.refresh()
         trials = self.study.get_trials(deepcopy=False)
@@ -124,18 +124,18 @@ class TrialSource:
         )
         running = sum(t.state == TrialState.RUNNING for t in trials)
         released = sum(is_released(t) for t in trials)
-        left = self.budget.left(self.finished + running + released)
+        left = self.budget.n_trials_left(self.finished + running + released)
         if self.budget.n_trials is not None:
             free = sum(t.state.is_finished() for t in trials) - self.finished
             self._most = self.budget.n_trials + free
             self.storage.set_trial_limit(study_id(self.study), max(0, self._most - released))
         if self.points is None:
             return left
-        return self.points.left if left is None else min(left, self.points.left)
+        return self.points.n_points_left if left is None else min(left, self.points.n_points_left)
 
-    def make_room_for_released(self) -> None:
-        """Let released trials begin again: nobody else has their place, see `left`."""
-        self.left()
+    def reserve_places_for_released(self) -> None:
+        """Let released trials begin again: nobody else has their place, see `n_trials_left`."""
+        self.n_trials_left()
         self.storage.set_trial_limit(study_id(self.study), self._most)
 
     def ask_portfolio(self) -> list[RunningTrial]:
@@ -168,7 +168,7 @@ class TrialSource:
         trials, sampler = list[RunningTrial](), sampler or self.sampler
         self.ask_failed = False
         if leader is not None:
-            sampler = FollowerSampler(sampler, self.problem.pin(leader))
+            sampler = FollowerSampler(sampler, self.problem.pin_to_leader(leader))
         study = with_sampler(self.study, sampler)
         try:
             # What is reserved and not asked for would be left waiting.

@@ -142,13 +142,13 @@ class Tuner:
                 self.recovery,
                 FailureBisector(
                     lambda: load_newest_checkpoint(checkpoints, worker),
-                    self.recovery.again,
+                    self.recovery.restore_from_checkpoint,
                     self.finisher.fail,
                 ),
                 cohort_size,
                 worker,
                 self._wait_for_storage,
-                self._save,
+                self._write_checkpoint,
             )
         )
         self._last_recovery = -math.inf  # clock, seconds
@@ -165,7 +165,7 @@ class Tuner:
         ):
             try:
                 self._load_earlier_trials()
-                left, done = self.source.left(), self.source.finished
+                left, done = self.source.n_trials_left(), self.source.finished
                 if left == 0 and done >= (self.budget.n_trials or 0):
                     _logger.info(f"The study has its {done} trials already: nothing to do.")
                 with ProgressBar(self.show_progress_bar, self.budget, done) as progress:
@@ -185,7 +185,7 @@ class Tuner:
                 raise
             finally:
                 self._trainer.shutdown()
-                self._note_timing()
+                self._store_timing()
                 self.storage.flush()
                 self._save_outbox()
 
@@ -230,17 +230,17 @@ class Tuner:
         self._admit()
         while not self.budget.released:
             if run := self.queue.next():
-                self._train(run)
+                self._train_cohort(run)
                 progress.show(self.source.finished, self.queue.n_training, self.best_trials.best)
             elif not self.storage.is_available:
                 if not self._wait_for_storage():
                     break
-            elif not self.policy.has_more():
-                if self.budget.is_over() or not self.recovery.has_unsure_workers():
+            elif not self.policy.has_more_trials():
+                if self.budget.is_over() or not self.recovery.has_possibly_dead_workers():
                     break
                 time.sleep(POLL_INTERVAL)
                 self._last_recovery = -math.inf
-            self._save_if_due()
+            self._write_checkpoint_if_due()
             self._recover()
             self._admit()
 
@@ -254,12 +254,12 @@ class Tuner:
             )
         return not self._storage_lost
 
-    def _save_if_due(self) -> None:
+    def _write_checkpoint_if_due(self) -> None:
         if self.checkpoints.is_due():
             with self.timing("checkpoints"):
-                self._save()
+                self._write_checkpoint()
 
-    def _save(self) -> bool:
+    def _write_checkpoint(self) -> bool:
         """Write a checkpoint and return whether it was written.
 
         The storage is flushed first, so that a worker that resumes finds the members' values.
@@ -283,16 +283,16 @@ class Tuner:
         is_due = time.monotonic() - self._last_recovery > self.lease.renewal_interval
         if self.recovery.has_postponed:
             is_due = not any(run.is_quarantined for run in self.queue.training)
-        is_due = is_due or bool(self.recovery.released())
+        is_due = is_due or bool(self.recovery.released_trials())
         if not is_due or self.budget.is_over():
             return
         self._last_recovery = time.monotonic()
         if claimed := self.recovery.claim(separable=self.policy.separable):
             self.policy.restore(claimed)
             if self.queue.training:
-                self._save()
+                self._write_checkpoint()
 
-    def _note_timing(self) -> None:
+    def _store_timing(self) -> None:
         """Store the time used by each section of this call as an attribute of the study."""
         wall = self.budget.seconds
         if not self.queue.offered:
@@ -313,7 +313,7 @@ class Tuner:
 
     # --- Training ---
 
-    def _train(self, run: CohortRun) -> None:
+    def _train_cohort(self, run: CohortRun) -> None:
         """Train one cohort to its next evaluation, and end the trials that the policy ends."""
         members = len(run.cohort.members)
         self.policy.before_round(run)
@@ -327,13 +327,13 @@ class Tuner:
         run.seconds += seconds
         for running in run.running.values():
             running.trained += seconds
-        self.queue.note(run, members, seconds, work * (run.cohort.iterations[0] - before))
+        self.queue.record_turn(run, members, seconds, work * (run.cohort.iterations[0] - before))
         with self.timing("bookkeeping"):
             decided = (
                 self._outcomes_of_stop(run) if scores is None else self.policy.decide(run, scores)
             )
             if decided:
-                self._end(run, decided)
+                self._end_trials(run, decided)
             self.storage.flush_if_due()
         if decided:
             with self.timing("asking"):
@@ -364,19 +364,21 @@ class Tuner:
         if cohort.compiled_mlp is None:
             oldest = max(run.running.values(), key=lambda running: running.trained)
 
-            def pauses() -> bool:
+            def must_pause() -> bool:
                 if self.budget.is_over() or self.checkpoints.is_due():
                     return True
                 return self.finisher.exceeds_timeout(oldest, time.monotonic() - started)
 
             with self.timing("training"):
-                scores = _trained(cohort, pauses)
+                scores = _train_to_evaluation(cohort, must_pause)
             return scores, time.monotonic() - started
         ended, given_up = list[float](), Event()
 
         def train() -> Scores | None:
             try:
-                return _trained(cohort, lambda: given_up.is_set() or self.budget.out_of_time())
+                return _train_to_evaluation(
+                    cohort, lambda: given_up.is_set() or self.budget.out_of_time()
+                )
             finally:
                 ended.append(time.monotonic())
 
@@ -390,10 +392,10 @@ class Tuner:
                 given_up.set()
                 wait([future])
                 raise
-        self.timing.move("training", "asking", max(0.0, late - ended[0]))
+        self.timing.move_seconds("training", "asking", max(0.0, late - ended[0]))
         return future.result(), ended[0] - started
 
-    def _end(self, run: CohortRun, outcomes: Mapping[int, TrialOutcome]) -> None:
+    def _end_trials(self, run: CohortRun, outcomes: Mapping[int, TrialOutcome]) -> None:
         """End trials of a cohort, by their numbers, and shrink it to the others."""
         cohort = run.cohort
         self.finisher.end(run, outcomes)
@@ -405,15 +407,15 @@ class Tuner:
     def _release_or_end_rest(self) -> None:
         """Fail the trials that have not started, or release all with a checkpoint."""
         if self.budget.released and self.source.running:
-            self._save()
+            self._write_checkpoint()
             self.finisher.release_all(self.lease.worker)
             return
         is_stopped = self.budget.interrupted or self.source.is_stopped
         outcome = TrialOutcome.INTERRUPTED if is_stopped else TrialOutcome.TIMEOUT
-        self.finisher.fail_unstarted(self.policy.unstarted(), outcome)
+        self.finisher.fail_unstarted(self.policy.unstarted_trials(), outcome)
 
 
-def _trained(cohort: Cohort, stop: Callable[[], bool]) -> Scores | None:
+def _train_to_evaluation(cohort: Cohort, stop: Callable[[], bool]) -> Scores | None:
     """Train a cohort to its next evaluation.
 
     Raises:

@@ -207,7 +207,16 @@ class Template(Problem):
 TEMPLATES: dict[str, type[Template]] = {}
 _AnyTemplate = TypeVar("_AnyTemplate", bound=type[Template])
 _REQUIRED = (
-    *("defaults", "member", "signature", "pin", "cohort_size", "memory", "cohort", "with_seed"),
+    *(
+        "defaults",
+        "member",
+        "signature",
+        "pin_to_leader",
+        "cohort_size",
+        "memory",
+        "cohort",
+        "with_seed",
+    ),
     *("count_weights", "network", "predictor"),
 )
 

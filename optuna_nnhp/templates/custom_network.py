@@ -162,7 +162,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
         self._catalogue_defaults = {n: h.default for n, h in specs(data.target.task).items()}
         self._probes: dict[Hashable, StackabilityReport] = {}
         self.target, self._read_names = data.target, set[str]()
-        chosen = self._without_unread(*chosen, given={*(space or {}), *(fixed or {})})
+        chosen = self._drop_unread_parameters(*chosen, given={*(space or {}), *(fixed or {})})
         super().__init__(
             data, judge, *chosen, self.builder, seed=seed, device=device, compile=compile
         )
@@ -216,11 +216,11 @@ class CustomNetworkTemplate(SupervisedTemplate):
         alone = () if found.obstacle is None else (member.number,)
         return (found.structure, member.params["batch_size"], member.params["iterations"], *alone)
 
-    def pin(self, leader: Member) -> Callable[[str, Any], Any]:
+    def pin_to_leader(self, leader: Member) -> Callable[[str, Any], Any]:
         """Return a function that replaces values which change the structure by the leader's."""
         structure = self._probe(leader).structure
 
-        def pin(name: str, value: Any) -> Any:
+        def replace_by_leaders_value(name: str, value: Any) -> Any:
             if name not in ("batch_size", "iterations"):
                 if name not in self._read_names:
                     return value
@@ -230,9 +230,9 @@ class CustomNetworkTemplate(SupervisedTemplate):
                         return value
                 except TrialError:  # such a network cannot be built; the leader's can
                     pass
-            return self._in_space(name, leader.params[name], value)
+            return self._to_space_value(name, leader.params[name], value)
 
-        return pin
+        return replace_by_leaders_value
 
     def mutable_names(self) -> frozenset[str]:
         """Return what may change during training: what the user's function does not read.
@@ -343,7 +343,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
         }
         return {**values, **effective_params(self.target.task, known)}
 
-    def _in_space(self, name: str, wanted: Value, proposed: Any) -> Any:
+    def _to_space_value(self, name: str, wanted: Value, proposed: Any) -> Any:
         """Return a leader's value as the space has it, where training uses 0 for "off"."""
         distribution = self.space[name]
         if is_in_distribution(distribution, wanted):
@@ -355,7 +355,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
         ]
         return fitting[0] if fitting else proposed
 
-    def _without_unread(
+    def _drop_unread_parameters(
         self,
         space: dict[str, BaseDistribution],
         fixed: dict[str, Value],

@@ -25,8 +25,8 @@ from optuna_nnhp.hyperparameters.catalogue import resolve_space
 from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.hyperparameters.spec import is_in_distribution
-from optuna_nnhp.hyperparameters.width import fold_width
 from optuna_nnhp.hyperparameters.width import padded_width
+from optuna_nnhp.hyperparameters.width import scale_width_to_octave
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.networks.mlp import build_mlp
 from optuna_nnhp.networks.mlp import count_weights
@@ -177,20 +177,20 @@ class DNNTemplate(SupervisedTemplate):
         params = member.params
         return (mlp_signature(params), params["batch_size"], params["iterations"])
 
-    def pin(self, leader: Member) -> Callable[[str, Any], Any]:
+    def pin_to_leader(self, leader: Member) -> Callable[[str, Any], Any]:
         """Return a function that sets static values to the leader's, the width to its octave."""
         padded = padded_width(int(leader.params["width"] or 1))
 
-        def pin(name: str, value: Any) -> Any:
+        def replace_by_leaders_value(name: str, value: Any) -> Any:
             if name in ("hidden_layers", "normalization", "batch_size", "iterations"):
                 return leader.params[name]
             if name != "width":
                 return value
-            folded = fold_width(value, padded)
+            folded = scale_width_to_octave(value, padded)
             known = is_in_distribution(self.space["width"], folded)
             return folded if known else leader.params["width"]
 
-        return pin
+        return replace_by_leaders_value
 
     def cohort_size(self, leader: Member) -> int:
         """Return a size that fits in memory and keeps a round of the cohort short."""

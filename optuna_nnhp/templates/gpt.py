@@ -341,7 +341,7 @@ class GPTTemplate(Template):
         kept += 4 * architecture.vocabulary
         return 4 * (8 * count_parameters(architecture) + tokens * kept)
 
-    def pin(self, leader: Member) -> Callable[[str, Any], Any]:
+    def pin_to_leader(self, leader: Member) -> Callable[[str, Any], Any]:
         """Return a function that sets static values to the leader's."""
         static = _static_names()
         return lambda name, value: leader.params[name] if name in static else value

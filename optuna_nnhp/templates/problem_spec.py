@@ -321,15 +321,15 @@ def make_problem(
         if not isinstance(template, str) or template not in names:
             raise unknown_name("a template", template, names)
         found: Any = TEMPLATES[template]
-        return found(X, **_options_of(found, options))  # type: ignore[no-any-return]
+        return found(X, **_given_options(found, options))  # type: ignore[no-any-return]
     if not isinstance(template, str) or template != DEFAULT_TEMPLATE:
         raise ValueError(
             "`template` must not be given with `network`: optimize(network=network, X=X, y=y)."
         )
-    return CustomNetworkTemplate(network, X, **_options_of(CustomNetworkTemplate, options))
+    return CustomNetworkTemplate(network, X, **_given_options(CustomNetworkTemplate, options))
 
 
-def _options_of(template: type[Template], options: dict[str, Any]) -> dict[str, Any]:
+def _given_options(template: type[Template], options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that a template takes, without those that have no value."""
     known = template.option_defaults()
     for name, value in options.items():

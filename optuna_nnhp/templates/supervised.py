@@ -353,11 +353,12 @@ def describe_budget(space: Mapping[str, BaseDistribution], fixed: Mapping[str, V
         'up to 9 epochs a trial, early stopping after 3 epochs without improvement'
     """
 
-    def words(name: str) -> str:
+    def describe_limit(name: str) -> str:
         return str(fixed[name]) if name in fixed else f"a tuned number of {name}:"
 
     if "iterations" in space or fixed.get("iterations"):
-        longest = f"{words('iterations')} iterations a trial"
+        longest = f"{describe_limit('iterations')} iterations a trial"
     else:
-        longest = f"{words('epochs')} epochs a trial"
-    return f"up to {longest}, early stopping after {words('patience')} epochs without improvement"
+        longest = f"{describe_limit('epochs')} epochs a trial"
+    patience = describe_limit("patience")
+    return f"up to {longest}, early stopping after {patience} epochs without improvement"

@@ -24,7 +24,7 @@ from optuna_nnhp.hyperparameters.loss import Loss
 from optuna_nnhp.hyperparameters.regularization import EarlyStopping
 from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.flat_parameters import StepParams
-from optuna_nnhp.networks.layers import subset
+from optuna_nnhp.networks.layers import subset_stack
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.networks.noise import DropoutNoise
 from optuna_nnhp.training.batches import next_evaluation
@@ -417,7 +417,7 @@ class Cohort:
         if self.engine is not None:
             return CompiledGPTSubset(self.engine, index.tolist())
         if len(index) < len(self.members):
-            network = subset(network, index.to(self.loss_sum.device))
+            network = subset_stack(network, index.to(self.loss_sum.device))
         network.eval()
         each = network.activations_per_example or max(p.shape[-1] for p in network.parameters())
         rows = max(1, MAX_EVALUATION_ACTIVATIONS // (len(index) * each))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from optuna_nnhp.engine.gpt import orthogonalize_
 from optuna_nnhp.engine.gpt import supports_tensors
+from optuna_nnhp.hyperparameters.muon import learning_rate_factor
 from optuna_nnhp.hyperparameters.muon import orthogonalize
-from optuna_nnhp.hyperparameters.muon import shape_rate_factor
 from optuna_nnhp.hyperparameters.optimizer import OptimizerState
 from optuna_nnhp.hyperparameters.optimizer import UpdateCoefficients
 from optuna_nnhp.hyperparameters.optimizer import optimizer_step
@@ -148,7 +148,7 @@ class ParamGroupUpdate:
                 orthogonalize_(stack.flatten(0, 1))
             else:
                 stack = orthogonalize(stack.flatten(0, 1)).view(stack.shape)
-            scale = -rate * shape_rate_factor(inputs, outputs)
+            scale = -rate * learning_rate_factor(inputs, outputs)
             update = stack * scale[:, None, None, None]
             for n, (_, weight) in enumerate(matrices):
                 weight.mul_(decayed[:, None, None]).add_(update[:, n])

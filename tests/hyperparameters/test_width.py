@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from optuna_nnhp.hyperparameters.width import fold_width
 from optuna_nnhp.hyperparameters.width import layer_widths
 from optuna_nnhp.hyperparameters.width import padded_width
+from optuna_nnhp.hyperparameters.width import scale_width_to_octave
 
 PADDED = [16, 32, 64, 128, 1024]
 
@@ -43,13 +43,13 @@ def test_padding_is_the_least_power_of_two_that_holds(width: int) -> None:
 @pytest.mark.parametrize("padded", PADDED)
 def test_a_folded_width_belongs_to_the_stack(padded: int) -> None:
     for width in range(1, 3000):
-        assert padded_width(fold_width(width, padded)) == padded
+        assert padded_width(scale_width_to_octave(width, padded)) == padded
 
 
 @pytest.mark.parametrize("padded", PADDED)
 def test_a_width_that_belongs_already_stays(padded: int) -> None:
     for width in range(1 if padded == 16 else padded // 2 + 1, padded + 1):
-        assert fold_width(width, padded) == width
+        assert scale_width_to_octave(width, padded) == width
 
 
 @pytest.mark.parametrize("padded", PADDED)
@@ -57,11 +57,11 @@ def test_folding_keeps_the_place_within_the_octave(padded: int) -> None:
     for width in range(17, 2000):
         share = width / padded_width(width)  # in (1/2, 1]
         # To the next whole number, and to the one after at the octave's open end.
-        assert abs(fold_width(width, padded) - share * padded) <= 1
+        assert abs(scale_width_to_octave(width, padded) - share * padded) <= 1
 
 
 @pytest.mark.parametrize(
     "width, padded, expected", [(100, 512, 400), (700, 64, 44), (20, 16, 10), (64, 64, 64)]
 )
 def test_fold_width(width: int, padded: int, expected: int) -> None:
-    assert fold_width(width, padded) == expected
+    assert scale_width_to_octave(width, padded) == expected

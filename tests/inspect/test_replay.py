@@ -446,12 +446,12 @@ def test_changed_weights_are_not_exact(tmp_path: Path) -> None:
 
 
 def test_differences_of_the_environment_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {**environment._constant(), "torch": "1.0.0", "cpu": "Abacus 9"}
+    there = {**environment._process_environment(), "torch": "1.0.0", "cpu": "Abacus 9"}
     with monkeypatch.context() as patch:
-        patch.setattr(environment, "_constant", lambda: there)
+        patch.setattr(environment, "_process_environment", lambda: there)
         result = tune()
     found = replay(result.study, 0, classes())
-    here = environment._constant()
+    here = environment._process_environment()
     assert found.differences == [
         f"torch 1.0.0 then, {here['torch']} now",
         f"cpu Abacus 9 then, {here['cpu']} now",

@@ -26,10 +26,10 @@ from optuna_nnhp.storages import journal_file
 from optuna_nnhp.storages.buffered import BufferedStorage
 from optuna_nnhp.storages.journal_file import JournalFile
 from optuna_nnhp.storages.journal_file import KernelReleasedLock
-from optuna_nnhp.storages.journal_file import append
-from optuna_nnhp.storages.journal_file import encode
+from optuna_nnhp.storages.journal_file import append_lines
+from optuna_nnhp.storages.journal_file import encode_logs
 from optuna_nnhp.storages.journal_file import open_journal
-from optuna_nnhp.storages.journal_file import repair
+from optuna_nnhp.storages.journal_file import remove_unfinished_line
 from optuna_nnhp.storages.open_storage import open_storage
 from tests.tiny import ENVIRONMENT
 
@@ -66,7 +66,7 @@ def test_a_torn_last_line_is_removed(
     torn: bytes, path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     whole = path.read_bytes()
-    assert not repair(path)
+    assert not remove_unfinished_line(path)
     assert log.text.count("unfinished") == 0
     path.write_bytes(whole + torn)
     study = optuna.load_study(storage=open_journal(path), study_name="a")
@@ -127,7 +127,7 @@ def test_entries_after_a_torn_line_are_kept(
     for name in "cde"[:behind]:  # by a plain Optuna process that was running already
         record = {"worker_id": "y", "study_name": name, "directions": [1]}
         with path.open("ab") as file:
-            file.write(encode([{"op_code": 0, **record}]))
+            file.write(encode_logs([{"op_code": 0, **record}]))
     size, expected = path.stat().st_size, list("abcde"[: 2 + behind])
     if behind > 1:
         with pytest.raises(ValueError):
@@ -160,11 +160,11 @@ def full_disk(path: Path, free: int) -> Iterator[None]:
 
 def test_a_full_disk_leaves_whole_lines(path: Path) -> None:
     before = path.read_bytes()
-    lines = encode([{"op_code": 2, "study_id": 9}, {"op_code": 2, "study_id": 10}])
+    lines = encode_logs([{"op_code": 2, "study_id": 9}, {"op_code": 2, "study_id": 10}])
     with full_disk(path, 40), pytest.raises(OSError):
-        append(path, lines)
+        append_lines(path, lines)
     assert path.read_bytes() == before + lines[: lines.index(b"\n") + 1]
-    append(path, lines)
+    append_lines(path, lines)
     assert path.read_bytes() == before + lines[: lines.index(b"\n") + 1] + lines
     with full_disk(path, 3), pytest.raises(OSError):
         JournalFile(path).append_logs([{"op_code": 2}])

@@ -473,7 +473,7 @@ def test_a_disk_that_is_full_can_be_read(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("optuna_nnhp.storages.journal_file.append", full)
+        patch.setattr("optuna_nnhp.storages.journal_file.append_lines", full)
         study.tell(trial, 1.0)
         for _ in range(5):
             time.sleep(0.03)

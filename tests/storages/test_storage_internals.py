@@ -115,7 +115,9 @@ def test_journal_state_reads_trials_and_errors_of_own_entries(
         assert state.trials_of(study._study_id) == [state.trials[first]]
         assert state.trials_of(10**6) is None
         code = internals.JournalOperation.SET_TRIAL_USER_ATTR
-        (entry,) = state.signed([{"op_code": code, "trial_id": 10**6, "user_attr": {"a": 1}}])
+        (entry,) = state.with_worker_id(
+            [{"op_code": code, "trial_id": 10**6, "user_attr": {"a": 1}}]
+        )
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         assert isinstance(state.sync()[10**6], KeyError)

@@ -29,7 +29,7 @@ def admission(monkeypatch: pytest.MonkeyPatch) -> Any:
         is_stopped=False,
         ask_failed=False,
         queue=queue,
-        left=lambda: len(queue),
+        n_trials_left=lambda: len(queue),
         ask=lambda count: [queue.pop(0) for _ in range(count)],
     )
     return Admission(source, FairQueue(), None, problem, budget)  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ def test_trials_of_workers_with_different_threads_have_different_environments(
 
 def test_the_environment_is_looked_up_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     first = describe_environment(problem())
-    monkeypatch.setattr(environment, "_cpu", lambda: 1 / 0)
+    monkeypatch.setattr(environment, "_cpu_model", lambda: 1 / 0)
     assert describe_environment(problem()) == first
 
 

@@ -28,7 +28,7 @@ def shares(runs: list[CohortRun], seconds: dict[int, float], turns: int = 3000) 
     for _ in range(turns):
         chosen = queue.next()
         assert chosen is not None
-        queue.note(chosen, len(chosen.running), 0.1, work=seconds[id(chosen)])
+        queue.record_turn(chosen, len(chosen.running), 0.1, work=seconds[id(chosen)])
         spent[id(chosen)] += seconds[id(chosen)]
     return [spent[id(each)] / sum(spent.values()) for each in runs]
 
@@ -50,7 +50,7 @@ def test_a_members_share_grows_with_its_rounds() -> None:
 def test_a_new_cohort_starts_with_the_least_virtual_time_of_the_others() -> None:
     queue, old, new = FairQueue(), make_run(1, 1), make_run(1, 1)
     queue.add(old)
-    queue.note(old, 1, 0.1, work=1000.0)
+    queue.record_turn(old, 1, 0.1, work=1000.0)
     queue.add(new)
     assert new.virtual_time == old.virtual_time
 
@@ -65,14 +65,14 @@ def test_a_cohort_without_members_gets_no_turn() -> None:
 def test_occupancy_is_members_over_slots_weighted_by_time() -> None:
     queue, full, thin = FairQueue(), make_run(4, 4), make_run(1, 4)
     thin.refills = True
-    queue.note(full, 4, 3.0, work=1.0)
-    queue.note(thin, 1, 1.0, work=1.0)
+    queue.record_turn(full, 4, 3.0, work=1.0)
+    queue.record_turn(thin, 1, 1.0, work=1.0)
     assert queue.occupancy == pytest.approx((12 + 1) / (12 + 4))
 
 
 def test_slots_that_are_not_refilled_do_not_reduce_the_occupancy() -> None:
     queue, old = FairQueue(), make_run(1, 4)
-    queue.note(old, 1, 1.0, work=1.0)
+    queue.record_turn(old, 1, 1.0, work=1.0)
     assert queue.occupancy == 1.0
 
 

@@ -302,7 +302,7 @@ def test_points_that_cannot_be_trained_count_as_no_time(monkeypatch: pytest.Monk
     points: list[dict[str, Any]] = [
         {"optimizer": name} for name in ("sgd", "adam", "adam", "adam")
     ]
-    assert grid._seconds_each(make_problem(), points) == 3.0
+    assert grid._mean_seconds_per_point(make_problem(), points) == 3.0
 
 
 def test_a_grid_over_a_users_network_visits_each_point() -> None:
@@ -421,7 +421,7 @@ def test_a_point_whose_earlier_trial_failed_is_not_a_duplicate() -> None:
 def test_waiting_trials_that_were_not_enqueued_are_ignored() -> None:
     one, _, study = two_workers()
     study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
-    assert (one.left, one.take()) == (0, None)
+    assert (one.n_points_left, one.take()) == (0, None)
 
 
 STORAGES = {"journal": "both.journal", "sqlite": "sqlite:///both.db"}

@@ -321,7 +321,7 @@ def test_released_trials_count_towards_n_trials(
 ) -> None:
     run("dnn", "cut.journal", how="SIGTERM", at=4)
     with monkeypatch.context() as patch:  # a worker that does not see them yet
-        patch.setattr(recovery.Recovery, "released", lambda self: [])
+        patch.setattr(recovery.Recovery, "released_trials", lambda self: [])
         finish_study("cut.journal")
     assert [t.state for t in load_study("cut.journal").trials] == [TrialState.WAITING] * 6
     assert finish_study("cut.journal") == records_without_kill("dnn")

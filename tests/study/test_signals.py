@@ -105,7 +105,7 @@ def test_an_error_while_asking_stops_the_round_in_training(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(tuner, "_trained", endless)
+    monkeypatch.setattr(tuner, "_train_to_evaluation", endless)
     monkeypatch.setattr(HalvingPolicy, "ask_ahead", fails)
     with pytest.raises(error):
         tune(X, Y, fixed=ENDLESS, n_trials=2, cohort_size=2)
@@ -177,7 +177,7 @@ def test_a_study_can_run_in_another_thread() -> None:
 def test_the_budget_counts_the_trials_left(
     n_trials: int | None, finished: int, left: int | None
 ) -> None:
-    assert Budget(n_trials, timeout=1).left(finished) == left
+    assert Budget(n_trials, timeout=1).n_trials_left(finished) == left
 
 
 def test_the_budget_is_over_after_its_timeout_or_an_interrupt() -> None:

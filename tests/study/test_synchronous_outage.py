@@ -85,7 +85,7 @@ class BeforeSecondRound:
                 self.function()
             original(tuner, run)
 
-        monkeypatch.setattr(Tuner, "_train", train)
+        monkeypatch.setattr(Tuner, "_train_cohort", train)
 
     def call(self, function: Callable[[], None]) -> None:
         """Set the function for the next call of `run`."""

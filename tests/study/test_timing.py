@@ -20,5 +20,5 @@ def test_a_section_within_another_is_not_counted_twice(monkeypatch: pytest.Monke
 def test_seconds_move_between_sections() -> None:
     timing = Timing()
     timing.seconds["training"] = 3.0
-    timing.move("training", "asking", 1.0)
+    timing.move_seconds("training", "asking", 1.0)
     assert timing.seconds == {"training": 2.0, "asking": 1.0}

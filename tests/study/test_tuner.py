@@ -516,13 +516,13 @@ def test_free_slots_are_refilled_beside_older_members(joins: list[tuple[list[int
 
 def test_one_cohort_at_a_time_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[int] = []
-    note = FairQueue.note
+    note = FairQueue.record_turn
 
     def spy(queue: FairQueue, *arguments: Any, **more: Any) -> None:
         filled.append(sum(run.refills for run in queue.runs))
         note(queue, *arguments, **more)
 
-    monkeypatch.setattr(FairQueue, "note", spy)
+    monkeypatch.setattr(FairQueue, "record_turn", spy)
     tune(cohort_size=4, n_trials=40)
     assert set(filled) == {1}
 

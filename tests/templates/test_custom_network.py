@@ -281,13 +281,13 @@ def test_a_pinned_proposal_can_join_its_leader() -> None:
         own = problem(network, space=space, fixed={"epochs": 2})
         own.signature(own.member(0, own.defaults() | {"channels": 7}))
     leader = own.member(0, own.defaults() | {"channels": 4, "slope": 0.25, "batch_size": 16})
-    pin = own.pin(leader)
+    pin = own.pin_to_leader(leader)
     assert [pin("channels", c) for c in (4, 5, 7)] == [4, 4, 4]
     assert (pin("slope", 0.1), pin("batch_size", 32)) == (0.25, 16)
     assert (pin("learning_rate", 0.3), pin("dropout", 0.2)) == (0.3, 0.2)
     # Off is no layer at all; as a proposal it is a value of the range.
     assert pin("dropout", 0.01) == 0.1
-    off = own.pin(own.member(0, own.defaults() | {"dropout": 0.01}))
+    off = own.pin_to_leader(own.member(0, own.defaults() | {"dropout": 0.01}))
     assert [off("dropout", rate) for rate in (0.5, 0.02)] == [0.005, 0.02]
 
 

@@ -101,7 +101,7 @@ def test_members_of_one_shape_share_a_signature(changed: dict[str, Any], is_equa
 def test_a_pinned_proposal_can_join_its_leader(width: int, distribution: Any) -> None:
     problem = DNNTemplate(*classes(), space={"width": distribution} if distribution else None)
     leader = problem.member(0, params_of(problem, width=width, hidden_layers=5, batch_size=16))
-    pin = problem.pin(leader)
+    pin = problem.pin_to_leader(leader)
     for proposed in (16, 17, 30, 100, 257, 700, 1000, 1024):
         values = {"width": proposed, "hidden_layers": 1, "batch_size": 512, "learning_rate": 0.3}
         pinned = {name: pin(name, value) for name, value in values.items()}

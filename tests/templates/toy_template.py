@@ -77,7 +77,7 @@ class LinearTemplate(SupervisedTemplate):
     def signature(self, member: Member) -> Hashable:
         return member.params["batch_size"]
 
-    def pin(self, leader: Member) -> Callable[[str, Any], Any]:
+    def pin_to_leader(self, leader: Member) -> Callable[[str, Any], Any]:
         return lambda name, value: value
 
     def cohort_size(self, leader: Member) -> int:

@@ -14,8 +14,8 @@ from optuna_nnhp.engine.library import ENGINE_VARIABLE
 from optuna_nnhp.hyperparameters.catalogue import effective_params
 from optuna_nnhp.hyperparameters.catalogue import specs
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
+from optuna_nnhp.hyperparameters.muon import learning_rate_factor
 from optuna_nnhp.hyperparameters.muon import orthogonalize
-from optuna_nnhp.hyperparameters.muon import shape_rate_factor
 from optuna_nnhp.networks.flat_parameters import FlatParameters
 from optuna_nnhp.networks.gpt import StackedGPT
 from optuna_nnhp.networks.transformer import Architecture
@@ -283,8 +283,8 @@ def _check_muon(weight: Any, after: Tensor, p: dict[str, Any], pieces: int) -> N
 
 
 def test_rates_of_muon_for_other_shapes() -> None:
-    assert shape_rate_factor(8, 32) == 2.0
-    assert shape_rate_factor(32, 8) == 1.0
+    assert learning_rate_factor(8, 32) == 2.0
+    assert learning_rate_factor(32, 8) == 1.0
 
 
 def test_under_mup_hidden_matrices_move_less() -> None:

@@ -209,9 +209,9 @@ def test_relative_paths_become_absolute(folder: Path) -> None:
 
 
 def test_workers_divide_the_remaining_trials() -> None:
-    assert Budget(10, None, workers=4).left(finished=1) == 3
-    assert Budget(10, None, workers=4).left(finished=9) == 1
-    assert Budget(10, None, workers=4).left(finished=10) == 0
+    assert Budget(10, None, workers=4).n_trials_left(finished=1) == 3
+    assert Budget(10, None, workers=4).n_trials_left(finished=9) == 1
+    assert Budget(10, None, workers=4).n_trials_left(finished=10) == 0
 
 
 def test_grid_samplers_of_workers_propose_nothing() -> None:

@@ -90,10 +90,10 @@ class Policy(Protocol):
     def ask_ahead(self, is_over: Callable[[], bool]) -> None:
         """Ask for trials while a cohort trains in the engine, until the round is over."""
 
-    def has_more(self) -> bool:
+    def has_more_trials(self) -> bool:
         """Return whether more trials can start although no cohort is in training."""
 
-    def unstarted(self) -> Sequence[RunningTrial]:
+    def unstarted_trials(self) -> Sequence[RunningTrial]:
         """Return the trials that were asked for and have not started to train."""
 
     def before_round(self, run: CohortRun) -> None:

@@ -46,11 +46,11 @@ class HalvingPolicy:
         """Ask for followers while a cohort trains in the engine."""
         self.admission.ask_followers_ahead(is_over)
 
-    def has_more(self) -> bool:
+    def has_more_trials(self) -> bool:
         """Return whether more trials can start although no cohort is in training."""
-        return self.admission.has_more()
+        return self.admission.has_more_trials()
 
-    def unstarted(self) -> Sequence[RunningTrial]:
+    def unstarted_trials(self) -> Sequence[RunningTrial]:
         """Return the trials that were asked for and have not started to train."""
         return [*self.admission.waiting, *self.admission.deferred]
 
@@ -59,7 +59,7 @@ class HalvingPolicy:
 
     def decide(self, run: CohortRun, scores: Scores) -> dict[int, TrialOutcome]:
         """Return which trials of a cohort end after an evaluation, by their numbers."""
-        self.admission.note_first_round(run)
+        self.admission.record_first_round_seconds(run)
         evaluated = [run.running[run.cohort.members[i].number] for i in scores.indices]
         before = [trial.last_round for trial in evaluated]
         for i, trial in enumerate(evaluated):
@@ -108,11 +108,11 @@ class HalvingPolicy:
 
     def on_error(self, run: CohortRun, trials: Sequence[RunningTrial], error: Exception) -> None:
         """Divide a cohort whose training raised an error, until the trials at fault are alone."""
-        self.admission.replace(run, self.bisector.bisect(list(trials), error))
+        self.admission.replace_cohort(run, self.bisector.bisect(list(trials), error))
 
     def restore(self, claimed: Mapping[str, Sequence[FrozenTrial]]) -> None:
         """Continue trials that were taken over, all at once."""
-        for run in self.recovery.restore_cohorts(claimed, self.bisector.again):
+        for run in self.recovery.restore_cohorts(claimed, self.bisector.divide):
             self.admission.add_recovered_cohort(run)
 
     def state_dict(self) -> dict[str, Any]:

@@ -251,9 +251,9 @@ class HypergradientPolicy(SynchronousPolicy):
         untrained = _losses(run.cohort)
         for start in self.group:
             start.loss, start.trial.root = untrained[start.number], start.number
-        return self._with_steps(run)
+        return self._begin_step(run)
 
-    def _with_steps(self, run: CohortRun) -> CohortRun:
+    def _begin_step(self, run: CohortRun) -> CohortRun:
         """Begin a step of a group."""
         self.steps = min(STEPS, rounds_of(run.cohort))
         for start in self.group:
@@ -280,7 +280,7 @@ class HypergradientPolicy(SynchronousPolicy):
         self._continue(cohort, chosen)  # at the end too: these weights are the trials'
         if self.step < self.steps:
             self.step += 1
-            self._with_steps(run)
+            self._begin_step(run)
             return {}
         return {
             start.number: TrialOutcome.DIVERGED
@@ -313,7 +313,7 @@ class HypergradientPolicy(SynchronousPolicy):
         return self.base
 
     def _resume(self, run: CohortRun, others: Sequence[RunningTrial]) -> CohortRun | None:
-        self._refuse(others, TrialOutcome.KILLED)
+        self._end_untrained(others, TrialOutcome.KILLED)
         self.group = [
             HypergradientTrial.from_state_dict(state, running, self.distributions, self.rate)
             for state in self.states
@@ -324,7 +324,7 @@ class HypergradientPolicy(SynchronousPolicy):
         wanted = {m.number for start in self.group for m in start.members(self.problem)}
         numbers = [member.number for member in run.cohort.members]
         run.cohort.select([i for i, number in enumerate(numbers) if number in wanted])
-        return self._with_steps(run)
+        return self._begin_step(run)
 
 
 def gradient_space(problem: Problem) -> dict[str, FloatDistribution]:

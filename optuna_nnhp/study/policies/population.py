@@ -80,7 +80,7 @@ class PopulationPolicy(SynchronousPolicy):
     def _start_group(self, leader: RunningTrial) -> CohortRun | None:
         sampler = self.sampler
         assert isinstance(sampler, PopulationSampler)
-        members, self.last_generation = self._shape(leader)
+        members, self.last_generation = self._size_and_generations(leader)
         sampler.set_size(members)
         trials = [leader, *self._ask_followers(leader, members - 1)]
         self.members = len(trials)
@@ -103,9 +103,9 @@ class PopulationPolicy(SynchronousPolicy):
         self.is_logged = True
         return run
 
-    def _shape(self, leader: RunningTrial) -> tuple[int, int]:
+    def _size_and_generations(self, leader: RunningTrial) -> tuple[int, int]:
         """Return members and generations, by what is left of the budget."""
-        left = self.source.left()
+        left = self.source.n_trials_left()
         wanted = self.size or SIZE
         if self.size is None and left is not None:
             wanted = min(SIZE, max(MIN_SIZE, (left + 1) // self.generations))
@@ -149,9 +149,9 @@ class PopulationPolicy(SynchronousPolicy):
             trial.add_scores(scores, i)
         self.finisher.report(run, evaluated)
         is_over = cohort.rounds_done[0] >= self._end_of_generation(run)
-        return self._outcomes(run) if is_over and not self.budget.released else {}
+        return self._generation_outcomes(run) if is_over and not self.budget.released else {}
 
-    def _outcomes(self, run: CohortRun) -> dict[int, TrialOutcome]:
+    def _generation_outcomes(self, run: CohortRun) -> dict[int, TrialOutcome]:
         """Return the outcomes of a generation that is over."""
         self.save()  # the next generation continues from here
         outcomes = {
@@ -175,7 +175,7 @@ class PopulationPolicy(SynchronousPolicy):
             begun:
                 Those that had started already when their worker died.
         """
-        if self.generation == self.last_generation or (not begun and not self.has_more()):
+        if self.generation == self.last_generation or (not begun and not self.has_more_trials()):
             return False
         trials = self._children(run, begun)
         if not trials:
@@ -197,7 +197,7 @@ class PopulationPolicy(SynchronousPolicy):
 
     def _children(self, run: CohortRun, begun: Sequence[RunningTrial]) -> list[RunningTrial]:
         """Return the trials of the next generation whose parents are in the cohort."""
-        left, missing = self.source.left(), self.members - len(begun)
+        left, missing = self.source.n_trials_left(), self.members - len(begun)
         count = missing if left is None else min(missing, left)
         numbers, trials = {member.number for member in run.cohort.members}, list[RunningTrial]()
         for trial in [*begun, *self._ask(count)]:
@@ -206,7 +206,7 @@ class PopulationPolicy(SynchronousPolicy):
             elif trial.trial.user_attrs.get(PARENT) in numbers:
                 trials.append(trial)
             else:  # another process has ended the member's last trial
-                self._refuse([trial], TrialOutcome.INTERRUPTED)
+                self._end_untrained([trial], TrialOutcome.INTERRUPTED)
         return trials
 
     # --- Checkpoints ---
@@ -235,13 +235,13 @@ class PopulationPolicy(SynchronousPolicy):
         if run.running:
             numbers = [member.number for member in run.cohort.members]
             run.cohort.select([i for i, number in enumerate(numbers) if number in run.running])
-            self._refuse(others, TrialOutcome.KILLED)
+            self._end_untrained(others, TrialOutcome.KILLED)
             if run.cohort.rounds_done[0] < self._end_of_generation(run):
                 return run
-            self.finisher.end(run, self._outcomes(run))  # the worker died just before
+            self.finisher.end(run, self._generation_outcomes(run))  # the worker died just before
             others = []
         elif self.generation >= self.last_generation:
-            self._refuse(others, TrialOutcome.KILLED)  # they are of the next population
+            self._end_untrained(others, TrialOutcome.KILLED)  # they are of the next population
             return None
         is_continued = self.has_survivors and self._start_generation(run, others)
         return run if is_continued else None

@@ -117,7 +117,7 @@ class SynchronousPolicy(ABC):
         while self.claimed and not self.queue.training:
             worker = next(iter(self.claimed))
             self._add(self._restored(worker, self.claimed.pop(worker)))
-        if not self.queue.training and self.has_more():
+        if not self.queue.training and self.has_more_trials():
             self.sampler = self._begin_group()
             if leader := self._ask_leader():
                 self._add(self._start_group(leader))
@@ -131,13 +131,13 @@ class SynchronousPolicy(ABC):
     def ask_ahead(self, is_over: Callable[[], bool]) -> None:  # noqa: B027
         """Do nothing: a group starts with all its members."""
 
-    def has_more(self) -> bool:
+    def has_more_trials(self) -> bool:
         """Return whether another group can start."""
         if self.budget.is_over() or self.source.is_stopped:
             return False
-        return bool(self.claimed or self.deferred) or self.source.left() != 0
+        return bool(self.claimed or self.deferred) or self.source.n_trials_left() != 0
 
-    def unstarted(self) -> Sequence[RunningTrial]:
+    def unstarted_trials(self) -> Sequence[RunningTrial]:
         """Return the trials that were to lead groups."""
         return self.deferred
 
@@ -164,7 +164,7 @@ class SynchronousPolicy(ABC):
         if checkpoint and checkpoint.cohorts and checkpoint.loop.get("method") == self.method:
             return self._from_checkpoint(checkpoint, trials)
         for trial in trials:  # of a group that had hardly begun
-            self._refuse(self.recovery.begun(trial, 0), TrialOutcome.KILLED)
+            self._end_untrained(self.recovery.resume_trial(trial, 0), TrialOutcome.KILLED)
         return None
 
     def _from_checkpoint(
@@ -172,20 +172,22 @@ class SynchronousPolicy(ABC):
     ) -> CohortRun | None:
         kept = checkpoint.cohorts[0]
         known = {facts["number"]: facts for facts in kept.facts["running"]}
-        self.sampler, steps = self._load_state_dict(checkpoint.loop), kept.steps
+        self.sampler, steps = self._load_state_dict(checkpoint.loop), kept.steps_done
         begun = [
             running
             for trial in trials
-            for running in self.recovery.begun(trial, steps.get(trial.number, 0), self.sampler)
+            for running in self.recovery.resume_trial(
+                trial, steps.get(trial.number, 0), self.sampler
+            )
         ]
         try:
             cohort = self.recovery.cohort(kept)
         except ValueError as error:
             _logger.warning(f"A group ends, because its checkpoint cannot be used: {error}")
-            self._refuse(begun, TrialOutcome.KILLED)
+            self._end_untrained(begun, TrialOutcome.KILLED)
             return None
         except Exception as error:  # whatever it is, it becomes an outcome
-            self._fail(begun, error, len(kept.steps))
+            self._fail(begun, error, len(kept.steps_done))
             return None
         if not begun:
             return None
@@ -213,7 +215,7 @@ class SynchronousPolicy(ABC):
         if not self.is_logged:
             raise ValueError(text)
         _logger.warning(f"Trial {asked[0].member.number} failed: {text}")
-        self._refuse(asked, TrialOutcome.ERROR)
+        self._end_untrained(asked, TrialOutcome.ERROR)
         return None
 
     def _ask(
@@ -234,13 +236,13 @@ class SynchronousPolicy(ABC):
 
     def _ask_followers(self, leader: RunningTrial, count: int) -> list[RunningTrial]:
         """Ask for trials with a leader's static values and budget."""
-        left, epochs = self.source.left(), leader.trial.params.get("epochs")
+        left, epochs = self.source.n_trials_left(), leader.trial.params.get("epochs")
         pinned = FollowerSampler(self.sampler, lambda n, value: epochs if n == "epochs" else value)
         asked = self._ask(count if left is None else min(count, left), leader.member, pinned)
         self.deferred += [trial for trial in asked if trial.signature != leader.signature]
         return [trial for trial in asked if trial.signature == leader.signature]
 
-    def _refuse(self, trials: Iterable[RunningTrial], outcome: TrialOutcome) -> None:
+    def _end_untrained(self, trials: Iterable[RunningTrial], outcome: TrialOutcome) -> None:
         """End trials that have not trained."""
         self.finisher.fail_unstarted(list(trials), outcome)
 

@@ -127,6 +127,10 @@ class PopulationSampler(BaseSampler):
         self._rng = LazyRandomState(seed)
         self._lineages: dict[int, tuple[Lineage, dict[str, Any]]] = {}  # by trial id
 
+    def set_size(self, size: int) -> None:
+        """Change the number of members of a population that has not started."""
+        self.size = size
+
     def reseed_rng(self) -> None:
         """Reseed the random numbers, and the base sampler."""
         self._rng.rng.seed()
