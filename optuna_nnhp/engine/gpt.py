@@ -114,17 +114,8 @@ def supports_tensors(*tensors: Tensor) -> bool:
 class CompiledGPT:
     """Computes the gradients and the loss of a stack of GPTs; made anew when its members change.
 
-    Args:
-        network:
-            The stack.
-        flat:
-            Its parameters.
-        x:
-            The token ids of the text.
-        y:
-            For each token the id of the next one.
-        windows:
-            Windows per step.
+    ``x`` holds the token ids of the text, ``y`` for each token the id of the next one; a step
+    reads ``windows`` windows.
 
     Shape:
         - x, y: ``(n,)``, int64.
@@ -164,16 +155,9 @@ class CompiledGPT:
         )
 
     def backward(self, rows: Tensor, noise: DropoutNoise) -> Tensor:
-        """Compute the gradients of a step; they replace those of the step before.
+        """Compute the gradients of a step, which replace the old ones; return the mean losses.
 
-        Args:
-            rows:
-                Positions in the text, window by window. Those of a window follow one another.
-            noise:
-                The dropout noise of the step.
-
-        Returns:
-            The mean loss of each member.
+        ``rows`` are positions in the text, window by window; those of a window are consecutive.
 
         Shape:
             - rows: ``(windows, length)``, or ``(k, windows, length)``.
@@ -231,12 +215,6 @@ class CompiledGPT:
     def total_nats(self, tokens: Tensor, indices: Sequence[int]) -> Tensor:
         """Return the loss of a text for some members; see `training.language.total_nats`.
 
-        Args:
-            tokens:
-                The token ids of the text.
-            indices:
-                The members, by their indices in the stack.
-
         Shape:
             - tokens: ``(m,)``; Output: ``(members,)``, float64.
 
@@ -285,14 +263,7 @@ class CompiledGPT:
 
 
 class CompiledGPTSubset:
-    """Evaluates some members of a stack.
-
-    Args:
-        compiled:
-            The stack.
-        indices:
-            The members, by their indices in the stack.
-    """
+    """Evaluates some members of a stack."""
 
     def __init__(self, compiled: CompiledGPT, indices: Sequence[int]) -> None:
         self._compiled, self._indices = compiled, indices

@@ -76,23 +76,12 @@ class CFunction(NamedTuple):
 def load_engine(
     name: str, structures: tuple[type[CStructure], ...], functions: tuple[CFunction, ...]
 ) -> ctypes.CDLL | None:
-    """Load a compiled engine.
+    """Load the compiled engine ``"mlp"`` or ``"gpt"``; return None if torch computes instead.
 
-    The environment variable ``OPTUNA_NNHP_ENGINE`` chooses what computes: ``c`` requires the
+    The structures are those that it shares with Python, the functions those that Python calls. The
+    environment variable ``OPTUNA_NNHP_ENGINE`` chooses what computes: ``c`` requires the
     compiled engine, ``torch`` turns it off. If the variable is not set, the compiled engine
     computes if it has been built.
-
-    Args:
-        name:
-            ``"mlp"`` or ``"gpt"``.
-        structures:
-            The structures that it shares with Python. The C structure has the name of the Python
-            class without leading underscore.
-        functions:
-            Its functions.
-
-    Returns:
-        The library, or None if torch computes instead.
 
     Raises:
         ValueError: If the environment variable has another value.
@@ -147,14 +136,6 @@ def _load(
 def check_layout(library: ctypes.CDLL, name: str, structures: Sequence[type[CStructure]]) -> None:
     """Compare the structures' fields in Python and in C.
 
-    Args:
-        library:
-            A compiled engine.
-        name:
-            ``"mlp"`` or ``"gpt"``.
-        structures:
-            The structures that it shares with Python.
-
     Raises:
         RuntimeError: If a field is missing on one side, or has another offset or size.
     """
@@ -198,17 +179,9 @@ def _describe_place(place: tuple[int, int] | None) -> str:
 
 
 def check_range(values: Tensor, end: int, name: str, error: type[Exception] = ValueError) -> None:
-    """Check integers by which C code will index memory.
+    """Check that integers by which C code will index memory are at least 0 and less than ``end``.
 
-    Args:
-        values:
-            The integers, of any shape.
-        end:
-            They must be less than this.
-        name:
-            What they are, in the plural, for the error message.
-        error:
-            The type of the exception.
+    The error message calls them by ``name``, a plural.
 
     Raises:
         Exception: One of type ``error``, if a value is negative or too large.
@@ -231,14 +204,7 @@ def check_range(values: Tensor, end: int, name: str, error: type[Exception] = Va
 
 @functools.cache
 def thread_pool(count: int, purpose: str) -> ThreadPoolExecutor:
-    """Return a pool of threads that stays for the life of the process.
-
-    Args:
-        count:
-            The number of threads.
-        purpose:
-            Calls with another purpose get other threads.
-    """
+    """Return a pool of threads, one for each purpose, that stays for the life of the process."""
     return ThreadPoolExecutor(count, f"optuna_nnhp-{purpose}")
 
 
@@ -254,15 +220,8 @@ def run_on_threads(
 ) -> None:
     """Call a function on several threads at once, one of which is the calling thread.
 
-    Args:
-        count:
-            The number of threads.
-        work:
-            The function. Its argument is the thread's number, 0 for the calling thread.
-        purpose:
-            The pool that the other threads come from, see `thread_pool`.
-        on_error:
-            Called if the calling thread fails, before waiting for the others.
+    The function gets the thread's number, 0 for the calling thread. If it fails on that thread,
+    ``on_error`` is called before waiting for the others.
 
     Example:
         >>> seen = []
@@ -299,17 +258,11 @@ def _wait_for_all(futures: Sequence[Future[None]]) -> None:
 
 @contextmanager
 def limited_threads(flops: float) -> Iterator[Callable[[], None]]:
-    """Within, torch computes on one thread if steps are small, else on as many as before.
+    """Let torch compute on one thread if a step has few operations, else on as many as before.
 
-    The products that other threads ask of NumPy and scipy are computed on one thread each.
-
-    Args:
-        flops:
-            Floating-point operations of one step.
-
-    Returns:
-        To be called before every step. Of large steps it has the first computed on one thread,
-        to notice when several threads keep each other waiting.
+    The products that other threads ask of NumPy and scipy are computed on one thread each. The
+    returned function must be called before every step: of large steps, the first one is computed
+    on one thread, to notice when several threads keep each other waiting.
 
     Example:
         >>> with limited_threads(1e6) as before_step:

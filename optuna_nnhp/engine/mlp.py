@@ -23,7 +23,6 @@ from ctypes import c_void_p
 from itertools import product
 import math
 import threading
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,8 +35,8 @@ from optuna_nnhp.engine.library import load_engine
 from optuna_nnhp.engine.library import run_on_threads
 from optuna_nnhp.hyperparameters.loss import ClassificationLoss
 from optuna_nnhp.hyperparameters.loss import Loss
-from optuna_nnhp.hyperparameters.optimizer import UpdateCoefficients
 from optuna_nnhp.networks.flat_parameters import FlatParameters
+from optuna_nnhp.networks.flat_parameters import StepParams
 from optuna_nnhp.networks.layers import StackedModule
 from optuna_nnhp.networks.mlp import StackedMLP
 from optuna_nnhp.networks.mlp import hidden_widths
@@ -128,45 +127,19 @@ FUNCTIONS = (
 _team_lock = threading.Lock()  # two teams at once would wait for each other's threads
 
 
-class StepHyperparameters(Protocol):
-    """What the engine reads of `training.step_params.StepParams`."""
-
-    optimizers: list[str]
-    coefficients: list[UpdateCoefficients]
-    weight_decay: Tensor
-    l1: Tensor
-    clip_norm: Tensor
-
-
 def load_library() -> ctypes.CDLL | None:
     """Return the compiled engine, or None if torch computes; see `library.load_engine`."""
     return load_engine("mlp", STRUCTURES, FUNCTIONS)
 
 
 class CompiledMLP:
-    """Trains and evaluates a stack of perceptrons; made anew when its members change.
-
-    Args:
-        network:
-            The stack.
-        flat:
-            Its parameters.
-        step_params:
-            The hyperparameters of its members' steps.
-        loss:
-            The loss of its members.
-        batch:
-            Examples per step.
-
-    Shape:
-        - Data and outputs: see `train` and `evaluate`.
-    """
+    """Trains and evaluates a stack of perceptrons; made anew when its members change."""
 
     def __init__(
         self,
         network: StackedMLP,
         flat: FlatParameters,
-        step_params: StepHyperparameters,
+        step_params: StepParams,
         loss: Loss,
         batch: int,
     ) -> None:
@@ -213,26 +186,11 @@ class CompiledMLP:
         rates: Tensor,
         out_of_time: Callable[[], bool],
     ) -> tuple[list[float], list[int]]:
-        """Train every member for one round.
+        """Train every member for one round; stop early when ``out_of_time`` returns True.
 
-        Args:
-            x:
-                The examples.
-            y:
-                Their labels or targets.
-            rows:
-                For each member the row numbers of this round's examples, in training order.
-            size:
-                Examples per batch; the last batch may be smaller.
-            keys:
-                For each member the key of this round's dropout noise.
-            rates:
-                The learning rate of each step.
-            out_of_time:
-                Called now and then; training stops when it returns True.
-
-        Returns:
-            For each member the sum of the examples' losses and the number of steps done.
+        ``rows`` holds each member's row numbers in training order, ``size`` the examples per batch
+        (the last batch may be smaller), ``keys`` each member's key of this round's dropout noise.
+        Return for each member the sum of the examples' losses and the number of steps done.
 
         Shape:
             - x: ``(n, inputs)``; y: ``(n,)``; each of rows ``(examples,)``.
@@ -393,7 +351,7 @@ def _describe_network(network: StackedMLP, flat: FlatParameters) -> tuple[_Netwo
 
 
 def _set_hyperparameters(
-    members: Iterable[_Member], network: StackedMLP, step_params: StepHyperparameters
+    members: Iterable[_Member], network: StackedMLP, step_params: StepParams
 ) -> None:
     dropout = network.get_buffer("dropout").tolist()
     for i, member in enumerate(members):

@@ -37,13 +37,7 @@ def rounds_per_epoch(examples: int) -> int:
 
 
 def next_evaluation(done: int, rounds: int) -> int:
-    """Return the round after which a trial is evaluated next.
-
-    Args:
-        done:
-            Rounds that the trial has finished.
-        rounds:
-            Rounds per epoch.
+    """Return the round after which a trial with ``done`` finished rounds is evaluated next.
 
     Example:
         >>> done, evaluated_after = 0, []
@@ -69,22 +63,11 @@ def epochs(done: int, rounds: int) -> int | float:
 
 
 def batch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order in which an epoch visits the training rows.
+    """Return the order in which an epoch, counted from 0, visits the ``n`` training rows.
 
     It is a function of seed and epoch alone, so a resumed or replayed training visits the same
     rows. Source: NumPy's SeedSequence with the epoch as spawn key, and PCG64
     (https://numpy.org/doc/stable/reference/random/parallel.html).
-
-    Args:
-        n:
-            How many rows there are.
-        seed:
-            Not negative.
-        epoch:
-            Counted from 0.
-
-    Returns:
-        A permutation of the rows, **shape** (n,).
 
     Raises:
         ValueError:
@@ -160,11 +143,7 @@ class Batches(RoundKeyedNoise):
         self._epoch_orders: dict[int, Tensor] = {}
 
     def rows(self, done: Sequence[int]) -> list[Tensor]:
-        """Return the row indices of each step of the next round.
-
-        Args:
-            done:
-                Rounds that each member has finished.
+        """Return the row indices of each step of the next round, given each one's finished rounds.
 
         Shape:
             - Output: for each step ``(batch,)`` if all members have finished equally many rounds,

@@ -64,13 +64,7 @@ def extend_numerics_context(
 ) -> list[list[int]]:
     """Return a member's numerics context, extended by that of its next round.
 
-    Args:
-        numerics_context:
-            The context so far.
-        done:
-            Rounds that the member has finished.
-        rounds_done:
-            Rounds that each member of its cohort has finished, itself included.
+    The member has finished ``done`` rounds, the members of its cohort ``rounds_done``.
 
     Example:
         >>> context = extend_numerics_context([], 0, rounds_done=[0, 0])
@@ -258,19 +252,13 @@ class Cohort:
     def resume_from(
         self, sources: Sequence[int], members: Sequence[Member], fresh: Collection[int] = ()
     ) -> None:
-        """Replace each member by one that continues from another member's state.
+        """Replace the members by ``members``, each of which continues from its source's state.
 
-        The new members take over weights, optimizer state, running statistics, counters and best
-        values of their sources. Call it between two rounds.
-
-        Args:
-            sources:
-                The index of the source of each new member.
-            members:
-                The new members. Their structure and activation must be those of the source.
-            fresh:
-                Positions in ``members`` that start with new initial weights and a new optimizer.
-                Their counters, which the learning rate schedule follows, are the source's.
+        Sources are indices of the old members, whose structure the new ones must have. The new
+        members take over weights, optimizer state, running statistics, counters and best values.
+        Those at the positions ``fresh`` start with new initial weights and a new optimizer; their
+        counters, which the learning rate schedule follows, are the source's. Call it between two
+        rounds.
 
         Raises:
             ValueError: If a member's activation, optimizer or batch size is not its source's.
@@ -469,16 +457,8 @@ def run_to_end(
     """Train cohorts one after the other, and yield the scores of every evaluation.
 
     A member that has ended leaves its cohort after its scores were yielded. The caller may stop
-    iterating at any time.
-
-    Args:
-        cohorts:
-            The cohorts. A generator creates each cohort when the one before has ended.
-        out_of_time:
-            Called before every step; if it returns True, training stops.
-
-    Yields:
-        The cohort, and the scores of the members that were evaluated.
+    iterating at any time; a generator of cohorts creates each one when the one before has ended.
+    Training stops when ``out_of_time``, called before every step, returns True.
     """
     for cohort in cohorts:
         while True:

@@ -24,15 +24,10 @@ LOSS_SUMS = ("loss_sum", "examples_seen")
 class CohortState(NamedTuple):
     """The state that a cohort's further training depends on.
 
+    The first axis of all tensors is the member; JSON can store the metadata.
+
     It holds no state of random number generators: random numbers are derived from seeds and
     counters.
-
-    Args:
-        tensors:
-            Weights, running statistics, optimizer states, the best weights, sums of losses and the
-            state of early stopping; the first axis is the member.
-        metadata:
-            Members and counters; JSON can store them.
     """
 
     tensors: dict[str, Tensor]
@@ -42,10 +37,7 @@ class CohortState(NamedTuple):
 def get_cohort_state(cohort: Cohort) -> CohortState:
     """Return the state of a cohort between two steps; its tensors are not copied.
 
-    Args:
-        cohort:
-            The cohort. If a compiled engine trains it in parallel, it must be between two rounds
-            (see `Cohort.train_round`).
+    If a compiled engine trains members in parallel, the cohort must be between two rounds.
     """
     flat, network, stopping = cohort.flat, cohort.network, cohort.stopping
     tensors = {
@@ -75,14 +67,7 @@ def members_from_state(metadata: Mapping[str, Any]) -> list[Member]:
 
 
 def select_state(state: CohortState, indices: Sequence[int]) -> CohortState:
-    """Return the state of some members only.
-
-    Args:
-        state:
-            The state of a cohort.
-        indices:
-            The indices of the members in that cohort.
-    """
+    """Return the state of some members, given by their indices."""
     metadata, index = dict(state.metadata), torch.tensor(indices, dtype=torch.long)
     for name in PER_MEMBER:
         metadata[name] = [metadata[name][i] for i in indices]
@@ -93,12 +78,6 @@ def select_state(state: CohortState, indices: Sequence[int]) -> CohortState:
 @torch.no_grad()
 def restore_cohort(make: Callable[[Sequence[Member]], Cohort], state: CohortState) -> Cohort:
     """Make a cohort that continues from a state; bit for bit on the same engine.
-
-    Args:
-        make:
-            Makes a new cohort of some members.
-        state:
-            The state of the old cohort.
 
     Raises:
         ValueError: If the names, shapes or dtypes of the tensors differ from the new cohort's.

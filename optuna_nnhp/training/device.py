@@ -77,16 +77,9 @@ def claim_device(
     """Claim the first GPU that no other process of a study has claimed; else return the CPU.
 
     The claim lasts until this process ends; a second call returns the same GPU. Processes of
-    other studies may claim the GPU too.
-
-    Args:
-        study:
-            The unique name of the study.
-        known:
-            UUIDs of the GPUs; if None, those of `gpu_uuids`.
-        folder:
-            The folder of the lock files, which all processes of this machine must share; if None,
-            the system's temporary folder.
+    other studies may claim the GPU too. The lock files lie in a folder that all processes of this
+    machine share, by default the system's temporary folder; by default the known UUIDs are those
+    of `gpu_uuids`.
 
     Example:
         >>> from tempfile import TemporaryDirectory

@@ -33,20 +33,6 @@ MAX_LOGITS = 2**22  # computed at once, to bound the memory of an evaluation
 class TextWindows(RoundKeyedNoise):
     """The windows of text that members train on at each step.
 
-    Args:
-        tokens:
-            Number of tokens of the training part.
-        context:
-            Tokens per window.
-        sequences:
-            Windows per step.
-        iterations:
-            Steps of a trial's budget.
-        seed:
-            The study's seed.
-        device:
-            The device of the token positions.
-
     Attributes:
         size: Tokens per step.
         per_round: Steps per round.
@@ -98,14 +84,6 @@ class TextWindows(RoundKeyedNoise):
 class Corpus:
     """The tokens of a text on the device of training; all cohorts share them.
 
-    Args:
-        train:
-            The training part.
-        valid:
-            The validation part.
-        valid_bytes:
-            Length of the validation part in bytes.
-
     Shape:
         - train: ``(n,)``; valid: ``(m,)``; int64.
     """
@@ -117,23 +95,12 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageTask(Task):
-    """Training and evaluation on a text.
-
-    Args:
-        corpus:
-            The text.
-        context:
-            Tokens per window.
-        sequences:
-            Windows per step.
-        iterations:
-            Steps of a trial's budget.
-    """
+    """Training and evaluation on a text."""
 
     corpus: Corpus
-    context: int
-    sequences: int
-    iterations: int
+    context: int  # tokens per window
+    sequences: int  # windows per step
+    iterations: int  # steps of a trial's budget
 
     @property
     def can_append(self) -> bool:
@@ -203,15 +170,8 @@ def total_nats(
 ) -> Tensor:
     """Sum the negative log-likelihoods of a text's tokens, each given the tokens before it.
 
-    Args:
-        network:
-            Maps token ids ``(batch, length)`` to logits ``(k, batch * length, vocabulary)``.
-        tokens:
-            The text.
-        context:
-            Length of the windows, which do not overlap; the last one may be shorter.
-        members:
-            The number of members, k.
+    The network maps token ids ``(batch, length)`` to logits ``(k, batch * length, vocabulary)``.
+    It reads windows of ``context`` tokens that do not overlap; the last one may be shorter.
 
     Shape:
         - tokens: ``(m,)``; Output: ``(k,)``, float64.
@@ -256,12 +216,7 @@ def bits_per_token(outputs: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Cross-entropy of every token, for stacks of language models.
-
-    Args:
-        loss:
-            The classification loss, applied to every token.
-    """
+    """Cross-entropy of every token, for stacks of language models."""
 
     loss: ClassificationLoss
 

@@ -121,10 +121,6 @@ def accuracy(logits: Tensor, target: Tensor) -> Tensor:
 
     Of equal logits the first one counts as the largest.
 
-    Shape:
-        - logits: ``(k, n, classes)``; target: ``(n,)`` int64
-        - returns: ``(k,)`` float64 in [0, 1]
-
     Example:
         >>> accuracy(torch.tensor([[[2.0, 0.0], [3.0, 1.0]]]), torch.tensor([0, 1]))
         tensor([0.5000], dtype=torch.float64)
@@ -138,10 +134,6 @@ def balanced_accuracy(logits: Tensor, target: Tensor) -> Tensor:
 
     A class absent from the target has no recall and is left out, as in scikit-learn's
     ``balanced_accuracy_score``.
-
-    Shape:
-        - logits: ``(k, n, classes)``; target: ``(n,)`` int64
-        - returns: ``(k,)`` float64 in [0, 1]
 
     Example:
         >>> logits = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
@@ -181,10 +173,6 @@ def roc_auc(logits: Tensor, target: Tensor) -> Tensor:
     scikit-learn. A class counts if some rows belong to it and some do not; the result is NaN if
     there is no such class.
 
-    Shape:
-        - logits: ``(k, n, classes)``; target: ``(n,)`` int64
-        - returns: ``(k,)`` float64 in [0, 1], or NaN
-
     Example:
         >>> logits = torch.tensor([[[0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [0.0, 2.0]]])
         >>> roc_auc(logits, torch.tensor([0, 0, 1, 1]))
@@ -206,10 +194,6 @@ def log_loss(logits: Tensor, target: Tensor) -> Tensor:
     It is computed from the logits in float64 and is not clipped; scikit-learn's ``log_loss``
     takes probabilities and is bounded by about 36 nats per row.
 
-    Shape:
-        - logits: ``(k, n, classes)``; target: ``(n,)`` int64
-        - returns: ``(k,)`` float64, at least 0
-
     Example:
         >>> log_loss(torch.zeros(1, 3, 2), torch.tensor([0, 1, 1]))
         tensor([0.6931], dtype=torch.float64)
@@ -224,10 +208,6 @@ def f1(logits: Tensor, target: Tensor) -> Tensor:
 
     The average includes the classes present in the target or in the member's own predictions, as
     with scikit-learn's default labels; a score of 0 / 0 is 0 (``zero_division=0``).
-
-    Shape:
-        - logits: ``(k, n, classes)``; target: ``(n,)`` int64
-        - returns: ``(k,)`` float64 in [0, 1]
 
     Example:
         >>> logits = torch.tensor([[[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]])
@@ -246,10 +226,6 @@ def f1(logits: Tensor, target: Tensor) -> Tensor:
 def rmse(outputs: Tensor, target: Tensor) -> Tensor:
     """Compute the root of the mean squared error, in the target's units.
 
-    Shape:
-        - outputs: ``(k, n)``; target: ``(n,)``
-        - returns: ``(k,)`` float64, at least 0
-
     Example:
         >>> rmse(torch.tensor([[1.0, 2.0], [4.0, 2.0]]), torch.tensor([1.0, 2.0]))
         tensor([0.0000, 2.1213], dtype=torch.float64)
@@ -260,10 +236,6 @@ def rmse(outputs: Tensor, target: Tensor) -> Tensor:
 @_per_member
 def mae(outputs: Tensor, target: Tensor) -> Tensor:
     """Compute the mean absolute error, in the target's units.
-
-    Shape:
-        - outputs: ``(k, n)``; target: ``(n,)``
-        - returns: ``(k,)`` float64, at least 0
 
     Example:
         >>> mae(torch.tensor([[1.0, 2.0], [4.0, 2.0]]), torch.tensor([1.0, 2.0]))
@@ -278,10 +250,6 @@ def r2(outputs: Tensor, target: Tensor) -> Tensor:
 
     Follows scikit-learn's ``r2_score``: for a constant target it is 1 if every output equals the
     target, else 0. For a single row, which has no variance, it is NaN.
-
-    Shape:
-        - outputs: ``(k, n)``; target: ``(n,)``
-        - returns: ``(k,)`` float64, at most 1
 
     Example:
         >>> r2(torch.tensor([[1.0, 3.0], [2.0, 2.0]]), torch.tensor([1.0, 3.0]))

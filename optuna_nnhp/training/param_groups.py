@@ -31,16 +31,9 @@ class ParamGroupUpdate:
 
     Hidden matrices are updated at the learning rate (under muP divided by the width ratio), or by
     Muon at its own rate; embeddings and head at ``embedding_rate`` times the learning rate; gains
-    at the learning rate. Weight decay is decoupled and for matrices only; under muP it is as
+    at the learning rate. Parameters whose names begin with ``blocks.`` are hidden, and all members
+    have the same optimizer. Weight decay is decoupled and for matrices only; under muP it is as
     strong as at the base width.
-
-    Args:
-        flat:
-            The members' parameters.
-        network:
-            Their network; parameters whose names begin with ``blocks.`` are hidden.
-        members:
-            The members; all have the same ``optimizer``.
     """
 
     def __init__(

@@ -21,41 +21,21 @@ from optuna_nnhp.training.cohort import NumericsContext
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a member's training with constant hyperparameters.
+    """A part of a member's training with constant hyperparameters."""
 
-    Args:
-        begin:
-            Rounds that the member has finished when the segment begins.
-        member:
-            The member, with the hyperparameters of this segment.
-        from_scratch:
-            Whether the segment begins with new initial weights.
-    """
-
-    begin: int
-    member: Member
-    from_scratch: bool = False
+    begin: int  # rounds that the member has finished before
+    member: Member  # with the hyperparameters of this segment
+    from_scratch: bool = False  # whether it begins with new initial weights
 
 
 @dataclass
 class RetrainResult:
-    """The result of retraining a member.
+    """The result of retraining a member."""
 
-    Args:
-        cohort:
-            The cohort used for retraining; the member is its first one.
-        values:
-            The metric after each evaluated round, as in the member's original cohort.
-        network:
-            The plain network after the requested round; None if that was not reached.
-        value:
-            The metric of that network, evaluated in a cohort of one.
-    """
-
-    cohort: Cohort
-    values: dict[int, float] = field(default_factory=dict)
-    network: nn.Module | None = None
-    value: float = math.nan
+    cohort: Cohort  # the member is its first one
+    values: dict[int, float] = field(default_factory=dict)  # by evaluated round
+    network: nn.Module | None = None  # after the requested round, if that was reached
+    value: float = math.nan  # of that network, evaluated in a cohort of one
 
 
 def retrain(
@@ -138,16 +118,7 @@ def _train_on(result: RetrainResult, stop: int, out_of_time: Callable[[], bool])
 def evaluate_network(
     make: Callable[[Sequence[Member]], Cohort], member: Member, network: nn.Module
 ) -> float:
-    """Return the metric of a member's plain network, as an evaluation in a cohort computes it.
-
-    Args:
-        make:
-            Makes a new cohort of some members.
-        member:
-            The member; its hyperparameters match the network.
-        network:
-            The plain network, as `StackedModule.member` returns it.
-    """
+    """Return the metric of a member's plain network, as an evaluation in a cohort computes it."""
     cohort = make([member])
     load_member(cohort.network, 0, network)
     return cohort.evaluate_single()

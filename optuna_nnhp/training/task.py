@@ -69,14 +69,7 @@ class Updater(Protocol):
 
 
 class Update:
-    """Updates each member by its own optimizer, at one learning rate for all its parameters.
-
-    Args:
-        flat:
-            The members' parameters.
-        step_params:
-            Their hyperparameters.
-    """
+    """Updates each member by its own optimizer, at one learning rate for all its parameters."""
 
     def __init__(self, flat: FlatParameters, step_params: StepParams) -> None:
         self.flat, self.step_params = flat, step_params

@@ -23,11 +23,7 @@ TENSOR_CHECKSUM_KEY = "blake2b"  # in the header of a safetensors file
 
 
 class BestWeights:
-    """The weights of the best trials of a study, in a folder or in memory.
-
-    Args:
-        folder:
-            The folder of the files; None for memory.
+    """The weights of the best trials of a study, in a folder, or in memory if that is None.
 
     Example:
         >>> weights = BestWeights(None)
@@ -124,16 +120,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors to a safetensors file atomically; create its folder.
+    """Write tensors to a safetensors file atomically, create its folder, return its checksum.
 
-    Args:
-        path:
-            The path of the file.
-        tensors:
-            Tensors by name; they may share memory.
-
-    Returns:
-        The file's checksum, see `checksum`.
+    The tensors may share memory.
 
     Raises:
         OSError: If the file cannot be written; an existing file is then unchanged.
@@ -187,13 +176,7 @@ def save_with_checksum(
 ) -> None:
     """Write tensors and metadata as a pair of files, the metadata last.
 
-    Args:
-        stem:
-            The path of both files without their suffix.
-        tensors:
-            Tensors by name.
-        metadata:
-            Values that JSON can store.
+    Both files have the path ``stem`` and a suffix; JSON must be able to store the metadata.
 
     Raises:
         OSError: If a file cannot be written.
