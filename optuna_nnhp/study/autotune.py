@@ -1,4 +1,4 @@
-"""How many trials to train at once: measured once for each kind of network on each machine."""
+"""Measure how many trials to train at once, for each kind of network on each machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from optuna_nnhp.training.cohort import run_to_end
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-MEASUREMENT = 4  # version: what others have measured is not known
+MEASUREMENT = 5  # version of the measurement; those of other versions are not used
 N_PROBES, PROBE_SECONDS = 2, 0.01  # of each size, and how long each takes at least: seconds
 STEP_PROBE_SECONDS = 0.3  # of a budget in seconds: seconds
 MIN_GAIN = 1.1  # a larger stack must be faster by this factor, per network, than the smaller one
@@ -53,55 +53,55 @@ class Throughput(NamedTuple):
 
 
 def measure_throughput(problem: Problem, leader: Member, most: int) -> Throughput:
-    """Measure the best cohort size for trials like one, and its speed.
+    """Measure the best cohort size, at most ``most``, for trials like one, and its speed.
 
-    Measured once and remembered, in a file beside the user's other caches, so that the same seed
+    It is measured once and stored in a file beside the user's other caches, so that the same seed
     gives the same study on one machine.
-
-    Args:
-        problem:
-            What is tuned.
-        leader:
-            One of the trials.
-        most:
-            Trials that memory allows.
     """
-    parts = [torch.__version__, torch.get_num_threads(), problem.signature(leader)]
-    parts += [MEASUREMENT, problem.uses_compiled_engine()]
-    parts += [problem.description["fingerprint"], str(getattr(problem, "device", "cpu"))]
-    parts += [getattr(problem, "compile", False)]
-    key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
-    if key not in _known:
-        _known.update(_read_cache())
-    if key not in _known:
-        _known[key] = _measure(lambda k: problem.cohort(_copy_leader(leader, k)), most)
-        _write_cache({**_read_cache(), key: _known[key]})
-    return _known[key]._replace(size=min(most, _known[key].size))
+    found = _known_or_measured(
+        (
+            problem.signature(leader),
+            problem.uses_compiled_engine(),
+            problem.description["fingerprint"],
+            str(problem.device),
+            problem.compile,
+        ),
+        lambda: _measure(lambda k: problem.cohort(_copy_leader(leader, k)), most),
+    )
+    return found._replace(size=min(most, found.size))
 
 
 def measure_seconds_per_step(shape: str, make: Callable[[], Cohort]) -> float:
-    """Seconds of one trial's step, measured once for each shape and remembered.
+    """Measure the seconds of one trial's step, once for each shape.
 
     Args:
         shape:
-            What it depends on.
+            What the seconds depend on.
         make:
             Makes a cohort of one.
     """
-    parts = [torch.__version__, torch.get_num_threads(), MEASUREMENT, shape]
+    found = _known_or_measured(
+        (shape,), lambda: Throughput(1, seconds_per_step(make(), STEP_PROBE_SECONDS))
+    )
+    return found.round
+
+
+def _known_or_measured(kind: tuple[object, ...], measure: Callable[[], Throughput]) -> Throughput:
+    """Return what this process or the cache's file has of a kind of network, or measure it."""
+    parts = (torch.__version__, torch.get_num_threads(), MEASUREMENT, *kind)
     key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
     if key not in _known:
         _known.update(_read_cache())
     if key not in _known:
-        _known[key] = Throughput(1, seconds_per_step(make(), STEP_PROBE_SECONDS))
+        _known[key] = measure()
         _write_cache({**_read_cache(), key: _known[key]})
-    return _known[key].round
+    return _known[key]
 
 
 def clear_autotune_cache() -> None:
-    """Drop what this process remembers of measured cohort sizes; the file of them stays.
+    """Remove the measured cohort sizes from this process; their file stays.
 
-    Use it after a change of ``XDG_CACHE_HOME``, where that file lies, to measure anew.
+    Call it after a change of ``XDG_CACHE_HOME``, where that file lies, to measure again.
 
     Example:
         >>> clear_autotune_cache()
@@ -135,20 +135,20 @@ def _measure(make: Callable[[int], Cohort], most: int) -> Throughput:
 
 
 def seconds_per_step(cohort: Cohort, probe: float = PROBE_SECONDS) -> float:
-    """Seconds of a cohort's step, the faster of two probes; it is trained by them."""
+    """Return the seconds of a cohort's step, the faster of two probes, which train the cohort."""
     fastest = math.inf
-    if cohort.task.compile:  # the first steps are those that make the code
+    if cohort.task.compile:  # the first steps compile the code
         asked_for = iter(range(WARM_UP + 1))
         next(run_to_end([cohort], lambda: next(asked_for, None) is None), None)
     for _ in range(N_PROBES):
         before, asked = sum(cohort.iterations), list[float]()
 
-        def enough() -> bool:  # though not before the first step
+        def enough() -> bool:  # at least one step is done
             asked.append(time.perf_counter())  # noqa: B023
             return len(asked) > 1 and asked[-1] - asked[0] > probe  # noqa: B023
 
         next(run_to_end([cohort], enough), None)
-        seconds = time.perf_counter() - asked[0]  # what is drawn for a whole round is no step
+        seconds = time.perf_counter() - asked[0]  # without the draws for a whole round
         steps = (sum(cohort.iterations) - before) / len(cohort.members)
         fastest = min(fastest, seconds / steps)
         if seconds > max(MAX_STEP_SECONDS, 2 * probe):
@@ -157,7 +157,7 @@ def seconds_per_step(cohort: Cohort, probe: float = PROBE_SECONDS) -> float:
 
 
 def _cache_path() -> Path:
-    """Where measurements are kept; an OSError where there is no home."""
+    """Return the path of the cache's file; raise an OSError if there is no home folder."""
     cache = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(cache or Path.home() / ".cache") / "optuna_nnhp" / "cohort_sizes.json"
@@ -185,4 +185,4 @@ def _write_cache(sizes: dict[str, Throughput]) -> None:
             json.dump(sizes, file)
         Path(file.name).replace(path)
     except OSError as error:
-        _logger.debug(f"The measured cohort sizes could not be kept: {error}")
+        _logger.debug(f"The measured cohort sizes could not be written: {error}")

@@ -1,4 +1,4 @@
-"""Grids: planned before a study; each point once, by any number of workers, whatever happens."""
+"""Grids: plan the points before a study; start each point once, for any number of workers."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from optuna_nnhp.training.cohort import Member
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 FIXED_PARAMS = "fixed_params"  # system attribute of trials that were enqueued
-MAX_LISTED_POINTS = 10_000  # of a huge grid, where no number of trials says how many are wanted
-# A grid's time is that of a few points, which the order spreads over it: so many, or as many as
-# are measured in these seconds.
+MAX_LISTED_POINTS = 10_000  # of a grid that is too large to list, without `n_trials`
+# The time of a grid is estimated from so many points, spread over the grid, or from those that are
+# measured in so many seconds.
 MAX_PROBED_POINTS, PROBE_SECONDS = 16, 3.0
 ADVICE = (
     "give fewer `levels`, pin more in `fixed`, or take the part that fits, spread over the "
@@ -61,27 +61,27 @@ def make_grid(
     partial: bool = False,
     seed: int = 0,
 ) -> GridPointsSampler:
-    """The points of a grid, in an order whose beginning is spread over it.
+    """Return the points of a grid, in an order whose beginning is spread over the grid.
 
-    The default configuration comes first if it is on the grid. Points that differ only in what
-    has no effect (`huber_delta` beside another loss) are one point. Whether all of it fits into
-    a timeout, or a study that is continued, is checked when it begins (`GridQueue.enqueue`).
+    The default configuration comes first if it is on the grid. Points that differ only in
+    parameters without effect (`huber_delta` with another loss) are one point. `GridQueue.enqueue`
+    checks whether the grid fits into a timeout and into a continued study.
 
     Args:
         problem:
-            What is tuned.
+            Problem to tune.
         budget:
-            How long.
+            Limits on trials and time.
         levels:
-            Values by name, and all else that is tuned keeps its default; if None the catalogue's
-            levels of all that is tuned (see `search.levels.default_grid_values`).
+            Values by name; other tuned parameters keep their defaults. If None, the catalogue's
+            values of all tuned parameters (see `search.grid.default_grid_values`).
         partial:
-            Whether a part of the grid is enough where the budget is too small.
+            Whether a part of the grid is enough if the budget is too small.
         seed:
-            Of the order.
+            Seed of the order.
 
     Raises:
-        ValueError: If a level is none of its range, or the grid is larger than the budget.
+        ValueError: If a value is not in its range, or the grid is larger than the budget.
     """
     grid = _all_combinations(problem, levels)
     if not partial:
@@ -102,7 +102,7 @@ def make_grid(
 
 
 def _all_combinations(problem: Problem, levels: Mapping[str, Sequence[Value]] | None) -> Grid:
-    """All combinations of a problem's levels."""
+    """Return all combinations of a problem's grid values."""
     space, known = problem.space, problem.specs()
     if not space:
         raise ValueError("A grid must have something to tune, but everything is in `fixed`.")
@@ -138,10 +138,7 @@ def _check_count(grid: Grid, budget: Budget) -> None:
 
 
 def check_grid(sampler: GridSampler, space: Mapping[str, BaseDistribution]) -> None:
-    """Raise unless a grid of Optuna's holds exactly what is tuned, within its ranges.
-
-    Raises:
-        ValueError: If a hyperparameter is missing, another one is there, or a value is none.
+    """Raise unless a grid of Optuna has exactly the tuned parameters, within their ranges.
 
     Example:
         >>> from optuna.distributions import IntDistribution
@@ -164,10 +161,10 @@ def check_grid(sampler: GridSampler, space: Mapping[str, BaseDistribution]) -> N
 def to_grid_points_sampler(
     sampler: GridSampler | GridPointsSampler, problem: Problem
 ) -> GridPointsSampler:
-    """A grid's points; of Optuna's own all that the user wrote, after the default configuration.
+    """Return the points of a grid; those of Optuna's sampler after the default configuration.
 
-    Optuna's sampler itself expects to be asked within `Study.optimize`, gives two workers the
-    same point, and never comes back to one whose trial was killed.
+    Optuna's sampler itself works only within `Study.optimize`, may propose one point to two
+    workers, and does not repeat a point whose trial was killed.
     """
     if isinstance(sampler, GridPointsSampler):
         return sampler
@@ -180,16 +177,17 @@ def to_grid_points_sampler(
 
 
 class GridQueue:
-    """The points of a grid in a study: each is enqueued once, and handed out once.
+    """Enqueues the points of a grid in a study, and starts each of them once.
 
-    Two workers that begin together may both enqueue them. Then the trial with the lowest number
-    is the point's; any other one ends as FAIL, by whoever finds it, and counts nowhere.
+    Two workers that start at the same time may both enqueue them. The trial with the lowest number
+    then belongs to the point. The first worker that finds another one fails it, and it does not
+    count.
 
     Args:
         study:
             The study.
         storage:
-            Its storage.
+            Storage of the study.
 
     Example:
         >>> storage = BufferedStorage(optuna.storages.InMemoryStorage())
@@ -203,8 +201,8 @@ class GridQueue:
 
     def __init__(self, study: Study, storage: BufferedStorage) -> None:
         self._study, self._storage = study, storage
-        self._numbers: dict[str, list[int]] = defaultdict(list)  # of trials, by their point's key
-        self._known = 0  # trials that are in there
+        self._numbers: dict[str, list[int]] = defaultdict(list)  # of trials, by key of their point
+        self._known = 0  # number of trials in `_numbers`
 
     @property
     def n_points_left(self) -> int:
@@ -212,13 +210,14 @@ class GridQueue:
         return len(self._waiting())
 
     def enqueue(self, plan: GridPointsSampler, problem: Problem, budget: Budget) -> None:
-        """Enqueue what no trial has, as far as the number of trials goes.
+        """Enqueue the points that have no trial, as many as the budget has trials left.
 
-        Points whose trial ended before its time are tried again, and those whose trial failed
-        too, after all others, if there are trials left.
+        Points whose trial was stopped early are tried again, and after all others those whose
+        trial failed.
 
         Raises:
-            ValueError: If the budget is too small for all that is left, and a part is not enough.
+            ValueError: If the budget is too small for the points that are left, and a part of the
+                grid is not enough.
         """
         self._storage.refresh()
         trials = self._study.get_trials(deepcopy=False)
@@ -244,7 +243,7 @@ class GridQueue:
         self.end_duplicates()
 
     def add(self, points: Sequence[Point]) -> None:
-        """Enqueue points, all at once."""
+        """Enqueue points in one operation."""
         templates = [
             optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={FIXED_PARAMS: point})
             for point in points
@@ -253,7 +252,7 @@ class GridQueue:
             self._storage.create_new_trials(study_id(self._study), templates)
 
     def end_duplicates(self) -> None:
-        """End the trials that wait for a point that has one already."""
+        """Fail waiting trials whose point has another trial already."""
         self._storage.refresh()
         trials = self._read_trials()
         with self._storage.batch():
@@ -263,7 +262,7 @@ class GridQueue:
                     self._withdraw(trial)
 
     def take(self) -> Trial | None:
-        """Start the next point's trial; None if there is none left."""
+        """Start the trial of the next point and return it; None if no point is left."""
         for trial in self._waiting():
             if not self._claim(trial):
                 continue
@@ -277,7 +276,7 @@ class GridQueue:
         return [trial for trial in waiting if FIXED_PARAMS in trial.system_attrs]
 
     def _claim(self, trial: FrozenTrial) -> bool:
-        """Start a trial, unless another worker is the first to do so."""
+        """Start a trial and return whether no other worker had started it."""
         try:
             return self._storage.set_trial_state_values(id_of(trial), TrialState.RUNNING)
         except UpdateFinishedTrialError:
@@ -288,7 +287,7 @@ class GridQueue:
         self._storage.set_trial_state_values(id_of(trial), TrialState.FAIL)
 
     def _read_trials(self) -> list[FrozenTrial]:
-        """All trials; the new ones are noted by their point."""
+        """Return all trials, and add the new ones to `_numbers`."""
         trials = self._study.get_trials(deepcopy=False)
         for trial in trials[self._known :]:
             self._numbers[point_key(point_of(trial))].append(trial.number)
@@ -296,7 +295,7 @@ class GridQueue:
         return trials
 
     def _is_duplicate(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
-        """Whether a trial with a lower number has the point; all of those are known here."""
+        """Return whether a trial with a lower number has the same point."""
         same = self._numbers[point_key(point_of(trial))]
         return any(n < trial.number and not retries_grid_point(trials[n]) for n in same)
 
@@ -309,7 +308,7 @@ def point_of(trial: FrozenTrial) -> dict[str, Any]:
 def _check_left(
     problem: Problem, budget: Budget, left: int | None, points: Sequence[Point]
 ) -> None:
-    """Raise if the budget is too small for some points; nothing to do is no fault."""
+    """Raise if the budget is too small for the points that are left."""
     if left and len(points) > left:
         raise ValueError(
             f"What is left of a grid must be at most as many points as `n_trials` leaves trials, "
@@ -326,7 +325,7 @@ def _check_left(
 
 
 def _mean_seconds_per_point(problem: Problem, points: Sequence[Mapping[str, Value]]) -> float:
-    """Mean seconds of a trial's whole budget, of some points; those that cannot be take none."""
+    """Estimate the mean seconds of a trial; points that cannot be trained take none."""
     seconds, started = list[float](), time.monotonic()
     with single_threaded_blas:
         for point in points:
@@ -340,14 +339,14 @@ def _mean_seconds_per_point(problem: Problem, points: Sequence[Mapping[str, Valu
 
 
 def estimate_seconds(problem: Problem, member: Member) -> float:
-    """Seconds of a trial's whole budget: given, or by a measurement."""
+    """Return the seconds of a trial's whole budget, which are given or measured."""
     params = member.params
     if params.get("seconds") and not (params["iterations"] or params["train_tokens"]):
         return float(params["seconds"] or 0)
     step = getattr(problem, "seconds_per_step", None)
     if step is not None:  # the template measures its steps itself
         return float(step(member) * problem.attributes(member)["budget_iterations"])
-    problem.signature(member)  # raises what keeps it from being trained
+    problem.signature(member)  # raises an error if the member cannot be trained
     pace = measure_throughput(problem, member, problem.cohort_size(member))
     cohort = problem.cohort([member])
     return pace.round * cohort.total_steps[0] / cohort.batches.per_round

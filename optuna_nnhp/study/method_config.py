@@ -1,4 +1,4 @@
-"""How a user wants to tune: a method's sampler, its loop, their options."""
+"""The tuning method of a study: its sampler, its policy and their options."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ from optuna_nnhp.study.policies.population import PopulationPolicy
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.trial_source import BASELINE
 
-ZOOMED_FROM = "zoomed_from"  # study attribute: whose trials proposed its space
+ZOOMED_FROM = "zoomed_from"  # study attribute: the study whose trials `zoom` made its space from
 POLICIES: dict[str | None, Callable[..., Policy]] = {
     "population": PopulationPolicy,
     "gradient": HypergradientPolicy,
 }
-LEAST = {"size": 2, "population_size": 2, "round_size": 5, "n_startup_trials": 0}  # else 1
+# Least values of options that are whole numbers; 1 for all others.
+LEAST = {"size": 2, "population_size": 2, "round_size": 5, "n_startup_trials": 0}
 
 
 @dataclass
@@ -55,17 +56,17 @@ class MethodConfig:
         method:
             Its name; None for a user's own sampler.
         sampler:
-            What proposes.
+            Proposes the trials.
         is_user_sampler:
-            Whether the sampler is a user's.
+            Whether the user gave the sampler.
         options:
-            Of the method's sampler.
+            Options of the method's sampler.
         policy_options:
-            Of the study's loop.
+            Options of the method's policy.
         levels:
-            Of a grid.
+            Values by name, for a grid.
         seed:
-            The study's.
+            Seed of the study.
     """
 
     method: str | None
@@ -77,7 +78,7 @@ class MethodConfig:
     seed: int = 0
 
     def reject_options(self, **given: object) -> None:
-        """Raise if something was given that the method's own loop has no use for."""
+        """Raise if an argument was given that the method's policy does not use."""
         for name, value in given.items():
             if value is not None and self.method in POLICIES:
                 raise ValueError(
@@ -86,10 +87,10 @@ class MethodConfig:
                 )
 
     def check(self, problem: Problem, budget: Budget) -> None:
-        """Raise what makes no sense for a problem, and plan a grid.
+        """Plan a grid, and raise if the method cannot tune a problem.
 
         Raises:
-            ValueError: If a grid does not fit, or the gradient has nothing to move.
+            ValueError: If a grid does not fit, or no tuned parameter has a gradient.
         """
         if self.method == "grid":
             partial = self.policy_options.get("partial", False)
@@ -100,12 +101,12 @@ class MethodConfig:
             gradient_space(problem)
 
     def sampler_for(self, study: Study, *, few: bool, worker: int = 0) -> BaseSampler:
-        """The sampler, with new random numbers where a study is continued, and for each worker.
+        """Return the sampler, with other random numbers for a continued study and each worker.
 
-        Else it would repeat its first trials, or those of the first worker.
+        With the same ones it would repeat the study's first trials, or those of the first worker.
         """
         sampler_fixes_all_values = self.method == "grid" or isinstance(self.sampler, QMCSampler)
-        if sampler_fixes_all_values:  # one seed is one sequence, which workers share
+        if sampler_fixes_all_values:  # all workers share one sequence
             return self.sampler
         if self.method is None or self.is_user_sampler:
             return _with_new_seed(self.sampler) if worker else self.sampler
@@ -116,7 +117,7 @@ class MethodConfig:
 
     @property
     def uses_portfolio(self) -> bool:
-        """Whether the template's portfolio is tried beside the default."""
+        """Return whether the template's portfolio is tried besides the default configuration."""
         return self.method not in POLICIES
 
     def make_policy(self, context: PolicyContext) -> Policy:
@@ -126,7 +127,7 @@ class MethodConfig:
 
 
 def _with_new_seed(sampler: BaseSampler) -> BaseSampler:
-    """A user's own sampler with random numbers that nobody else has."""
+    """Return a copy of a user's sampler with other random numbers."""
     other = copy.deepcopy(sampler)
     other.reseed_rng()
     return other
@@ -207,16 +208,7 @@ def _checked_option(name: str, value: Any) -> Any:
 def enqueue_source_best(
     study: Study, space: Mapping[str, BaseDistribution] | None, problem: Problem
 ) -> None:
-    """Let a new study of a zoomed space begin with its source's best configuration.
-
-    Args:
-        study:
-            The study.
-        space:
-            What the user gave; nothing happens unless it is of `zoom`.
-        problem:
-            What is tuned.
-    """
+    """Enqueue the source study's best configuration, if a study is new and its space is zoomed."""
     if not isinstance(space, ZoomedSpace) or study.get_trials(deepcopy=False):
         return
     study.set_user_attr(ZOOMED_FROM, space.source)

@@ -1,4 +1,4 @@
-"""Opening a study: new, or is it the same one?"""
+"""Create or load a study; check that a loaded one has the same problem."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ if TYPE_CHECKING:
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-IDENTITY = ("template", "task", "metric", "fingerprint")  # what one study cannot mix
-MODELS = "models"  # study attribute: the folder of its best weights, inside the storage's
-MAX_OPEN_WAIT = 60.0  # seconds that a storage may be away when a study is opened
-MAX_DESCRIPTION_WAIT = (
-    5.0  # seconds, after which a study without a description has lost its creator
-)
-DESCRIPTION_COMPLETE = "version"  # study attribute that is written last: the others are there
+IDENTITY = (
+    "template",
+    "task",
+    "metric",
+    "fingerprint",
+)  # study attributes that are the same in all calls
+MODELS = "models"  # study attribute: name of the folder of its best weights
+MAX_OPEN_WAIT = 60.0  # seconds to wait for an unavailable storage
+MAX_DESCRIPTION_WAIT = 5.0  # seconds to wait until another process has described its new study
+DESCRIPTION_COMPLETE = "version"  # study attribute that is written last, after the others
 
 
 def open_study(
@@ -47,22 +50,11 @@ def open_study(
     sampler: optuna.samplers.BaseSampler,
     pruner: optuna.pruners.BasePruner,
 ) -> optuna.Study:
-    """Create a problem's study, or continue it.
-
-    Args:
-        problem:
-            What is tuned.
-        storage:
-            Where the study is kept; it is written behind, see `BufferedStorage`.
-        study_name:
-            Its name; the problem's default name if None.
-        sampler:
-            Who proposes.
-        pruner:
-            Who ends trials.
+    """Create a problem's study or load it, with a `BufferedStorage` around the storage.
 
     Raises:
-        ValueError: If the storage holds another study under this name.
+        ValueError: If the storage has a study with this name (the problem's own name if None),
+            but of another problem.
     """
     if not isinstance(storage, BufferedStorage):
         storage = BufferedStorage(storage, trial_attrs={WORKER: new_worker_name()})
@@ -103,7 +95,7 @@ def open_study(
 def _retry_until_available(
     storage: BufferedStorage, ask: Callable[[], optuna.Study]
 ) -> optuna.Study:
-    """Ask a storage that may be away for a while, or locked by a process that was killed."""
+    """Create a study; wait while the storage is unavailable or locked by a killed process."""
     while True:
         try:
             return ask()
@@ -113,7 +105,7 @@ def _retry_until_available(
 
 
 def _wait_for_description(study: optuna.Study) -> None:
-    """Give another process, that has just created a study, the time to describe it."""
+    """Wait until the process that has created a study has also described it."""
     until = time.monotonic() + MAX_DESCRIPTION_WAIT
     while DESCRIPTION_COMPLETE not in study.user_attrs and time.monotonic() < until:
         if study.get_trials(deepcopy=False):
@@ -122,7 +114,7 @@ def _wait_for_description(study: optuna.Study) -> None:
 
 
 def without_cache(study: optuna.Study) -> optuna.Study:
-    """The same study without what is kept in memory: whoever reads it reads what there is."""
+    """Return the same study with the storage behind the buffer, which is flushed."""
     storage = storage_of(study)
     if not isinstance(storage, BufferedStorage):
         return study
@@ -136,7 +128,7 @@ def without_cache(study: optuna.Study) -> optuna.Study:
 
 
 def worker_name(storage: BufferedStorage) -> str:
-    """Who writes to a storage: what `open_study` has named it.
+    """Return the name of the worker that writes to a storage, as `open_study` has set it.
 
     Example:
         >>> memory = optuna.storages.InMemoryStorage()
@@ -147,7 +139,7 @@ def worker_name(storage: BufferedStorage) -> str:
 
 
 def _check_same_problem(study: optuna.Study, problem: Problem) -> None:
-    """Raise if the study is not this problem's."""
+    """Raise if a study is of another problem, or has other ranges or fixed values."""
     safe_join(Path(), study.user_attrs.get(MODELS, "none"))
     text = f"The study {study.study_name!r} exists already with another "
     advice = "; choose another `study_name`."

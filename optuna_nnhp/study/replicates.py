@@ -1,4 +1,4 @@
-"""Replicates: the best configurations, trained again with other seeds."""
+"""Replicates: retrain the best configurations with other seeds."""
 
 from __future__ import annotations
 
@@ -36,33 +36,33 @@ from optuna_nnhp.training.retrain import retrain
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-REPLICATES = "replicates"  # attribute of the study: what each trial came to with other seeds
-MAX_CONFIGURATIONS = 5  # so many of the best are trained again
-MIN_CONFIGURATIONS = 2  # where time is short: one alone would have nothing to be compared with
-MAX_TIMEOUT_SHARE = 0.25  # of the timeout, that replicates may take
-PREDICT_AFTER = 0.5  # of the timeout: then the best networks' kind is known
-MARGIN = 1.5  # times what is predicted: the best trials may still become longer ones
+REPLICATES = "replicates"  # study attribute: the values of trials with other seeds, a `Record`
+MAX_CONFIGURATIONS = 5  # that are retrained
+MIN_CONFIGURATIONS = 2  # where time is short; one could not be compared
+MAX_TIMEOUT_SHARE = 0.25  # of the timeout, for replicates
+PREDICT_AFTER = 0.5  # of the timeout: later the best trials change little
+MARGIN = 1.5  # on the predicted seconds: the best trials may still become longer
 
-Record = dict[str, dict[str, list[Any]]]  # by trial number, as text: seeds, and values
+Record = dict[str, dict[str, list[Any]]]  # seeds and values, by trial number as text
 
 
 @dataclass
 class ReplicateTrainer:
-    """Trains a study's best configurations again, each ``count`` times, with other seeds.
+    """Retrains a study's best configurations, each ``count`` times with other seeds.
 
-    Other first weights, another order of the data and other noise, but the same data. These are
-    no trials: they are kept as the study's attribute `REPLICATES`, so that the same call again
-    trains only what is missing. A timeout is shared: this object takes a quarter of it from the
-    budget when it is made, and as a callback of the study gives back what it will not need, once
+    The seeds change the first weights, the order of the data and the noise, but not the data.
+    Replicates are not trials: their values are the study's attribute `REPLICATES`, so that the
+    same call again trains only what is missing. The constructor reserves a quarter of the timeout
+    for them. As a callback of the study, this object returns what it does not need of it, once
     half of the time is over and the best configurations can be measured.
 
     Args:
         problem:
-            What is tuned.
+            Problem that is tuned.
         count:
             Replicates of each configuration.
         budget:
-            The study's; call `run` after it.
+            Budget of the study; call `run` when the study has ended.
 
     Attributes:
         timeout: Seconds for the study and its replicates together.
@@ -81,16 +81,11 @@ class ReplicateTrainer:
             self.budget.timeout = self.timeout * (1 - MAX_TIMEOUT_SHARE)
 
     def use_problem(self, problem: Problem) -> None:
-        """Train the same problem on another device.
-
-        Args:
-            problem:
-                The problem on the device of this process, which is known after the study is open.
-        """
+        """Set the problem on the device of this process, known once the study is open."""
         self.problem = problem
 
     def __call__(self, study: Study, trial: FrozenTrial) -> None:
-        """Give back what is not needed; a callback of the study."""
+        """Return the reserved time that is not needed; a callback of the study."""
         if self.predicted or self.timeout is None:
             return
         if self.budget.seconds < PREDICT_AFTER * self.timeout:
@@ -99,7 +94,7 @@ class ReplicateTrainer:
             return
         try:
             self.predicted, needed = True, MARGIN * self._estimate_seconds(trials)
-        except Exception as error:  # as when they are trained
+        except Exception as error:  # building a user's network may fail, as in `run`
             _logger.warning(f"The replicates' time could not be measured: {error_line(error)}")
             return
         self.budget.timeout = self.timeout - min(needed, self.timeout * MAX_TIMEOUT_SHARE)
@@ -108,14 +103,12 @@ class ReplicateTrainer:
     def run(self, study: Study, *, is_late: bool = False) -> None:
         """Train what is missing, one seed after the other, until the timeout or Ctrl-C.
 
-        What is not trained to its end is left out.
-
         Args:
             study:
-                The study.
+                The study; it gets the values of networks that were trained to their end.
             is_late:
-                Whether its end may have come late, by workers that had to wait: then replicates
-                have their share of the timeout from now on.
+                Whether workers may have started late, so that the study ended late. Replicates
+                then have their share of the timeout from now on.
         """
         self.budget.timeout = self.timeout
         if is_late and self.timeout is not None:
@@ -134,7 +127,7 @@ class ReplicateTrainer:
     def _train_all(
         self, study: Study, problem: Problem, seed: int, trials: Sequence[FrozenTrial]
     ) -> bool:
-        """Train some trials with another seed, and keep their values; whether there was time."""
+        """Retrain trials with another seed; return whether there was time for all."""
         out_of_time = self.budget.is_over
         plain = [trial for trial in trials if SCHEDULE not in trial.user_attrs]
         try:
@@ -151,7 +144,7 @@ class ReplicateTrainer:
         return not out_of_time()
 
     def _affordable_configurations(self, study: Study) -> list[FrozenTrial]:
-        """The best configurations: rather few of them than few replicates of each."""
+        """Return as many of the best configurations as there is time to replicate."""
         trials = _best_configurations(study, self.problem)
         if self.timeout is None or self.budget.is_over():
             return trials
@@ -167,12 +160,12 @@ class ReplicateTrainer:
         return trials
 
     def _needs_replicate(self, record: Record, number: int, seed: int) -> bool:
-        """Whether a trial has not enough replicates, and none with this seed."""
+        """Return whether a trial has too few replicates, and none with this seed."""
         known = record.get(str(number), {}).get("seeds", [])
         return len(known) < self.count and seed not in known
 
     def _estimate_seconds(self, trials: Sequence[FrozenTrial]) -> float:
-        """Seconds that the replicates of some trials take, by a few steps of each cohort."""
+        """Estimate the seconds for the replicates of trials, by a few steps of each cohort."""
         steps = {t.number: int(t.user_attrs.get("iterations", 0)) for t in trials}
         return self.count * sum(
             max(steps[m.number] for m in group) * seconds_per_step(self.problem.cohort(group))
@@ -181,7 +174,7 @@ class ReplicateTrainer:
 
 
 def _replicate_seed(seed: int, place: int) -> int:
-    """The seed of the replicates at one place; all configurations have the same ones.
+    """Return the seed of the replicates at one place, the same for all configurations.
 
     Example:
         >>> len({_replicate_seed(study, place) for study in range(3) for place in range(3)})
@@ -191,7 +184,7 @@ def _replicate_seed(seed: int, place: int) -> int:
 
 
 def _best_configurations(study: Study, problem: Problem) -> list[FrozenTrial]:
-    """The best few COMPLETE trials, best first, without those that repeat another's values."""
+    """Return the best few COMPLETE trials, best first, without repeated configurations."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     sign = -1.0 if problem.maximize else 1.0
     distinct: dict[tuple[Any, ...], FrozenTrial] = {}
@@ -202,7 +195,7 @@ def _best_configurations(study: Study, problem: Problem) -> list[FrozenTrial]:
 
 
 def _group_into_cohorts(problem: Problem, trials: Sequence[FrozenTrial]) -> list[list[Member]]:
-    """Trials that can be trained as one cohort each."""
+    """Group trials that can be trained as one cohort."""
     groups: dict[Hashable, list[Member]] = defaultdict(list)
     for trial in trials:
         try:
@@ -220,9 +213,9 @@ def _group_into_cohorts(problem: Problem, trials: Sequence[FrozenTrial]) -> list
 def _train_to_end(
     cohort: Cohort, out_of_time: Callable[[], bool]
 ) -> Iterator[tuple[int, float | None]]:
-    """Train a cohort to its members' ends: trial numbers and best values, None if diverged.
+    """Train a cohort and yield trial numbers and best values, None if a network diverged.
 
-    Those whose time ran out are left out.
+    Networks that are not trained to their end in time are left out.
     """
     for _, scores in run_to_end([cohort], out_of_time):
         for i in ended_members(scores):
@@ -237,20 +230,20 @@ def _train_to_end(
 def _train_along_schedule(
     problem: Problem, trial: FrozenTrial, out_of_time: Callable[[], bool]
 ) -> dict[int, float | None]:
-    """Train a network along a trial's course, up to the round where the trial was at its best."""
-    course = schedule_of(problem, trial)
+    """Retrain a network by a trial's schedule, up to the trial's best round."""
+    schedule = schedule_of(problem, trial)
     until = round(trial.user_attrs["best_epoch"] * problem.rounds_per_epoch)
-    again = retrain(
-        problem.cohort, course, until, 0, evaluation_rounds=(), out_of_time=out_of_time
+    retrained = retrain(
+        problem.cohort, schedule, until, 0, evaluation_rounds=(), out_of_time=out_of_time
     )
-    value = again.values.get(until)
+    value = retrained.values.get(until)
     if value is None:
         return {}
     return {trial.number: value if math.isfinite(value) else None}
 
 
 def _store_values(study: Study, seed: int, found: dict[int, float | None]) -> None:
-    """Add values to the study's record, which other processes may have added to meanwhile."""
+    """Add values to the study's record, as it is in the storage now."""
     if not found:
         return
     record = study.user_attrs.get(REPLICATES, {})
