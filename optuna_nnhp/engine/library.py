@@ -23,13 +23,16 @@ import os
 import threading
 import time
 from typing import Any
+from typing import Generic
 from typing import NamedTuple
+from typing import TypeVar
 
 from threadpoolctl import ThreadpoolController
 import torch
 from torch import Tensor
 
 _logger = logging.getLogger(f"optuna.{__name__}")
+T = TypeVar("T")
 
 ENGINE_VARIABLE = "OPTUNA_NNHP_ENGINE"
 HOW_TO_BUILD = "Install optuna_nnhp where there is a C compiler to build it"
@@ -270,14 +273,10 @@ def limited_threads(flops: float) -> Iterator[Callable[[], None]]:
         ...     torch.get_num_threads()
         1
     """
-    with single_threaded_blas:
-        _threads.enter()
-        try:
-            if flops < MIN_FLOPS_FOR_THREADS or _threads.before == 1:
-                torch.set_num_threads(1)
-            yield _StallDetector().before_step if torch.get_num_threads() > 1 else no_op
-        finally:
-            _threads.leave()
+    with single_threaded_blas, _torch_threads as threads:
+        if flops < MIN_FLOPS_FOR_THREADS or threads == 1:
+            torch.set_num_threads(1)
+        yield _StallDetector(threads).before_step if torch.get_num_threads() > 1 else no_op
 
 
 def no_op() -> None:
@@ -289,8 +288,8 @@ class _StallDetector:
 
     stalled_until = -math.inf  # of the whole process, seconds
 
-    def __init__(self) -> None:
-        self._steps, self._since, self._single = 0, 0.0, math.inf
+    def __init__(self, threads: int) -> None:
+        self._threads, self._steps, self._since, self._single = threads, 0, 0.0, math.inf
 
     def before_step(self) -> None:
         now = time.monotonic()
@@ -299,7 +298,7 @@ class _StallDetector:
         elif self._steps == 1:
             self._single = now - self._since
             if now > _StallDetector.stalled_until:
-                torch.set_num_threads(_threads.before)
+                torch.set_num_threads(self._threads)
         elif now - self._since > STALL_FACTOR * self._single and torch.get_num_threads() > 1:
             _StallDetector.stalled_until = now + STALL_SECONDS
             torch.set_num_threads(1)
@@ -307,51 +306,37 @@ class _StallDetector:
         self._steps, self._since = self._steps + 1, now
 
 
-class _TorchThreads:
-    """How many threads torch had before the first of several trainings at once."""
+class SharedSetting(Generic[T]):
+    """Changes a setting of the process when the first of several threads enters.
 
-    def __init__(self) -> None:
-        self._lock, self._inside, self.before = threading.Lock(), 0, 0
+    The last one that leaves calls ``restore`` with what ``change`` returned.
+    """
 
-    def enter(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self.before = torch.get_num_threads()
-            self._inside += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                torch.set_num_threads(self.before)
-
-    @property
-    def full(self) -> int:
-        """Threads outside of trainings."""
-        with self._lock:
-            return self.before if self._inside else torch.get_num_threads()
-
-
-_threads = _TorchThreads()
-
-
-class _SingleThreadedBlas:
-    """Has each product of NumPy and scipy computed on one thread, while anybody wants that."""
-
-    def __init__(self) -> None:
+    def __init__(self, change: Callable[[], T], restore: Callable[[T], object]) -> None:
+        self._change, self._restore = change, restore
         self._lock, self._inside = threading.Lock(), 0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> T:
         with self._lock:
             if self._inside == 0:
-                self._limit = _thread_pools().limit(limits=1, user_api="blas")
+                self._before = self._change()
             self._inside += 1
+            return self._before
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._limit.restore_original_limits()
+                self._restore(self._before)
+
+    def before(self) -> T | None:
+        """Return what ``change`` returned; None if no thread is inside."""
+        with self._lock:
+            return self._before if self._inside else None
+
+
+# Trainings change the number themselves; it is as before when the last one ends.
+_torch_threads = SharedSetting(torch.get_num_threads, torch.set_num_threads)
 
 
 @functools.cache
@@ -361,10 +346,14 @@ def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-# For as long as possible, a whole study: OpenBLAS's own threads spin for a while after each of its
-# products and each change of their number, on the cores that the engine's threads work on (the
-# epochs of a single network of 2 x 256 units took twice as long).
-single_threaded_blas = _SingleThreadedBlas()
+# Each product of NumPy and scipy is computed on one thread. For as long as possible, a whole
+# study: OpenBLAS's own threads spin for a while after each of its products and each change of
+# their number, on the cores that the engine's threads work on (the epochs of a single network of
+# 2 x 256 units took twice as long).
+single_threaded_blas = SharedSetting(
+    lambda: _thread_pools().limit(limits=1, user_api="blas"),
+    lambda limit: limit.restore_original_limits(),
+)
 
 
 def available_threads() -> int:
@@ -374,4 +363,4 @@ def available_threads() -> int:
         >>> available_threads() >= 1
         True
     """
-    return _threads.full
+    return _torch_threads.before() or torch.get_num_threads()

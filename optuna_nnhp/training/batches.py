@@ -109,17 +109,7 @@ class Batches(RoundKeyedNoise):
     that started at different times finish a round together. If an epoch has several rounds, up to
     ``rounds - 1`` rows are left out, different ones in each epoch.
 
-    Args:
-        examples:
-            Rows of the training part.
-        size:
-            Examples per batch; the last batch of a round may be smaller.
-        rounds:
-            Rounds per epoch.
-        seed:
-            The study's seed.
-        device:
-            The device of the row indices and of the noise.
+    The last batch of a round may be smaller. Row indices and noise are on the device.
 
     Attributes:
         size: Examples per batch, at most those of a round.

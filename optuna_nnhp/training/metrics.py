@@ -289,20 +289,12 @@ def resolve_metric(
 ) -> Metric:
     """Return the metric that a study compares its trials by.
 
-    Args:
-        metric:
-            A name of :data:`METRICS`; or a function ``(y_true, y_pred) -> float``, such as those
-            of ``sklearn.metrics``; or None for accuracy (classification) and rmse (regression).
-            A function is called once per member with two ``(n,)`` arrays: original labels (the
-            most probable class), or numbers in the target's units. Its exceptions are not caught.
-        task:
-            ``"binary"``, ``"multiclass"`` or ``"regression"``.
-        direction:
-            ``"maximize"`` or ``"minimize"``. If None, a named metric has its own direction, and
-            a function is maximized, which is scikit-learn's convention for scores.
-        target_decode:
-            Returns the original labels of class indices, ``(n,) -> (n,)``. Not called for
-            regression.
+    The metric is a name of `METRICS`; or a function ``(y_true, y_pred) -> float``, such as those
+    of ``sklearn.metrics``; or None for accuracy (classification) and rmse (regression). A
+    function is called once per member with two ``(n,)`` arrays: original labels (the most
+    probable class), as ``target_decode`` returns them, or numbers in the target's units. Its
+    exceptions are not caught. Without a direction, a named metric has its own, and a function is
+    maximized, which is scikit-learn's convention for scores.
 
     Raises:
         ValueError: If the task, the metric or the direction is unknown, or if the metric does not

@@ -49,23 +49,11 @@ def retrain(
 ) -> RetrainResult:
     """Train a member along its segments, in its numerics context.
 
-    Args:
-        make:
-            Makes a new cohort of some members.
-        segments:
-            All segments; the first one begins at 0.
-        rounds:
-            Rounds to train.
-        best:
-            The round whose network is returned; 0 for none.
-        numerics_context:
-            The member's numerics context, see `extend_numerics_context`; empty for a member that
-            trained in a cohort of one or on a compiled engine.
-        evaluation_rounds:
-            Rounds after which the member was evaluated on all data; None for those of
-            `next_evaluation`.
-        out_of_time:
-            Called before every step; if it returns True, training stops after fewer rounds.
+    ``make`` makes a new cohort. The first segment begins at 0. The network after round ``best`` is
+    returned, none if that is 0. The numerics context is empty for a member that trained in a
+    cohort of one or on a compiled engine. After ``evaluation_rounds`` the member was evaluated on
+    all data; None stands for the rounds of `next_evaluation`. Training stops after fewer rounds if
+    ``out_of_time``, called before every step, returns True.
     """
     result = RetrainResult(make([segments[0].member]))
     cohort, by_begin = result.cohort, {segment.begin: segment for segment in segments}

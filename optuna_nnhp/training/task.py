@@ -29,21 +29,11 @@ Apply = Callable[[Tensor], Tensor] | CompiledGPTSubset  # forward pass of some m
 
 @dataclass(frozen=True)
 class Member:
-    """One trial in a cohort.
-
-    Args:
-        number:
-            The trial's number.
-        seed:
-            The seed of its initial weights.
-        params:
-            All hyperparameters of the trial; an effect that is off is 0 (see
-            `hyperparameters.effective_params`).
-    """
+    """One trial in a cohort."""
 
     number: int
-    seed: int
-    params: dict[str, Value]
+    seed: int  # of its initial weights
+    params: dict[str, Value]  # all of them; an effect that is off is 0, see `effective_params`
 
 
 @dataclass(frozen=True)
@@ -98,35 +88,20 @@ class Update:
 class Task:
     """The data, network, loss and metric of a cohort.
 
-    Args:
-        arrays:
-            The data.
-        build:
-            Builds the stacked network of some members.
-        loss:
-            Builds the loss of some members.
-        metric:
-            Computes each member's value, ``(k,)``, from outputs on the validation part,
-            ``(k, m, outputs)``; None if `evaluate` does not need it.
-        maximize:
-            Whether a greater metric is better.
-        seed:
-            The study's seed. All members share the batch order and the dropout noise, so that
-            differences between trials come from their hyperparameters only.
-        compile:
-            Whether `torch.compile` generates the code of a step's forward and backward pass.
-        validation_loss:
-            Computes the loss on the validation part, ``(k,)``, from outputs and targets, the same
-            for all hyperparameters; if None, the training loss is used.
+    All members share the batch order and the dropout noise, which come from the study's seed, so
+    that differences between trials come from their hyperparameters only.
     """
 
     arrays: Arrays
     build: Callable[[Sequence[Member]], StackedModule]
     loss: Callable[[Sequence[Member]], Callable[[Tensor, Tensor], Tensor]]
+    # From outputs on the validation part, (k, m, outputs), to (k,); None if `evaluate` is another.
     metric: Callable[[Tensor], Tensor] | None
-    maximize: bool
+    maximize: bool  # whether a greater metric is better
     seed: int
-    compile: bool = False
+    compile: bool = False  # whether `torch.compile` generates the code of a step
+    # The loss on the validation part, (k,), from outputs and targets, the same for all
+    # hyperparameters; if None, the training loss.
     validation_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
@@ -187,30 +162,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Scores:
-    """The results of one evaluation; each list has one entry for each evaluated member.
+    """The results of one evaluation; each list has one entry for each evaluated member."""
 
-    Args:
-        indices:
-            Indices of the evaluated members in ``cohort.members``.
-        rounds:
-            Rounds that each has finished.
-        train_loss:
-            Mean training loss over the batches since the previous evaluation.
-        validation_loss:
-            Loss on the validation part.
-        value:
-            Metric on the validation part.
-        best_round:
-            Round with the best value so far; 0 if there is none.
-        ended:
-            Why a member has ended: ``"finished"``, ``"early stopping"`` or ``"diverged"``; None
-            if it continues.
-    """
-
-    indices: list[int]
-    rounds: list[int]
-    train_loss: list[float]
+    indices: list[int]  # in `cohort.members`
+    rounds: list[int]  # that each has finished
+    train_loss: list[float]  # mean over the batches since the previous evaluation
     validation_loss: list[float]
-    value: list[float]
-    best_round: list[int]
-    ended: list[str | None]
+    value: list[float]  # the metric on the validation part
+    best_round: list[int]  # the round with the best value so far; 0 if there is none
+    ended: list[str | None]  # "finished", "early stopping" or "diverged"; None if it continues
