@@ -37,47 +37,47 @@ if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
 
 STORAGE = "optuna_nnhp.journal"
-HOST = "127.0.0.1"  # this machine only: the dashboard has no log-in, and it can delete studies
+HOST = "127.0.0.1"  # only this machine: the dashboard has no login, and it can delete studies
 PORT = 8080
 REFRESH_SECONDS = 30.0
 WARNING = (
-    "Warning: everyone who can reach {host} can read, change and delete these studies, for the "
-    "dashboard has no log-in. An SSH tunnel is safer, see --help."
+    "Warning: everyone who can reach {host} can read, change and delete these studies, because "
+    "the dashboard has no login. An SSH tunnel is safer, see --help."
 )
 
 EPILOG = """\
-What you see: the study list; per study its history, importances and curves (History), slices
-and contours (Analytics), all trials (Trials), and our note (Note). Our figures, learning
-curves, learning rates and, where values changed while trials trained, their courses, are in the
-middle of History. The best trial has a note too.
+What you see: the list of studies; for each study its history, importances and curves
+(History), slices and contours (Analytics), all trials (Trials), and our note (Note). Our figures
+are in the middle of History: learning curves, learning rates and, if values changed during
+training, their schedules. The best trial has a note too.
 
-Notes and figures are refreshed while the study runs. Text of your own in a note stays, if it is
+Notes and figures are refreshed while the study runs. Your own text in a note is kept if it is
 below the line that says so.
 
-Where a study is kept: what `optimize(..., storage=...)` was given. SQLite needs three slashes
-for a file in this folder (sqlite:///studies.db) and four for a full path.
+STORAGE is what `optimize(..., storage=...)` was given. SQLite needs three slashes for a file in
+this folder (sqlite:///studies.db) and four for an absolute path.
 
 On another machine, use an SSH tunnel: ssh -L 8080:127.0.0.1:8080 THAT_MACHINE
 """
 
 
 class ThreadedServer(ThreadingMixIn, WSGIServer):
-    """Answers each request in its own thread, so that a slow plot does not hold up the page."""
+    """Answers each request in its own thread, so that a slow plot does not block the page."""
 
     daemon_threads = True
-    # Otherwise Linux lets a second server share the port, and requests go to either.
+    # If True, Linux lets a second server share the port, and requests go to either server.
     allow_reuse_port = False
 
 
 class QuietHandler(WSGIRequestHandler):
-    """Does not write a line for each request; the page polls every few seconds."""
+    """Logs no requests, because the page sends one every few seconds."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Drop the line."""
+        """Log nothing."""
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with what is left out filled in."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Open studies in optuna-dashboard, with the notes and figures of optuna_nnhp.",
         epilog=EPILOG,
@@ -92,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "postgresql://user:password@host/database (default: %(default)s in this folder)",
     )
     parser.add_argument(
-        "--port", type=int, default=PORT, help="default: %(default)s; 0 takes any free one"
+        "--port", type=int, default=PORT, help="default: %(default)s; 0 takes any free port"
     )
     parser.add_argument(
         "--host",
@@ -105,57 +105,55 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME",
-        help="answer to requests for this name of the machine too, such as that of a proxy "
-        "in front of it; may be given several times",
+        help="also answer requests for this host name, such as that of a proxy in front of the "
+        "machine; may be given several times",
     )
-    parser.add_argument("--study-name", help="open this study (default: the list of all)")
-    parser.add_argument(
-        "--no-browser-hint", action="store_true", help="print the address and nothing else"
-    )
+    parser.add_argument("--study-name", help="open this study (default: the list of studies)")
+    parser.add_argument("--no-browser-hint", action="store_true", help="print only the address")
     return parser.parse_args(argv)
 
 
 def one_line(text: object, storage: str = "") -> str:
-    """The first line of a text, with the passwords in it and in the storage's URL hidden."""
+    """Return the first line of a text, without passwords and the password of the storage's URL."""
     return errors.first_line(text, storage).rstrip(".")
 
 
 def is_local(host: str) -> bool:
-    """Whether an address is this machine's own, which nobody else can reach."""
+    """Return whether an address can be reached only from this machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def guarded(app: WSGIApplication, names: Collection[str]) -> WSGIApplication:
-    """The app, which answers only to requests for some names of this machine.
+def restrict_hosts(app: WSGIApplication, names: Collection[str]) -> WSGIApplication:
+    """Return an app that answers only requests for localhost or some host names.
 
-    A page of any web site can point a name of its own at 127.0.0.1 (DNS rebinding): the browser
-    would then let it read, change and delete what the dashboard shows.
+    Without this check, a web site could let its own host name point to 127.0.0.1 (DNS rebinding),
+    and the browser would let its pages read, change and delete the studies.
 
     Source:
         https://owasp.org/www-community/attacks/DNS_Rebinding.
     """
 
-    allowed = {urlsplit(f"//{name}").hostname for name in names}  # in small letters, no port
+    allowed = {urlsplit(f"//{name}").hostname for name in names}  # lower case, without the port
 
-    def guard(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        with contextlib.suppress(ValueError):  # no name at all
+    def restricted_app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        with contextlib.suppress(ValueError):  # raised for an invalid host name
             wanted = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
             if is_local(wanted) or wanted in allowed:
                 return app(environ, start_response)
         start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
         return [b"This dashboard answers to localhost only: see its option --allow.\n"]
 
-    return guard
+    return restricted_app
 
 
 def our_studies(storage: BaseStorage, name: str | None) -> list[optuna.Study]:
-    """The studies that optuna_nnhp tuned, or the named one if it is such.
+    """Return the studies of optuna_nnhp in a storage, or only the one with a name.
 
     Raises:
-        LookupError: If the storage holds no study, or not the named one.
+        LookupError: If the storage has no study, or none with this name.
     """
     found = storage.get_all_studies()
     if not found:
@@ -171,34 +169,34 @@ def our_studies(storage: BaseStorage, name: str | None) -> list[optuna.Study]:
 
 
 def refresh(storage: BaseStorage, name: str | None, text: str, stop: Event) -> None:
-    """Annotate the studies again and again until ``stop`` is set; new ones are found as well."""
-    cached = optuna.storages.get_storage(storage)  # reads a database's ended trials only once
-    said = ""
+    """Annotate all studies, new ones too, every `REFRESH_SECONDS` until ``stop`` is set."""
+    cached = optuna.storages.get_storage(storage)  # reads finished trials of a database only once
+    printed = ""
     while not stop.is_set():
         try:
             for study in our_studies(cached, name):
                 annotate(study)
-        # Whatever a storage's driver raises, such as a locked database: the dashboard stays up.
+        # Drivers raise errors of any type, for example of a locked database.
         except Exception as error:
             line = one_line(error, text)
-            if line != said:
+            if line != printed:
                 print(f"The notes could not be refreshed: {line}", file=sys.stderr)
-            said = line
+            printed = line
         stop.wait(REFRESH_SECONDS)
 
 
 def start(app: WSGIApplication, host: str, port: int) -> ThreadedServer:
-    """A server that listens, but does not answer before ``serve_forever``.
+    """Return a server that listens, but answers only after ``serve_forever`` is called.
 
     Raises:
-        OSError: If the port is taken, or the host is none of this machine's.
-        OverflowError: If there is no such port.
+        OSError: If the port is in use, or the host is not an address of this machine.
+        OverflowError: If the port number is too large.
     """
     return make_server(host, port, app, server_class=ThreadedServer, handler_class=QuietHandler)
 
 
-def address(server: ThreadedServer, storage: BaseStorage, name: str | None) -> str:
-    """The page to open: the named study, or the list."""
+def page_url(server: ThreadedServer, storage: BaseStorage, name: str | None) -> str:
+    """Return the URL of the study with this name, or of the list of studies."""
     host = str(server.server_address[0]).replace("0.0.0.0", "localhost")
     page = f"studies/{storage.get_study_id_from_name(name)}" if name else ""
     return f"http://{host}:{server.server_port}/dashboard/{page}"
@@ -210,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0 after Ctrl-C, 2 if the storage or the port cannot be opened.
     """
-    args = parse(argv)
+    args = parse_arguments(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         from optuna_dashboard import wsgi
@@ -220,10 +218,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         storage = open_existing_storage(args.storage)
         ours = our_studies(storage, args.study_name)
-    # Each driver has its own errors, and ImportError where it is missing: one line for all.
+    # Each driver has its own errors; a missing driver raises ImportError.
     except Exception as error:
         name, why = (
-            # What Optuna wraps says more: no such table, no driver, no answer.
+            # The error that Optuna wraps says more: no such table, no driver, no answer.
             one_line(text, args.storage)
             for text in (args.storage, error.__cause__ or error)
         )
@@ -231,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     app: WSGIApplication = wsgi(storage)
     if is_local(args.host):
-        app = guarded(app, args.allow)
+        app = restrict_hosts(app, args.allow)
     else:
         print(WARNING.format(host=args.host), file=sys.stderr)
     try:
@@ -242,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    print(address(server, storage, args.study_name), flush=True)
+    print(page_url(server, storage, args.study_name), flush=True)
     if not args.no_browser_hint:
         names = ", ".join(repr(study.study_name) for study in ours) or "none of optuna_nnhp"
         print(f"Open it in a browser; Ctrl-C ends it. Studies: {names}.", flush=True)
@@ -251,12 +249,12 @@ def main(argv: list[str] | None = None) -> int:
     watcher.daemon = True
     watcher.start()
     try:
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the server
             server.serve_forever()
     finally:
         stop.set()
         server.server_close()
-        # A write that is cut off leaves a journal's lock behind, which then blocks the study.
+        # An interrupted write would leave the lock of a journal behind, which blocks the study.
         watcher.join(timeout=10.0)
     return 0
 

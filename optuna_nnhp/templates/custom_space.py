@@ -21,15 +21,15 @@ from optuna_nnhp.hyperparameters.spec import is_in_distribution
 
 
 class RecordingParams(Mapping[str, Value]):
-    """A trial's parameters for the user's function; records which ones it reads.
+    """Holds a trial's parameters for the user's function, and records which ones it reads.
 
     Args:
         values:
-            All of them.
+            All parameters of the trial.
 
     Attributes:
-        names: Those that were read.
-        missing: Those that were asked for and are not there.
+        names: The names of the parameters that were read.
+        missing: The names that were asked for but do not exist.
 
     Example:
         >>> params = RecordingParams({"width": 8, "depth": 2})
@@ -67,15 +67,16 @@ def custom_space(
         task:
             ``"binary"``, ``"multiclass"`` or ``"regression"``.
         space:
-            Distributions of both.
+            Distributions of the user's and the catalogue's parameters.
         fixed:
-            Values of both.
+            Fixed values of the user's and the catalogue's parameters.
 
     Returns:
-        The names that are the user's own; then the space and the fixed values of all.
+        The names of the user's own parameters; then the space and the fixed values of all
+        parameters.
 
     Raises:
-        ValueError: If a name is given twice, or a value or range makes no sense.
+        ValueError: If a name is in both, or a value or range cannot be used.
 
     Example:
         >>> own, (space, fixed) = custom_space(
@@ -125,7 +126,7 @@ def _float_bounds(distribution: BaseDistribution) -> tuple[float, ...]:
 
 
 def midpoint(distribution: BaseDistribution) -> Value:
-    """Return the middle of a range, or the first of some choices.
+    """Return the middle of a range (of its logarithm if `log`), or the first choice.
 
     Example:
         >>> (
@@ -147,7 +148,7 @@ def midpoint(distribution: BaseDistribution) -> Value:
 
 
 def default_values(task: str, space: Mapping[str, BaseDistribution]) -> dict[str, Value]:
-    """Return the catalogue's defaults and the midpoints of other ranges, as far as they fit.
+    """Return the catalogue's defaults where the space admits them, else the ranges' midpoints.
 
     Example:
         >>> space = {"heads": IntDistribution(1, 3), "epochs": IntDistribution(1, 9)}

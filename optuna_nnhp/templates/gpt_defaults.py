@@ -9,22 +9,19 @@ from optuna.distributions import BaseDistribution
 from optuna_nnhp.hyperparameters.spec import Value
 from optuna_nnhp.templates.presets import preset
 
-# What the measurements in tests/benchmarks/LOG.md came to, on two cores of a CPU.
-SHORT_TRIAL_SECONDS, MEDIUM_TRIAL_SECONDS = (
-    9.0,
-    20.0,
-)  # seconds of training: two and three layers see more text, up to here
-DROPOUT_EPOCHS = 10.0  # passes over the text from which dropout pays
-TOKENS_PER_SECOND = 80_000  # of four layers of width 64
-TOKENS_PER_STEP = 768  # about, where the budget is a number of steps
+# Measured on two cores of a CPU, see tests/benchmarks/LOG.md.
+# Up to these seconds of training, two and three layers are best, because they see more text.
+SHORT_TRIAL_SECONDS, MEDIUM_TRIAL_SECONDS = 9.0, 20.0
+DROPOUT_EPOCHS = 10.0  # with more passes over the text than this, dropout is useful
+TOKENS_PER_SECOND = 80_000  # with four layers of width 64
+TOKENS_PER_STEP = 768  # roughly, to convert a budget in steps to seconds
 
-TRIAL_TIMEOUT_FRACTION = (
-    0.1  # of the timeout: a trial's seconds of training, if nothing else is said
-)
-DEFAULT_TRIAL_SECONDS = 30.0  # without a timeout
+TRIAL_TIMEOUT_FRACTION = 0.1  # training time of a trial without a budget, as a part of the timeout
+DEFAULT_TRIAL_SECONDS = 30.0  # training time of a trial without a budget and a timeout
 BUDGET_NAMES = ("seconds", "train_tokens", "iterations")
 
-NORMALIZATIONS = {"layer": "layer-gain"}  # of presets, which have gains
+# The catalogue's names of the presets' normalizations, which have gains.
+NORMALIZATIONS = {"layer": "layer-gain"}
 
 COMMON_DEFAULTS: dict[str, Value] = {
     "learning_rate_decay": "linear",
@@ -43,9 +40,9 @@ def defaults_for(seconds: float, characters: int) -> dict[str, Value]:
 
     Args:
         seconds:
-            A trial's budget of training.
+            Training time of a trial.
         characters:
-            Of the training part.
+            Length of the text's training part.
 
     Example:
         >>> defaults_for(3.0, 10**6)["layers"], defaults_for(100.0, 10**6)["context"]
@@ -62,7 +59,7 @@ def defaults_for(seconds: float, characters: int) -> dict[str, Value]:
 
 
 def preset_params(name: str) -> dict[str, Value]:
-    """Return a published configuration's values, scaled to a CPU.
+    """Return the hyperparameters of a preset at the scale "cpu".
 
     Example:
         >>> preset_params("gpt2")["weight_init"]
@@ -78,15 +75,15 @@ def preset_params(name: str) -> dict[str, Value]:
 def expected_trial_seconds(
     fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution], timeout: float | None
 ) -> float:
-    """Return the training seconds of a trial, estimated if its budget is of another kind.
+    """Return the training time of a trial in seconds, estimated if its budget has another unit.
 
     Args:
         fixed:
-            Values that a user gives; one of `BUDGET_NAMES` may be among them.
+            The user's fixed values; at most one of `BUDGET_NAMES`.
         space:
-            Distributions that a user gives.
+            The user's distributions.
         timeout:
-            Seconds of the whole study, if it has an end.
+            Seconds of the whole study; None without a limit.
 
     Raises:
         ValueError: If more than one budget is given.

@@ -14,28 +14,28 @@ from optuna_nnhp.hyperparameters.spec import Value
 
 SCALES = ("cpu",)
 
-# Of the scale "cpu". Two cores trained nanoGPT's CPU recipe, 2,000 iterations of 768 tokens at
-# width 128 with 4 layers and context 64, in 71 to 142 s; nothing here is larger but the context.
+# The bounds of the scale "cpu". Two cores trained nanoGPT's CPU recipe (2,000 iterations of 768
+# tokens, width 128, 4 layers, context 64) in 71 to 142 s. Only the context may be larger here.
 CPU_LAYERS = (2, 3, 4)
 CPU_WIDTHS = (64, 96, 128)
 CPU_HEAD_SIZE = 32
-CPU_CONTEXT, CPU_NARROW_CONTEXT = 128, 64  # the second at the smallest width
+CPU_CONTEXT, CPU_NARROW_CONTEXT = 128, 64  # the second one holds at the smallest width
 CPU_BATCH_TOKENS = 768
 CPU_ITERATIONS = 2_000
-# At width 64, and inversely with the width, as muP has Adam's rate for matrices (Yang et al.
-# 2022, arXiv:2203.03466). Measured for the shapes below with 2 layers, beta2 0.95 and 2,000
-# iterations on the characters of tiny Shakespeare, nats per character, one run each. Width 64:
-# 1.94 at 3e-3, 1.85 at 6e-3. Width 128: 2.08 at 1e-3, 1.84 at 3e-3, 2.34 at 6e-3 (1.83 if its
-# warm-up were 100 steps instead of 7; a recipe keeps its own, which may be two steps here).
-# The Step Law (arXiv:2503.04715), 1.797 * N^-0.713 * D^0.307, gives 3.9e-2 and 1.5e-2: it was
-# fitted on 0.2e9 parameters and more.
+# The learning rate at width 64. At other widths it is inversely proportional to the width, like
+# Adam's rate for matrices in muP (Yang et al. 2022, arXiv:2203.03466). It was measured with 2
+# layers, beta2 0.95 and 2,000 iterations on the characters of tiny Shakespeare, one run each, in
+# nats per character. Width 64: 1.94 at 3e-3, 1.85 at 6e-3. Width 128: 2.08 at 1e-3, 1.84 at 3e-3,
+# 2.34 at 6e-3 (1.83 with a warm-up of 100 steps instead of 7; a preset keeps its own warm-up,
+# which may be two steps here). The Step Law (arXiv:2503.04715), 1.797 * N^-0.713 * D^0.307, gives
+# 3.9e-2 and 1.5e-2, but it was fitted on networks of at least 0.2e9 parameters.
 CPU_LEARNING_RATE = 6e-3
 
 GPT3_TOKENS = 300e9
 ZERO_LR_RATIO = 1e-9  # the lowest `min_lr_ratio` of the catalogue
 NO_CLIPPING = math.inf  # of `clip_norm`
 
-# The hyperparameters of all, with the values of GPT-2's network and of nanoGPT's training.
+# Hyperparameters of all presets, with the values of GPT-2's network and nanoGPT's training.
 _BASE: dict[str, Value] = {
     "layers": 12,
     "heads": 12,
@@ -73,16 +73,14 @@ class Preset:
         name:
             Its name in `PRESETS`.
         params:
-            Its hyperparameters. Beside those of the catalogue: ``layers``, ``heads``,
-            ``head_size``, ``context``, ``batch_tokens`` (tokens a step), ``vocabulary``,
-            ``positions`` (learned or rotary), ``normalization`` (layer or rms), ``feed_forward``
-            (gelu, relu2 or swiglu), ``token_shift``, ``qk_norm``, ``tied_head``,
-            ``projection_init`` (scaled is GPT-2's ``1 / sqrt(2 * layers)``, else zero or plain)
-            and ``logit_cap`` (0 is off). ``iterations`` is 0 where the source gives none.
+            Its hyperparameters: the catalogue's for language models, and ``vocabulary``.
+            ``projection_init`` is ``"scaled"`` (GPT-2's ``1 / sqrt(2 * layers)``), ``"zero"`` or
+            ``"plain"``. ``logit_cap`` 0 means no cap. ``iterations`` is 0 if the source gives no
+            number.
         source:
             Paper or repository.
         note:
-            What is not in the source and where it is from, and what was corrected.
+            Which values are from elsewhere, and which misprints were corrected.
 
     Example:
         >>> gpt2 = preset("gpt2")
@@ -104,9 +102,10 @@ class Preset:
     def non_embedding_parameters(self) -> int:
         """The number of parameters without embeddings and without an untied head.
 
-        A block has ``4 * width^2`` in its attention, ``8 * width^2`` in its feed-forward part
-        (swiglu too, whose hidden layer is narrower in turn) and two normalizations. Biases are
-        not counted; where a publication has them, they are some 0.1 %.
+        A block has ``4 * width^2`` parameters in its attention, ``8 * width^2`` in its
+        feed-forward part (also with swiglu, which has one more matrix and a narrower hidden
+        layer), and two normalizations. Biases are not counted; in publications that have them
+        they are about 0.1 % of the parameters.
         """
         layers, width = self._int_param("layers"), self.width
         return layers * (12 * width**2 + 2 * width) + width
@@ -123,9 +122,9 @@ class Preset:
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token, forward and backward.
 
-        ``6 * non_embedding_parameters + 12 * layers * width * context``, the second for the
-        products of attention without regard to its mask, and ``6 * width * vocabulary`` for the
-        head's products, which the sources leave out and which are most of a small network.
+        The sum of ``6 * non_embedding_parameters``, of ``12 * layers * width * context`` for the
+        products in attention (as if there were no mask), and of ``6 * width * vocabulary`` for
+        the head. The sources leave out the head, but in a small network it is the largest part.
 
         Source:
             Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; Chowdhery et al. 2022
@@ -137,18 +136,23 @@ class Preset:
 
     @property
     def memory(self) -> int:
-        """Bytes to train in float32 with Adam, the tokens of a step all at once.
+        """Bytes of memory to train in float32 with Adam, all tokens of a step at once.
 
-        Sixteen for each parameter (weight, gradient, two states), and four for each number that
-        is kept for the backward pass: per token and layer ``16 * width`` (inputs of both
-        normalizations 2, their outputs 2, queries, keys and values 3, output of attention 1,
-        hidden units before and after the activation 8), and per token ``2 * width`` around the
-        last normalization and ``3 * vocabulary`` (logits, their logarithms, their gradient).
-        Scores of attention are computed in blocks and not kept; masks of dropout are left out.
+        The sum of 16 bytes for each parameter (weight, gradient, two states of Adam) and of 4
+        bytes for each number that the backward pass needs:
+
+        - ``16 * width`` numbers per token and layer: inputs of both normalizations (2), their
+          outputs (2), queries, keys and values (3), output of attention (1), hidden units before
+          and after the activation (8);
+        - ``2 * width`` per token for the last normalization;
+        - ``3 * vocabulary`` per token: logits, their logarithms, their gradient.
+
+        The scores of attention are computed in blocks and not stored. Masks of dropout are not
+        counted.
 
         Source:
-            Korthikanti et al. 2022 (arXiv:2205.05198), section 4, for the activations; the
-            formula there, less the masks, the scores and the half precision.
+            Korthikanti et al. 2022 (arXiv:2205.05198), section 4: the formula for activations,
+            in single precision and without masks and scores.
         """
         per_token = (16 * self._int_param("layers") + 2) * self.width
         per_token += 3 * self._int_param("vocabulary")
@@ -193,7 +197,7 @@ class Preset:
 def _size_params(
     layers: int, heads: int, head_size: int, context: int, sequences: int
 ) -> dict[str, Value]:
-    """Return what differs between the sizes of a family; batches hold whole sequences."""
+    """Return the hyperparameters of a network's size; a batch consists of whole sequences."""
     return {
         "layers": layers,
         "heads": heads,
@@ -300,20 +304,21 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str, *, scale: str | None = None, vocabulary: int | None = None) -> Preset:
-    """Return a published configuration, or one of its kind that trains in minutes.
+    """Return a published configuration, or a small version of it that trains in minutes.
 
-    The scale ``"cpu"`` changes, by these rules, and keeps the rest:
+    The scale ``"cpu"`` changes these hyperparameters and keeps all others:
 
-    - Layers and width: of 2, 3 or 4 layers and widths 64, 96 or 128 those whose width per layer
-      is nearest the published one (by its logarithm), and of equals the smallest and fastest.
-    - Head size 32, and as many heads as make the width.
-    - Context at most 128, at width 64 at most 64.
-    - Tokens a step at most 768, in whole sequences; iterations at most 2,000, and 2,000 if the
-      source gives none.
-    - Learning rate 6e-3 at width 64, 3e-3 at width 128, inversely with the width between: the
+    - Layers and width: 2, 3 or 4 layers of width 64, 96 or 128. The pair whose width per layer
+      is nearest to the published one (by its logarithm) is chosen; of equally near pairs, the
+      smallest.
+    - Heads: of size 32, as many as the width needs.
+    - Context: at most 128, at width 64 at most 64.
+    - Tokens per step: at most 768, in whole sequences.
+    - Iterations: at most 2,000; 2,000 if the source gives no number.
+    - Learning rate: 6e-3 at width 64, and inversely proportional to the width (3e-3 at 128). The
       published rates are for large networks. See `CPU_LEARNING_RATE`.
 
-    A recipe that is within these bounds already (nanogpt-cpu) stays as it is.
+    A configuration that is within these bounds already (nanogpt-cpu) is not changed.
 
     Args:
         name:
@@ -321,10 +326,10 @@ def preset(name: str, *, scale: str | None = None, vocabulary: int | None = None
         scale:
             ``"cpu"``; as published if None.
         vocabulary:
-            Size of the vocabulary of your data; that of the publication if None.
+            Size of the vocabulary of your data; the published one if None.
 
     Raises:
-        ValueError: If there is no such preset or scale, or ``vocabulary`` is not a size.
+        ValueError: If there is no such preset or scale, or ``vocabulary`` is below 2.
 
     Example:
         >>> small = preset("gpt2", scale="cpu", vocabulary=65)
@@ -338,7 +343,7 @@ def preset(name: str, *, scale: str | None = None, vocabulary: int | None = None
     found = PRESETS[name]
     if scale is not None:
         found = _shrink_to_cpu(found)
-    params = dict(found.params)  # the caller's own
+    params = dict(found.params)  # a copy, which the caller may change
     if vocabulary is not None:
         params["vocabulary"] = _check_vocabulary_size(vocabulary)
     return replace(found, params=params)
@@ -375,11 +380,11 @@ def _shrink_to_cpu(found: Preset) -> Preset:
 
 
 def _nearest_shape(aspect: float) -> tuple[int, int]:
-    """Return layers and width of the scale "cpu" for a width per layer."""
+    """Return the layers and width of the scale "cpu" for a width per layer."""
 
     def distance(shape: tuple[int, int]) -> tuple[float, int]:
         layers, width = shape
-        # Rounded, so that 64 / 2 and 128 / 4 are equals whatever their logarithms are.
+        # Rounded, so that 64 / 2 and 128 / 4 are equally near in spite of rounding errors.
         return round(abs(math.log(width / layers / aspect)), 9), layers * width**2
 
     return min(((n, width) for n in CPU_LAYERS for width in CPU_WIDTHS), key=distance)
