@@ -1,28 +1,31 @@
-"""All methods with the same seconds, on digits and on a regression, and what each comes to.
+"""Compare all methods with the same time, on digits and on a regression.
 
     python studies/compare_methods.py --timeout 8 --seeds 4
 
-Three parts; each says whether what is claimed of the methods holds, with the numbers:
+There are three parts. Each prints whether its claims about the methods hold, with the numbers:
 
-- methods: every method on the default space of the networks for tables, with the same seconds.
-  A grid takes levels of six hyperparameters, all else at its default, and the part of it that
-  fits into the time, spread over it. One study runs after the other; with every seed another
-  method begins, so that a machine that gets slower does so for all. Two studies before, which
-  are not counted, warm up; the measurements of cohort sizes are a part of each study, as on a
-  new machine. No method is to be worse than random, and zoom and bayes are to be better.
-  As in every study, random, zoom, bayes, bayes-gp and evolution begin with the template's own
-  first configurations, the others with the default one alone or a point of their grid.
-- gradient: from a learning rate of 1e-5 and of 1, with all else at its default, one run along
-  the gradient is to come within 2 % of the validation loss of the best of eight rates.
-- population: with what can change while a network trains, a population is to beat the best of
-  as many fixed schedules, in the same number of model-epochs, on one data set at least.
+- methods: all methods have the same seconds on the default space of networks on tables. The grid
+  has levels of six hyperparameters, all others keep their defaults, and as many of its points as
+  the time allows are visited, spread over the grid. The studies run one after the other; each
+  seed starts with another method, so that a machine that becomes slower affects all methods.
+  Two studies that are not counted warm the machine up. Each study measures its cohort sizes
+  itself, as on a new machine. Claims: no method is worse than random; zoom and bayes are better.
+  As in every study, random, zoom, bayes, bayes-gp and evolution start with the default
+  configuration and the template's portfolio; the other methods start with the default alone or
+  with a grid point.
+- gradient: hypergradients start from a learning rate of 1e-5 and of 1, and all other parameters
+  from their defaults. Claim: one run comes within 2 % of the validation loss of the best of eight
+  constant rates.
+- population: only parameters that can change during training are tuned. Claim: on at least one
+  data set, a population is better than the best of as many fixed schedules in the same number of
+  model-epochs.
 
-A model-epoch is one network's pass over the training part; the twins along a gradient count as
-the networks that they are, the generations of a population once. The data are the digits of
-scikit-learn, judged by log loss since accuracy has too few steps to tell methods apart, and
-Friedman's first regression (2,000 rows, noise 1), by rmse. A fifth is put aside before each
-study; the column `unseen` is what the best model reaches there. The whole takes about twelve
-minutes on two cores.
+A model-epoch is one pass of one network over the training part. Perturbed copies count as
+networks of their own; what a member of a population inherits from its parent is counted once.
+The data sets are the digits of scikit-learn, with log loss (accuracy takes too few values to
+distinguish the methods), and Friedman's first regression (2,000 rows, noise 1), with rmse. A
+fifth of the rows is split off before each study; the column `unseen` is the best model's score
+on them. The whole comparison takes about twelve minutes on two cores.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from tqdm import tqdm
 
 from optuna_nnhp import METHODS
 
-if not __package__:  # run as a file: what it is made of is found from the folder above
+if not __package__:  # run as a file: import the other modules from the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from studies.comparison import gradient
@@ -48,7 +51,7 @@ from studies.comparison.data import DATA
 from studies.comparison.data import METRIC
 from studies.comparison.data import OTHER_METRIC
 from studies.comparison.data import load
-from studies.comparison.figure import figure_of
+from studies.comparison.figure import plot_best_values
 from studies.comparison.noise import RULE
 
 TIMEOUT = 8.0  # seconds of each study of the first part
@@ -64,18 +67,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    told = f"seconds of each study of the first part (default {TIMEOUT:g})"
-    add("--timeout", "--seconds", type=float, default=TIMEOUT, metavar="SECONDS", help=told)
-    add("--seeds", type=int, default=SEEDS, help=f"how many, from 0 on (default {SEEDS})")
-    add("--epochs", type=int, default=EPOCHS, help=f"of a trial, at most (default {EPOCHS})")
+    shown = f"seconds of each study of the first part (default {TIMEOUT:g})"
+    add("--timeout", "--seconds", type=float, default=TIMEOUT, metavar="SECONDS", help=shown)
+    add("--seeds", type=int, default=SEEDS, help=f"number of seeds, from 0 on (default {SEEDS})")
+    add("--epochs", type=int, default=EPOCHS, help=f"budget of a trial (default {EPOCHS})")
     for name, known in (("parts", PARTS), ("methods", tuple(METHODS)), ("data", DATA)):
-        told = f"some of {','.join(known)} (default: all)"
-        add(f"--{name}", default=",".join(known), metavar="NAMES", help=told)
-    told = f"what judges trials on the digits (default {METRIC})"
-    add("--metric", choices=(METRIC, OTHER_METRIC), default=METRIC, help=told)
+        shown = f"some of {','.join(known)} (default: all)"
+        add(f"--{name}", default=",".join(known), metavar="NAMES", help=shown)
+    shown = f"metric of studies on the digits (default {METRIC})"
+    add("--metric", choices=(METRIC, OTHER_METRIC), default=METRIC, help=shown)
     add("--figure", type=Path, default=Path(FIGURE), help=f"where to write it (default {FIGURE})")
-    told = f"where to write it; the other parts' stand beside it (default {TABLE})"
-    add("--table", type=Path, default=Path(TABLE), help=told)
+    shown = f"where to write it; other parts have files beside it (default {TABLE})"
+    add("--table", type=Path, default=Path(TABLE), help=shown)
     options = parser.parse_args(argv)
     for name, known in (("parts", PARTS), ("methods", tuple(METHODS)), ("data", DATA)):
         setattr(options, name, _names(name, getattr(options, name), known))
@@ -85,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Names from a list with commas, each once."""
+    """Return the names in a comma-separated list, each once."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in known:
@@ -94,33 +97,33 @@ def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def part_methods(options: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
-    """The first part, and its figure."""
+    """Run the first part and write its figure."""
     fixed = {"epochs": options.epochs}
     for method in methods.WARM_UP:
         data = load(options.data[0], 0, options.metric)
         methods.run(data, method, 0, options.timeout, fixed=fixed)
     runs: methods.Runs = []
-    plan = list(methods.turns(options.data, options.methods, options.seeds))
+    plan = list(methods.run_order(options.data, options.methods, options.seeds))
     with tqdm(plan, desc="methods", unit="study") as bar:
         for name, method, seed in bar:
             bar.set_postfix_str(f"{method} on {name}, seed {seed}")
             data = load(name, seed, options.metric)
             runs.append(methods.run(data, method, seed, options.timeout, fixed=fixed))
-    figure_of(runs, options.timeout).write_html(options.figure, include_plotlyjs=True)
+    plot_best_values(runs, options.timeout).write_html(options.figure, include_plotlyjs=True)
     return methods.table_of(runs), methods.claims(runs)
 
 
 def part_gradient(options: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
-    """The second part."""
+    """Run the second part."""
     found: list[gradient.GradientRun] = []
     plan = [(seed, name) for seed in range(options.seeds) for name in options.data]
     for seed, name in tqdm(plan, desc="gradient", unit="sweep"):
-        found += gradient.descents(load(name, seed, options.metric), seed, options.epochs)
+        found += gradient.run_gradients(load(name, seed, options.metric), seed, options.epochs)
     return gradient.table_of(found), gradient.claims(found)
 
 
 def part_population(options: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
-    """The third part."""
+    """Run the third part."""
     runs: methods.Runs = []
     plan = [(seed, name) for seed in range(options.seeds) for name in options.data]
     for seed, name in tqdm(plan, desc="population", unit="pair"):
@@ -129,7 +132,7 @@ def part_population(options: argparse.Namespace) -> tuple[pd.DataFrame, list[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the parts, write their tables and the figure, and say what holds."""
+    """Run the parts, write their tables and the figure, and print which claims hold."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     run = {"methods": part_methods, "gradient": part_gradient, "population": part_population}
     said: list[str] = []

@@ -1,9 +1,9 @@
-"""The same budget with plain Optuna code, side by side.
+"""Compare with plain Optuna code on the same budget.
 
-Left: what people write with Optuna today: an objective that builds a network, trains it alone
-in a loop with data held in memory, reports every epoch and prunes by the median. Right:
-`optuna_nnhp.optimize`. Both have the same digits, the same split, the same number of epochs per
-trial and the same seconds, and are judged on digits that neither has seen.
+One side is a usual Optuna objective: it builds a network, trains it alone in a loop with the data
+in memory, reports every epoch and prunes by the median. The other side is `optuna_nnhp.optimize`.
+Both have the same digits, the same split, the same epochs per trial and the same seconds. Their
+best models are tested on digits that neither has seen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SEED = 0
 
 @dataclass
 class Row:
-    """One side of the comparison."""
+    """The result of one side."""
 
     name: str
     seconds: float
@@ -44,7 +44,7 @@ class Row:
 
 
 def build(trial: optuna.Trial, inputs: int, outputs: int) -> nn.Sequential:
-    """A network as an Optuna user writes it."""
+    """Build a network as an Optuna user writes it."""
     layers: list[nn.Module] = []
     width = trial.suggest_int("width", 16, 1024, log=True)
     rate = trial.suggest_float("dropout", 0.0, 0.5)
@@ -55,7 +55,7 @@ def build(trial: optuna.Trial, inputs: int, outputs: int) -> nn.Sequential:
 
 
 def train(trial: optuna.Trial, parts: list[Tensor], counter: list[int]) -> tuple[float, nn.Module]:
-    """Train one network alone; the best accuracy over its epochs."""
+    """Train one network alone, and return its best accuracy over the epochs."""
     x, y, valid_x, valid_y = parts
     network = build(trial, x.shape[1], int(y.max()) + 1)
     kind = trial.suggest_categorical("optimizer", ["Adam", "AdamW", "RMSprop", "SGD"])
@@ -82,7 +82,7 @@ def train(trial: optuna.Trial, parts: list[Tensor], counter: list[int]) -> tuple
 
 
 def plain_optuna(parts: list[Tensor], test: list[Tensor], timeout: float, seed: int) -> Row:
-    """The left side."""
+    """Run the side of plain Optuna."""
     torch.manual_seed(seed)
     counter, course, kept = [0], [(0.0, 0.0)], list[nn.Module]()
     start = time.monotonic()
@@ -107,7 +107,7 @@ def plain_optuna(parts: list[Tensor], test: list[Tensor], timeout: float, seed: 
 
 
 def ours(parts: list[Tensor], test: list[Tensor], timeout: float, seed: int) -> Row:
-    """The right side."""
+    """Run the side of optuna_nnhp."""
     course = [(0.0, 0.0)]
     start = time.monotonic()
 
@@ -135,7 +135,7 @@ def ours(parts: list[Tensor], test: list[Tensor], timeout: float, seed: int) -> 
 
 
 def data(seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Training and validation parts, and the test part; standardized by the training part."""
+    """Return the training, validation and test parts, standardized by the training part."""
     X, y = load_digits(return_X_y=True)
     X, X_test, y, y_test = train_test_split(
         X, y, test_size=TEST_SHARE, stratify=y, random_state=seed
@@ -153,7 +153,7 @@ def data(seed: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def table(plain: Row, stacked: Row) -> str:
-    """Both sides, and how long ours took to the plain study's best value."""
+    """Return a table of both sides, and the time of ours until the plain study's best value."""
     reached = [s for s, value in stacked.course if value >= plain.best]
     lines = [f"{'':34s}{plain.name:>14s}{stacked.name:>14s}"]
     for label, form, cells in (

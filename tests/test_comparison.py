@@ -24,11 +24,11 @@ from studies.comparison import gradient
 from studies.comparison import methods
 from studies.comparison import population
 from studies.comparison.effort import Point
-from studies.comparison.effort import course_of
+from studies.comparison.effort import best_values_of
 from studies.comparison.effort import model_epochs
 from studies.comparison.effort import networks
 from studies.comparison.figure import band
-from studies.comparison.figure import figure_of
+from studies.comparison.figure import plot_best_values
 from studies.comparison.methods import Run
 from studies.comparison.noise import differences
 from tests.tiny import TINY
@@ -92,9 +92,9 @@ def test_best_values_are_ordered_by_the_end_of_their_trials() -> None:
         trial(4, 4.0, 0.65, TrialState.COMPLETE, epochs=50),
         trial(5, 5.0, 0.8, TrialState.COMPLETE, epochs=50),
     ]
-    course = course_of(found, START, maximize=True)
-    assert course == (Point(1.0, 20, 0.6), Point(3.0, 75, 0.7), Point(5.0, 175, 0.8))
-    assert course_of(found, START, maximize=False) == (Point(1.0, 20, 0.6),)
+    best_values = best_values_of(found, START, maximize=True)
+    assert best_values == (Point(1.0, 20, 0.6), Point(3.0, 75, 0.7), Point(5.0, 175, 0.8))
+    assert best_values_of(found, START, maximize=False) == (Point(1.0, 20, 0.6),)
 
 
 def test_band_spans_the_time_in_which_all_runs_have_a_value() -> None:
@@ -147,7 +147,7 @@ def test_lower_loss_is_better() -> None:
 
 
 def test_each_seed_starts_with_another_method() -> None:
-    plan = list(methods.turns(["d", "e"], ["a", "b", "c", "x", "y"], seeds=3))
+    plan = list(methods.run_order(["d", "e"], ["a", "b", "c", "x", "y"], seeds=3))
     assert len(plan) == len(set(plan)) == 30
     assert len({plan[10 * seed][1] for seed in range(3)}) == 3
 
@@ -174,7 +174,7 @@ def test_run_without_a_value_is_a_gap() -> None:
     row = methods.table_of(runs).set_index("method").loc["zoom"]
     assert math.isnan(row["best"]) and row["s to random's"] == math.inf
     assert row["reached"] == "1/2" and row["is"] == "unknown"
-    assert len(figure_of(runs, 3.0).data) == 12
+    assert len(plot_best_values(runs, 3.0).data) == 12
 
 
 def test_claim_of_the_gradient() -> None:

@@ -1,4 +1,4 @@
-"""The data sets of the comparison: both work offline."""
+"""Load the data sets of the comparison, which are available offline."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from optuna_nnhp import METRICS
 Array = NDArray[Any]
 
 DATA = ("digits", "friedman")
-ROWS, NOISE = 2000, 1.0  # of friedman; no model's error can be expected below the noise
+ROWS, NOISE = 2000, 1.0  # of friedman; the expected error of the best model is the noise
 TEST_SHARE = 0.2
-# Accuracy has few steps: after a second most methods have the same one, the best there is.
+# Accuracy takes few values: after a second, most methods have reached the best one.
 METRIC, OTHER_METRIC = "log_loss", "accuracy"  # of the digits
 
 
@@ -30,9 +30,9 @@ class Data:
         name:
             One of `DATA`.
         task:
-            As the catalogue calls it.
+            ``"multiclass"`` or ``"regression"``.
         metric:
-            What trials are judged by.
+            The metric that the study optimizes.
         maximize:
             Whether a greater value is better.
         X:
@@ -40,9 +40,9 @@ class Data:
         y:
             Target, for the study.
         X_test:
-            Features of the part put aside.
+            Features of the test part.
         y_test:
-            Target of the part put aside.
+            Target of the test part.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Data:
 
 
 def load(name: str, seed: int, metric: str = METRIC) -> Data:
-    """A data set; which rows are put aside, and which judge trials, follows from the seed.
+    """Load a data set and split off its test part.
 
     Args:
         name:
             One of `DATA`.
         seed:
-            Of the split.
+            Random seed of the split.
         metric:
-            What trials on the digits are judged by.
+            Metric of studies on the digits.
 
     Example:
         >>> data = load("digits", seed=0)

@@ -1,4 +1,4 @@
-"""The cost of a study's trials, and its best value by cost."""
+"""Compute the cost of a study's trials, and its best value as a function of the cost."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from datetime import datetime
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-# Attributes of a trial: its generation and parent in a population, its values over training.
+# Attributes of a trial: its generation and parent in a population, its schedule.
 GENERATION, PARENT, SCHEDULE = "generation", "parent", "schedule"
 
 
 @dataclass(frozen=True)
 class Point:
-    """The best value of a study from a moment on.
+    """A new best value of a study.
 
     Args:
         seconds:
-            Since the call.
+            Time since the call.
         epochs:
-            Model-epochs of the trials that had ended by then.
+            Model-epochs of all trials that had ended by then.
         value:
-            The best value of a COMPLETE trial.
+            The best value of a COMPLETE trial so far.
     """
 
     seconds: float
@@ -33,7 +33,7 @@ class Point:
 
 
 def networks(trial: FrozenTrial) -> int:
-    """How many networks a trial trained: along a gradient also a twin for each moved value.
+    """Return how many networks a trial trained: with hypergradients, one more per moved value.
 
     Example:
         >>> import optuna
@@ -44,17 +44,17 @@ def networks(trial: FrozenTrial) -> int:
         1
     """
     attributes = trial.user_attrs
-    if GENERATION in attributes or not attributes.get(SCHEDULE):  # populations have no twins
+    if GENERATION in attributes or not attributes.get(SCHEDULE):  # no perturbed copies
         return 1
     _, moved, _ = attributes[SCHEDULE][0]
     return 1 + len(moved)
 
 
 def model_epochs(trials: Sequence[FrozenTrial]) -> list[float]:
-    """Epochs that each trial's networks trained, together.
+    """Return the sum of the epochs of each trial's networks.
 
-    A trial of a population counts what it trained itself: its epochs without its parent's. Of
-    trials that were cut short, what came after their last evaluation counts nowhere.
+    The epochs that a trial of a population inherited from its parent do not count. Training after
+    the last evaluation of an interrupted trial is not counted either.
 
     Args:
         trials:
@@ -69,10 +69,10 @@ def model_epochs(trials: Sequence[FrozenTrial]) -> list[float]:
     return counted
 
 
-def course_of(
+def best_values_of(
     trials: Sequence[FrozenTrial], start: datetime, *, maximize: bool
 ) -> tuple[Point, ...]:
-    """Every new best value of a study, and what had been spent when its trial ended.
+    """Return each new best value of a study with its cost.
 
     Args:
         trials:
@@ -87,41 +87,41 @@ def course_of(
         for trial, epochs in zip(trials, model_epochs(trials), strict=True)
         if trial.datetime_complete is not None
     ]
-    course, spent = list[Point](), 0.0
+    best_values, spent = list[Point](), 0.0
     for moment, trial, epochs in sorted(ended, key=lambda e: (e[0], e[1].number)):
         spent += epochs
         if trial.state != TrialState.COMPLETE or trial.value is None:
             continue
-        if not course or is_better(trial.value, course[-1].value, maximize=maximize):
-            course.append(Point((moment - start).total_seconds(), spent, trial.value))
-    return tuple(course)
+        if not best_values or is_better(trial.value, best_values[-1].value, maximize=maximize):
+            best_values.append(Point((moment - start).total_seconds(), spent, trial.value))
+    return tuple(best_values)
 
 
 def is_better(value: float, than: float, *, maximize: bool) -> bool:
-    """Whether a value beats another one."""
+    """Return whether a value is better than another one."""
     return value > than if maximize else value < than
 
 
-def value_at(course: Sequence[Point], axis: str, spent: float) -> float | None:
-    """The best value after so many ``"seconds"`` or ``"epochs"``; None before the first.
+def value_at(best_values: Sequence[Point], axis: str, spent: float) -> float | None:
+    """Return the best value after some ``"seconds"`` or ``"epochs"``; None before the first.
 
     Example:
         >>> course = [Point(1.0, 50.0, 0.8), Point(2.5, 90.0, 0.9)]
         >>> value_at(course, "seconds", 2.0), value_at(course, "epochs", 10.0)
         (0.8, None)
     """
-    place = bisect_right([getattr(point, axis) for point in course], spent)
-    return course[place - 1].value if place else None
+    place = bisect_right([getattr(point, axis) for point in best_values], spent)
+    return best_values[place - 1].value if place else None
 
 
-def reached(course: Sequence[Point], value: float, *, maximize: bool) -> Point | None:
-    """When a study was first at least as good as a value; None if it never was.
+def reached(best_values: Sequence[Point], value: float, *, maximize: bool) -> Point | None:
+    """Return the point where a study was first at least as good as a value, None if never.
 
     Example:
         >>> reached([Point(1.0, 50.0, 0.8), Point(2.5, 90.0, 0.9)], 0.85, maximize=True).seconds
         2.5
     """
-    for point in course:
+    for point in best_values:
         if not is_better(value, point.value, maximize=maximize):
             return point
     return None

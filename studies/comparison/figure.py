@@ -1,4 +1,4 @@
-"""The figure: best value so far, over seconds and over model-epochs."""
+"""Plot the best value so far, over seconds and over model-epochs."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from studies.comparison.effort import value_at
 from studies.comparison.methods import BASELINE
 from studies.comparison.methods import Run
 from studies.comparison.methods import Runs
-from studies.comparison.methods import grouped
+from studies.comparison.methods import group_runs
 
 AXES = {"seconds": "seconds", "epochs": "model-epochs of the trials that have ended"}
 OPACITY = 0.12  # of the bands
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d46")
 BASELINE_COLOR = "#2b2f36"
-REACH = 4.0  # times the distance from the best value to the median: the axis shows no more
+REACH = 4.0  # the axis shows this many times the distance from the best value to the median
 Band = list[tuple[float, float, float, float]]  # spent, smallest, median and largest value
 
 
 def band(runs: Sequence[Run], axis: str) -> Band:
-    """The best values so far of one method, over its seeds, from when on all have one.
+    """Return the range over the seeds of a method's best value, from when all seeds have one.
 
     Args:
         runs:
-            One for each seed.
+            One run per seed.
         axis:
-            ``"seconds"`` or ``"epochs"``; the band ends where the first of the runs does.
+            ``"seconds"`` or ``"epochs"``; the band ends where the shortest run ends.
     """
-    if not all(run.course for run in runs):
+    if not all(run.best_values for run in runs):
         return []
     end = min(getattr(run, axis) for run in runs)
-    spent = {getattr(point, axis) for run in runs for point in run.course}
+    spent = {getattr(point, axis) for run in runs for point in run.best_values}
     found: Band = []
     for at in sorted({end, *(s for s in spent if s < end)}):
-        values = [v for run in runs if (v := value_at(run.course, axis, at)) is not None]
+        values = [v for run in runs if (v := value_at(run.best_values, axis, at)) is not None]
         if len(values) == len(runs):
             found.append((at, min(values), median(values), max(values)))
     return found
 
 
-def figure_of(runs: Runs, timeout: float) -> go.Figure:
-    """A row for each data set, a column for each axis."""
-    sets = grouped(runs, lambda one: one.data)
+def plot_best_values(runs: Runs, timeout: float) -> go.Figure:
+    """Return a figure with a row for each data set and a column for each axis."""
+    sets = group_runs(runs, lambda one: one.data)
     figure = make_subplots(len(sets), len(AXES), shared_yaxes=True, horizontal_spacing=0.04)
     methods = sorted({one.method for one in runs}, key=[BASELINE, *METHODS].index)
     looks = dict(zip(methods, (BASELINE_COLOR, *COLORS), strict=False))
     for row, (data, of_data) in enumerate(sets.items(), 1):
-        by_method = grouped(of_data, lambda one: one.method)
+        by_method = group_runs(of_data, lambda one: one.method)
         for column, (axis, title) in enumerate(AXES.items(), 1):
             for method in methods:
                 is_first = row == column == 1
                 for trace in _traces(by_method[method], method, axis, looks[method], is_first):
                     figure.add_trace(trace, row, column)
             figure.update_xaxes(type="log", title_text=title, row=row, col=column)
-        values = [point.value for one in of_data for point in one.course]
+        values = [point.value for one in of_data for point in one.best_values]
         if values:
             figure.update_yaxes(range=value_range(values, of_data[0].maximize), row=row)
         figure.update_yaxes(title_text=f"{of_data[0].metric}, {data}", row=row, col=1)
@@ -88,7 +88,7 @@ def value_range(values: Sequence[float], maximize: bool) -> tuple[float, float]:
 def _traces(
     runs: Sequence[Run], method: str, axis: str, color: str, is_first: bool
 ) -> list[go.Scatter]:
-    """A method's band and line in one panel; the legend names it once."""
+    """Return a method's band and line in one panel; the legend shows the method once."""
     found = band(runs, axis)
     x = [at for at, *_ in found]
     edges = {"mode": "lines", "legendgroup": method, "hoverinfo": "skip", "showlegend": False}

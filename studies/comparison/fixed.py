@@ -1,4 +1,4 @@
-"""Defaults of what the second and third part do not tune."""
+"""Default values of the parameters that the second and third part do not tune."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from studies.comparison.data import Data
 
 
 def defaults(data: Data) -> dict[str, Any]:
-    """Return the default of all that is tuned on a data set.
+    """Return the defaults of all parameters that are tuned on a data set.
 
     Example:
         >>> from studies.comparison.data import load
@@ -21,7 +21,7 @@ def defaults(data: Data) -> dict[str, Any]:
 
 
 def all_but(data: Data, tuned: Collection[str], epochs: int) -> dict[str, Any]:
-    """Return the defaults of what is not tuned; no trial ends before it has its epochs.
+    """Return the defaults of the parameters that are not tuned, without early stopping.
 
     Example:
         >>> from studies.comparison.data import load

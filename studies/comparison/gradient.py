@@ -1,4 +1,4 @@
-"""The second part: training along the gradient from a poor learning rate."""
+"""The second part: hypergradients that start from a poor learning rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from studies.comparison.data import Data
 from studies.comparison.effort import model_epochs
 from studies.comparison.fixed import all_but
 from studies.comparison.fixed import defaults
-from studies.comparison.methods import holds
+from studies.comparison.methods import holds_in_all
 
 RANGE = FloatDistribution(1e-6, 10.0, log=True)
 RATES = (5e-4, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # of the sweep
@@ -38,33 +38,34 @@ MOVED = (
 
 @dataclass(frozen=True)
 class GradientRun:
-    """One run along the gradient, beside the sweep.
+    """One run with hypergradients, compared with a sweep over the learning rate.
 
     Args:
         data:
             Name of the data set.
         seed:
-            Of the split and the networks.
+            Random seed of the split and the networks.
         start:
-            The learning rate that it began with.
+            The first learning rate.
         moved:
-            What it moved.
+            Which parameters the run moved.
         loss:
             Its smallest validation loss.
         rate:
-            The learning rate that it ended with.
+            The last learning rate.
         best:
             The smallest validation loss of the sweep.
         best_rate:
-            The rate that has it.
+            The learning rate with this loss.
         again:
-            The same rate once more, with other first weights: the best of several is also lucky.
+            Loss with the same rate and other initial weights, because the best of several runs is
+            also the luckiest.
         epochs:
             Model-epochs of the run.
         seconds:
-            Of the run.
+            Duration of the run.
         sweep_seconds:
-            Of the sweep.
+            Duration of the sweep.
     """
 
     data: str
@@ -82,22 +83,22 @@ class GradientRun:
 
     @property
     def excess(self) -> float:
-        """How much its loss is above the sweep's, as a share of that."""
+        """The loss above the sweep's, as a fraction of the sweep's."""
         return self.loss / self.best - 1
 
 
 class Tuned:
-    """A study in memory to which trials are added one by one, from given beginnings.
+    """Runs a study in memory whose trials start from given learning rates.
 
     Args:
         data:
-            What is learnt.
+            The data set.
         seed:
-            Of the split and the networks.
+            Random seed of the split and the networks.
         epochs:
-            Of a trial.
+            Budget of a trial.
         names:
-            What is tuned; all else keeps its default.
+            The parameters that are tuned; all others keep their defaults.
     """
 
     def __init__(self, data: Data, seed: int, epochs: int, names: Collection[str]) -> None:
@@ -112,23 +113,23 @@ class Tuned:
         self.seconds = 0.0
 
     def train(self, n_trials: int, **options: Any) -> list[FrozenTrial]:
-        """Go on until there are so many trials, all of which are handed back."""
+        """Train until the study has this many trials, and return all of them."""
         started = time.monotonic()
         self._study = optimize(**self._call, n_trials=n_trials, **options).study
         self.seconds = time.monotonic() - started
         return self._study.get_trials(deepcopy=False)
 
     def add(self, rate: float, **options: Any) -> FrozenTrial:
-        """One more trial, which begins with a learning rate and the other defaults.
+        """Add a trial that starts with a learning rate and the defaults of all other parameters.
 
-        A new study begins with its own first trial, so there must be one already.
+        The study must have a trial already, because its first trial is the default configuration.
         """
         self._study.enqueue_trial({**self._begins, "learning_rate": rate})
         return self.train(len(self._study.get_trials(deepcopy=False)), **options)[-1]
 
 
-def descents(data: Data, seed: int, epochs: int) -> list[GradientRun]:
-    """A sweep over the learning rate, and the gradient from poor ones."""
+def run_gradients(data: Data, seed: int, epochs: int) -> list[GradientRun]:
+    """Run a sweep over the learning rate, and hypergradients from poor rates."""
     only = Tuned(data, seed, epochs, ["learning_rate"])
     swept = only.train(len(RATES), method="grid", levels={"learning_rate": RATES})
     seconds = only.seconds
@@ -149,7 +150,7 @@ def descents(data: Data, seed: int, epochs: int) -> list[GradientRun]:
 
 
 def _least(trial: FrozenTrial) -> float:
-    """The smallest validation loss of a trial's evaluations, infinite if there is none."""
+    """Return the smallest validation loss of a trial, infinity if it has none."""
     losses = trial.user_attrs.get("validation_loss", [])
     return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
 
@@ -160,7 +161,7 @@ def _last_rate(trial: FrozenTrial) -> float:
 
 
 def table_of(found: list[GradientRun]) -> pd.DataFrame:
-    """One row for each run."""
+    """Return a table with one row per run."""
     rows = [
         {
             **{"data": d.data, "seed": d.seed, "moved": d.moved, "from": d.start, "to": d.rate},
@@ -174,7 +175,7 @@ def table_of(found: list[GradientRun]) -> pd.DataFrame:
 
 
 def claims(found: list[GradientRun]) -> list[str]:
-    """Whether the gradient's loss is within 2 % of the sweep's, by the median over the seeds."""
+    """Say whether the median loss over the seeds is within 2 % of the sweep's."""
     lines = []
     for moved in (ONLY, EVERYTHING):
         cases, middles = list[str](), list[float]()
@@ -187,8 +188,9 @@ def claims(found: list[GradientRun]) -> list[str]:
                 f"{data} from {start:g}: {middles[-1]:+.1f} % ({min(excess):+.1f} to "
                 f"{max(excess):+.1f})"
             )
+        answer = holds_in_all([m <= 100 * WITHIN for m in middles])
         lines.append(
             f"gradient, moving {moved}, gets within {WITHIN:.0%} of the best rate's validation "
-            f"loss in one run: {holds([m <= 100 * WITHIN for m in middles])}; {'; '.join(cases)}."
+            f"loss in one run: {answer}; {'; '.join(cases)}."
         )
     return lines

@@ -1,4 +1,4 @@
-"""The first part: every method with the same seconds, on the default space."""
+"""The first part: all methods with the same time on the default space."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from optuna_nnhp import clear_autotune_cache
 from optuna_nnhp import optimize
 from studies.comparison.data import Data
 from studies.comparison.effort import Point
-from studies.comparison.effort import course_of
+from studies.comparison.effort import best_values_of
 from studies.comparison.effort import model_epochs
 from studies.comparison.effort import reached
 from studies.comparison.noise import Difference
 from studies.comparison.noise import differences
 
 BASELINE = "random"
-WARM_UP = ("bayes", "bayes-gp")  # they import much when they first propose
-BEATS = ("zoom", "bayes")  # what should be better than the baseline
-# A grid over the whole space has no end: it takes these, all else keeps its default, and the
-# part of it that fits into the time, spread over the grid.
+WARM_UP = ("bayes", "bayes-gp")  # their first proposal imports large modules
+BEATS = ("zoom", "bayes")  # methods that should be better than the baseline
+# A grid over the whole space would be too large. It has these levels; all other parameters keep
+# their defaults. The study visits as many points as the time allows, spread over the grid.
 LEVELS: dict[str, Sequence[Any]] = {
     "learning_rate": (1e-3, 3e-3, 1e-2),
     "batch_size": (32, 64, 256),
@@ -49,29 +49,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One study.
+    """One study of the comparison.
 
     Args:
         data:
             Name of the data set.
         metric:
-            What trials were judged by.
+            The metric that the study optimized.
         maximize:
             Whether a greater value is better.
         method:
-            How it proposed.
+            The search method.
         seed:
-            Of the split, the proposals and the networks.
-        course:
-            Its new best values.
+            Random seed of the split, the proposals and the networks.
+        best_values:
+            Each new best value.
         test:
-            Score of its best model on the part put aside; NaN if no trial has a value.
+            Score of the best model on the test part; NaN if no trial has a value.
         trials:
-            That had ended.
+            Number of trials that have ended.
         epochs:
-            Model-epochs.
+            Model-epochs of all trials.
         seconds:
-            Of the whole call.
+            Duration of the call.
     """
 
     data: str
@@ -79,7 +79,7 @@ class Run:
     maximize: bool
     method: str
     seed: int
-    course: tuple[Point, ...]
+    best_values: tuple[Point, ...]
     test: float
     trials: int
     epochs: float
@@ -87,20 +87,20 @@ class Run:
 
     @property
     def value(self) -> float:
-        """Its best value; NaN if no trial has one."""
-        return self.course[-1].value if self.course else math.nan
+        """The best value; NaN if no trial has one."""
+        return self.best_values[-1].value if self.best_values else math.nan
 
 
 Runs = list[Run]
 
 
-def turns(
+def run_order(
     data: Sequence[str], methods: Sequence[str], seeds: int
 ) -> Iterator[tuple[str, str, int]]:
-    """Who runs when: with every seed another method is the first, so that drift hits all alike.
+    """Yield the order of the runs: each seed starts with another method, to balance drift.
 
     Example:
-        >>> [method for _, method, _ in turns(["digits"], ["grid", "random"], seeds=2)]
+        >>> [method for _, method, _ in run_order(["digits"], ["grid", "random"], seeds=2)]
         ['grid', 'random', 'random', 'grid']
     """
     for seed in range(seeds):
@@ -111,10 +111,10 @@ def turns(
 
 
 @contextmanager
-def nothing_measured() -> Iterator[None]:
-    """Within, no cohort sizes of earlier studies are known, so that each study pays for its own.
+def empty_autotune_cache() -> Iterator[None]:
+    """Let a study measure its cohort sizes itself, without those that other studies measured.
 
-    They are kept for each data set and split: the later of two studies would have them for free.
+    The sizes are stored for each data set and split, so a later study would save the time.
     """
     with TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"XDG_CACHE_HOME": folder}):
         clear_autotune_cache()
@@ -122,48 +122,50 @@ def nothing_measured() -> Iterator[None]:
 
 
 def run(data: Data, method: str, seed: int, timeout: float | None = None, **options: Any) -> Run:
-    """One study with a method, in memory."""
+    """Run a study in memory."""
     call: dict[str, Any] = {
         **{"X": data.X, "y": data.y, "task": data.task, "metric": data.metric},
         **{"method": method, "timeout": timeout, "seed": seed, "storage": None},
         **OPTIONS.get(method, {}),
     }
-    with nothing_measured():
+    with empty_autotune_cache():
         start = datetime.now()
         result = optimize(**(call | options))
     seconds = (datetime.now() - start).total_seconds()
     trials = result.study.get_trials(deepcopy=False)
-    course = course_of(trials, start, maximize=data.maximize)
-    test = result.score(data.X_test, data.y_test) if course else math.nan
+    best_values = best_values_of(trials, start, maximize=data.maximize)
+    test = result.score(data.X_test, data.y_test) if best_values else math.nan
     ended = sum(trial.state.is_finished() for trial in trials)
     epochs = sum(model_epochs(trials))
     head = (data.name, data.metric, data.maximize, method, seed)
-    return Run(*head, course, test, ended, epochs, seconds)
+    return Run(*head, best_values, test, ended, epochs, seconds)
 
 
-def grouped(runs: Runs, key: Callable[[Run], str]) -> dict[str, Runs]:
-    """Runs by something, as they come; each group ordered by seed."""
+def group_runs(runs: Runs, key: Callable[[Run], str]) -> dict[str, Runs]:
+    """Group runs by a key; each group is sorted by seed."""
     groups = dict[str, Runs]()
     for one in sorted(runs, key=lambda one: one.seed):
         groups.setdefault(key(one), []).append(one)
     return groups
 
 
-def compared(runs: Runs, baseline: str = BASELINE) -> dict[str, Difference]:
-    """Every method's difference to the baseline, on one data set; none without a baseline."""
-    values = {m: [one.value for one in of] for m, of in grouped(runs, lambda r: r.method).items()}
+def compare_with_baseline(runs: Runs, baseline: str = BASELINE) -> dict[str, Difference]:
+    """Return each method's difference from the baseline, if there is one, on one data set."""
+    values = {
+        m: [one.value for one in of] for m, of in group_runs(runs, lambda r: r.method).items()
+    }
     if baseline not in values:
         return {}
     return differences(values, baseline, maximize=runs[0].maximize)
 
 
 def table_of(runs: Runs, baseline: str = BASELINE) -> pd.DataFrame:
-    """One row for each data set and method: medians over the seeds."""
+    """Return a table with one row per data set and method: medians over the seeds."""
     rows = []
-    for data, of_data in grouped(runs, lambda one: one.data).items():
-        found = compared(of_data, baseline)
+    for data, of_data in group_runs(runs, lambda one: one.data).items():
+        found = compare_with_baseline(of_data, baseline)
         aims = {one.seed: one.value for one in of_data if one.method == baseline}
-        for method, group in _in_order(grouped(of_data, lambda one: one.method)):
+        for method, group in _in_order(group_runs(of_data, lambda one: one.method)):
             rows.append(
                 {"data": data, "metric": group[0].metric, "method": method}
                 | _figures(group)
@@ -174,13 +176,13 @@ def table_of(runs: Runs, baseline: str = BASELINE) -> pd.DataFrame:
 
 
 def _in_order(groups: dict[str, Runs]) -> list[tuple[str, Runs]]:
-    """As the methods are listed, whoever ran first."""
+    """Return the groups in the order of `METHODS`."""
     order = list(METHODS)
     return sorted(groups.items(), key=lambda item: order.index(item[0]))
 
 
 def _figures(group: Runs) -> dict[str, float]:
-    values = np.array([one.value for one in group])  # one that is NaN makes all of them NaN
+    values = np.array([one.value for one in group])  # one NaN makes the median NaN
     return {
         "best": float(np.median(values)),
         "min": float(values.min()),
@@ -192,9 +194,9 @@ def _figures(group: Runs) -> dict[str, float]:
 
 
 def _to_the_best(group: Runs, aims: dict[int, float], baseline: str) -> dict[str, Any]:
-    """When the baseline's best value with the same seed was reached; infinite if never."""
+    """Return when the baseline's best value with the same seed was reached, infinity if never."""
     points = [
-        reached(one.course, aims[one.seed], maximize=one.maximize)
+        reached(one.best_values, aims[one.seed], maximize=one.maximize)
         for one in group
         if one.seed in aims
     ]
@@ -213,11 +215,11 @@ def _difference(found: Difference | None, baseline: str) -> dict[str, Any]:
 
 
 def claims(runs: Runs) -> list[str]:
-    """Whether no method is worse than the baseline, and whether some are better."""
+    """Say whether no method is worse than the baseline, and whether some are better."""
     found = [
         (method, data, difference)
-        for data, of_data in grouped(runs, lambda one: one.data).items()
-        for method, difference in compared(of_data).items()
+        for data, of_data in group_runs(runs, lambda one: one.data).items()
+        for method, difference in compare_with_baseline(of_data).items()
     ]
     hopeful = [case for case in found if case[0] in BEATS]
     claimed = (
@@ -227,28 +229,28 @@ def claims(runs: Runs) -> list[str]:
     lines = []
     for text, cases, wanted in claimed:
         verdicts = [difference.verdict for *_, difference in cases]
-        is_so = holds([verdict in (*wanted, "unknown") for verdict in verdicts])
+        is_so = holds_in_all([verdict in (*wanted, "unknown") for verdict in verdicts])
         lacks = cases is hopeful and {*BEATS} - {method for method, *_ in cases}
         if is_so == "holds" and (lacks or not cases or "unknown" in verdicts):
             is_so = "cannot be said"
-        told = [
+        shown = [
             case
             for case in cases
             if cases is hopeful or case[2].verdict not in (*wanted, "unknown")
         ]
-        lines.append("; ".join([f"{text}: {is_so}", *(_said(*case) for case in told)]) + ".")
+        lines.append("; ".join([f"{text}: {is_so}", *(_case_text(*case) for case in shown)]) + ".")
     return lines
 
 
-def holds(cases: Sequence[bool]) -> str:
-    """Whether a claim holds that must do so in all of several cases.
+def holds_in_all(cases: Sequence[bool]) -> str:
+    """Say whether a claim holds in all cases.
 
     Example:
-        >>> holds([True, False]), holds([True])
+        >>> holds_in_all([True, False]), holds_in_all([True])
         ('does not hold', 'holds')
     """
     return "holds" if all(cases) else "does not hold"
 
 
-def _said(method: str, data: str, found: Difference) -> str:
+def _case_text(method: str, data: str, found: Difference) -> str:
     return f"{method} on {data} {found.verdict} ({found.mean:+.4f}, noise {found.noise:.4f})"

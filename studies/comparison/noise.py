@@ -1,4 +1,4 @@
-"""Whether a difference is beyond noise."""
+"""Decide whether a difference is larger than noise."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RULE = (
-    "Values are compared within a seed, where all have the same rows. A mean difference is beyond "
-    f"noise if the paired t test over the seeds calls it so ({CONFIDENCE:.0%}, two-sided). Of 20 "
-    "comparisons of equals one is called different."
+    "Values are compared for equal seeds, which have the same rows. A mean difference is larger "
+    f"than noise if the paired t test over the seeds says so ({CONFIDENCE:.0%}, two-sided). Of 20 "
+    "comparisons of equally good methods, one will be called different."
 )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better one is than another.
+    """How much better one method is than another.
 
     Args:
         mean:
-            Over the seeds; above 0 is better, whatever the direction of the metric.
+            Mean gain over the seeds; a positive one is better, whatever the metric's direction.
         noise:
-            A mean must be farther from 0 to mean something; NaN if nothing is known of it.
+            A mean whose absolute value is not larger may be chance; NaN if unknown.
         seeds:
-            How many seeds were compared.
+            Number of seeds that were compared.
     """
 
     mean: float
@@ -54,13 +54,13 @@ class Difference:
 def differences(
     values: Mapping[str, Sequence[float]], baseline: str, *, maximize: bool
 ) -> dict[str, Difference]:
-    """Compare several ways with one of them, seed by seed.
+    """Compare several methods with one of them, seed by seed.
 
     Args:
         values:
-            One number a seed, by way; NaN where a run came to nothing: that seed is left out.
+            By method, one value per seed; seeds without a value (NaN) are left out.
         baseline:
-            The way that the others are compared with.
+            The method that the others are compared with.
         maximize:
             Whether a greater value is better.
 
@@ -80,7 +80,7 @@ def differences(
 
 
 def _difference(gain: NDArray[np.float64]) -> Difference:
-    """Of the gain with each seed, whose spread may be much larger for one way than for another."""
+    """Return the mean gain over the seeds and its noise, which differs from method to method."""
     seeds = len(gain)
     mean = float(gain.mean()) if seeds else math.nan
     if seeds < 2:

@@ -1,4 +1,4 @@
-"""The third part: schedules that a population finds, against the best fixed one."""
+"""The third part: population-based training compared with the best fixed schedule."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from optuna_nnhp import catalogue
 from studies.comparison.data import Data
 from studies.comparison.fixed import all_but
 from studies.comparison.methods import Runs
-from studies.comparison.methods import compared
-from studies.comparison.methods import grouped
-from studies.comparison.methods import holds
+from studies.comparison.methods import compare_with_baseline
+from studies.comparison.methods import group_runs
+from studies.comparison.methods import holds_in_all
 from studies.comparison.methods import run
 from studies.comparison.methods import table_of as methods_table
 
@@ -22,10 +22,10 @@ FIXED_SCHEDULE, POPULATION = "random", "population"
 
 
 def both(data: Data, seed: int, epochs: int) -> Runs:
-    """Random search and a population: the same hyperparameters and the same model-epochs.
+    """Run random search and a population with the same hyperparameters and model-epochs.
 
-    Only what can change while a network trains is tuned, all else has its default, and every
-    network of random search trains to its end.
+    Only parameters that can change while a network trains are tuned; all others have their
+    defaults. Every network of random search is trained to the end.
     """
     generations, known = min(GENERATIONS, epochs), catalogue()
     mutable = set(known["name"][known["mutable"]])
@@ -43,21 +43,21 @@ def both(data: Data, seed: int, epochs: int) -> Runs:
 
 
 def table_of(runs: Runs) -> pd.DataFrame:
-    """Both sides on each data set."""
+    """Return a table with both methods on each data set."""
     return methods_table(runs, FIXED_SCHEDULE)
 
 
 def claims(runs: Runs) -> list[str]:
-    """Whether the population beats the best fixed schedule on at least one data set."""
+    """Say whether the population is better than the best fixed schedule on some data set."""
     cases, verdicts = list[str](), list[str]()
-    for data, of_data in grouped(runs, lambda one: one.data).items():
-        found = compared(of_data, FIXED_SCHEDULE)[POPULATION]
+    for data, of_data in group_runs(runs, lambda one: one.data).items():
+        found = compare_with_baseline(of_data, FIXED_SCHEDULE)[POPULATION]
         verdicts.append(found.verdict)
         cases.append(
             f"{found.verdict} on {data} ({found.mean:+.4f}, noise {found.noise:.4f}, "
             f"{found.seeds} seeds)"
         )
-    is_so = holds(["better" in verdicts])
+    is_so = holds_in_all(["better" in verdicts])
     if "better" not in verdicts and "unknown" in verdicts:
         is_so = "cannot be said"
     return [
