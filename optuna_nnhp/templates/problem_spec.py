@@ -1,4 +1,4 @@
-"""The arguments that a problem is made from: sent to other processes, stored with a study."""
+"""The arguments that a problem is made from; they can be sent to other processes and stored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from optuna_nnhp.training.device import claim_device
 from optuna_nnhp.training.device import gpu_uuids
 
 PROBLEM_SPEC = "problem_spec"  # study attribute: `ProblemSpec.attributes`
-# Arguments that are kept as they are, where they are not data or functions.
+# Arguments that a study stores as they are.
 SAVED_ARGUMENTS = ("target", "task", "direction", "errors", "preset")
 
 
@@ -40,10 +40,9 @@ SAVED_ARGUMENTS = ("target", "task", "direction", "errors", "preset")
 class ProblemSpec:
     """All arguments that a problem is made from, as `optimize` takes them.
 
-    It can be pickled, as far as the data and the functions in it can (by cloudpickle also
-    functions of a script or notebook). A study keeps its `attributes`, from which
-    `from_study` makes
-    another one; data and functions are not among them, only paths.
+    It can be pickled if its data and functions can (with cloudpickle also functions of a script
+    or notebook). A study stores its `attributes`, from which `from_study` makes another one. They
+    have the paths of data, but neither data nor functions.
 
     Args:
         template:
@@ -81,8 +80,7 @@ class ProblemSpec:
         compile:
             As in `optimize`.
         identity:
-            The identity of the study that the problem must have: what `study.opening.IDENTITY`
-            names.
+            Attributes that the problem must have, by the names in `study.open_study.IDENTITY`.
 
     Example:
         >>> problem_spec = ProblemSpec("dnn", [[1.0], [2.0]] * 5, ["no", "yes"] * 5)
@@ -155,7 +153,7 @@ class ProblemSpec:
     def attributes(self) -> dict[str, Any]:
         """Return what a study stores, as JSON: paths and names, but no data and no functions.
 
-        Space, fixed values and seed are not among them: studies keep them apart, complete.
+        Space, fixed values and seed have study attributes of their own.
         """
         template = CustomNetworkTemplate if self.network else find_template(self.template)
         return {
@@ -188,18 +186,17 @@ class ProblemSpec:
             study:
                 The study.
             X:
-                The data, or where they are now; if None as the study notes it, which are paths
-                only.
+                The data or their path; if None, the path that the study stores.
             y:
-                What to predict, if ``X`` is no CSV file.
+                Target to predict, unless ``X`` is a CSV file.
             target:
-                Column of the CSV file, if the study has none.
+                Column of the CSV file, if the study stores none.
             network:
-                The user's function, which a study does not hold.
+                The user's function, which a study does not store.
             validation:
                 The validation part, if it was given as data.
             metric:
-                The user's function, if there was one.
+                The user's metric, if it was a function.
             device:
                 As in `optimize`.
             compile:
