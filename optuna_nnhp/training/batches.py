@@ -9,6 +9,7 @@ after every epoch. A round has the same number of examples in every trial of a s
 from __future__ import annotations
 
 from collections.abc import Sequence
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from optuna_nnhp import rng
-from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
 from optuna_nnhp.networks.noise import DropoutNoise
 
 REDUCTION_FACTOR = 3
@@ -129,7 +129,7 @@ class Batches(RoundKeyedNoise):
         self._examples, self._rounds, self._seed, self._device = examples, rounds, seed, device
         self._length = examples // rounds
         self.size = min(size, self._length)
-        self.per_round = iterations_per_epoch(self._length, self.size)
+        self.per_round = math.ceil(self._length / self.size)
         self._epoch_orders: dict[int, Tensor] = {}
 
     def rows(self, done: Sequence[int]) -> list[Tensor]:

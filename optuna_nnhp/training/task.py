@@ -12,7 +12,6 @@ from torch import Tensor
 
 from optuna_nnhp.engine.gpt import CompiledGPT
 from optuna_nnhp.engine.gpt import CompiledGPTSubset
-from optuna_nnhp.hyperparameters.epochs import total_iterations
 from optuna_nnhp.hyperparameters.optimizer import optimizer_step
 from optuna_nnhp.hyperparameters.regularization import add_l1
 from optuna_nnhp.hyperparameters.regularization import clip_gradients
@@ -121,7 +120,8 @@ class Task:
 
     def total_steps(self, member: Member, per_round: int) -> int:
         """Return the steps of a member's whole budget, given the steps of a round."""
-        return total_iterations(member.params, per_round * self.rounds)
+        params, per_epoch = member.params, per_round * self.rounds
+        return int(params["iterations"] or 0) or per_epoch * int(params["epochs"] or 1)
 
     def make_updater(
         self,

@@ -22,7 +22,6 @@ from torch.nn import functional
 
 from optuna_nnhp.hyperparameters.activation import ACTIVATIONS
 from optuna_nnhp.hyperparameters.catalogue import effective_params
-from optuna_nnhp.hyperparameters.epochs import iterations_per_epoch
 from optuna_nnhp.hyperparameters.learning_rate import learning_rates
 from optuna_nnhp.hyperparameters.weight_init import initial_weight
 from optuna_nnhp.networks.mlp import build_mlp
@@ -130,7 +129,7 @@ class Training:
         step = Step(network, params, loss_of(self.problem.target.task, params))
         size = int(params["batch_size"])
         rows = len(y) - (len(y) % size == 1)  # batch normalization cannot do with a single row
-        per_epoch = iterations_per_epoch(rows, size)
+        per_epoch = math.ceil(rows / size)
         rates = schedule(params, per_epoch * int(params["epochs"]))
         for epoch in range(int(params["epochs"])):
             network.train()

@@ -8,6 +8,8 @@ import torch
 
 from optuna_nnhp.training.batches import Batches
 from optuna_nnhp.training.batches import batch_order
+from optuna_nnhp.training.task import Member
+from tests.members import task
 
 CPU = torch.device("cpu")
 
@@ -20,6 +22,26 @@ def test_an_epoch_is_its_order_in_batches() -> None:
     for epoch in (0, 5):
         rows = torch.cat(batches().rows([epoch]))
         assert rows.tolist() == batch_order(100, 3, epoch).tolist()
+
+
+@pytest.mark.parametrize(
+    "examples, batch_size, expected",
+    [(64, 64, 1), (65, 64, 2), (63, 64, 1), (1, 1024, 1), (1000, 16, 63), (1000, 1, 1000)],
+)
+def test_the_steps_of_an_epoch(examples: int, batch_size: int, expected: int) -> None:
+    assert batches(examples, batch_size).per_round == expected
+    assert len(range(0, examples, batch_size)) == expected
+
+
+@pytest.mark.parametrize(
+    "per_epoch, epochs, iterations, expected",
+    [(7, 1, 0, 7), (7, 10, 0, 70), (1, 100, 0, 100), (7, 10, 1, 1), (7, 10, 500, 500)],
+)
+def test_the_steps_of_a_budget(
+    per_epoch: int, epochs: int, iterations: int, expected: int
+) -> None:
+    member = Member(0, 0, {"epochs": epochs, "iterations": iterations})
+    assert task().total_steps(member, per_epoch) == expected
 
 
 @pytest.mark.parametrize("rounds", [3, 9])
