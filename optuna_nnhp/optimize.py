@@ -304,7 +304,7 @@ def _run_study(
     problem = config.problem_spec.problem_on_free_device(study, problem)
     callbacks = config.callbacks
     if trainer is not None:
-        trainer.use_problem(problem)
+        trainer.set_problem(problem)
         callbacks = (*callbacks, trainer)
     if not uses_workers:
         config.make_tuner(

@@ -168,7 +168,7 @@ class CharTokenizer:
             ValueError:
                 If there are others.
         """
-        pieces = self._pieces
+        pieces = self._token_bytes
         return b"".join([pieces[i] for i in validate_token_ids(ids, self.size)]).decode(
             errors="replace"
         )
@@ -193,7 +193,7 @@ class CharTokenizer:
         return ids
 
     @cached_property
-    def _pieces(self) -> list[bytes]:
+    def _token_bytes(self) -> list[bytes]:
         """The bytes of each token."""
         return [c.encode() for c in self.alphabet] + [bytes([byte]) for byte in self.fallback]
 

@@ -352,20 +352,20 @@ def _use_running_stats_for_single_values(network: nn.Module) -> None:
     """
     paused: set[nn.Module] = set()
 
-    def pause(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def use_running_stats(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if norm.training and inputs[0].dim() > 1 and inputs[0].numel() == inputs[0].shape[1]:
             norm.training = False
             paused.add(norm)
 
-    def go_on(norm: nn.Module, inputs: Any, output: Any) -> None:
+    def restore_training_mode(norm: nn.Module, inputs: Any, output: Any) -> None:
         if norm in paused:
             norm.training = True
             paused.discard(norm)
 
     for module in network.modules():
         if isinstance(module, _BatchNorm):
-            module.register_forward_pre_hook(pause)
-            module.register_forward_hook(go_on, always_call=True)
+            module.register_forward_pre_hook(use_running_stats)
+            module.register_forward_hook(restore_training_mode, always_call=True)
 
 
 @contextmanager

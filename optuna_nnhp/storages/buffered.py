@@ -200,11 +200,7 @@ class BufferedStorage(GuardedStorage):
             return self._outbox
 
     def write_ops(self, ops: Sequence[Operation]) -> list[Outcome]:
-        """Write operations at once, which belong to no trial of this process.
-
-        Raises:
-            StorageUnavailable: If the storage does not answer.
-        """
+        """Write operations on trials of other processes now; raise if the storage is away."""
         with self._lock:
             outcomes = self._breaker.call(lambda: self._buffer.adapter.apply(ops), writes=True)
             self.refresh()

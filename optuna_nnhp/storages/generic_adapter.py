@@ -68,7 +68,7 @@ class GenericAdapter:
                 set_attr = getattr(self._storage, f"set_study_{op.kind}_attr")
                 set_attr(op.study_id, op.key, op.value)
                 return Applied()
-            return self._apply_to_trial(op, self._count(op, counts))
+            return self._apply_to_trial(op, self._count_begun_trials(op, counts))
         except REJECTIONS as error:
             return error
 
@@ -76,21 +76,21 @@ class GenericAdapter:
         if op.limit is not None and op.starts_trial and study.begun >= op.limit:
             return TrialLimitReached(op.limit)
         if op.trial_id is None:
-            outcome: Outcome = self._create(op)
+            outcome: Outcome = self._create_trial(op)
         else:
             # The storage itself rejects changes of finished trials: one call less.
             if op.if_owner is not None:
-                rejection = check_conditions(op, self._status(op.trial_id), study)
+                rejection = check_conditions(op, self._read_status(op.trial_id), study)
                 if rejection is not None:
                     return rejection
             try:
-                outcome = self._change(op.trial_id, op)
+                outcome = self._change_trial(op.trial_id, op)
             except UpdateFinishedTrialError as error:
-                return check_conditions(op, self._status(op.trial_id), study) or error
+                return check_conditions(op, self._read_status(op.trial_id), study) or error
         study.begun += op.starts_trial and isinstance(outcome, Applied)
         return outcome
 
-    def _count(self, op: Op, counts: dict[int, StudyCounts]) -> StudyCounts:
+    def _count_begun_trials(self, op: Op, counts: dict[int, StudyCounts]) -> StudyCounts:
         """Return the number of trials that have begun, if the operation depends on it."""
         if op.limit is None:
             return StudyCounts()
@@ -99,10 +99,10 @@ class GenericAdapter:
             counts[op.study_id] = StudyCounts.of(trials)
         return counts[op.study_id]
 
-    def _status(self, trial_id: int) -> TrialStatus:
+    def _read_status(self, trial_id: int) -> TrialStatus:
         return TrialStatus.of(self._storage.get_trial(trial_id))
 
-    def _create(self, op: Op) -> Outcome:
+    def _create_trial(self, op: Op) -> Outcome:
         change = op.change_with_token
         assert change.state is not None
         template = create_trial(
@@ -112,7 +112,7 @@ class GenericAdapter:
         trial_id = self._storage.create_new_trial(op.study_id, template)
         return Applied(trial_id, self._storage.get_trial_number_from_id(trial_id))
 
-    def _change(self, trial_id: int, op: Op) -> Outcome:
+    def _change_trial(self, trial_id: int, op: Op) -> Outcome:
         storage, change = self._storage, op.change_with_token
         if op.starts_trial and not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
             return UpdateFinishedTrialError(f"Another process has started the trial {trial_id}.")
@@ -139,7 +139,7 @@ class GenericAdapter:
         if taken:
             time.sleep(SETTLING_TIME)
         for place, trial_id, worker in taken:
-            owner = self._status(trial_id).owner
+            owner = self._read_status(trial_id).owner
             if owner != worker:
                 outcomes[place] = TrialTakenOver(trial_id, owner)
 

@@ -113,7 +113,7 @@ class GuardedStorage(BaseStorage, BaseHeartbeat):
         method = getattr(self.backend, name)
         return self._breaker.call(lambda: method(*arguments), writes=True, retry=retry)
 
-    def _query(self, name: str, argument: Any) -> Any:
+    def _query_or_last_answer(self, name: str, argument: Any) -> Any:
         """Return the backend's answer, or its last one while it is unavailable."""
         with self._lock:
             try:
@@ -177,7 +177,7 @@ class GuardedStorage(BaseStorage, BaseHeartbeat):
 
     def _study_attrs(self, study_id: int, kind: str) -> dict[str, Any]:
         with self._lock:
-            written = self._query(f"get_study_{kind}_attrs", study_id)
+            written = self._query_or_last_answer(f"get_study_{kind}_attrs", study_id)
             pending = {
                 op.key: op.value
                 for op in self._buffer.pending.values()
@@ -195,15 +195,15 @@ class GuardedStorage(BaseStorage, BaseHeartbeat):
 
     def get_study_id_from_name(self, study_name: str) -> int:
         """Return a study's id."""
-        return int(self._query("get_study_id_from_name", study_name))
+        return int(self._query_or_last_answer("get_study_id_from_name", study_name))
 
     def get_study_name_from_id(self, study_id: int) -> str:
         """Return a study's name."""
-        return str(self._query("get_study_name_from_id", study_id))
+        return str(self._query_or_last_answer("get_study_name_from_id", study_id))
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
         """Return the directions of a study's objectives."""
-        return list(self._query("get_study_directions", study_id))
+        return list(self._query_or_last_answer("get_study_directions", study_id))
 
     def get_all_studies(self) -> list[FrozenStudy]:
         """Return all studies of the backend."""
@@ -221,7 +221,7 @@ class GuardedStorage(BaseStorage, BaseHeartbeat):
         if study_id not in self._buffer.studies:
             self._buffer.study(study_id)
             for query in STUDY_QUERIES:
-                self._query(query, study_id)
+                self._query_or_last_answer(query, study_id)
         return self._buffer.studies[study_id]
 
     # --- Heartbeats ---

@@ -256,7 +256,7 @@ def append_lines(path: str | Path, lines: bytes) -> None:
     """
     file = os.open(path, os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0))
     try:
-        _remove_torn_end(file, path)
+        _remove_unfinished_end(file, path)
         try:
             left = memoryview(lines)
             while left:
@@ -264,7 +264,7 @@ def append_lines(path: str | Path, lines: bytes) -> None:
             os.fsync(file)
         except BaseException:
             with suppress(OSError):  # a disk may be so full that even this is impossible
-                _remove_torn_end(file, path)
+                _remove_unfinished_end(file, path)
             raise
     finally:
         os.close(file)
@@ -294,22 +294,22 @@ def remove_unfinished_line(
     file = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
     try:
         size = os.fstat(file).st_size
-        if not all_lines and _whole_size(file) == size and _has_valid_end(file):
+        if not all_lines and _size_of_finished_lines(file) == size and _has_valid_end(file):
             return False
         is_held = isinstance(lock, KernelReleasedLock) and lock.is_held
         # A line may be just being written.
         with nullcontext() if is_held else get_lock_file(lock):
-            is_torn = _remove_torn_end(file, path)
+            is_torn = _remove_unfinished_end(file, path)
             if all_lines or not _has_valid_end(file):
-                is_torn |= _blank_torn_starts(file, path)
+                is_torn |= _blank_unfinished_starts(file, path)
             return is_torn
     finally:
         os.close(file)
 
 
-def _remove_torn_end(file: int, path: str | Path) -> bool:
+def _remove_unfinished_end(file: int, path: str | Path) -> bool:
     """Remove an unfinished last line."""
-    size, whole = os.fstat(file).st_size, _whole_size(file)
+    size, whole = os.fstat(file).st_size, _size_of_finished_lines(file)
     if whole == size:
         return False
     os.ftruncate(file, whole)
@@ -319,7 +319,7 @@ def _remove_torn_end(file: int, path: str | Path) -> bool:
     return True
 
 
-def _whole_size(file: int) -> int:
+def _size_of_finished_lines(file: int) -> int:
     """Return the bytes up to the end of the last finished line."""
     end = os.fstat(file).st_size
     if not end or _read_bytes(file, end - 1, 1) == b"\n":
@@ -350,11 +350,11 @@ def _read_bytes(file: int, start: int, count: int) -> bytes:
     return os.read(file, count)
 
 
-def _blank_torn_starts(file: int, path: str | Path) -> bool:
+def _blank_unfinished_starts(file: int, path: str | Path) -> bool:
     """Write blanks over torn lines that are followed by another, whole line's text."""
     start, is_torn = 0, False
     for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
-        torn = 0 if _is_json(line) else _torn_size(line)
+        torn = 0 if _is_json(line) else _size_of_unfinished_start(line)
         if torn:
             os.lseek(file, start, os.SEEK_SET)
             os.write(file, b" " * torn)
@@ -367,7 +367,7 @@ def _blank_torn_starts(file: int, path: str | Path) -> bool:
     return is_torn
 
 
-def _torn_size(line: bytes) -> int:
+def _size_of_unfinished_start(line: bytes) -> int:
     """Return the bytes before the text of a whole line, 0 if there is none."""
     places = [match.start() for match in re.finditer(re.escape(LINE_START), line)]
     return next((place for place in places if place and _is_json(line[place:])), 0)

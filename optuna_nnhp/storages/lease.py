@@ -76,7 +76,7 @@ def lock_worker(worker: str) -> bool:
         return False
     import fcntl
 
-    path = _path(folder, worker)
+    path = _lock_file_path(folder, worker)
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -108,7 +108,7 @@ def unlock_worker(worker: str) -> None:
     folder = _lock_folder()
     if file is not None and folder is not None:
         with suppress(FileNotFoundError):
-            _path(folder, worker).unlink()
+            _lock_file_path(folder, worker).unlink()
         os.close(file)
 
 
@@ -133,7 +133,7 @@ def is_worker_alive(worker: str) -> bool | None:
     import fcntl
 
     try:
-        file = os.open(_path(folder, worker), os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(_lock_file_path(folder, worker), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
@@ -145,7 +145,7 @@ def is_worker_alive(worker: str) -> bool | None:
     return False
 
 
-def _path(folder: Path, worker: str) -> Path:
+def _lock_file_path(folder: Path, worker: str) -> Path:
     return folder / f"{hashlib.blake2b(worker.encode(), digest_size=12).hexdigest()}.lock"
 
 

@@ -106,7 +106,7 @@ class TrialStarter:
             ops = [
                 Op(cache.study_id, None, self._start_change(), limit=limit) for _ in range(count)
             ]
-            cache.prefetched = self._create(cache, ops)
+            cache.prefetched = self._create_trials(cache, ops)
 
     def _start_change(self) -> TrialChange:
         """Return the change of a trial that starts in this process."""
@@ -124,10 +124,12 @@ class TrialStarter:
             StorageUnavailable: If the storage does not answer; they may be added all the same.
         """
         ops = [new_trial_op(cache.study_id, template) for template in templates]
-        trials = self._breaker.call(lambda: self._create(cache, ops), writes=True, retry=False)
+        trials = self._breaker.call(
+            lambda: self._create_trials(cache, ops), writes=True, retry=False
+        )
         return [id_of(trial) for trial in trials]
 
-    def _create(self, cache: StudyCache, ops: Sequence[Op]) -> list[FrozenTrial]:
+    def _create_trials(self, cache: StudyCache, ops: Sequence[Op]) -> list[FrozenTrial]:
         """Create trials with one write, fewer at the limit; an outage raises its own error."""
         buffer, trials = self._buffer, list[FrozenTrial]()
         try:
@@ -163,7 +165,7 @@ class TrialStarter:
         buffer, (cache, number) = self._buffer, self._buffer.locations[trial_id]
         trial = cache.trials[number]
         if trial_id not in buffer.claimed:
-            self._breaker.call(lambda: self._claim(cache, trial), writes=True)
+            self._breaker.call(lambda: self._start_waiting_trials(cache, trial), writes=True)
             if trial_id not in buffer.claimed:
                 return False
         running = copy_trial(buffer.claimed.pop(trial_id))
@@ -172,7 +174,7 @@ class TrialStarter:
         self._prefetch_count = max(0, self._prefetch_count - 1)
         return True
 
-    def _claim(self, cache: StudyCache, trial: FrozenTrial) -> None:
+    def _start_waiting_trials(self, cache: StudyCache, trial: FrozenTrial) -> None:
         """Start WAITING trials with one write; an outage raises its own error."""
         buffer = self._buffer
         if buffer.in_doubt:  # an attempt before this one may have been successful

@@ -110,7 +110,7 @@ class Admission:
         if run is not None and not is_over and run.n_free_slots < max(1, run.slots // REFILL_PART):
             return
         if run is None or is_over or not (run.quota or self.waiting):
-            if self.problem.sequential and self.queue.n_training:
+            if self.problem.sequential and self.queue.n_training_trials:
                 return
             if run is not None:
                 self._add_followers(run, self.waiting)
@@ -140,7 +140,7 @@ class Admission:
         )
         if count and not self.portfolio_runs:
             stop = is_over if self.budget.timeout is not None else None
-            self.waiting += self._ask(run, count, stop)
+            self.waiting += self._ask_trials(run, count, stop)
 
     def _asks_ahead(self, run: CohortRun) -> bool:
         """Whether followers are asked for while cohorts train: not where both need Python."""
@@ -294,7 +294,7 @@ class Admission:
         if self._asks_ahead(run):  # and asks for the rest while the others train
             wanted -= run.slots - min(run.slots, max(MAX_STARTED_FULL, run.slots // STARTED_PART))
         if count := self._count_followers_to_ask(run, wanted):
-            trials += self._ask(run, count)
+            trials += self._ask_trials(run, count)
         self._add_followers(run, trials)
         if not run.rounds:
             self.asking = time.monotonic() - started
@@ -304,7 +304,7 @@ class Admission:
         left = self.source.n_trials_left() if wanted > 0 else 0
         return int(max(0, min(wanted, run.quota, math.inf if left is None else left)))
 
-    def _ask(
+    def _ask_trials(
         self, run: CohortRun, count: int, stop: Callable[[], bool] | None = None
     ) -> list[RunningTrial]:
         trials = self.source.ask(count, run.leader, stop)
@@ -321,14 +321,16 @@ class Admission:
 
     def _admit_grid_points(self) -> None:
         """Ask for the next points of a plan, and group them as they come."""
-        if self._baseline_trains_alone() or (self.problem.sequential and self.queue.n_training):
+        if self._baseline_trains_alone() or (
+            self.problem.sequential and self.queue.n_training_trials
+        ):
             return
         planned = 1 if self.problem.sequential else self._limit_generation(MAX_PLANNED)
         most, left = self.cohort_size or planned, self.source.n_trials_left()
         count = (
-            most - self.queue.n_training
+            most - self.queue.n_training_trials
             if left is None
-            else min(most - self.queue.n_training, left)
+            else min(most - self.queue.n_training_trials, left)
         )
         if (count < max(1, most // REFILL_PART) and count != left) or count < 1:
             return

@@ -144,7 +144,7 @@ class Checkpoints:
         try:
             save_with_checksum(stem, tensors, {**facts, "loop": dict(loop or {})})
             for old in _checkpoint_stems(folder)[N_KEPT_CHECKPOINTS:]:
-                _remove(old)
+                _remove_checkpoint(old)
         except OSError as error:
             _logger.warning(f"The checkpoint could not be written: {error}")
             written = False
@@ -237,7 +237,7 @@ def _next_number(folder: Path) -> int:
     return 1 + max((int(stem.name) for stem in _checkpoint_stems(folder)), default=-1)
 
 
-def _remove(stem: Path) -> None:
+def _remove_checkpoint(stem: Path) -> None:
     for suffix in (JSON_SUFFIX, TENSORS_SUFFIX):  # without the facts the tensors are nothing
         stem.with_suffix(suffix).unlink(missing_ok=True)
 

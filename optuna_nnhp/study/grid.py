@@ -221,18 +221,22 @@ class GridQueue:
         """
         self._storage.refresh()
         trials = self._study.get_trials(deepcopy=False)
-        owners = {point_key(point_of(t)): t for t in reversed(trials) if not retries_grid_point(t)}
+        owners = {
+            point_key(grid_point_of(t)): t for t in reversed(trials) if not retries_grid_point(t)
+        }
         found = [(point, owners.get(point_key(point))) for point in plan.points]
         missing = [point for point, owner in found if owner is None]
         begun = sum(o is not None and o.state != TrialState.WAITING for _, o in found)
         failed = {
-            point_key(point_of(t))
+            point_key(grid_point_of(t))
             for t in trials
             if retries_grid_point(t) and counts(t, on_grid=True)
         }
         missing.sort(key=lambda point: point_key(point) in failed)
         fresh = [point for point in missing if point_key(point) not in failed]
-        waiting = [point_of(t) for t in reversed(owners.values()) if t.state == TrialState.WAITING]
+        waiting = [
+            grid_point_of(t) for t in reversed(owners.values()) if t.state == TrialState.WAITING
+        ]
         ended = sum(t.state.is_finished() and counts(t, on_grid=True) for t in trials)
         running = sum(t.state == TrialState.RUNNING for t in owners.values())
         left = budget.n_trials_left(ended + running)
@@ -258,31 +262,31 @@ class GridQueue:
         with self._storage.batch():
             for trial in trials:
                 waits = trial.state == TrialState.WAITING and FIXED_PARAMS in trial.system_attrs
-                if waits and self._is_duplicate(trial, trials) and self._claim(trial):
-                    self._withdraw(trial)
+                if waits and self._is_duplicate(trial, trials) and self._start_trial(trial):
+                    self._end_as_duplicate(trial)
 
     def take(self) -> Trial | None:
         """Start the trial of the next point and return it; None if no point is left."""
         for trial in self._waiting():
-            if not self._claim(trial):
+            if not self._start_trial(trial):
                 continue
             if not self._is_duplicate(trial, self._read_trials()):
                 return Trial(self._study, id_of(trial))
-            self._withdraw(trial)
+            self._end_as_duplicate(trial)
         return None
 
     def _waiting(self) -> list[FrozenTrial]:
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         return [trial for trial in waiting if FIXED_PARAMS in trial.system_attrs]
 
-    def _claim(self, trial: FrozenTrial) -> bool:
+    def _start_trial(self, trial: FrozenTrial) -> bool:
         """Start a trial and return whether no other worker had started it."""
         try:
             return self._storage.set_trial_state_values(id_of(trial), TrialState.RUNNING)
         except UpdateFinishedTrialError:
             return False
 
-    def _withdraw(self, trial: FrozenTrial) -> None:
+    def _end_as_duplicate(self, trial: FrozenTrial) -> None:
         self._storage.set_trial_user_attr(id_of(trial), CAUSE, TrialOutcome.DUPLICATE.value)
         self._storage.set_trial_state_values(id_of(trial), TrialState.FAIL)
 
@@ -290,17 +294,17 @@ class GridQueue:
         """Return all trials, and add the new ones to `_numbers`."""
         trials = self._study.get_trials(deepcopy=False)
         for trial in trials[self._known :]:
-            self._numbers[point_key(point_of(trial))].append(trial.number)
+            self._numbers[point_key(grid_point_of(trial))].append(trial.number)
         self._known = len(trials)
         return trials
 
     def _is_duplicate(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
         """Return whether a trial with a lower number has the same point."""
-        same = self._numbers[point_key(point_of(trial))]
+        same = self._numbers[point_key(grid_point_of(trial))]
         return any(n < trial.number and not retries_grid_point(trials[n]) for n in same)
 
 
-def point_of(trial: FrozenTrial) -> dict[str, Any]:
+def grid_point_of(trial: FrozenTrial) -> dict[str, Any]:
     """Return a trial's parameters, including enqueued values that are not suggested yet."""
     return {**trial.system_attrs.get(FIXED_PARAMS, {}), **trial.params}
 

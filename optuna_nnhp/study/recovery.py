@@ -351,7 +351,7 @@ class Recovery:
             own.set_user_attr(CAUSE, TrialOutcome.KILLED.value)
             self.source.tell(own, None, TrialState.FAIL)
             return []
-        begun = self.source.begin_trial(own)
+        begun = self.source.make_running_trial(own)
         self.source.start(begun)
         return begun
 

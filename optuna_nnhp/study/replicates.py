@@ -80,7 +80,7 @@ class ReplicateTrainer:
         if self.timeout is not None:
             self.budget.timeout = self.timeout * (1 - MAX_TIMEOUT_SHARE)
 
-    def use_problem(self, problem: Problem) -> None:
+    def set_problem(self, problem: Problem) -> None:
         """Set the problem on the device of this process, known once the study is open."""
         self.problem = problem
 

@@ -419,7 +419,7 @@ class FairQueue:
         return [run for run in self.runs if run.running]
 
     @property
-    def n_training(self) -> int:
+    def n_training_trials(self) -> int:
         """Trials in training."""
         return sum(len(run.running) for run in self.runs)
 

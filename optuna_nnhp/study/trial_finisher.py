@@ -163,7 +163,7 @@ class TrialFinisher:
         """
         self.source.end([running])
         try:
-            self._fail(running, error)
+            self._fail_trial(running, error)
         except UpdateFinishedTrialError:
             self.record_ended_elsewhere(running)
         else:
@@ -171,7 +171,7 @@ class TrialFinisher:
                 self._raise_if_first_trials_fail_alike(error)
         self.run_callbacks([running])
 
-    def _fail(self, running: RunningTrial, error: Exception) -> None:
+    def _fail_trial(self, running: RunningTrial, error: Exception) -> None:
         trial, line = running.trial, error_line(error)
         record_error(trial, error)
         outcome = outcome_of_error(error)
@@ -351,7 +351,7 @@ class StudyHistory:
 
         Args:
             running:
-                Trials of this worker, which `record` knows better.
+                Trials of this worker, which `record_scores` knows better.
         """
         self.last_sync = time.monotonic()
         for trial in self.study.get_trials(deepcopy=False):
@@ -367,7 +367,7 @@ class StudyHistory:
             if trial.state == TrialState.COMPLETE and trial.value is not None:
                 self.best_trials.add(trial.value, trial.number)
 
-    def record(self, running: RunningTrial) -> None:
+    def record_scores(self, running: RunningTrial) -> None:
         """Add the last evaluation of a trial that trains here."""
         if (value := running.best_so_far) is not None:
             self.values[running.last_round][running.member.number] = value

@@ -95,7 +95,7 @@ class TrialSource:
         self._most: int | None = None  # trials that may have begun
         self._rejected_in_row = 0
 
-    def begin(self, *, with_portfolio: bool = True) -> None:
+    def enqueue_first_trials(self, *, with_portfolio: bool = True) -> None:
         """Enqueue what comes first: the defaults in a new study, the points of a grid."""
         defaults = self.problem.defaults()
         if self.points is not None:
@@ -199,7 +199,7 @@ class TrialSource:
     def _ask_one(self, study: Study) -> list[RunningTrial]:
         """Return one trial, or none if its network cannot be built; then it has failed already."""
         trial = study.ask() if self.points is None else self.points.take()
-        return [] if trial is None else self.begin_trial(trial)  # another worker was faster
+        return [] if trial is None else self.make_running_trial(trial)  # another worker was faster
 
     def tell(self, trial: Trial, value: float | None, state: TrialState) -> None:
         """End a trial, and have the source's sampler learn from it."""
@@ -210,7 +210,7 @@ class TrialSource:
         """Whether a callback or a sampler has called `Study.stop`."""
         return is_stopped(self.study)
 
-    def begin_trial(self, trial: Trial) -> list[RunningTrial]:
+    def make_running_trial(self, trial: Trial) -> list[RunningTrial]:
         """A trial that runs here, once it has all its values; none if it cannot be trained."""
         try:
             member = self.problem.member(trial.number, suggest(trial, self.problem.space))

@@ -231,7 +231,9 @@ class Tuner:
         while not self.budget.released:
             if run := self.queue.next():
                 self._train_cohort(run)
-                progress.show(self.source.finished, self.queue.n_training, self.best_trials.best)
+                progress.show(
+                    self.source.finished, self.queue.n_training_trials, self.best_trials.best
+                )
             elif not self.storage.is_available:
                 if not self._wait_for_storage():
                     break
@@ -304,7 +306,7 @@ class Tuner:
     def _load_earlier_trials(self) -> None:
         """Load the study's earlier trials; enqueue the defaults in a new study."""
         self.recovery.replay_outbox()
-        self.source.begin(with_portfolio=self.uses_portfolio)
+        self.source.enqueue_first_trials(with_portfolio=self.uses_portfolio)
         self.history.sync(self.source.running)
 
     def _admit(self) -> None:

@@ -288,7 +288,7 @@ class CustomNetworkTemplate(SupervisedTemplate):
         """Return a trial's network as a plain module, with its first weights."""
         return self._call_builder(member)[0]
 
-    def _build(self, members: Sequence[Member]) -> StackedModule:
+    def _build_stack(self, members: Sequence[Member]) -> StackedModule:
         return self._examiner.stack([self.network(m).to(self.device) for m in members])
 
     def _probe(self, member: Member) -> StackabilityReport:

@@ -223,7 +223,7 @@ class DNNTemplate(SupervisedTemplate):
         """Return a trial's network as a plain module, its weights not yet loaded."""
         return build_mlp(member.params, self.inputs, self.outputs)
 
-    def _build(self, members: Sequence[Member]) -> StackedMLP:
+    def _build_stack(self, members: Sequence[Member]) -> StackedMLP:
         generators = [rng.generator(self.seed, rng.INITIALIZATION, m.seed) for m in members]
         stack = StackedMLP([m.params for m in members], self.inputs, self.outputs, generators)
         return stack.to(self.device)

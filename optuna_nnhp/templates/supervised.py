@@ -97,7 +97,7 @@ class SupervisedTemplate(Template):
         self.seed, self.device = seed, resolve_device(device)
         mark = search_digest(space, fixed, *more)
         self.name = f"{self.template_name}-{metric.name}-{data.fingerprint}-{mark}"
-        task = make_task(data, metric, self._build, seed, self.device)
+        task = make_task(data, metric, self._build_stack, seed, self.device)
         self.compile = check_compile(compile, self.device)
         self._task = replace(task, compile=self.compile)
         self.rounds_per_epoch = self._task.rounds
@@ -119,7 +119,7 @@ class SupervisedTemplate(Template):
         """Return the same problem with other first weights, batches and noise."""
         other = copy(self)
         other.seed = seed
-        other._task = replace(self._task, build=other._build, seed=seed)
+        other._task = replace(self._task, build=other._build_stack, seed=seed)
         return other
 
     def count_scored_examples(self) -> int:
@@ -166,7 +166,7 @@ class SupervisedTemplate(Template):
         raise NotImplementedError
 
     @abstractmethod
-    def _build(self, members: Sequence[Member]) -> StackedModule:
+    def _build_stack(self, members: Sequence[Member]) -> StackedModule:
         """Return the stacked network of some members, on the device."""
 
 

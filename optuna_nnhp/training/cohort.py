@@ -281,10 +281,10 @@ class Cohort:
         )
         for index, member in enumerate(members):
             if order[index] in fresh:
-                self._restart(index, member)
+                self._restart_member(index, member)
         self.refresh()
 
-    def _restart(self, index: int, member: Member) -> None:
+    def _restart_member(self, index: int, member: Member) -> None:
         """Give a member new initial weights and a new optimizer."""
         initial = self.task.build([member]).state_dict()
         for name, tensor in self.network.state_dict().items():

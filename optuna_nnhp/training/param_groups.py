@@ -48,8 +48,10 @@ class ParamGroupUpdate:
         self._is_muon = params[0]["optimizer"] == "muon"
         ratio = float(network.architecture.width_ratio) or 1.0  # type: ignore[union-attr,arg-type]
         size = flat.weights.shape[1]
-        outer = [_columns(layout, n) for n in matrices if n not in self._hidden]
-        self._hidden_columns = _merge_adjacent(_columns(layout, n) for n in self._hidden)
+        outer = [_columns_of_parameter(layout, n) for n in matrices if n not in self._hidden]
+        self._hidden_columns = _merge_adjacent(
+            _columns_of_parameter(layout, n) for n in self._hidden
+        )
         hidden = [] if self._is_muon else self._hidden_columns
         gains = [slice(flat.num_decayed, size)] if size > flat.num_decayed else []
         embedding, decay = (
@@ -127,7 +129,7 @@ class ParamGroupUpdate:
             grad.lerp_(exp_avg, self._momentum)
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for name, (_, shape) in self._hidden.items():
-            columns = _columns(self._hidden, name)
+            columns = _columns_of_parameter(self._hidden, name)
             steps = flat.grads[:, columns].view(k, *shape)
             weights = flat.weights[:, columns].view(k, *shape)
             count = JOINED_MATRICES.get(name.split(".")[-2], 1)
@@ -147,7 +149,7 @@ class ParamGroupUpdate:
                 weight.mul_(decayed[:, None, None]).add_(update[:, n])
 
 
-def _columns(layout: Mapping[str, tuple[int, torch.Size]], name: str) -> slice:
+def _columns_of_parameter(layout: Mapping[str, tuple[int, torch.Size]], name: str) -> slice:
     """Return a parameter's columns in the matrix of all parameters."""
     start, shape = layout[name]
     return slice(start, start + math.prod(shape))

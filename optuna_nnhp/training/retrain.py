@@ -71,7 +71,9 @@ def retrain(
             context_now = context
         if evaluation_rounds is not None:
             cohort.set_next_evaluation(next(end for end in planned if end > done))
-        if not _train_on(result, min(stop for stop in stops if stop > done), out_of_time):
+        if not _train_to_next_evaluation(
+            result, min(stop for stop in stops if stop > done), out_of_time
+        ):
             break
         if cohort.rounds_done[0] == best:
             result.network = cohort.network.member(0)
@@ -91,7 +93,9 @@ def _pad_with_copy(cohort: Cohort, context: int) -> None:
         cohort.rounds_done[1] += 1
 
 
-def _train_on(result: RetrainResult, stop: int, out_of_time: Callable[[], bool]) -> bool:
+def _train_to_next_evaluation(
+    result: RetrainResult, stop: int, out_of_time: Callable[[], bool]
+) -> bool:
     """Train to the next evaluation, at most to round ``stop``; return False if time ran out."""
     cohort = result.cohort
     if len(cohort.members) > 1:  # evaluate the copy at the same time

@@ -39,7 +39,9 @@ class BestWeights:
         self._files = {int(file.stem.removeprefix("trial-")) for file in files}
 
     def __contains__(self, number: int) -> bool:
-        return number in self._memory or (self.folder is not None and self._path(number).exists())
+        return number in self._memory or (
+            self.folder is not None and self._weights_path(number).exists()
+        )
 
     def save(self, number: int, network: nn.Module) -> None:
         """Save the weights of a trial's plain network."""
@@ -47,7 +49,7 @@ class BestWeights:
             state = network.state_dict()
             self._memory[number] = {n: w.detach().cpu().clone() for n, w in state.items()}
         else:
-            save_weights(network, self._path(number))
+            save_weights(network, self._weights_path(number))
             self._files.add(number)
 
     def load_into(self, number: int, network: nn.Module) -> nn.Module:
@@ -55,7 +57,7 @@ class BestWeights:
         if number in self._memory:
             network.load_state_dict(self._memory[number])
             return network.eval()
-        return load_weights(network, self._path(number))
+        return load_weights(network, self._weights_path(number))
 
     def delete_others(self, keep: Iterable[int]) -> None:
         """Delete the weights of all trials but some.
@@ -66,10 +68,10 @@ class BestWeights:
         kept = set(keep)
         self._memory = {n: state for n, state in self._memory.items() if n in kept}
         for number in self._files - kept:
-            self._path(number).unlink(missing_ok=True)
+            self._weights_path(number).unlink(missing_ok=True)
         self._files &= kept
 
-    def _path(self, number: int) -> Path:
+    def _weights_path(self, number: int) -> Path:
         assert self.folder is not None
         return self.folder / f"trial-{number}.safetensors"
 

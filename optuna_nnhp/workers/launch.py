@@ -231,7 +231,7 @@ def _enqueue_initial_trials(
     timeout = None if budget.timeout is None else budget.timeout * config.n_workers
     source = TrialSource(study, problem, Budget(budget.n_trials, timeout), storage)
     try:
-        source.begin(with_portfolio=config.method_config.uses_portfolio)
+        source.enqueue_first_trials(with_portfolio=config.method_config.uses_portfolio)
     finally:
         storage.flush()
 

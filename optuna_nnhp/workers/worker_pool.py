@@ -158,7 +158,7 @@ class WorkerPool:
         try:
             with graceful_shutdown(self._budget):
                 for worker in range(self._n_workers):
-                    self._start(self._make_config(worker, False))
+                    self._start_worker(self._make_config(worker, False))
                 while self._running:
                     time.sleep(POLL_INTERVAL)
                     self._check_workers()
@@ -175,7 +175,7 @@ class WorkerPool:
                 "call again resumes the study."
             ) from self._last_death
 
-    def _start(self, config: WorkerConfig, deaths: int = 0) -> None:
+    def _start_worker(self, config: WorkerConfig, deaths: int = 0) -> None:
         """Start a worker."""
         future = self._executor.submit(run_worker, config)
         self._running.append(_RunningWorker(config, future, deaths))
@@ -205,7 +205,7 @@ class WorkerPool:
             return
         except Exception as error:  # each executor has its own exception for a dead process
             self._last_death = error
-            self._replace(worker, f"died: {first_line(error, worker.config.storage)}")
+            self._replace_worker(worker, f"died: {first_line(error, worker.config.storage)}")
             return
         if result.error is not None:
             self._errors.append(result.error)
@@ -214,11 +214,11 @@ class WorkerPool:
             elif self._running:
                 _logger.warning(f"Worker {number} failed, the others continue: {result.error}")
         elif result.stopped_by is not None and not self._is_shutting_down:
-            self._replace(worker, "was shut down")  # as by a cluster that needs the machine
+            self._replace_worker(worker, "was shut down")  # as by a cluster that needs the machine
         else:
             self._n_finished += 1
 
-    def _replace(self, worker: _RunningWorker, reason: str) -> None:
+    def _replace_worker(self, worker: _RunningWorker, reason: str) -> None:
         """Start a new worker in place of one that has ended early."""
         number, deaths = worker.config.worker, worker.deaths + 1
         text = f"Worker {number} {reason}"
@@ -230,7 +230,7 @@ class WorkerPool:
             return
         _logger.warning(f"{text} (a new worker takes over its trials)")
         try:
-            self._start(self._make_config(number, True), deaths)
+            self._start_worker(self._make_config(number, True), deaths)
         except Exception as error:  # a broken pool of concurrent.futures refuses new calls
             _logger.warning(f"Worker {number} could not be replaced: {error}")
 

@@ -366,7 +366,7 @@ def test_trials_over_the_limit_are_requeued(kind: str, monkeypatch: pytest.Monke
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(GenericAdapter, "_count", late)
+        patch.setattr(GenericAdapter, "_count_begun_trials", late)
         with deferred(study).prefetch_trials(3), pytest.raises(TrialLimitReached):
             for _ in range(3):
                 study.ask()

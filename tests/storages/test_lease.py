@@ -369,7 +369,7 @@ def test_a_worker_whose_file_was_deleted_makes_it_again(study: optuna.Study) -> 
     with lease_of(study) as own:
         folder = module._lock_folder()
         assert folder is not None
-        path = module._path(folder, own.worker)
+        path = module._lock_file_path(folder, own.worker)
         path.unlink()
         module.touch_worker(own.worker)
         assert path.exists()

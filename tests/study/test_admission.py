@@ -35,7 +35,9 @@ def admission(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Admission(source, FairQueue(), None, problem, budget)  # type: ignore[arg-type]
 
 
-def test_a_slow_leader_waits_until_it_can_be_afforded(admission: Admission) -> None:
+def test_slow_leader_waits_until_its_round_is_a_small_part_of_the_time(
+    admission: Admission,
+) -> None:
     slow, quick = leader(1.0), leader(0.1)
     admission.source.queue[:] = [slow, quick]  # type: ignore[attr-defined]
     assert admission._next_leader() is quick

@@ -96,7 +96,7 @@ def test_the_same_call_again_trains_nothing_and_returns_the_same_model(
     assert len(stored_weights(folder)) == 1  # only the best one's are kept
 
 
-def test_lost_weights_are_trained_again(
+def test_missing_weights_are_retrained(
     folder: Path, epochs: list[int], log: pytest.LogCaptureFixture
 ) -> None:
     first = tune(X, Y, storage="s.journal", n_trials=6, cohort_size=3)
@@ -135,7 +135,7 @@ def test_a_study_in_memory_writes_no_file(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_studies_of_one_name_in_two_storages_keep_their_own_weights(folder: Path) -> None:
+def test_studies_of_one_name_in_two_storages_have_separate_weights(folder: Path) -> None:
     tables = [numbers(seed=seed)[0] for seed in (0, 1)]
     stores = [JournalStorage(JournalFileBackend(f"{name}.log")) for name in "ab"]
     results = [

@@ -221,7 +221,7 @@ def test_a_trial_that_kills_every_worker_fails_and_its_cohort_finishes(
 
 
 @pytest.mark.parametrize("kind", ["own", "gpt", "population", "gradient"])
-def test_sigterm_leaves_trials_to_the_next_call(kind: str, folder: Path) -> None:
+def test_trials_requeued_by_sigterm_continue_in_the_next_call(kind: str, folder: Path) -> None:
     at = {"own": 8, "gpt": 20}.get(kind, 4)
     ended = run(kind, "cut.journal", how="SIGTERM", at=at)
     states = [t.state for t in load_study("cut.journal").trials]

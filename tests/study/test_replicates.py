@@ -124,7 +124,7 @@ def test_a_replicate_has_the_value_of_a_study_with_its_seed(result: Result) -> N
     assert cohort.best_value(0) == pytest.approx(entry["values"][1], rel=1e-4)
 
 
-def test_the_same_call_again_trains_nothing(
+def test_repeated_call_trains_no_replicate(
     result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(*_: Any) -> None:

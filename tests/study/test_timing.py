@@ -8,7 +8,7 @@ from optuna_nnhp.study import budget
 from optuna_nnhp.study.budget import Timing
 
 
-def test_a_section_within_another_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_sections_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0])
     monkeypatch.setattr(budget.time, "perf_counter", lambda: next(clock))
     sections = Timing()

@@ -329,7 +329,7 @@ def test_a_value_does_not_depend_on_the_cohort(cohort_size: int) -> None:
             assert_close(stacked.user_attrs[name], alone.user_attrs[name], FLOAT32)
 
 
-def test_trials_of_one_signature_are_stacked() -> None:
+def test_trials_of_equal_signature_are_stacked() -> None:
     settings = {"fixed": {"epochs": 1}, "space": {"width": IntDistribution(4, 64)}}
     result = tune(n_trials=12, cohort_size=6, method="random", **settings)
     static = ("hidden_layers", "normalization", "batch_size")
@@ -434,7 +434,7 @@ def test_trials_without_a_value_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("make", [classes, numbers])
-def test_the_best_of_equal_values_is_the_first(make: Callable[[], Any]) -> None:
+def test_first_of_equal_values_is_the_best(make: Callable[[], Any]) -> None:
     result = tune(*make(), n_trials=10, cohort_size=5)
     values = {t.number: t.value for t in trials(result)}
     first = min(n for n, value in values.items() if value == result.best_value)
@@ -503,7 +503,7 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:
     return seen
 
 
-def test_free_slots_are_refilled_beside_older_members(joins: list[tuple[list[int], int]]) -> None:
+def test_free_slots_are_refilled_while_others_train(joins: list[tuple[list[int], int]]) -> None:
     result = tune(cohort_size=4, n_trials=40, **DIFFERENT_LENGTHS)
     assert states(result) == [TrialState.COMPLETE] * 40
     later = [(done, new) for done, new in joins if max(done) > 0]

@@ -104,5 +104,5 @@ class LinearTemplate(SupervisedTemplate):
     def trial_rows(cls, trial: FrozenTrial) -> dict[str, str]:
         return {"kind of model": "linear"}
 
-    def _build(self, members: Sequence[Member]) -> StackedModule:
+    def _build_stack(self, members: Sequence[Member]) -> StackedModule:
         return VmapStack([self.network(member) for member in members], dims=2).to(self.device)

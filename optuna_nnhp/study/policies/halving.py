@@ -64,7 +64,7 @@ class HalvingPolicy:
         before = [trial.last_round for trial in evaluated]
         for i, trial in enumerate(evaluated):
             trial.add_scores(scores, i)
-            self.history.record(trial)
+            self.history.record_scores(trial)
         self.finisher.report(run, evaluated)
         outcomes = {
             number: TrialOutcome.ENDED_ELSEWHERE

@@ -97,12 +97,12 @@ class HypergradientTrial:
         adam = AdamOnUnitScale(distributions, rate, *state["adam"])
         return cls(trial, state["values"], adam, state["loss"], state["from_scratch"])
 
-    def copies(self) -> dict[int, str]:
+    def perturbed_copies(self) -> dict[int, str]:
         """Return the perturbed copies: a number that no trial has, and the perturbed name."""
         names = list(self.adam.distributions)
         return {-1 - i - len(names) * self.number: name for i, name in enumerate(names)}
 
-    def perturbed(self, name: str) -> float:
+    def perturbed_value_of(self, name: str) -> float:
         """Return the value of a hyperparameter in its perturbed copy."""
         return perturbed_value(name, self.adam.distributions[name], self.values[name])
 
@@ -110,9 +110,12 @@ class HypergradientTrial:
         """Return the trial with its present values, and its perturbed copies."""
         params, known = self.trial.trial.params, self.trial.member
         values = [self.values]
-        values += [{**self.values, name: self.perturbed(name)} for name in self.adam.distributions]
+        values += [
+            {**self.values, name: self.perturbed_value_of(name)}
+            for name in self.adam.distributions
+        ]
         made = (problem.member(self.number, {**params, **v}) for v in values)
-        numbers = [self.number, *self.copies()]
+        numbers = [self.number, *self.perturbed_copies()]
         return [Member(n, known.seed, m.params) for n, m in zip(numbers, made, strict=True)]
 
     def begin_step(self, rounds: int, step: int) -> None:
@@ -136,14 +139,14 @@ class HypergradientTrial:
             The number whose state the trial continues from: its own, or that of a copy if it
             has diverged.
         """
-        copies, chosen = self.copies(), self.number
+        copies, chosen = self.perturbed_copies(), self.number
         losses = {n: losses[n] for n in (self.number, *copies)}
         if not math.isfinite(losses[chosen]):
             chosen = min(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n]))
         loss, self.from_scratch = losses[chosen], False
         if chosen != self.number:  # the copy's stretch becomes the trial's
             name = copies[chosen]
-            self.values = {**self.values, name: self.perturbed(name)}
+            self.values = {**self.values, name: self.perturbed_value_of(name)}
             *before, (begin, _, from_scratch) = self.trial.schedule
             self.trial.schedule = [*before, [begin, dict(self.values), from_scratch]]
         slopes = self._slopes({copies[n]: losses[n] for n in copies}, loss)
@@ -152,7 +155,7 @@ class HypergradientTrial:
             slopes.get(name, 0.0) < -MIN_PROGRESS * loss / PERTURBATION for name in LEARNING_RATES
         )
         if not math.isfinite(loss) or (is_stuck and not wants_more):
-            self._restart()
+            self._restart_with_smaller_rates()
         else:
             self.loss = loss
             if chosen == self.number:
@@ -163,17 +166,17 @@ class HypergradientTrial:
         """Return the slope of the validation loss by each value on its unit scale."""
         slopes = {}
         for name, distribution in self.adam.distributions.items():
-            there, here = self.perturbed(name), self.values[name]
+            there, here = self.perturbed_value_of(name), self.values[name]
             distance = to_unit(distribution, there) - to_unit(distribution, here)
             slopes[name] = (losses[name] - loss) / distance
         steepest = max((abs(s) for s in slopes.values() if math.isfinite(s)), default=1.0)
         for name, slope in slopes.items():
             if not math.isfinite(slope):  # the copy has diverged: away from it
-                is_above = self.perturbed(name) > self.values[name]
+                is_above = self.perturbed_value_of(name) > self.values[name]
                 slopes[name] = steepest if is_above else -steepest
         return slopes
 
-    def _restart(self) -> None:
+    def _restart_with_smaller_rates(self) -> None:
         """Begin anew with smaller learning rates."""
         for name in LEARNING_RATES:
             if distribution := self.adam.distributions.get(name):
@@ -228,7 +231,7 @@ class HypergradientPolicy(SynchronousPolicy):
 
     def _start_group(self, leader: RunningTrial) -> CohortRun | None:
         each = 1 + len(self.distributions)
-        count = max(1, self._max_group(leader, each * self.starts) // each)
+        count = max(1, self._max_group_size(leader, each * self.starts) // each)
         trials = [leader, *self._ask_followers(leader, count - 1)]
         self.group = [
             HypergradientTrial(
@@ -246,7 +249,7 @@ class HypergradientPolicy(SynchronousPolicy):
         )
         self.is_logged = True
         members = [member for start in self.group for member in start.members(self.problem)]
-        if (run := self._build(trials, members)) is None:
+        if (run := self._build_cohort(trials, members)) is None:
             return None
         untrained = _losses(run.cohort)
         for start in self.group:
@@ -271,7 +274,7 @@ class HypergradientPolicy(SynchronousPolicy):
         index = {cohort.members[i].number: place for place, i in enumerate(scores.indices)}
         losses = {number: scores.validation_loss[place] for number, place in index.items()}
         scale = 1 - (1 - FINAL_RATE_SHARE) * self.step / self.steps
-        untrained = UNTRAINED_SHARE * constant_loss(cohort.task.arrays.valid_y)
+        untrained = UNTRAINED_SHARE * loss_of_best_constant(cohort.task.arrays.valid_y)
         chosen = list[int]()
         for start in self.group:
             chosen.append(start.step(losses, scale, untrained))
@@ -370,14 +373,17 @@ def perturbed_value(name: str, distribution: FloatDistribution, value: float) ->
     return max(above, zero_below) if value < zero_below <= distribution.high else above
 
 
-def constant_loss(target: Tensor) -> float:
+def loss_of_best_constant(target: Tensor) -> float:
     """Loss of the best constant prediction: entropy of labels, variance of numbers.
 
     Shape:
         - target: ``(n,)``.
 
     Example:
-        >>> constant_loss(torch.tensor([0, 1])), constant_loss(torch.tensor([1.0, 3.0]))
+        >>> (
+        ...     loss_of_best_constant(torch.tensor([0, 1])),
+        ...     loss_of_best_constant(torch.tensor([1.0, 3.0])),
+        ... )
         (0.6931..., 1.0)
     """
     if target.is_floating_point():

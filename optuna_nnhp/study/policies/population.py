@@ -89,7 +89,7 @@ class PopulationPolicy(SynchronousPolicy):
             trial.trial.set_user_attr(POPULATION, self.name)  # an enqueued one has it not
             trial.trial.set_user_attr(SLOT, slot)
             self._set_origin(trial, trial.member.number, [[0, self._mutable_values(trial), False]])
-        run = self._build(trials, [trial.member for trial in trials])
+        run = self._build_cohort(trials, [trial.member for trial in trials])
         if run is None:
             return None
         self.last_generation = min(self.last_generation, rounds_of(run.cohort))
@@ -109,7 +109,7 @@ class PopulationPolicy(SynchronousPolicy):
         wanted = self.size or SIZE
         if self.size is None and left is not None:
             wanted = min(SIZE, max(MIN_SIZE, (left + 1) // self.generations))
-        fitting = self._max_group(leader, wanted) if self.size is None else wanted
+        fitting = self._max_group_size(leader, wanted) if self.size is None else wanted
         size = max(2, fitting)
         if left is None:
             return size, self.generations
@@ -177,7 +177,7 @@ class PopulationPolicy(SynchronousPolicy):
         """
         if self.generation == self.last_generation or (not begun and not self.has_more_trials()):
             return False
-        trials = self._children(run, begun)
+        trials = self._trials_of_next_generation(run, begun)
         if not trials:
             return False
         cohort = run.cohort
@@ -195,12 +195,14 @@ class PopulationPolicy(SynchronousPolicy):
         self.generation += 1
         return True
 
-    def _children(self, run: CohortRun, begun: Sequence[RunningTrial]) -> list[RunningTrial]:
+    def _trials_of_next_generation(
+        self, run: CohortRun, begun: Sequence[RunningTrial]
+    ) -> list[RunningTrial]:
         """Return the trials of the next generation whose parents are in the cohort."""
         left, missing = self.source.n_trials_left(), self.members - len(begun)
         count = missing if left is None else min(missing, left)
         numbers, trials = {member.number for member in run.cohort.members}, list[RunningTrial]()
-        for trial in [*begun, *self._ask(count)]:
+        for trial in [*begun, *self._ask_trials(count)]:
             if trial.is_enqueued:  # by somebody who wants these values from the beginning
                 self.deferred.append(trial)
             elif trial.trial.user_attrs.get(PARENT) in numbers:

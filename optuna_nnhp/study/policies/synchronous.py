@@ -116,13 +116,13 @@ class SynchronousPolicy(ABC):
             return
         while self.claimed and not self.queue.training:
             worker = next(iter(self.claimed))
-            self._add(self._restored(worker, self.claimed.pop(worker)))
+            self._add_group(self._restore_group(worker, self.claimed.pop(worker)))
         if not self.queue.training and self.has_more_trials():
             self.sampler = self._begin_group()
             if leader := self._ask_leader():
-                self._add(self._start_group(leader))
+                self._add_group(self._start_group(leader))
 
-    def _add(self, run: CohortRun | None) -> None:
+    def _add_group(self, run: CohortRun | None) -> None:
         """Let a group train: alone, for a checkpoint has the state of one group."""
         if run is not None:
             self.queue.add(run)
@@ -143,9 +143,9 @@ class SynchronousPolicy(ABC):
 
     def on_error(self, run: CohortRun, trials: Sequence[RunningTrial], error: Exception) -> None:
         """Fail all trials of a group whose training raised an error."""
-        self._fail(trials, error, run.slots)
+        self._fail_group(trials, error, run.slots)
 
-    def _fail(self, trials: Sequence[RunningTrial], error: Exception, members: int) -> None:
+    def _fail_group(self, trials: Sequence[RunningTrial], error: Exception, members: int) -> None:
         """End trials whose cohort raised an error; it is one failure."""
         if is_out_of_memory(error):
             self.max_members = max(1, members // 2)
@@ -158,7 +158,7 @@ class SynchronousPolicy(ABC):
         for worker, trials in claimed.items():
             self.claimed[worker] = [*self.claimed.get(worker, ()), *trials]
 
-    def _restored(self, worker: str, trials: Sequence[FrozenTrial]) -> CohortRun | None:
+    def _restore_group(self, worker: str, trials: Sequence[FrozenTrial]) -> CohortRun | None:
         """Return a group as a worker's checkpoint has it."""
         checkpoint = self.recovery.checkpoint(worker)
         if checkpoint and checkpoint.cohorts and checkpoint.loop.get("method") == self.method:
@@ -187,7 +187,7 @@ class SynchronousPolicy(ABC):
             self._end_untrained(begun, TrialOutcome.KILLED)
             return None
         except Exception as error:  # whatever it is, it becomes an outcome
-            self._fail(begun, error, len(kept.steps_done))
+            self._fail_group(begun, error, len(kept.steps_done))
             return None
         if not begun:
             return None
@@ -205,7 +205,7 @@ class SynchronousPolicy(ABC):
         Raises:
             ValueError: If no network so far can be trained in a group.
         """
-        asked = [self.deferred.pop(0)] if self.deferred else self._ask(1)
+        asked = [self.deferred.pop(0)] if self.deferred else self._ask_trials(1)
         if not asked or self.problem.is_stackable(asked[0].member):
             return asked[0] if asked else None
         text = (
@@ -218,7 +218,7 @@ class SynchronousPolicy(ABC):
         self._end_untrained(asked, TrialOutcome.ERROR)
         return None
 
-    def _ask(
+    def _ask_trials(
         self, count: int, leader: Member | None = None, sampler: BaseSampler | None = None
     ) -> list[RunningTrial]:
         """Ask for trials; wait while the storage is unavailable, and ask for the rest.
@@ -238,7 +238,9 @@ class SynchronousPolicy(ABC):
         """Ask for trials with a leader's static values and budget."""
         left, epochs = self.source.n_trials_left(), leader.trial.params.get("epochs")
         pinned = FollowerSampler(self.sampler, lambda n, value: epochs if n == "epochs" else value)
-        asked = self._ask(count if left is None else min(count, left), leader.member, pinned)
+        asked = self._ask_trials(
+            count if left is None else min(count, left), leader.member, pinned
+        )
         self.deferred += [trial for trial in asked if trial.signature != leader.signature]
         return [trial for trial in asked if trial.signature == leader.signature]
 
@@ -246,7 +248,7 @@ class SynchronousPolicy(ABC):
         """End trials that have not trained."""
         self.finisher.fail_unstarted(list(trials), outcome)
 
-    def _build(
+    def _build_cohort(
         self, trials: Sequence[RunningTrial], members: Sequence[Member]
     ) -> CohortRun | None:
         """Build a cohort of these members, some of which may be no trials; None if it raises."""
@@ -254,11 +256,11 @@ class SynchronousPolicy(ABC):
         try:
             cohort = self.problem.cohort(members)
         except Exception as error:  # whatever it is, it becomes an outcome
-            self._fail(trials, error, len(members))
+            self._fail_group(trials, error, len(members))
             return None
         return CohortRun(cohort, trials[0].signature, trials[0].member, running, len(members))
 
-    def _max_group(self, leader: RunningTrial, most: int) -> int:
+    def _max_group_size(self, leader: RunningTrial, most: int) -> int:
         """Return how many members a group may have by memory and time."""
         fitting = min(most, self.max_members, self.problem.cohort_size(leader.member))
         if self.budget.timeout is None:
