@@ -20,7 +20,7 @@ from optuna_nnhp.study.policies.halving import HalvingPolicy
 from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.study.tuner import Tuner
 from optuna_nnhp.training.cohort import Scores
-from optuna_nnhp.workers import worker
+from optuna_nnhp.workers import config
 from tests.benchmarks.common import peak_memory
 from tests.benchmarks.sides import Settings
 from tests.benchmarks.sides import Side
@@ -89,7 +89,7 @@ def watched() -> Iterator[tuple[Watch, list[Tuner]]]:
             kept.append(self)
 
     with (
-        mock.patch.object(worker, "Tuner", Watched),
+        mock.patch.object(config, "Tuner", Watched),
         mock.patch.object(method_config, "HalvingPolicy", Noting),
     ):
         yield watch, kept
