@@ -52,6 +52,18 @@ class Budget:
         """Seconds since the start."""
         return time.monotonic() - self.started
 
+    def interrupt(self) -> None:
+        """End the study as on SIGINT."""
+        self.interrupted = True
+
+    def release(self) -> None:
+        """End the study as on SIGTERM."""
+        self.released = True
+
+    def set_timeout(self, seconds: float | None) -> None:
+        """Change the limit on the seconds of this call."""
+        self.timeout = seconds
+
     def out_of_time(self) -> bool:
         """Return whether running trials must stop at once."""
         return self.interrupted or (self.timeout is not None and self.seconds >= self.timeout)
@@ -95,9 +107,9 @@ def graceful_shutdown(budget: Budget, *, releases: bool = True) -> Iterator[None
 
     def request_stop(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT or not releases:
-            budget.interrupted = True
+            budget.interrupt()
         else:
-            budget.released = True
+            budget.release()
         restore_handlers()
 
     for number in before:

@@ -78,7 +78,7 @@ class ReplicateTrainer:
     def __post_init__(self) -> None:
         self.timeout = self.budget.timeout
         if self.timeout is not None:
-            self.budget.timeout = self.timeout * (1 - MAX_TIMEOUT_SHARE)
+            self.budget.set_timeout(self.timeout * (1 - MAX_TIMEOUT_SHARE))
 
     def set_problem(self, problem: Problem) -> None:
         """Set the problem on the device of this process, known once the study is open."""
@@ -97,7 +97,7 @@ class ReplicateTrainer:
         except Exception as error:  # building a user's network may fail, as in `run`
             _logger.warning(f"The replicates' time could not be measured: {error_line(error)}")
             return
-        self.budget.timeout = self.timeout - min(needed, self.timeout * MAX_TIMEOUT_SHARE)
+        self.budget.set_timeout(self.timeout - min(needed, self.timeout * MAX_TIMEOUT_SHARE))
         _logger.debug(f"Up to {needed:.2f} s are kept for replicates.")
 
     def run(self, study: Study, *, is_late: bool = False) -> None:
@@ -110,10 +110,10 @@ class ReplicateTrainer:
                 Whether workers may have started late, so that the study ended late. Replicates
                 then have their share of the timeout from now on.
         """
-        self.budget.timeout = self.timeout
+        self.budget.set_timeout(self.timeout)
         if is_late and self.timeout is not None:
             until = self.budget.seconds + MAX_TIMEOUT_SHARE * self.timeout
-            self.budget.timeout = max(self.timeout, until)
+            self.budget.set_timeout(max(self.timeout, until))
         with single_threaded_blas, graceful_shutdown(self.budget):
             trials = self._affordable_configurations(study)
             for seed in (_replicate_seed(self.problem.seed, place) for place in range(self.count)):

@@ -111,7 +111,7 @@ class ShutdownWatcher:
         next_check = time.monotonic() + self._interval
         while not self._exiting.wait(PARENT_CHECK_INTERVAL):
             if self._parent is not None and os.getppid() != self._parent:
-                self._budget.released = True
+                self._budget.release()
             if self._is_stopped:  # a tuner that starts after the message resets the flag
                 stop(self._study)
             if time.monotonic() >= next_check:
@@ -132,6 +132,6 @@ class ShutdownWatcher:
             self._is_stopped = True
             stop(self._study)
         elif message["command"] == INTERRUPT:
-            self._budget.interrupted = True
+            self._budget.interrupt()
         else:
-            self._budget.released = True
+            self._budget.release()

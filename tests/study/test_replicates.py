@@ -274,7 +274,7 @@ def test_with_little_time_fewer_configurations_have_all_replicates(
     trainer = ReplicateTrainer(found._problem, 3, budget)
     left = 1000.0 - budget.seconds
     # A training of each configuration takes as much as a fifth of the time that is left, or so.
-    monkeypatch.setattr(trainer, "_seconds", lambda some: len(some) / 5 * left * seconds)
+    monkeypatch.setattr(trainer, "_estimate_seconds", lambda some: len(some) / 5 * left * seconds)
     trainer.run(found.study)
     assert [len(entry["values"]) for entry in recorded(found).values()] == [3] * configurations
     best = sorted(found.study.trials, key=lambda t: t.value or 0.0)[:configurations]
@@ -289,7 +289,7 @@ def test_the_best_configurations_are_replicated_if_their_time_cannot_be_measured
 
     found, budget = tune_study(), Budget(None, timeout=1000.0)
     trainer = ReplicateTrainer(found._problem, 3, budget)
-    monkeypatch.setattr(trainer, "_seconds", no_room)
+    monkeypatch.setattr(trainer, "_estimate_seconds", no_room)
     trainer.run(found.study)
     assert len(recorded(found)) == MIN_CONFIGURATIONS
     assert "The replicates' time could not be measured" in log.text
