@@ -22,7 +22,7 @@ from optuna_nnhp.data.supervised import fingerprint
 from optuna_nnhp.data.target import check_target
 from optuna_nnhp.data.target import resolve_task
 
-ARRAY_KIND = "array"  # in JSON, where a table's preprocessing has another form
+ARRAY_KIND = "array"  # kind of preprocessing in JSON; tables have another one
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ArrayPreprocessor:
 
     Args:
         shape:
-            Of one example.
+            Shape of one example.
         dtype:
             ``"float32"``, or ``"int64"`` for whole numbers such as tokens.
 
@@ -50,7 +50,7 @@ class ArrayPreprocessor:
 
         Raises:
             ValueError:
-                If it holds anything but numbers, or there are none.
+                If it has no examples, or something else than numbers.
         """
         array = _as_array(X, "X")
         dtype = "int64" if array.dtype.kind in "iu" else "float32"
@@ -63,11 +63,11 @@ class ArrayPreprocessor:
             X:
                 NumPy array or tensor, **shape** (examples, *shape).
             name:
-                What the errors call it.
+                Its name in error messages.
 
         Raises:
             ValueError:
-                If it has another shape or kind of numbers, or they are not finite.
+                If its shape or type of numbers differs, or a number is not finite.
         """
         array = _as_array(X, name)
         if array.shape[1:] != self.shape:
@@ -110,7 +110,7 @@ class ArrayPreprocessor:
 
         Args:
             state:
-                That dict.
+                The dict that ``to_json`` returned.
         """
         return cls(tuple(state["shape"]), str(np.dtype(state["dtype"])))
 
@@ -136,11 +136,11 @@ def prepare_arrays(
         validation:
             The fraction of examples to validate on, or (X_val, y_val).
         seed:
-            Decides which examples those are.
+            Random seed of the split.
 
     Raises:
         ValueError:
-            If the array or the labels cannot be used; the line says why.
+            If the array or the labels cannot be used; the error says why.
 
     Example:
         >>> data = prepare_arrays(np.zeros((10, 1, 8, 8)), ["no", "yes"] * 5)

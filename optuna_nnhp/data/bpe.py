@@ -23,7 +23,7 @@ DEFAULT_BPE_VOCABULARY = 1024  # for the few hundred kilobytes that a small stud
 # The `tokenizers` library takes time quadratic in the longest word to train on, and hundreds of
 # bytes of memory for each token to encode.
 _TRAINING_CHARACTERS, _ENCODING_CHARACTERS = 4096, 100_000
-# Byte-level BPE never joins what stands on both sides of such a line's end.
+# Byte-level BPE never merges bytes on both sides of such a line end.
 _SAFE_SPLIT = re.compile(r"(?<=\S)\n(?=\S)")
 _ROUND_TRIP_TEXT = "It's  1 Ä\r\n\te\u0301\u00a0中 🙂 \n\n x "
 
@@ -36,13 +36,13 @@ class BpeTokenizer:
 
     Args:
         state:
-            What that library calls ``Tokenizer.to_str()``.
+            The text that the library's ``Tokenizer.to_str()`` returns.
 
     Raises:
         ModuleNotFoundError:
             If the library is not installed.
         ValueError:
-            If the state is no byte-level BPE.
+            If the state is not that of a byte-level BPE.
 
     Example:
         >>> tokenizer = BpeTokenizer.train("the cat, the hat, the rat, " * 9, vocabulary=260)
@@ -60,7 +60,7 @@ class BpeTokenizer:
     def __post_init__(self) -> None:
         values = self._model.get_vocab()
         alphabet = _import_tokenizers().pre_tokenizers.ByteLevel.alphabet()
-        # A probe, since normalizers and the like of a foreign state may change the text.
+        # A test text, because a state from elsewhere may have normalizers that change texts.
         if (
             sorted(values.values()) != list(range(len(values)))
             or not set(alphabet) <= set(values)
@@ -74,15 +74,15 @@ class BpeTokenizer:
 
         Args:
             text:
-                The training part alone.
+                The training part of the text.
             vocabulary:
-                The number of different tokens, bytes included.
+                The number of different tokens, including the 256 bytes.
 
         Raises:
             ModuleNotFoundError:
                 If the ``tokenizers`` library is not installed.
             ValueError:
-                If the vocabulary is below 257, or the text has fewer pairs that occur twice.
+                If the vocabulary is below 257, or too few pairs of tokens occur twice.
         """
         if not isinstance(vocabulary, int) or vocabulary <= N_BYTE_VALUES:
             raise ValueError(
@@ -95,7 +95,7 @@ class BpeTokenizer:
         model.pre_tokenizer = level(add_prefix_space=False)
         model.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
-            # The library reserves memory for as many as it is asked for.
+            # The library allocates memory for the whole vocabulary that it is asked for.
             vocab_size=min(vocabulary, N_BYTE_VALUES + length),
             min_frequency=2,
             show_progress=False,
@@ -134,7 +134,7 @@ class BpeTokenizer:
 
         Raises:
             ValueError:
-                If there are others.
+                If an id is outside this range.
         """
         plain = validate_token_ids(ids, self.size)
         return str(self._model.decode(plain, skip_special_tokens=False))

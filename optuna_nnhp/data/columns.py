@@ -26,8 +26,8 @@ logger = logging.getLogger(f"optuna.{__name__}")
 MAX_CATEGORIES = 100  # of a column, including the infrequent one
 COLUMN_KINDS = ("numeric", "boolean", "categorical", "date", "constant")
 DATE_PARTS = ("year", "month", "day", "weekday", "hour", "days")
-# Tried in this order; all texts of a column must follow one of them. Where day and month cannot
-# be told apart (no day above 12), the month is taken to come first.
+# Tried in this order; all texts of a column must have the same format. If day and month cannot be
+# distinguished (no day above 12), the month comes first.
 DATE_FORMATS = (
     *("ISO8601", "%Y/%m/%d", "%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S"),
     *("%m/%d/%Y", "%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S"),
@@ -35,30 +35,30 @@ DATE_FORMATS = (
     *("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d-%m-%Y"),
     *("%d %b %Y", "%d-%b-%Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y"),
 )
-# Squares of numbers beyond 1e154 and under 1e-162 leave float64's range; nothing measured is
-# beyond 1e100, and what is under 1e-100 is 0.
+# Squares of numbers above 1e154 or below 1e-162 are outside float64's range. No measured number is
+# above 1e100, and numbers below 1e-100 are taken as 0.
 MAX_MAGNITUDE, MIN_MAGNITUDE = 1e100, 1e-100
 N_SNIFFED_TEXTS = 100
 
 
 @dataclass(frozen=True)
 class Column:
-    """What the training part says of a column: its kind and features.
+    """A column's kind and features, learned from the training part.
 
     Args:
         name:
             Its name.
         kind:
-            One of ``COLUMN_KINDS``; a constant one gives no features.
+            One of ``COLUMN_KINDS``; a constant column has no features.
         parts:
             Its number features: ``("",)`` for a number or boolean, names from ``DATE_PARTS`` for a
             date; without those that are constant.
         missing:
-            Whether a 0/1 feature says that the cell is missing.
+            Whether a 0/1 feature states that the cell is missing.
         categories:
-            The texts that have a feature each, sorted.
+            The texts that have a feature of their own, sorted.
         infrequent:
-            Whether the other texts, unseen ones included, share one more feature.
+            Whether all other texts, including unseen ones, share one more feature.
         date_format:
             How a date's texts are written, one of ``DATE_FORMATS``.
 
@@ -93,7 +93,7 @@ def check_values(frame: pd.DataFrame, name: str = "X") -> None:
         frame:
             The table, **shape** (rows, columns).
         name:
-            What the errors call it.
+            Its name in error messages.
 
     Raises:
         ValueError:
@@ -117,7 +117,7 @@ def check_finite(frame: pd.DataFrame, name: str = "X") -> None:
         frame:
             The table, **shape** (rows, columns).
         name:
-            What the error calls it.
+            Its name in error messages.
 
     Raises:
         ValueError:
@@ -144,7 +144,7 @@ def fit_column(series: pd.Series[Any]) -> Column:
 
     Raises:
         ValueError:
-            If it holds infinity, or cells that are no number, text, boolean or date.
+            If a cell is infinite, or not a number, text, boolean or date.
 
     Example:
         >>> fit_column(pd.Series(["1", "2.5", None], name="size"))
@@ -171,15 +171,15 @@ infrequent=False, date_format='')
 def infer_column_kind(series: pd.Series[Any]) -> tuple[str, str]:
     """Infer the kind of a column, and the format of its dates.
 
-    Texts count as what they all spell: true/false, numbers, or dates in one of
-    ``DATE_FORMATS``; pandas categoricals are always categorical.
+    A column of texts is boolean, numeric or a date if all its texts can be read as true/false,
+    numbers, or dates in one of ``DATE_FORMATS``. Pandas categoricals are always categorical.
 
     Args:
         series:
             The column, **shape** (rows,).
 
     Returns:
-        One of ``COLUMN_KINDS`` but "constant", and one of ``DATE_FORMATS`` or "".
+        One of ``COLUMN_KINDS`` except "constant", and one of ``DATE_FORMATS`` or "".
 
     Example:
         >>> infer_column_kind(pd.Series(["31.12.2024", "1.1.2025"]))
@@ -197,7 +197,7 @@ def infer_column_kind(series: pd.Series[Any]) -> tuple[str, str]:
         return "numeric", ""
     if len(values) <= 4 and {text.lower() for text in values} <= {"true", "false"}:
         return "boolean", ""
-    # The first texts of most columns of words show that they are words.
+    # For most columns of words, the first texts already show that they are words.
     head = values[:N_SNIFFED_TEXTS]
     if not np.isnan(parse_numbers(head)).any() and not np.isnan(parse_numbers(values)).any():
         return "numeric", ""
@@ -219,11 +219,11 @@ def numeric_features(
 
     Args:
         column:
-            What was learnt.
+            The fitted column.
         series:
             The cells, **shape** (rows,).
         name:
-            What the errors call the table.
+            Name of the table in error messages.
 
     Returns:
         Numbers, **shape** (rows, parts), NaN where missing; and where they are missing,
@@ -267,15 +267,16 @@ def category_codes(column: Column, series: pd.Series[Any], name: str = "X") -> N
 
     Args:
         column:
-            What was learnt.
+            The fitted column.
         series:
             The cells, **shape** (rows,).
         name:
-            What the errors call the table.
+            Name of the table in error messages.
 
     Returns:
-        Positions among categories, infrequent, missing (in this order, those the column has),
-        **shape** (rows,). What was not seen in training is infrequent, or -1 where nothing was.
+        Codes, **shape** (rows,): the categories in order, then "infrequent", then "missing", if
+        the column has them. Texts not seen in training are infrequent, or -1 if the column has
+        no infrequent category.
 
     Example:
         >>> column = Column("town", "categorical", categories=("Rome", "Ulm"), missing=True)
@@ -300,7 +301,7 @@ def _fit_categories(series: pd.Series[Any]) -> Column:
         return Column(name, "categorical", missing=missing, categories=tuple(sorted(values)))
     counts = np.bincount(codes[codes >= 0], minlength=len(values))
     max_categories = MAX_CATEGORIES - 1
-    # A text that occurs once is of no use, and sorting a million texts takes a second.
+    # A text that occurs once is useless, and sorting a million texts takes a second.
     min_count = max(2, int(np.partition(counts, -max_categories)[-max_categories]))
     often = [(int(counts[i]), str(values[i])) for i in np.flatnonzero(counts >= min_count)]
     kept = tuple(sorted(text for _, text in sorted(often)[-max_categories:]))
@@ -314,7 +315,7 @@ def _fit_categories(series: pd.Series[Any]) -> Column:
 
 
 def _all_missing(series: pd.Series[Any]) -> bool:
-    """Return whether no cell has a value; reads all cells only if the first thousand have none."""
+    """Return whether no cell has a value; look at the first thousand cells first."""
     present = series.dropna()
     if present.empty or not is_text_column(series):
         return present.empty

@@ -18,14 +18,14 @@ import zlib
 import numpy as np
 import pandas as pd
 
-# pandas' own list plus "?" (the UCI repository's marker). In a categorical column this loses
-# nothing: missing becomes a category of its own there.
+# pandas' own list and "?" (used by the UCI repository). In a categorical column nothing is lost,
+# because missing values are a category of their own.
 MISSING_MARKERS = (
     *("", "?", "#N/A", "#N/A N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA"),
     *("NULL", "NaN", "None", "n/a", "nan", "null", "NaT"),
 )
 MAX_LISTED = 10
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zip", ".xz", ".zst", ".tar")  # as pandas knows them
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zip", ".xz", ".zst", ".tar")  # that pandas reads
 CHUNK_BYTES = 2**20  # bytes at a time
 _LONE_CARRIAGE_RETURN = re.compile(rb"\r(?!\n)")
 
@@ -35,9 +35,9 @@ def format_list(names: Iterable[object], quote: bool = True) -> str:
 
     Args:
         names:
-            What to list.
+            The names.
         quote:
-            Whether to write each one as Python would.
+            Whether to write each name in quotes, as Python does.
 
     Example:
         >>> format_list(["a", "b"])
@@ -105,7 +105,7 @@ def _parse_csv(file: Path, **options: Any) -> pd.DataFrame:
     name = repr(str(file))
     try:
         with warnings.catch_warnings():
-            # Rows longer than the header only warn, and lose their last fields.
+            # For rows longer than the header pandas only warns, and drops their last fields.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # low_memory=True guesses types chunk by chunk and can mix them in one column.
             frame: pd.DataFrame = pd.read_csv(
@@ -133,10 +133,10 @@ def _parse_csv(file: Path, **options: Any) -> pd.DataFrame:
 
 
 def _normalize_line_ends(file: Path) -> Path | BytesIO:
-    """Return the file, or its content if pandas would misread its line ends.
+    """Return the file, or its corrected content if pandas would misread its line ends.
 
-    After an empty line that ends in a lone carriage return, pandas moves the next row's cells to
-    the left if the first is empty.
+    After an empty line that ends with a single carriage return, pandas shifts the cells of the
+    next row to the left if the first one is empty.
     """
     if file.suffix.lower() in COMPRESSED_SUFFIXES:
         return file
@@ -176,7 +176,7 @@ def as_frame(X: Any, name: str = "X") -> pd.DataFrame:
             DataFrame, NumPy array, tensor or list of rows, **shape** (rows, columns). Columns
             without names are called ``x0``, ``x1``, ...
         name:
-            What the errors call it.
+            Its name in error messages.
 
     Returns:
         The table, **shape** (rows, columns); cells are not copied where pandas can avoid it.
@@ -222,7 +222,7 @@ def as_target(y: Any, name: str = "y") -> pd.Series[Any]:
             Series, one-column DataFrame, NumPy array, tensor or list, **shape** (rows,) or
             (rows, 1).
         name:
-            What the errors call it.
+            Its name in error messages.
 
     Returns:
         The values, **shape** (rows,).
@@ -261,7 +261,7 @@ def check_consistent_length(X: Sized, y: Sized, names: Sequence[str] = ("X", "y"
         y:
             The labels, **shape** (rows,).
         names:
-            What the error calls the two.
+            Their names in the error message.
 
     Raises:
         ValueError:
@@ -287,11 +287,11 @@ def align_columns(
             The table, **shape** (rows, columns). A DataFrame is matched by names (extra columns
             are dropped, the order is free), anything else by position.
         columns:
-            The names to bring it to.
+            The names of the columns to return.
         needed:
-            Those that may not be absent; others that are absent stay so.
+            Names of columns that must be present; other columns may be absent.
         name:
-            What the errors call the table.
+            Name of the table in error messages.
 
     Raises:
         ValueError:
@@ -323,11 +323,11 @@ def as_array(values: Any, name: str) -> Any:
         values:
             Anything.
         name:
-            What the errors call it.
+            Its name in error messages.
 
     Raises:
         ValueError:
-            If a tensor is sparse or without data, or an array's cells have fields.
+            If a tensor is sparse or has no data, or an array has structured cells.
 
     Example:
         >>> as_array(np.array([1, 2], dtype=">i4"), "X").dtype.isnative

@@ -16,13 +16,13 @@ BOOLEAN_TEXTS = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
 
 
 def is_text_column(series: pd.Series[Any], name: str = "X") -> bool:
-    """Return whether cells are read as texts: all but numbers, booleans, dates, time spans.
+    """Return whether cells are texts, not numbers, booleans, dates or time spans.
 
     Args:
         series:
             The column, **shape** (rows,).
         name:
-            What the error calls the table.
+            Name of the table in error messages.
 
     Raises:
         ValueError:
@@ -44,7 +44,7 @@ def is_text_column(series: pd.Series[Any], name: str = "X") -> bool:
 def factorize_texts(
     series: pd.Series[Any], name: str = "X"
 ) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Return the distinct texts of a column, and which one each row has.
+    """Return the distinct texts of a column, and the position of each row's text.
 
     Whole numbers lose their ``.0``: pandas turns integers into floats when a value is missing.
 
@@ -52,11 +52,11 @@ def factorize_texts(
         series:
             The column, **shape** (rows,).
         name:
-            What the error calls the table.
+            Name of the table in error messages.
 
     Returns:
-        For each row the position of its text, **shape** (rows,), -1 where it is missing, and the
-        texts in the order of their appearance, **shape** (distinct,), stripped of blanks.
+        For each row the position of its text, **shape** (rows,), -1 where it is missing; and the
+        texts in the order of their first row, **shape** (distinct,), without surrounding blanks.
 
     Raises:
         ValueError:
@@ -79,14 +79,14 @@ def factorize_texts(
     ):
         raise _unsupported_type_error(series, "complex numbers", name)
     if types.infer_dtype(series, skipna=True).startswith("mixed"):
-        # To pandas True and 1 are one value: which text both got would depend on the row order.
+        # For pandas, True and 1 are equal, so their text would depend on the order of the rows.
         codes, distinct = pd.factorize(series.map(_cell_to_text, na_action="ignore"))
     cells = np.asarray(distinct, dtype=object)
     if not isinstance(series.dtype, pd.StringDtype):
         cells = np.array([_cell_to_text(cell) for cell in cells], dtype=object)
     stripped = pd.Series(cells, dtype=object).str.strip()
     again, values = pd.factorize(stripped.where(~stripped.isin(MISSING_MARKERS), None))
-    # The appended -1 is what a missing row's own -1 picks.
+    # A missing row has the index -1, which selects the appended -1.
     return np.append(again, -1)[codes].astype(np.int64), np.asarray(values, dtype=object)
 
 
@@ -115,7 +115,7 @@ def parse_dates(values: NDArray[Any], date_format: str) -> pd.DatetimeIndex:
         values:
             Texts, **shape** (n,).
         date_format:
-            As ``pandas.to_datetime`` takes it.
+            As for ``pandas.to_datetime``.
 
     Returns:
         Moments without a time zone, **shape** (n,).
@@ -138,13 +138,13 @@ def to_numbers(
         series:
             The cells, **shape** (rows,).
         boolean:
-            Whether texts are read as true and false rather than as numbers.
+            Whether texts are read as true and false instead of as numbers.
         name:
-            What the errors call the table.
+            Name of the table in error messages.
 
     Returns:
-        Numbers, **shape** (rows,), NaN where missing or unreadable; and where there is something
-        to read, **shape** (rows,).
+        Numbers, **shape** (rows,), NaN where missing or unreadable; and which cells are not
+        missing, **shape** (rows,).
 
     Example:
         >>> values, present = to_numbers(pd.Series(["True", None, "maybe"]), boolean=True)
@@ -175,13 +175,13 @@ def to_timestamps(
         series:
             The cells, **shape** (rows,).
         date_format:
-            How texts are written, as ``pandas.to_datetime`` takes it.
+            Format of the texts, as for ``pandas.to_datetime``.
         name:
-            What the errors call the table.
+            Name of the table in error messages.
 
     Returns:
-        Moments without a time zone, **shape** (rows,), NaT where missing or unreadable; and where
-        there is something to read, **shape** (rows,).
+        Moments without a time zone, **shape** (rows,), NaT where missing or unreadable; and which
+        cells are not missing, **shape** (rows,).
 
     Example:
         >>> timestamps, present = to_timestamps(pd.Series(["2024-12-31", None, "soon"]), "ISO8601")
@@ -195,7 +195,7 @@ def to_timestamps(
         present = series.notna().to_numpy()
         return (timestamps if timestamps.tz is None else timestamps.tz_convert(None)), present
     codes, values = factorize_texts(series, name)
-    # The appended NaT is what a missing row's -1 picks.
+    # A missing row has the index -1, which selects the appended NaT.
     parsed = np.append(parse_dates(values, date_format).to_numpy(), np.datetime64("NaT"))
     return pd.DatetimeIndex(parsed[codes]), codes >= 0
 
@@ -220,7 +220,7 @@ def date_parts(timestamps: pd.DatetimeIndex, parts: tuple[str, ...]) -> NDArray[
     values = np.empty((len(timestamps), len(parts)))
     for i, part in enumerate(parts):
         if part == "days":
-            # Nanoseconds, pandas' unit of old, cannot hold the year 9999.
+            # Nanoseconds, the old unit of pandas, cannot represent the year 9999.
             values[:, i] = timestamps.as_unit("us").asi8 / 86_400_000_000
         else:
             values[:, i] = getattr(timestamps, "day_of_week" if part == "weekday" else part)
@@ -230,7 +230,8 @@ def date_parts(timestamps: pd.DatetimeIndex, parts: tuple[str, ...]) -> NDArray[
 
 def _cell_to_text(cell: object) -> str:
     if type(cell) not in (str, int, float, bool):
-        # pandas may find a type for a column of one row: its text must be that of many.
+        # For one row pandas may infer another type, but the text must be that of a column of many
+        # rows.
         cell = np.asarray(pd.Series([cell], dtype=object).infer_objects(), dtype=object)[0]
     if isinstance(cell, float | np.floating) and float(cell).is_integer():
         return str(int(cell))

@@ -1,4 +1,4 @@
-"""Preprocess a table to a float32 array, by rules learned from the training part alone."""
+"""Convert a table to a float32 array, with rules learned only from the training part."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"optuna.{__name__}")
 
-# Rows converted at a time, which bounds the memory of float64 copies.
+# Rows that are converted at a time; this limits the memory of float64 copies.
 CHUNK_ROWS = 65536
 
 
@@ -39,9 +39,9 @@ CHUNK_ROWS = 65536
 class Preprocessor:
     """Converts tables like the training part to arrays without missing values.
 
-    Features come in three blocks: numbers (numeric and boolean columns, parts of dates; see
-    ``Scaler``), 0/1 for "this number is missing" where the training part lacks some, and 0/1 for
-    each category (``OneHotEncoder``), with missing as a category of its own.
+    There are three blocks of features: numbers (numeric and boolean columns, parts of dates; see
+    ``Scaler``); 0/1 for "this number is missing", for columns that have gaps in the training part;
+    and 0/1 for each category (``OneHotEncoder``), where missing is a category of its own.
 
     Args:
         columns:
@@ -73,7 +73,7 @@ class Preprocessor:
 
         Raises:
             ValueError:
-                If a column is all missing, holds infinity or unreadable cells, or none varies.
+                If a column has no value, infinite numbers or unreadable cells, or none varies.
 
         Example:
             >>> Preprocessor.fit([[1, "a"], [2, "b"]]).feature_names
@@ -126,7 +126,7 @@ class Preprocessor:
                 are ignored, the order is free, constant columns may be absent. Anything else is
                 matched by position.
             name:
-                What the errors call it.
+                Its name in error messages.
 
         Returns:
             **Shape** (rows, features), without NaN. A row's features do not depend on the other
@@ -134,7 +134,7 @@ class Preprocessor:
 
         Raises:
             ValueError:
-                If a column is absent, or holds infinity or unreadable cells.
+                If a column is absent, or has an infinite number or unreadable cells.
 
         Example:
             >>> preprocessor = Preprocessor.fit([[0.0, "a"], [2.0, "b"]])
@@ -188,7 +188,7 @@ class Preprocessor:
 
         Args:
             state:
-                That dict.
+                The dict that ``to_json`` returned.
 
         Example:
             >>> preprocessor = Preprocessor.fit([["a"], ["b"]])
@@ -207,7 +207,7 @@ class Preprocessor:
 
 
 def fit_preprocessor(frame: pd.DataFrame) -> Preprocessor:
-    """Fit a `Preprocessor` to a part of a table that was checked as a whole.
+    """Fit a `Preprocessor` to a part of a table that has been checked.
 
     A column without a value in this part counts as constant and is dropped.
 
@@ -250,11 +250,11 @@ def numeric_block(
         frame:
             The table, **shape** (rows, columns).
         name:
-            What the errors call it.
+            Its name in error messages.
 
     Returns:
         Numbers, **shape** (rows, number features), NaN where missing; and 0/1, **shape**
-        (rows, columns that lacked values in training).
+        (rows, columns with gaps in the training part).
 
     Example:
         >>> numeric_block((Column("a", "numeric", ("",)),), pd.DataFrame({"a": [7]}))[0].tolist()

@@ -60,7 +60,8 @@ def train_validation_split(
 ) -> SplitParts:
     """Divide the rows into a training and a validation part.
 
-    A fraction is drawn at random, stratified for classification: every class is in both parts.
+    With a fraction, the rows are drawn at random. For classification the draw is stratified, and
+    every class is in both parts.
 
     Args:
         X:
@@ -73,14 +74,14 @@ def train_validation_split(
         task:
             ``"binary"``, ``"multiclass"`` or ``"regression"``.
         seed:
-            Decides the rows, from 0 to 2**32 - 1.
+            Random seed of the split, from 0 to 2**32 - 1.
 
     Returns:
         Training table and labels, validation table and labels, rows counted from 0.
 
     Raises:
         ValueError:
-            If ``validation`` is neither, or the rows do not suffice for both parts.
+            If ``validation`` is neither, or there are too few rows for both parts.
 
     Example:
         >>> X, y = pd.DataFrame({"a": range(10)}), pd.Series([0, 1] * 5)
@@ -103,7 +104,7 @@ def train_validation_split(
         np.arange(len(y)), test_size=valid, random_state=seed, stratify=codes
     )
     if codes is not None:
-        # scikit-learn keeps proportions, but may leave a part without a small class.
+        # scikit-learn keeps the proportions, but a part may have no row of a small class.
         _move_missing_classes(train_rows, valid_rows, codes)
         _move_missing_classes(valid_rows, train_rows, codes)
     tables = [X.iloc[rows].reset_index(drop=True) for rows in (train_rows, valid_rows)]
@@ -141,9 +142,9 @@ def _move_missing_classes(
 ) -> None:
     """Exchange rows so that ``lack`` gets one of each class that it lacks.
 
-    Stratified drawing rounds: of a class with two rows, a fifth may be none. In place; both parts
-    keep their sizes, and ``have`` loses no class, since of a class that ``lack`` has none of, it
-    holds at least two rows.
+    Stratified drawing rounds numbers of rows: a fifth of a class with two rows may be no row. The
+    parts are changed in place and keep their sizes. ``have`` loses no class, because it has at
+    least two rows of each class that ``lack`` has not.
     """
     classes = int(codes.max()) + 1
     for absent in np.flatnonzero(np.bincount(codes[lack], minlength=classes) == 0):

@@ -52,8 +52,8 @@ class SupervisedData:
 
     Args:
         train_X:
-            Features, float32, **shape** (training rows, features), without NaN; of an array
-            whatever an example is, float32 or int64, **shape** (training rows, ...).
+            For a table, features without NaN, float32, **shape** (training rows, features). For an
+            array, its examples, float32 or int64, **shape** (training rows, ...).
         train_y:
             Class codes (int64) or standardized numbers (float32), **shape** (training rows,).
         valid_X:
@@ -61,12 +61,12 @@ class SupervisedData:
         valid_y:
             As ``train_y``, **shape** (validation rows,).
         preprocessor:
-            Gives further rows their features; learned from the training part. For an array it
-            only checks them.
+            Converts new rows to features; learned from the training part. For an array it only
+            checks them.
         target:
-            Gives predictions their labels or unit; learned from the training part.
+            Converts predictions to labels or the target's unit; learned from the training part.
         fingerprint:
-            Twelve hexadecimal digits that change with any of the arrays, labels or units.
+            Twelve hexadecimal digits that depend on all arrays, labels and units.
 
     Example:
         >>> data = prepare_table([[1.0, "a"], [2.0, "b"]] * 5, ["no", "yes"] * 5)
@@ -119,11 +119,11 @@ def prepare_table(
         validation:
             The fraction of rows to validate on, or (X_val, y_val).
         seed:
-            Decides which rows those are, from 0 to 2**32 - 1.
+            Random seed of the split, from 0 to 2**32 - 1.
 
     Raises:
         ValueError:
-            If the table or the labels cannot be used; the line says why.
+            If the table or the labels cannot be used; the error says why.
 
     Example:
         >>> data = prepare_table(
@@ -142,12 +142,12 @@ def prepare_table(
         frame, labels, validation, resolved_task, seed
     )
     if pair:
-        # A fraction of X is checked already; a pair may have other columns or infinite numbers.
+        # A fraction of X has been checked; a pair may have other columns or infinite numbers.
         columns = list(frame.columns)
         valid = align_columns(validation[0], columns, columns, "X_val")  # type: ignore[index]
         check_finite(valid, "X_val")
         check_target(valid_labels, "y_val")
-    # Labels before features, so that unknown labels raise before the slow part.
+    # Labels come before features, so that unknown labels raise an error before the slow part.
     target, train_y, valid_y = encode_targets(
         train_labels, valid_labels, resolved_task, validation, task
     )
@@ -169,9 +169,10 @@ def encode_targets(
 
     Args:
         train:
-            Labels to learn the coding from, **shape** (training rows,).
+            Labels of the training part, from which the encoding is learned, **shape** (training
+            rows,).
         valid:
-            The others, **shape** (validation rows,).
+            Labels of the validation part, **shape** (validation rows,).
         resolved_task:
             The task.
         validation:
@@ -181,7 +182,7 @@ def encode_targets(
 
     Raises:
         ValueError:
-            If the validation part has labels that the training part has not.
+            If the validation part has labels that the training part does not have.
 
     Example:
         >>> train, valid = as_target(["no", "no", "yes"]), as_target(["yes"])
@@ -206,7 +207,7 @@ def fingerprint(arrays: Sequence[NDArray[Any]], target: Target) -> str:
         arrays:
             Of any **shapes**.
         target:
-            What the labels mean.
+            The encoding of the labels.
 
     Returns:
         Twelve hexadecimal digits (BLAKE2b over types, shapes, content and target).

@@ -1,4 +1,4 @@
-"""Encode targets: classes as codes, numbers standardized; and decode predictions."""
+"""Encode targets (classes as codes, numbers standardized), and decode predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Label: TypeAlias = str | int | float | bool
 
 TASKS = ("binary", "multiclass", "regression")
 MAX_INTEGER_CLASSES = 20
-# Larger than any unit needs, with a square within float64.
+# Larger than needed in any unit, and its square is within float64's range.
 MAX_ABS_TARGET = 1e30
 
 
@@ -31,12 +31,12 @@ def check_target(y: pd.Series[Any], name: str = "y") -> None:
         y:
             The labels, **shape** (rows,).
         name:
-            What the errors call them.
+            Their name in error messages.
 
     Raises:
         ValueError:
-            If a value is missing or infinite, or the labels mix types or are of a type that JSON
-            lacks (dates, tuples).
+            If a value is missing or infinite, or the labels have several types or a type that JSON
+            does not have (dates, tuples).
 
     Example:
         >>> check_target(pd.Series(["yes", None, "no"]))
@@ -73,9 +73,9 @@ def check_target(y: pd.Series[Any], name: str = "y") -> None:
 def infer_task(y: pd.Series[Any]) -> str:
     """Infer the task from the labels.
 
-    Texts, booleans and pandas categoricals are classes. Numbers are classes if all are whole and
-    there are two of them, or at most ``MAX_INTEGER_CLASSES`` and at least two rows for each on
-    average; all else is regression.
+    Texts, booleans and pandas categoricals are classes. Numbers are classes if all are whole
+    numbers, and there are two distinct ones, or at most ``MAX_INTEGER_CLASSES`` with at least two
+    rows per class on average. Everything else is a regression.
 
     Args:
         y:
@@ -101,7 +101,7 @@ def infer_task(y: pd.Series[Any]) -> str:
 
 
 def resolve_task(y: pd.Series[Any], task: str | None, name: str = "y") -> str:
-    """Return the given task, or the inferred one, after a check against the labels.
+    """Return the given or the inferred task, and check that it suits the labels.
 
     Args:
         y:
@@ -109,7 +109,7 @@ def resolve_task(y: pd.Series[Any], task: str | None, name: str = "y") -> str:
         task:
             One of ``TASKS``, ``"classification"``, or None to infer it.
         name:
-            What the errors call the labels.
+            Name of the labels in error messages.
 
     Returns:
         ``"binary"``, ``"multiclass"`` or ``"regression"``.
@@ -190,7 +190,7 @@ class Target:
         values = _to_numpy(y)
         if task == "regression":
             numbers = values.astype(np.float64)
-            # A constant training part predicts its constant.
+            # If the training part is constant, the constant is predicted.
             return cls(task, mean=float(numbers.mean()), scale=float(numbers.std()) or 1.0)
         return cls(task, classes=tuple(np.sort(pd.unique(values)).tolist()))
 
@@ -201,14 +201,14 @@ class Target:
             y:
                 The labels, **shape** (rows,), without missing values.
             name:
-                What the errors call them.
+                Their name in error messages.
 
         Returns:
             Codes (int64) or standardized numbers (float32), **shape** (rows,).
 
         Raises:
             ValueError:
-                If a label is not one of ``classes``, or no number for regression.
+                If a label is not one of ``classes``, or for regression not a number.
 
         Example:
             >>> Target("regression", mean=2.0, scale=4.0).encode(pd.Series([10, 2])).tolist()
@@ -244,8 +244,8 @@ class Target:
                 Codes or standardized numbers, of any **shape**.
 
         Returns:
-            The labels with the type they were given in (texts as ``object``), or numbers in the
-            target's unit (float64); same **shape**.
+            The labels in their original type (texts as ``object``), or numbers in the target's
+            unit (float64); same **shape**.
 
         Example:
             >>> Target("binary", classes=(False, True)).decode([0, 1]).tolist()
@@ -281,7 +281,7 @@ class Target:
 
         Args:
             state:
-                That dict.
+                The dict that ``to_json`` returned.
 
         Example:
             >>> target = Target("regression", mean=0.1, scale=3.0)
@@ -299,8 +299,8 @@ class Target:
 def _to_numpy(y: pd.Series[Any]) -> NDArray[Any]:
     """Return the values without pandas' extension types: bool, int, float, datetime or object.
 
-    pandas' nullable and categorical types say the same in other words; labels from a CSV file and
-    from a DataFrame must meet.
+    Labels from a CSV file and from a DataFrame must be equal, also if pandas stores one of them
+    with a nullable or categorical type.
     """
     if isinstance(y.dtype, pd.CategoricalDtype | pd.StringDtype):
         y = y.astype(object).infer_objects()

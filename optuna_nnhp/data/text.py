@@ -1,4 +1,4 @@
-"""Read texts and split them into the training and validation part of a language model."""
+"""Read texts and split them into a training and a validation part."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ TextSource: TypeAlias = StrPath | Sequence[StrPath]
 DEFAULT_TEXT_MODULE = "pydoc_data.topics"  # Python's own documentation
 DECODE_ERRORS = ("strict", "replace", "ignore")
 MAX_PATH_LENGTH = 4096
-MAX_CHAR_ALPHABET = 256  # up to here characters are no more tokens than bytes
-# What a folder is searched for: prose, marked-up text, data and source code.
+MAX_CHAR_ALPHABET = 256  # with larger alphabets, bytes are the default tokens
+# Files that are read from a folder: prose, marked-up text, data and source code.
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".srt", ".log"),
     *(".html", ".htm", ".xml", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".toml"),
@@ -51,14 +51,14 @@ class TokenizedText:
 
     Args:
         tokenizer:
-            What made them.
+            The tokenizer.
         train:
             Read-only, **shape** (training tokens,).
         valid:
             Read-only, **shape** (validation tokens,).
         valid_bytes:
-            What the validation part takes in UTF-8: the sum of its tokens' losses in nats,
-            divided by this and by ln 2, is bits per byte, which any two tokenizers share.
+            Length of the validation part in UTF-8. The sum of its tokens' losses in nats, divided
+            by this and by ln 2, is bits per byte, which can be compared between tokenizers.
 
     Example:
         >>> tokens = prepare_text("to be or not\\n" * 8).tokenize("char")
@@ -84,11 +84,11 @@ class TextData:
 
     Args:
         train:
-            What is learnt from.
+            The training part.
         valid:
-            What it is judged by.
+            The validation part.
         fingerprint:
-            Eight hexadecimal digits that change with either part.
+            Eight hexadecimal digits that depend on both parts.
 
     Example:
         >>> data = prepare_text("to be or not\\n" * 8)
@@ -115,7 +115,7 @@ class TextData:
 
     @property
     def default_tokenizer(self) -> str:
-        """``"char"`` where the alphabet has at most 256 characters, else ``"byte"``."""
+        """``"char"`` if the alphabet has at most 256 characters, else ``"byte"``."""
         return "char" if self.alphabet_size <= MAX_CHAR_ALPHABET else "byte"
 
     def tokenize(self, kind: str, vocabulary: int | None = None) -> TokenizedText:
@@ -125,14 +125,14 @@ class TextData:
             kind:
                 ``"char"``, ``"byte"`` or ``"bpe"``.
             vocabulary:
-                The number of different tokens, for ``"bpe"`` alone; None is
+                The number of different tokens, only for ``"bpe"``; None is
                 ``DEFAULT_BPE_VOCABULARY``.
 
         Raises:
             ModuleNotFoundError:
                 If ``"bpe"`` is asked for without the ``tokenizers`` library.
             ValueError:
-                If the kind is unknown or the vocabulary is not possible.
+                If the kind is unknown, or the vocabulary is too small or too large.
         """
         key = kind, DEFAULT_BPE_VOCABULARY if kind == "bpe" and vocabulary is None else vocabulary
         if key not in self._tokens:
@@ -166,16 +166,16 @@ def prepare_text(
 
     Args:
         source:
-            As `read_text` takes it.
+            As for `read_text`.
         validation:
-            The share of the characters to validate on, which are the last ones, or another
-            source that is validated on instead.
+            The share of the characters for validation, at the end of the text; or another source
+            as the validation part.
         errors:
-            As in `read_text`.
+            As for `read_text`.
 
     Raises:
         FileNotFoundError:
-            If a source is the path of nothing.
+            If a path does not exist.
         ValueError:
             If a source cannot be read, a part would be empty, or the training part has fewer
             than two different characters.
@@ -230,9 +230,9 @@ def fingerprint(train: str, valid: str) -> str:
 
     Args:
         train:
-            The one.
+            The training part.
         valid:
-            The other.
+            The validation part.
 
     Returns:
         Eight hexadecimal digits (BLAKE2b over lengths and content).
@@ -252,9 +252,9 @@ def check_context_fits(tokens: TokenizedText, context: int) -> None:
 
     Args:
         tokenize:
-            Both parts.
+            The text's parts as tokens.
         context:
-            How many tokens a model looks back at, at least 1.
+            Length of the model's context in tokens, at least 1.
 
     Example:
         >>> tokens = prepare_text("to be or not\\n" * 8).tokenize("char")
@@ -288,7 +288,7 @@ def bundled_text() -> str:
 
     Raises:
         ModuleNotFoundError:
-            If this Python came without them.
+            If this Python installation does not have them.
 
     Example:
         >>> len(bundled_text()) > 100_000
@@ -309,24 +309,24 @@ def bundled_text() -> str:
 def read_text(source: TextSource, errors: str = "strict", name: str = "source") -> str:
     """Read a text from files, a folder, or the argument itself.
 
-    Line ends stay as they are, since bits per byte count every byte. Files are joined with a
-    line's end where there is none between them.
+    Line ends are not changed, because bits per byte count every byte. Files are joined with a
+    line end between them if there is none.
 
     Args:
         source:
             The path of a file, or of a folder, of which all files with one of ``TEXT_SUFFIXES``
             are read, also in folders within, sorted by path, without hidden ones; a list of such
             paths; or text itself. A str with a line's end or of more than 4096 characters is
-            text. So is any other that neither exists as a path nor looks like one.
+            text, and so is any other str that is not an existing path and does not look like one.
         errors:
-            What becomes of bytes in a file that are not UTF-8: ``"strict"`` is an error,
-            ``"replace"`` puts U+FFFD in their place, ``"ignore"`` drops them.
+            How bytes that are not UTF-8 are handled: ``"strict"`` raises an error, ``"replace"``
+            replaces them by U+FFFD, ``"ignore"`` drops them.
         name:
-            What the errors call the source.
+            Name of the source in error messages.
 
     Raises:
         FileNotFoundError:
-            If what looks like a path is none.
+            If a text looks like a path that does not exist.
         ValueError:
             If a file is binary or not UTF-8, a folder has no text, or there is no character.
 
@@ -423,7 +423,7 @@ def _read_file(file: Path, errors: str) -> str:
 
 
 def _join_with_newlines(texts: Iterable[str]) -> str:
-    """Join texts, with a line's end between each two."""
+    """Join texts with a line end between them."""
     parts = [text for text in texts if text]
     for i, part in enumerate(parts[:-1]):
         if not part.endswith("\n"):

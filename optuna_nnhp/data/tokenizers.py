@@ -1,7 +1,7 @@
 """Convert text to token ids and back: characters, bytes, or byte-pair encoding.
 
-Every tokenizer is lossless for both parts of the text it was made for, so that bits per byte of
-any two of them can be compared: no character is dropped or shares its id with another one.
+Every tokenizer is lossless for both parts of its text: no character is dropped, and no two
+characters share an id. So the bits per byte of different tokenizers can be compared.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ class Tokenizer(Protocol):
 class CharTokenizer:
     """A tokenizer with a token for each character of the training part.
 
-    A character that only the validation part has is spelled out as its UTF-8 bytes, each of them
-    a token of its own ("byte fallback"). There are such tokens only for the bytes which that
-    needs. Training never sees them, so they are costly, as they should be: one token for all
-    unknown characters would leave out the bits that tell which one it is. Anything else that is
-    not in the alphabet, as a character of a prompt, is an error.
+    A character that only the validation part has is encoded as its UTF-8 bytes, each of which is a
+    token of its own ("byte fallback"). Only the bytes that this needs are tokens. They never occur
+    in training, so they cost many bits. This is intended: one token for all unknown characters
+    would not count the bits that identify the character. Any other character that is not in the
+    alphabet, for example in a prompt, is an error.
 
     Args:
         alphabet:
-            The characters, sorted; a token's id is its place.
+            The characters, sorted; a token's id is its position.
         fallback:
-            The bytes that are tokens, sorted; their ids follow.
+            The bytes that are tokens, sorted; their ids follow the alphabet's.
 
     Raises:
         ValueError:
-            If one of them is not sorted, or the alphabet is empty.
+            If one of the two is not sorted, or the alphabet is empty.
 
     Example:
         >>> tokenizer = CharTokenizer.fit("hello", valid="hé")
@@ -103,13 +103,13 @@ class CharTokenizer:
 
         Args:
             train:
-                Gives the alphabet.
+                The training part, whose characters are the alphabet.
             valid:
-                What must be encoded too.
+                The validation part, which must be encodable too.
 
         Raises:
             ValueError:
-                If the training part is empty or either is not Unicode text.
+                If the training part is empty, or one of the parts is not Unicode text.
         """
         alphabet = "".join(sorted(set(train)))
         unseen = encode_utf8("".join(set(valid) - set(train)), "The validation part")
@@ -125,14 +125,15 @@ class CharTokenizer:
 
         Args:
             text:
-                Of characters of the alphabet, or such as the fallback can spell.
+                Characters of the alphabet, or characters whose bytes are tokens.
 
         Returns:
-            **Shape** (tokens,): one for each character, or several for a spelled one.
+            **Shape** (tokens,): one id per character, or one per byte of a character that is not
+            in the alphabet.
 
         Raises:
             ValueError:
-                If it has other characters.
+                If the text has other characters.
         """
         encode_utf8(text)
         points = _code_points(text)
@@ -140,7 +141,7 @@ class CharTokenizer:
         fallback_points = points[ids < 0]
         if not fallback_points.size:
             return ids
-        # As many places for a character as UTF-8 has bytes for it.
+        # Reserve as many positions for a character as it has bytes in UTF-8.
         widths = np.ones(len(points), dtype=np.int64)
         widths[ids < 0] += np.digitize(fallback_points, (0x80, 0x800, 0x10000))
         ids = np.repeat(ids, widths)
@@ -166,7 +167,7 @@ class CharTokenizer:
 
         Raises:
             ValueError:
-                If there are others.
+                If an id is outside this range.
         """
         pieces = self._token_bytes
         return b"".join([pieces[i] for i in validate_token_ids(ids, self.size)]).decode(
@@ -223,7 +224,7 @@ class ByteTokenizer:
 
         Raises:
             ValueError:
-                If there are others.
+                If an id is outside this range.
         """
         return bytes(validate_token_ids(ids, self.size)).decode(errors="replace")
 
@@ -241,18 +242,18 @@ def fit_tokenizer(
         kind:
             One of ``TOKENIZER_KINDS``.
         train:
-            What it learns from.
+            The training part.
         valid:
-            What a character tokenizer must be able to spell too.
+            The validation part, which a character tokenizer must be able to encode too.
         vocabulary:
-            The number of different tokens, for ``"bpe"`` alone; None is
+            The number of different tokens, only for ``"bpe"``; None is
             ``DEFAULT_BPE_VOCABULARY``.
 
     Raises:
         ModuleNotFoundError:
             If ``"bpe"`` is asked for without the ``tokenizers`` library.
         ValueError:
-            If the kind is unknown or the vocabulary is not possible.
+            If the kind is unknown, or the vocabulary is too small or too large.
 
     Example:
         >>> fit_tokenizer("char", "hello").size, fit_tokenizer("byte", "hello").size
@@ -277,13 +278,13 @@ def tokenizer_from_json(state: Mapping[str, Any]) -> Tokenizer:
 
     Args:
         state:
-            That dict.
+            The dict that ``to_json`` returned.
 
     Raises:
         ModuleNotFoundError:
-            If it is of ``"bpe"`` and the ``tokenizers`` library is not installed.
+            If the kind is ``"bpe"`` and the ``tokenizers`` library is not installed.
         ValueError:
-            If it is damaged.
+            If the state is damaged.
 
     Example:
         >>> tokenizer_from_json(CharTokenizer("abc").to_json())

@@ -17,13 +17,13 @@ def encode_utf8(text: str, name: str = "Text") -> bytes:
 
     Args:
         text:
-            Any.
+            Any text.
         name:
-            What the error calls it.
+            Its name in error messages.
 
     Raises:
         ValueError:
-            If it has half of a surrogate pair, which no encoding can write.
+            If it has half of a surrogate pair, which UTF-8 cannot encode.
 
     Example:
         >>> encode_utf8("é")
@@ -49,7 +49,7 @@ def validate_token_ids(ids: Sequence[int] | NDArray[Any], size: int) -> list[int
 
     Raises:
         ValueError:
-            If one does not exist, or they are something else.
+            If an id is outside 0 to ``size`` - 1, or is not a whole number.
 
     Example:
         >>> validate_token_ids(np.array([0, 2]), size=3)
