@@ -419,12 +419,8 @@ class Admission:
         ]
         if self.active_run is old:
             self.active_run = None
-            self._group_waiting(self.waiting)
-
-    def _group_waiting(self, trials: list[RunningTrial]) -> None:
-        """Group trials that waited for a cohort, so that they train without it."""
-        self.waiting = []
-        self._group_by_signature(trials)
+            waiting, self.waiting = self.waiting, []
+            self._group_by_signature(waiting)  # they train without the cohort that failed
 
     def _count_slots(self, leader: Member, signature: Hashable) -> int:
         """Return the number of slots of a leader's cohort."""

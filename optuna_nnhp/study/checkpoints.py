@@ -1,4 +1,4 @@
-"""A worker's running trials on disk: written while they train, read by whoever goes on."""
+"""Write a worker's running trials to disk while they train, and read them to continue."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from optuna_nnhp.training.weight_files import save_with_checksum
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 CHECKPOINT_INTERVAL = 30.0  # seconds
-MAX_TIME_SHARE = 0.02  # of the time since the last one, that a checkpoint may take
-N_KEPT_CHECKPOINTS = 2  # the newest
-VERSION = 1  # of what is in the files
+MAX_TIME_SHARE = 0.02  # a checkpoint may take this share of the time since the last one
+N_KEPT_CHECKPOINTS = 2
+SUFFIXES = (JSON_SUFFIX, TENSORS_SUFFIX)
+VERSION = 1  # of the files' format
 
 
 class CohortCheckpoint(NamedTuple):
-    """A cohort as a checkpoint has it.
+    """A cohort in a checkpoint.
 
     Args:
         snapshot:
-            Its state.
+            The state of its networks.
         facts:
-            Of its trials (``"running"``) and its place in the study (``"leader"``, ``"slots"``,
+            The state of its trials (``"running"``) and of its run (``"leader"``, ``"slots"``,
             ``"rounds"``).
     """
 
@@ -49,25 +50,25 @@ class CohortCheckpoint(NamedTuple):
 
     @property
     def trial_numbers(self) -> list[int]:
-        """Numbers of its running trials."""
+        """The numbers of its running trials."""
         return [int(trial["number"]) for trial in self.facts["running"]]
 
     @property
     def steps_done(self) -> dict[int, int]:
-        """Steps that each of its members has done, by number."""
+        """The steps that each member has done, by its number."""
         metadata = self.snapshot.metadata
         numbers = [number for number, _, _ in metadata["members"]]
         return dict(zip(numbers, metadata["iterations"], strict=True))
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Args:
         cohorts:
-            All that its worker trained.
+            All cohorts that its worker trained.
         loop:
-            What the study's loop has to know besides.
+            The state of the policy.
     """
 
     cohorts: list[CohortCheckpoint]
@@ -76,23 +77,23 @@ class Checkpoint(NamedTuple):
 
 @dataclass
 class Checkpoints:
-    """Writes the checkpoints of one worker.
+    """Write the checkpoints of one worker.
 
-    One is due when the last one is ``interval`` seconds old, or when a trial has ended since; but
-    it never takes more than a fiftieth of the time since the last one, however large the cohorts.
+    A checkpoint is due when the last one is ``interval`` seconds old, or when a trial has ended
+    since. It waits until the last one has taken at most a fiftieth of the time since then.
 
     Args:
         folder:
-            The study's folder of checkpoints; None for a study in memory, which nobody goes on
-            with.
+            The study's folder of checkpoints; None for a study in memory, which cannot be
+            continued.
         worker:
             The worker's name.
         interval:
-            Seconds; None for none at all.
+            Seconds between checkpoints; None to write none.
 
     Attributes:
-        written: How many were written.
-        seconds: How long that took.
+        written: Number of written checkpoints.
+        seconds: Seconds that writing them took.
 
     Example:
         >>> Checkpoints(None, "me").is_due()
@@ -110,7 +111,7 @@ class Checkpoints:
 
     @property
     def is_enabled(self) -> bool:
-        """Whether any are written."""
+        """Whether checkpoints are written."""
         return self.folder is not None and self.interval is not None
 
     def mark_trial_ended(self) -> None:
@@ -126,15 +127,13 @@ class Checkpoints:
         return wanted and self._cost <= MAX_TIME_SHARE * since
 
     def write(self, runs: Sequence[CohortRun], loop: Mapping[str, Any] | None = None) -> bool:
-        """Write what is in training; whether it is written.
-
-        A disk that is full is no reason to stop training.
+        """Write a checkpoint and return whether it was written; log an error of the disk.
 
         Args:
             runs:
-                The cohorts, each between two steps.
+                The cohorts in training, each between two steps.
             loop:
-                What the study's loop has to know besides, as JSON.
+                The state of the policy, as JSON.
         """
         if self.folder is None or self.interval is None:
             return False
@@ -162,13 +161,13 @@ class Checkpoints:
 
 
 def load_newest_checkpoint(folder: Path | None, worker: str) -> Checkpoint | None:
-    """The newest whole checkpoint of a worker; a damaged one is left out with a warning.
+    """Return a worker's newest checkpoint; skip a damaged one with a warning.
 
     Args:
         folder:
             The study's folder of checkpoints.
         worker:
-            Who wrote it.
+            The name of the worker that wrote it.
     """
     if folder is None:
         return None
@@ -177,7 +176,7 @@ def load_newest_checkpoint(folder: Path | None, worker: str) -> Checkpoint | Non
             tensors, facts = load_with_checksum(stem)
             return Checkpoint(_parse_cohorts(tensors, facts), facts["loop"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _logger.warning(f"A checkpoint cannot be used, the one before it may: {error}")
+            _logger.warning(f"Skipped a checkpoint that cannot be used: {error}")
     return None
 
 
@@ -187,7 +186,7 @@ def remove_checkpoints(folder: Path, worker: str) -> None:
 
 
 def checkpoint_folder(folder: Path, worker: str) -> Path:
-    """Where a worker's checkpoints are.
+    """Return the folder of a worker's checkpoints.
 
     Example:
         >>> checkpoint_folder(Path("checkpoints"), "../host:12:ab").name
@@ -228,7 +227,7 @@ def _parse_cohorts(
 
 
 def _checkpoint_stems(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
+    """Return the paths of a folder's checkpoints without suffix, the newest first."""
     found = {path.with_suffix("") for path in folder.glob("*[0-9].*") if path.suffix in SUFFIXES}
     return sorted(found, reverse=True)
 
@@ -238,8 +237,5 @@ def _next_number(folder: Path) -> int:
 
 
 def _remove_checkpoint(stem: Path) -> None:
-    for suffix in (JSON_SUFFIX, TENSORS_SUFFIX):  # without the facts the tensors are nothing
+    for suffix in SUFFIXES:  # tensors without their JSON file are not read
         stem.with_suffix(suffix).unlink(missing_ok=True)
-
-
-SUFFIXES = (JSON_SUFFIX, TENSORS_SUFFIX)

@@ -1,4 +1,4 @@
-"""Where trials were trained: versions, processor, threads. Kept once each, and named by trials."""
+"""Describe where trials are trained: versions, processor, threads, engine."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.version import __version__
 
-# Of a trial: the key of where it was trained, and the keys of where it had been before another
-# worker went on with it. Of a study, with the key after a colon: what it was like there.
+# Attributes of a trial: the key of its environment, and the keys of those before it was taken
+# over. A study has each environment as the attribute "environment:KEY".
 ENVIRONMENT, EARLIER_ENVIRONMENTS = "environment", "earlier_environments"
-SEED = "seed"  # of a study; and of a trial that has another one, where the study was continued
+SEED = "seed"  # attribute of a study, and of a trial whose seed differs from its study's
 COMPILED, BY_TORCH, BY_COMPILER = "compiled", "torch", "torch.compile"  # engines
 
 Environment = dict[str, str | int]
 
 
 def describe_environment(problem: Problem) -> Environment:
-    """What a problem's numbers depend on here, besides data, parameters and seeds.
+    """Describe what results depend on besides data, parameters and seeds.
 
-    No names of machines or users, and no paths.
+    The description has no names of machines or users, and no paths.
 
     Args:
         problem:
@@ -53,7 +53,7 @@ def describe_environment(problem: Problem) -> Environment:
 
 
 def environment_key(environment: Environment) -> str:
-    """A short name of an environment: eight hexadecimal digits.
+    """Return a short name of an environment: eight hexadecimal digits.
 
     Example:
         >>> environment_key({"torch": "2.13.0"}) == environment_key({"torch": "2.12.0"})
@@ -66,7 +66,7 @@ def environment_key(environment: Environment) -> str:
 def record_environment(study: Study, problem: Problem) -> str:
     """Store this environment in the study, and return its key.
 
-    Workers of a study write an attribute each, if they are in different ones.
+    Each environment is one attribute, so workers in different environments do not conflict.
 
     Args:
         study:
@@ -97,13 +97,13 @@ def record_environment(study: Study, problem: Problem) -> str:
 
 
 def record_earlier_environment(trial: Trial, before: FrozenTrial) -> None:
-    """Have a trial name where it was before this worker went on with it.
+    """Store in a trial the keys of the environments before this worker took it over.
 
     Args:
         trial:
-            The trial, which runs here now.
+            The trial, which this worker trains now.
         before:
-            The same as the other worker has left it.
+            The same trial when it was taken over.
 
     Example:
         >>> study = optuna.create_study()
@@ -121,7 +121,7 @@ def record_earlier_environment(trial: Trial, before: FrozenTrial) -> None:
 
 
 def trial_environments(study: Study, trial: FrozenTrial) -> list[Environment]:
-    """Where a trial was trained, the last place first; empty where nobody noted it.
+    """Return the environments of a trial, the last one first; an empty list if unknown.
 
     Args:
         study:
@@ -144,13 +144,13 @@ def trial_environments(study: Study, trial: FrozenTrial) -> list[Environment]:
 
 
 def differences(then: Environment, now: Environment) -> list[str]:
-    """What differs between two environments, one text each.
+    """Return the differences between two environments, as one text each.
 
     Args:
         then:
-            Where something was trained.
+            The environment of the first training.
         now:
-            Where it is trained again.
+            The environment of the second training.
 
     Example:
         >>> differences({"torch": "2.12.0", "threads": 2}, {"torch": "2.13.0", "threads": 2})
@@ -165,7 +165,7 @@ def differences(then: Environment, now: Environment) -> list[str]:
 
 @functools.cache
 def _process_environment() -> Environment:
-    """What does not change within a process."""
+    """Return the part that does not change within a process."""
     return {
         "optuna_nnhp": __version__,
         "torch": torch.__version__,
@@ -179,7 +179,7 @@ def _process_environment() -> Environment:
 
 
 def _cpu_model() -> str:
-    """The processor's model, where the system tells."""
+    """Return the processor's model, or its architecture if the model is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
@@ -188,7 +188,7 @@ def _cpu_model() -> str:
 
 
 def _engine_name(problem: Problem) -> str:
-    """Return what computes gradients and outputs."""
+    """Return which engine trains the networks."""
     if problem.uses_compiled_engine():
         return COMPILED
     return BY_COMPILER if problem.compile else BY_TORCH

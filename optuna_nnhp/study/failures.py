@@ -1,4 +1,4 @@
-"""Trials and cohorts whose training raises an error: they fail, or are divided."""
+"""Record errors of training, and divide cohorts that raise one."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ MAX_TRACEBACK_LENGTH = 4000  # characters of a traceback, those at its end
 
 
 class CohortError(Exception):
-    """What a cohort raised while it was built or trained, as its cause."""
+    """The training of a cohort raised an error, which is the cause of this one."""
 
 
 def record_error(trial: Trial, error: BaseException) -> None:
-    """Write what went wrong as attributes of a trial."""
+    """Store an error as attributes of a trial."""
     text = "".join(traceback.format_exception(error)).strip()
     trial.set_user_attr(CAUSE, outcome_of_error(error).value)
     trial.set_user_attr(ERROR, hide_passwords(error_line(error)))
@@ -41,7 +41,7 @@ def record_error(trial: Trial, error: BaseException) -> None:
 
 
 def error_line(error: BaseException) -> str:
-    """The first line of what an error says, with its type unless it is ours.
+    """Return the first line of an error, with its type unless it is a `TrialError`.
 
     Example:
         >>> error_line(ZeroDivisionError("by zero")), error_line(TrialError("no room"))
@@ -65,7 +65,7 @@ def outcome_of_error(error: BaseException) -> TrialOutcome:
     return TrialOutcome.OUT_OF_MEMORY if too_large else TrialOutcome.ERROR
 
 
-UNLIMITED = 10**6  # trials in a cohort, where memory has not said anything
+UNLIMITED = 10**6  # trials in a cohort, as long as none was out of memory
 
 
 class FailureBisector:
@@ -75,12 +75,13 @@ class FailureBisector:
         newest_checkpoint:
             Returns this worker's newest checkpoint.
         restore:
-            Makes a cohort of some trials as a checkpoint has them.
+            Makes a cohort of some trials at a checkpoint.
         fail:
-            Ends a trial that raises alone.
+            Ends a trial that raises an error alone.
 
     Attributes:
-        memory_limits: By signature, how many trials memory has room for, if too many were tried.
+        memory_limits: Largest number of trials to train together, by their signature, after a
+            cohort was out of memory.
     """
 
     def __init__(
@@ -93,16 +94,16 @@ class FailureBisector:
         self.memory_limits: dict[Hashable, int] = {}
 
     def bisect(self, group: list[RunningTrial], error: Exception) -> list[CohortRun]:
-        """Cohorts of all trials of a group that can be trained, at their last checkpoint.
+        """Divide a group into cohorts that can be trained, at the trials' last checkpoint.
 
         Args:
             group:
-                Trials whose cohort has raised, while it was built or trained.
+                Trials whose cohort has raised an error, while it was built or trained.
             error:
-                What it raised.
+                The error.
 
         Raises:
-            Exception: The error, if no trial of the study can be trained, it seems.
+            Exception: The error, if the study's first trials all raise it.
         """
         return self.divide(group, error, self.newest_checkpoint())
 

@@ -1,4 +1,4 @@
-"""Going on with trials that others have left: from their checkpoints, or from the beginning."""
+"""Continue trials that other workers have left, from a checkpoint or from the beginning."""
 
 from __future__ import annotations
 
@@ -50,14 +50,17 @@ from optuna_nnhp.training.cohort_state import select_state
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 CHECKPOINT = "checkpoint"  # attribute of a trial: the worker whose checkpoint had it last
-TAKEN_OVER = "taken_over"  # attribute: how often, since when without progress, and the round
+TAKEN_OVER = (
+    "taken_over"  # attribute: takeovers without progress, and the steps done at the last one
+)
 Broken = Callable[[list[RunningTrial], Exception, Checkpoint | None], list[CohortRun]]
-QUARANTINE_DEATHS, MAX_WORKER_DEATHS = 3, 10  # times without progress: trained alone; ended
+# A trial is trained alone after so many takeovers without progress, and ends after so many.
+QUARANTINE_DEATHS, MAX_WORKER_DEATHS = 3, 10
 
 
 @dataclass
 class Recovery:
-    """Finds trials whose worker is dead, or has released them, and goes on with them here.
+    """Find trials whose worker is dead or has released them, and continue them here.
 
     Args:
         study:
@@ -71,7 +74,7 @@ class Recovery:
         lease:
             Tells which workers are alive.
         folder:
-            The study's checkpoints; None if there are none.
+            The folder of the study's checkpoints; None if it has none.
     """
 
     study: Study
@@ -83,17 +86,25 @@ class Recovery:
 
     def __post_init__(self) -> None:
         self._found: dict[str, Checkpoint | None] = {}
-        self._unsure: dict[str, list[FrozenTrial]] = {}  # the answer to taking them was lost
-        self.has_postponed = False  # there are trials to claim, when a suspect has been trained
+        self._unsure: dict[
+            str, list[FrozenTrial]
+        ] = {}  # by worker, while it is unknown whether they were taken over
+        self.has_postponed = (
+            False  # trials are left to claim once a quarantined one has been trained
+        )
 
     def claim(self, *, separable: bool = True) -> dict[str, list[FrozenTrial]]:
-        """Make abandoned trials this worker's own: by the worker whose checkpoint has them.
+        """Take over abandoned and released trials.
 
-        That is noted before: if this one is killed now, whoever comes next finds it.
+        The storage is told first which checkpoint has a trial, so that another worker finds it if
+        this one is killed.
 
         Args:
             separable:
                 Whether trials can be trained without those that they were trained with.
+
+        Returns:
+            The trials, by the worker whose checkpoint has them.
         """
         self._found.clear()
         claimed: dict[str, list[FrozenTrial]] = {}
@@ -115,15 +126,15 @@ class Recovery:
                 source = self._checkpoint_owner(trial, str(trial.user_attrs[REQUEUED_BY]))
                 if self._start_waiting_trial(trial):
                     claimed.setdefault(source, []).append(trial)
-        except StorageUnavailable as error:  # the others another time
+        except StorageUnavailable as error:  # the next call takes over the others
             _logger.debug(f"Not all abandoned trials could be taken over: {error}")
         for worker, trials in claimed.items():
             numbers = ", ".join(str(trial.number) for trial in trials)
-            _logger.warning(f"Going on with trials that {worker} has left: {numbers}.")
+            _logger.warning(f"Continuing trials that {worker} has left: {numbers}.")
         return claimed
 
     def replay_outbox(self) -> None:
-        """Write what earlier runs, and workers that died in an outage, could not write."""
+        """Write the operations that earlier runs, or workers that died, saved in outboxes."""
         if self.folder is None:
             return
         try:
@@ -132,29 +143,29 @@ class Recovery:
             _logger.error(f"What an earlier run could not write is lost: {error}")
 
     def released_trials(self) -> list[FrozenTrial]:
-        """Trials that wait for somebody who goes on with them."""
+        """Return the trials that their workers have released."""
         return self.storage.requeued_trials(study_id(self.study))
 
     def checkpoint(self, worker: str) -> Checkpoint | None:
-        """A worker's newest checkpoint, read once for each `claim`."""
+        """Return a worker's newest checkpoint, read once for each `claim`."""
         if worker not in self._found:
             self._found[worker] = load_newest_checkpoint(self.folder, worker)
         return self._found[worker]
 
     def _checkpoint_owner(self, trial: FrozenTrial, worker: str) -> str:
-        """Whose checkpoint has a trial: its worker's, or an earlier one's; it is noted."""
+        """Return and store which worker's checkpoint has a trial."""
         own, earlier = self.checkpoint(worker), trial.user_attrs.get(CHECKPOINT)
         has_it = own is not None and any(
             trial.number in kept.trial_numbers for kept in own.cohorts
         )
         source = worker if has_it or earlier is None else str(earlier)
         if earlier != source and self.folder is not None:
-            with suppress(UpdateFinishedTrialError):  # somebody was faster
+            with suppress(UpdateFinishedTrialError):  # another worker has ended it
                 self.storage.write_trial_user_attr(id_of(trial), CHECKPOINT, source)
         return source
 
     def has_possibly_dead_workers(self) -> bool:
-        """Whether a trial's worker may be dead, or has died since the last `claim`."""
+        """Return whether the worker of a running trial is dead or may be dead."""
         if self._unsure or self.has_postponed:
             return True
         workers = {self._worker_of(trial) for trial in self._trials_in_state(TrialState.RUNNING)}
@@ -168,16 +179,16 @@ class Recovery:
     def restore_cohorts(
         self, claimed: Mapping[str, Sequence[FrozenTrial]], broken: Broken
     ) -> list[CohortRun]:
-        """Cohorts of claimed trials that have a checkpoint, as they were.
+        """Return cohorts of claimed trials, as their checkpoints have them.
 
-        All others are there too, each in a cohort of its own, at their beginning.
+        A trial without a checkpoint begins again, in a cohort of its own.
 
         Args:
             claimed:
-                What `claim` gave.
+                The result of `claim`.
             broken:
-                Makes cohorts of trials whose own cannot be made, given the error and the
-                checkpoint.
+                Makes other cohorts of trials whose cohort raises an error while it is built,
+                given the trials, the error and the checkpoint.
         """
         runs = list[CohortRun]()
         for worker, trials in claimed.items():
@@ -195,10 +206,7 @@ class Recovery:
     def restore_from_checkpoint(
         self, group: Sequence[RunningTrial], checkpoint: Checkpoint | None
     ) -> CohortRun:
-        """A cohort of some of this worker's trials as they were at their last checkpoint.
-
-        Where there is none it is a new one.
-        """
+        """Return a cohort of some trials of this worker, at their last checkpoint or new."""
         wanted = {trial.member.number: trial for trial in group}
         for kept in checkpoint.cohorts if checkpoint else ():
             if wanted.keys() <= set(kept.trial_numbers):
@@ -212,7 +220,7 @@ class Recovery:
         return _make_cohort_run(self.problem.cohort([trial.member for trial in group]), group)
 
     def remove_old_checkpoints(self) -> None:
-        """Remove the checkpoints of dead workers that have left no trials."""
+        """Remove the checkpoints of dead workers that no unfinished trial needs."""
         if self.folder is None or not self.folder.is_dir():
             return
         trials = [*self._trials_in_state(TrialState.RUNNING), *self.released_trials()]
@@ -228,7 +236,10 @@ class Recovery:
                 remove_checkpoints(self.folder, worker)
 
     def _abandoned_trials(self) -> dict[str, list[FrozenTrial]]:
-        """RUNNING trials of dead workers, by worker; those that may be this one's by now too."""
+        """Return the RUNNING trials of dead workers, by worker.
+
+        They include the trials of `_unsure`, which this worker may own already.
+        """
         found: dict[str, list[FrozenTrial]] = {}
         for trial in self._trials_in_state(TrialState.RUNNING):
             worker = self._worker_of(trial)
@@ -245,9 +256,9 @@ class Recovery:
     def _limit_to_one_suspect(
         self, abandoned: dict[str, list[FrozenTrial]], separable: bool
     ) -> dict[str, list[FrozenTrial]]:
-        """Limit the abandoned trials to at most one quarantined trial.
+        """Return one quarantined trial if there is any, else all abandoned trials.
 
-        If this worker dies, too, that says nothing of the others.
+        If this worker dies too, the cause can only be that trial.
         """
         suspects = [
             (trial.number, worker, trial)
@@ -278,7 +289,7 @@ class Recovery:
     def _restore_cohort(
         self, kept: CohortCheckpoint, waiting: dict[int, FrozenTrial], broken: Broken
     ) -> list[CohortRun]:
-        """One cohort of a checkpoint, with those of its trials that wait for it."""
+        """Restore one cohort of a checkpoint; remove its trials from those that wait."""
         group = [
             running
             for number in kept.trial_numbers
@@ -290,7 +301,9 @@ class Recovery:
             try:
                 run = self.restore_from_checkpoint(part, checkpoint)
             except ValueError as error:  # of another version of the template
-                _logger.warning(f"Trials begin anew, their checkpoint is of no use: {error}")
+                _logger.warning(
+                    f"Trials begin again, because their checkpoint cannot be used: {error}"
+                )
                 runs += self._restart_trials(part, broken)
             except Exception as error:  # whatever it is, it becomes an outcome
                 runs += broken(part, error, checkpoint)
@@ -302,7 +315,7 @@ class Recovery:
         return runs
 
     def _restart_trials(self, group: list[RunningTrial], broken: Broken) -> list[CohortRun]:
-        """A cohort of some of this worker's trials at their beginning."""
+        """Return a cohort of some trials of this worker at their beginning."""
         try:
             return [_quarantine_if_suspect(self.restore_from_checkpoint(group, None))]
         except Exception as error:  # whatever it is, it becomes an outcome
@@ -333,13 +346,13 @@ class Recovery:
             trial:
                 The trial.
             done:
-                Steps that it has done, by its checkpoint.
+                Steps that its checkpoint has.
             sampler:
-                What proposes the values that it lacks; the source's if None.
+                Proposes the values that it lacks; None for the source's sampler.
         """
         sampler = sampler or self.source.sampler
         if self.problem.space.keys() <= trial.params.keys():
-            sampler = RandomSampler()  # all values are decided: nothing is to be proposed
+            sampler = RandomSampler()  # it has all values
         own = Trial(with_sampler(self.study, sampler), id_of(trial))
         record_earlier_environment(own, trial)
         times, last = trial.user_attrs.get(TAKEN_OVER, (0, 0))
@@ -356,17 +369,17 @@ class Recovery:
         return begun
 
     def cohort(self, kept: CohortCheckpoint, numbers: Collection[int] | None = None) -> Cohort:
-        """A kept cohort, or some of its members.
+        """Return a cohort of a checkpoint, or some of its members.
 
         Raises:
-            ValueError: If it is of another version of the template.
+            ValueError: If another version of the template has written it.
         """
         metadata = kept.snapshot.metadata
         numbers_there = [member.number for member in members_from_state(metadata)]
         total = dict(zip(numbers_there, metadata["total_steps"], strict=True))
 
         def make(members: Sequence[Member]) -> Cohort:
-            # A budget in seconds may be another number of steps here.
+            # On this machine a budget in seconds may be another number of steps.
             if "budget_iterations" in self.problem.attributes(members[0]):
                 members = [
                     replace(m, params={**m.params, "iterations": total[m.number]}) for m in members
@@ -377,16 +390,18 @@ class Recovery:
         places = [place for place, number in enumerate(numbers_there) if number in wanted]
         if len(places) == len(numbers_there):
             return restore_cohort(make, kept.snapshot)
-        return restore_cohort(make, select_state(kept.snapshot, places))  # all may have no room
+        return restore_cohort(
+            make, select_state(kept.snapshot, places)
+        )  # memory may have no room for all
 
 
 def _count_takeovers_without_progress(running: RunningTrial) -> int:
-    """How often a trial was taken over without progress."""
+    """Return how often a trial was taken over without progress."""
     return int(running.trial.user_attrs.get(TAKEN_OVER, (0, 0))[0])
 
 
 def _quarantine_if_suspect(run: CohortRun) -> CohortRun:
-    """The same, which is trained before all others and joined by none where workers died of it."""
+    """Quarantine a cohort if workers have died while they trained its trials; return it."""
     if any(
         _count_takeovers_without_progress(trial) >= QUARANTINE_DEATHS
         for trial in run.running.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Container
 from collections.abc import Hashable
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,13 +80,13 @@ class RunningTrial:
         maximize:
             Whether a greater metric is better.
         signature:
-            What it must have in common with others to be stacked with them.
+            Equal for trials that can be stacked.
         is_baseline:
             Whether it has the default configuration, which is what others must beat.
         is_portfolio:
             Whether it is of the template's portfolio, and begins beside the baseline.
         is_enqueued:
-            Whether somebody wants its values, and no sampler proposed them.
+            Whether a user enqueued its values, so that no sampler proposed them.
         train_loss:
             One number per evaluation.
         validation_loss:
@@ -103,7 +104,7 @@ class RunningTrial:
         is_finished:
             Whether Optuna knows its end.
         ended_elsewhere:
-            Whether it ends elsewhere.
+            Whether another process has ended it.
         exact_value:
             Its best value as that of its weights alone, once that is known.
         numerics_context:
@@ -300,8 +301,8 @@ class CohortRun:
         quota:
             Followers that it may still ask for, until another leader is asked.
         deadline:
-            Clock at which it asks for no more, seconds; so that one signature cannot eat the
-            whole time.
+            Clock at which it asks for no more followers, seconds, so that one signature cannot
+            take the whole time.
         virtual_time:
             Work so far, in proportion to its members' claims; the cohort with the least is next.
         rounds:
@@ -309,10 +310,10 @@ class CohortRun:
         last_report:
             When its running trials were last reported, seconds.
         refills:
-            Whether free slots are filled with new members; else its stack is what its members
-            take, and no more.
+            Whether new members fill its free slots; if not, free slots do not count as unused.
         quarantined_until:
-            Rounds after which it is beyond what a cohort that it was a part of has raised at.
+            Number of rounds up to which it may raise the error of the cohort that it was a part
+            of.
         seconds:
             How long it has trained.
         is_scored:
@@ -339,6 +340,18 @@ class CohortRun:
         trials, self.running = list(self.running.values()), {}
         del self.cohort
         return trials
+
+    def add_scores(self, scores: Scores) -> list[RunningTrial]:
+        """Add an evaluation to the trials that it is of, and return these."""
+        evaluated = [self.running[self.cohort.members[i].number] for i in scores.indices]
+        for place, trial in enumerate(evaluated):
+            trial.add_scores(scores, place)
+        return evaluated
+
+    def select(self, numbers: Container[int]) -> None:
+        """Shrink the cohort to the members with these numbers."""
+        members = self.cohort.members
+        self.cohort.select([i for i, member in enumerate(members) if member.number in numbers])
 
     @property
     def is_quarantined(self) -> bool:

@@ -30,6 +30,7 @@ from optuna_nnhp.study.running import CohortRun
 from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.study.trial_source import TrialSource
 from optuna_nnhp.training.cohort import Cohort
+from optuna_nnhp.training.device import is_out_of_memory
 from optuna_nnhp.training.weight_files import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
@@ -174,12 +175,11 @@ class TrialFinisher:
     def _fail_trial(self, running: RunningTrial, error: Exception) -> None:
         trial, line = running.trial, error_line(error)
         record_error(trial, error)
-        outcome = outcome_of_error(error)
-        if outcome == TrialOutcome.OUT_OF_MEMORY:
+        if is_out_of_memory(error):
             needed = self.problem.memory(running.member)
             trial.set_user_attr("needed_bytes", needed)
             line = f"it needs about {needed / 2**20:,.0f} MiB, and there is no room: {line}"
-        running.fail(self.source.tell, self.problem, outcome)
+        running.fail(self.source.tell, self.problem, outcome_of_error(error))
         _logger.warning(f"Trial {trial.number} failed: {line}")
 
     def _raise_if_first_trials_fail_alike(self, error: Exception) -> None:
@@ -191,6 +191,15 @@ class TrialFinisher:
 
     def fail_unstarted(self, trials: Sequence[RunningTrial], outcome: TrialOutcome) -> None:
         """Fail trials that were asked for but did not start in time."""
+        self._fail_each(trials, outcome)
+        self.source.end(trials, counts=False)
+        self.run_callbacks(trials)
+
+    def fail_all(self) -> None:
+        """Fail all running trials, without callbacks, because an error is being raised."""
+        self._fail_each(list(self.source.running.values()), TrialOutcome.ERROR)
+
+    def _fail_each(self, trials: Sequence[RunningTrial], outcome: TrialOutcome) -> None:
         with self.storage.batch() as rejections:
             for running in trials:
                 try:
@@ -198,17 +207,6 @@ class TrialFinisher:
                 except UpdateFinishedTrialError:
                     self.record_ended_elsewhere(running)
         self._mark_rejected(trials, rejections)
-        self.source.end(trials, counts=False)
-        self.run_callbacks(trials)
-
-    def fail_all(self) -> None:
-        """Fail all running trials, without callbacks, because an error is being raised."""
-        with self.storage.batch():
-            for running in self.source.running.values():
-                try:
-                    running.fail(self.source.tell, self.problem, TrialOutcome.ERROR)
-                except UpdateFinishedTrialError:
-                    self.record_ended_elsewhere(running)
 
     def release_all(self, worker: str) -> None:
         """Release all running trials, so that other workers can take them over."""

@@ -1,4 +1,4 @@
-"""Asking Optuna for trials: leaders, followers that can be stacked with one, points of a plan."""
+"""Ask Optuna for trials: leaders, followers that can be stacked with a leader, grid points."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from optuna_nnhp.training.cohort import Member
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-# These decide every value themselves: trials are grouped as they come.
+# These samplers choose every value themselves, so they cannot propose followers.
 PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
 BASELINE = "baseline"  # attribute of the trial with the default configuration
 PORTFOLIO = "portfolio"  # attribute of the trials with the template's other first configurations
 MAX_REJECTED = 100  # so many trials in a row that cannot be trained end a study
-PORTFOLIO_SHARE = 10  # of a number of trials, at most one of so many is from the portfolio
+PORTFOLIO_SHARE = 10  # at most one of so many trials is from the portfolio
 
 
 class TrialSource:
-    """Asks a study for trials.
+    """Ask a study for trials.
 
     Args:
         study:
@@ -63,15 +63,15 @@ class TrialSource:
         storage:
             The study's storage.
         sampler:
-            What proposes trials; the study's if None.
+            Proposes trials; None for the study's sampler.
 
     Attributes:
-        sampler: What proposes trials, and is told of their ends; not that of a grid's points.
-        points: Those of a grid, if there is one.
-        finished: Number of trials that have ended.
+        sampler: Proposes trials and learns from their ends; a random sampler on a grid.
+        points: The points of a grid; None without a grid.
+        finished: Number of trials that have ended and count.
         running: Trials that train here and have not ended, by number; see `start` and `end`.
-        ask_failed: Whether the last trial asked for could not begin: the storage was unavailable,
-            or there are as many as may be.
+        ask_failed: Whether the last `ask` was cut short, because the storage was unavailable or
+            the study has all its trials.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class TrialSource:
         self._rejected_in_row = 0
 
     def enqueue_first_trials(self, *, with_portfolio: bool = True) -> None:
-        """Enqueue what comes first: the defaults in a new study, the points of a grid."""
+        """Enqueue a grid's points, or in a new study the defaults and the portfolio."""
         defaults = self.problem.defaults()
         if self.points is not None:
             assert isinstance(self.proposer, GridSampler | GridPointsSampler)
@@ -106,7 +106,7 @@ class TrialSource:
             self.study.enqueue_trial(defaults, user_attrs={BASELINE: True})
             portfolio, left = self.problem.portfolio(), self.budget.n_trials
             if self.sampler_fixes_all_values or not with_portfolio:
-                return  # there are other wishes, of all trials
+                return  # the caller has chosen all other trials
             for params in portfolio[: None if left is None else left // PORTFOLIO_SHARE]:
                 self.study.enqueue_trial(params, user_attrs={PORTFOLIO: True})
 
@@ -116,7 +116,7 @@ class TrialSource:
         return self.points is not None or isinstance(self.sampler, PLANNERS)
 
     def n_trials_left(self) -> int | None:
-        """Trials still to start, those of other workers counted; a grid ends by itself."""
+        """Return how many trials this worker may still start; None if unlimited."""
         self.storage.refresh()
         trials = self.study.get_trials(deepcopy=False)
         self.finished = sum(
@@ -134,12 +134,12 @@ class TrialSource:
         return self.points.n_points_left if left is None else min(left, self.points.n_points_left)
 
     def reserve_places_for_released(self) -> None:
-        """Let released trials begin again: nobody else has their place, see `n_trials_left`."""
+        """Raise the limit of trials that `n_trials_left` sets by the number of released trials."""
         self.n_trials_left()
         self.storage.set_trial_limit(study_id(self.study), self._most)
 
     def ask_portfolio(self) -> list[RunningTrial]:
-        """The template's first configurations, of those that nobody has taken yet."""
+        """Ask for the trials of the portfolio that no worker has started."""
         waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         return self.ask(sum(bool(trial.user_attrs.get(PORTFOLIO)) for trial in waiting))
 
@@ -150,20 +150,20 @@ class TrialSource:
         stop: Callable[[], bool] | None = None,
         sampler: BaseSampler | None = None,
     ) -> list[RunningTrial]:
-        """Ask for trials, fewer if the time is over.
+        """Ask for trials, for fewer if the time is over.
 
         Args:
             count:
                 How many.
             leader:
-                A trial that they must be able to join; None if they are free.
+                A trial whose cohort they must be able to join; None for leaders.
             stop:
-                Once it returns True, those asked for so far are enough.
+                Returns whether to ask for no more, once there is one trial.
             sampler:
-                What proposes them; that of this source if None.
+                Proposes them; None for the source's sampler.
 
         Returns:
-            Those that can be trained.
+            The trials that can be trained; the others have failed.
         """
         trials, sampler = list[RunningTrial](), sampler or self.sampler
         self.ask_failed = False
@@ -171,7 +171,7 @@ class TrialSource:
             sampler = FollowerSampler(sampler, self.problem.pin_to_leader(leader))
         study = with_sampler(self.study, sampler)
         try:
-            # What is reserved and not asked for would be left waiting.
+            # Trials that are reserved here and not asked for stay WAITING.
             with self.storage.prefetch_trials(count if stop is None else 1):
                 for _ in range(count):
                     if trials and (self.budget.is_over() or (stop is not None and stop())):
@@ -211,7 +211,7 @@ class TrialSource:
         return is_stopped(self.study)
 
     def make_running_trial(self, trial: Trial) -> list[RunningTrial]:
-        """A trial that runs here, once it has all its values; none if it cannot be trained."""
+        """Return a trial with all its values; an empty list if it cannot be trained."""
         try:
             member = self.problem.member(trial.number, suggest(trial, self.problem.space))
             signature = self.problem.signature(member)
@@ -256,5 +256,5 @@ class TrialSource:
 
 
 def is_released(trial: FrozenTrial) -> bool:
-    """Whether a trial waits for a worker that goes on with it: it has its place in the study."""
+    """Return whether a trial was released and waits for another worker."""
     return trial.state == TrialState.WAITING and REQUEUED_BY in trial.user_attrs

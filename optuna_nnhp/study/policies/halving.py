@@ -60,10 +60,9 @@ class HalvingPolicy:
     def decide(self, run: CohortRun, scores: Scores) -> dict[int, TrialOutcome]:
         """Return which trials of a cohort end after an evaluation, by their numbers."""
         self.admission.record_first_round_seconds(run)
-        evaluated = [run.running[run.cohort.members[i].number] for i in scores.indices]
-        before = [trial.last_round for trial in evaluated]
-        for i, trial in enumerate(evaluated):
-            trial.add_scores(scores, i)
+        before = {number: trial.last_round for number, trial in run.running.items()}
+        evaluated = run.add_scores(scores)
+        for trial in evaluated:
             self.history.record_scores(trial)
         self.finisher.report(run, evaluated)
         outcomes = {
@@ -72,7 +71,7 @@ class HalvingPolicy:
             if run.running[number].is_finished
         }
         survivors: dict[tuple[int, bool], set[int]] = {}  # by round, of the portfolio or of all
-        for trial, previous, ended in zip(evaluated, before, scores.ended, strict=True):
+        for trial, ended in zip(evaluated, scores.ended, strict=True):
             if trial.is_finished:
                 continue
             number = trial.member.number
@@ -80,7 +79,7 @@ class HalvingPolicy:
                 outcomes[number] = outcome
             elif self.finisher.exceeds_timeout(trial):
                 outcomes[number] = TrialOutcome.TRIAL_TIMEOUT
-            elif self._is_pruned(trial, previous, survivors):
+            elif self._is_pruned(trial, before[number], survivors):
                 outcomes[number] = TrialOutcome.PRUNED
         return outcomes
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
-import logging
 import math
 from typing import Any
 
-import optuna
 from optuna.distributions import FloatDistribution
 from optuna.samplers import BaseSampler
 import torch
@@ -30,8 +28,6 @@ from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import Scores
-
-_logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 STARTS = 4
 STEPS = 50  # of the hyperparameters in a trial's budget, if it has so many rounds
@@ -125,7 +121,7 @@ class HypergradientTrial:
             self.trial.schedule = schedule
 
     def step(self, losses: Mapping[int, float], scale: float, untrained: float) -> int:
-        """Adjust the values, given what a stretch of training has come to.
+        """Adjust the values by the validation losses after a stretch of training.
 
         Args:
             losses:
@@ -242,12 +238,10 @@ class HypergradientPolicy(SynchronousPolicy):
             for trial in trials
         ]
         others = ", ".join(sorted(self.problem.space.keys() - self.distributions)) or "nothing"
-        _logger.log(
-            logging.DEBUG if self.is_logged else logging.INFO,
+        self._log_group(
             f"The gradient moves {', '.join(self.distributions)} of {len(trials)} trials; from "
-            f"{type(self.base).__name__} and unmoved: {others}.",
+            f"{type(self.base).__name__} and unmoved: {others}."
         )
-        self.is_logged = True
         members = [member for start in self.group for member in start.members(self.problem)]
         if (run := self._build_cohort(trials, members)) is None:
             return None
@@ -325,13 +319,12 @@ class HypergradientPolicy(SynchronousPolicy):
         if not self.group:  # they have ended, and those of the next group had hardly begun
             return None
         wanted = {m.number for start in self.group for m in start.members(self.problem)}
-        numbers = [member.number for member in run.cohort.members]
-        run.cohort.select([i for i, number in enumerate(numbers) if number in wanted])
+        run.select(wanted)
         return self._begin_step(run)
 
 
 def gradient_space(problem: Problem) -> dict[str, FloatDistribution]:
-    """What of a problem's space follows the gradient.
+    """Return the part of a problem's space that follows the gradient.
 
     Raises:
         ValueError: If there is nothing.
@@ -355,9 +348,9 @@ def gradient_space(problem: Problem) -> dict[str, FloatDistribution]:
 
 
 def perturbed_value(name: str, distribution: FloatDistribution, value: float) -> float:
-    """A value a little above another one, or below at the upper end of the range.
+    """Return a value a little above another one, or below it at the upper end of the range.
 
-    Where the value is off, the twin's is the smallest that is on.
+    If the value is below the smallest one that has an effect, the result is that one.
 
     Example:
         >>> round(perturbed_value("momentum", FloatDistribution(0.5, 1.0), 0.8), 6)
@@ -374,7 +367,7 @@ def perturbed_value(name: str, distribution: FloatDistribution, value: float) ->
 
 
 def loss_of_best_constant(target: Tensor) -> float:
-    """Loss of the best constant prediction: entropy of labels, variance of numbers.
+    """Return the loss of the best constant prediction: entropy of labels, variance of numbers.
 
     Shape:
         - target: ``(n,)``.
@@ -394,7 +387,7 @@ def loss_of_best_constant(target: Tensor) -> float:
 
 @torch.no_grad()
 def _losses(cohort: Cohort) -> dict[int, float]:
-    """Validation loss of every member, by its number."""
+    """Return the validation loss of every member, by its number."""
     everybody = torch.arange(len(cohort.members))
     loss, _, _ = cohort.task.evaluate(cohort.apply(everybody), cohort.members, True)
     return dict(zip((m.number for m in cohort.members), loss.tolist(), strict=True))

@@ -1,15 +1,13 @@
-"""Population-based training: trials go on from copies of better ones, with other values."""
+"""Population-based training: bad trials continue from copies of good ones, with other values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import replace
-import logging
 import math
 from typing import Any
 
-import optuna
 from optuna.samplers import BaseSampler
 
 from optuna_nnhp.search.population import PARENT
@@ -25,8 +23,6 @@ from optuna_nnhp.study.running import RunningTrial
 from optuna_nnhp.study.running import Schedule
 from optuna_nnhp.training.cohort import Scores
 
-_logger = optuna.logging.get_logger(f"optuna.{__name__}")
-
 SIZE, MIN_SIZE, GENERATIONS = 16, 4, 10
 
 
@@ -34,9 +30,9 @@ class PopulationPolicy(SynchronousPolicy):
     """Train one population after the other.
 
     A population is one cohort. Every generation of every member is a trial; at its end the worst
-    members go on from copies of the best, with values that are moved a little. A copy is an index
-    into the stack. What cannot change while a network trains is inherited, and what is static all
-    members have in common: it comes from the population's leader, which the study's sampler
+    members continue from copies of the best, with values that are moved a little. A copy is an
+    index into the stack. Members inherit the values that cannot change while a network trains.
+    All members have the static values of the population's leader, which the study's sampler
     proposes (the default configuration in a new study).
 
     Args:
@@ -86,7 +82,7 @@ class PopulationPolicy(SynchronousPolicy):
         self.members = len(trials)
         sampler.set_size(self.members)
         for slot, trial in enumerate(trials):
-            trial.trial.set_user_attr(POPULATION, self.name)  # an enqueued one has it not
+            trial.trial.set_user_attr(POPULATION, self.name)  # an enqueued trial lacks it
             trial.trial.set_user_attr(SLOT, slot)
             self._set_origin(trial, trial.member.number, [[0, self._mutable_values(trial), False]])
         run = self._build_cohort(trials, [trial.member for trial in trials])
@@ -95,12 +91,10 @@ class PopulationPolicy(SynchronousPolicy):
         self.last_generation = min(self.last_generation, rounds_of(run.cohort))
         names, moving = self.problem.space.keys(), self.problem.mutable_names()
         inherited = ", ".join(sorted(names - moving)) or "nothing"
-        _logger.log(
-            logging.DEBUG if self.is_logged else logging.INFO,
+        self._log_group(
             f"A population of {len(trials)} trains {self.last_generation} generations; moved are "
-            f"{', '.join(sorted(moving)) or 'none'}; inherited: {inherited}.",
+            f"{', '.join(sorted(moving)) or 'none'}; inherited: {inherited}."
         )
-        self.is_logged = True
         return run
 
     def _size_and_generations(self, leader: RunningTrial) -> tuple[int, int]:
@@ -143,12 +137,8 @@ class PopulationPolicy(SynchronousPolicy):
 
     def decide(self, run: CohortRun, scores: Scores) -> dict[int, TrialOutcome]:
         """End all trials when their generation is over."""
-        cohort = run.cohort
-        evaluated = [run.running[cohort.members[i].number] for i in scores.indices]
-        for i, trial in enumerate(evaluated):
-            trial.add_scores(scores, i)
-        self.finisher.report(run, evaluated)
-        is_over = cohort.rounds_done[0] >= self._end_of_generation(run)
+        self.finisher.report(run, run.add_scores(scores))
+        is_over = run.cohort.rounds_done[0] >= self._end_of_generation(run)
         return self._generation_outcomes(run) if is_over and not self.budget.released else {}
 
     def _generation_outcomes(self, run: CohortRun) -> dict[int, TrialOutcome]:
@@ -167,13 +157,13 @@ class PopulationPolicy(SynchronousPolicy):
             self.save()
 
     def _start_generation(self, run: CohortRun, begun: Sequence[RunningTrial] = ()) -> bool:
-        """Ask for the members' next trials and let them go on; return whether there are any.
+        """Ask for the members' next trials and continue with them; return whether there are any.
 
         Args:
             run:
                 The population, whose trials have ended.
             begun:
-                Those that had started already when their worker died.
+                Trials of the next generation that had started when their worker died.
         """
         if self.generation == self.last_generation or (not begun and not self.has_more_trials()):
             return False
@@ -203,7 +193,7 @@ class PopulationPolicy(SynchronousPolicy):
         count = missing if left is None else min(missing, left)
         numbers, trials = {member.number for member in run.cohort.members}, list[RunningTrial]()
         for trial in [*begun, *self._ask_trials(count)]:
-            if trial.is_enqueued:  # by somebody who wants these values from the beginning
+            if trial.is_enqueued:  # its values hold from its first step
                 self.deferred.append(trial)
             elif trial.trial.user_attrs.get(PARENT) in numbers:
                 trials.append(trial)
@@ -235,8 +225,7 @@ class PopulationPolicy(SynchronousPolicy):
 
     def _resume(self, run: CohortRun, others: Sequence[RunningTrial]) -> CohortRun | None:
         if run.running:
-            numbers = [member.number for member in run.cohort.members]
-            run.cohort.select([i for i, number in enumerate(numbers) if number in run.running])
+            run.select(run.running)
             self._end_untrained(others, TrialOutcome.KILLED)
             if run.cohort.rounds_done[0] < self._end_of_generation(run):
                 return run

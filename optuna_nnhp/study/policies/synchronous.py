@@ -8,6 +8,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import logging
 import math
 from typing import Any
 from typing import ClassVar
@@ -32,7 +33,7 @@ from optuna_nnhp.training.device import is_out_of_memory
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-TIME_SHARE = 0.8  # of the seconds that are left: what a group may be expected to take
+TIME_SHARE = 0.8  # a group may be expected to take this share of the seconds that are left
 
 
 class SynchronousPolicy(ABC):
@@ -63,7 +64,7 @@ class SynchronousPolicy(ABC):
         self.deferred: list[RunningTrial] = []
         self.claimed: dict[str, Sequence[FrozenTrial]] = {}
         self.max_members = UNLIMITED  # of a group, once memory had no room for more
-        self.is_logged = False
+        self.is_logged = False  # whether a group has started
 
     # --- What each method does ---
 
@@ -123,7 +124,7 @@ class SynchronousPolicy(ABC):
                 self._add_group(self._start_group(leader))
 
     def _add_group(self, run: CohortRun | None) -> None:
-        """Let a group train: alone, for a checkpoint has the state of one group."""
+        """Start to train a group, and write a checkpoint."""
         if run is not None:
             self.queue.add(run)
             self.save()
@@ -200,7 +201,7 @@ class SynchronousPolicy(ABC):
         return self._resume(run, [r for r in begun if r.member.number not in own])
 
     def _ask_leader(self) -> RunningTrial | None:
-        """Ask for a trial that is free in everything; None if it cannot lead a group.
+        """Ask for a leader; return None if it cannot lead a group.
 
         Raises:
             ValueError: If no network so far can be trained in a group.
@@ -223,7 +224,7 @@ class SynchronousPolicy(ABC):
     ) -> list[RunningTrial]:
         """Ask for trials; wait while the storage is unavailable, and ask for the rest.
 
-        A group goes on with all its members, or it is another one.
+        A group must have all its members to continue.
         """
         trials = list[RunningTrial]()
         while True:
@@ -259,6 +260,11 @@ class SynchronousPolicy(ABC):
             self._fail_group(trials, error, len(members))
             return None
         return CohortRun(cohort, trials[0].signature, trials[0].member, running, len(members))
+
+    def _log_group(self, text: str) -> None:
+        """Log what a group does: as information for the first group, else for debugging."""
+        _logger.log(logging.DEBUG if self.is_logged else logging.INFO, text)
+        self.is_logged = True
 
     def _max_group_size(self, leader: RunningTrial, most: int) -> int:
         """Return how many members a group may have by memory and time."""
