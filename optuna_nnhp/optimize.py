@@ -33,7 +33,7 @@ from optuna_nnhp.storages.open_storage import open_storage
 from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.checkpoints import CHECKPOINT_INTERVAL
-from optuna_nnhp.study.method_config import enqueue_source_best
+from optuna_nnhp.study.method_config import enqueue_best_of_source_study
 from optuna_nnhp.study.method_config import parse_method
 from optuna_nnhp.study.open_study import MODELS
 from optuna_nnhp.study.open_study import open_study
@@ -328,7 +328,7 @@ def _open_study_and_weights(problem: Template, config: WorkerConfig) -> tuple[St
         is_named = isinstance(storage, str | Path)
         location = hide_passwords(str(storage), storage) if is_named else "the given storage"
         _logger.info(f"Storing the study {study.study_name!r} in {location}.")
-    enqueue_source_best(study, config.problem_spec.space, problem)
+    enqueue_best_of_source_study(study, config.problem_spec.space, problem)
     # The seed of the method's sampler depends on the trials that the study has already.
     study = optuna.load_study(
         study_name=study.study_name,

@@ -47,7 +47,7 @@ MIN_FLOPS_FOR_THREADS = 1e8
 
 # Two threads with another process on one of two cores: a step of 16 networks of 2 x 256 units took
 # 1.5 s instead of 9 ms. Then one thread is better for a while, though it rounds otherwise.
-STALL_FACTOR = 3.0  # times what one thread takes
+STALL_FACTOR = 3.0  # a step stalls if it takes this many times as long as on one thread
 STALL_SECONDS = 60.0  # seconds
 
 

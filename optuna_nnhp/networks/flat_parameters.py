@@ -71,7 +71,7 @@ class FlatParameters:
             elif parameter.grad is not None:
                 view.copy_(parameter.grad)
                 parameter.grad = None
-            else:  # the loss does not depend on it
+            else:  # the loss does not depend on this parameter
                 view.zero_()
         self.steps += 1
 

@@ -123,7 +123,7 @@ class _Describer:
 
     def __init__(self, network: nn.Module) -> None:
         self._names = {id(m): name for name, m in network.named_modules()}
-        self._ancestors: list[int] = []  # what is being described, against circles
+        self._ancestors: list[int] = []  # ids of the objects being described, to detect cycles
 
     def __call__(self, value: Any) -> Any:
         """Describe a value as nested tuples of texts."""
@@ -194,7 +194,7 @@ class _Describer:
         except ValueError as error:
             if isinstance(error, CannotStack):
                 raise
-            return "empty"  # as a recursive function's before its own definition ends
+            return "empty"  # a recursive function's cell is empty until its definition ends
 
     def _describe_code(self, code: CodeType) -> Any:
         constants = [

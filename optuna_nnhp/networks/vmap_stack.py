@@ -226,7 +226,9 @@ class SingleNetworkStack(ModuleStack):
             here = getattr(self, key)
             tensors[name].data = here.detach()[0]
             if here.requires_grad and torch.is_grad_enabled():
-                here.grad = torch.zeros_like(here)  # for what this step does not use
+                here.grad = torch.zeros_like(
+                    here
+                )  # weights that this step does not use have no gradient
         seed = int(float(noise(1, 1)) * NUM_SEEDS) if noise is not None else 0
         with rng.global_rng_from(Generator().manual_seed(seed)):
             outputs = network(x[0] if x.dim() > self.dims else x)

@@ -70,7 +70,7 @@ class VectorizedParzenEstimator(ParzenEstimator):
         for name, weights in self._choice_weights.items():
             uniform = rng.rand(size)
             shares = weights[kernel].cumsum(axis=1)
-            shares[:, -1] = 1.0  # not 1 - 1e-16
+            shares[:, -1] = 1.0  # without rounding error
             drawn[name] = (shares < uniform[:, None]).sum(axis=1).astype(float)
         if self._numerical:
             uniform = rng.uniform(size=(len(self._numerical), size)).T

@@ -22,7 +22,7 @@ Answer = TypeVar("Answer")
 FIRST_PAUSE, MAX_PAUSE = 1.0, 30.0  # seconds between attempts
 # Errors that only a storage that answers raises.
 ANSWERS = (KeyError, UpdateFinishedTrialError, DuplicatedStudyError)
-MAX_REASON_LENGTH = 300  # letters
+MAX_REASON_LENGTH = 300  # characters
 # SQLAlchemy's errors of a query, not of the database.
 QUERY_ERRORS = ("IntegrityError", "DataError", "ProgrammingError", "NotSupportedError")
 CONFLICTS = ("40001", "40P01")  # PostgreSQL: one of two conflicting transactions was cancelled

@@ -80,7 +80,7 @@ def lock_worker(worker: str) -> bool:
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX)  # others look at it for a moment only
+            fcntl.lockf(file, fcntl.LOCK_EX)  # other processes lock it only for a moment
         except OSError:
             os.close(file)
             path.unlink()
@@ -204,7 +204,7 @@ class Lease:
     _renewals: int = 0
     _seen: dict[str, tuple[Any, float]] = field(default_factory=dict)  # of others, and since when
     _known: Leases = field(default_factory=dict)
-    _renewing: set[str] = field(default_factory=set)  # others that were seen to renew theirs
+    _renewing: set[str] = field(default_factory=set)  # other workers whose renewals were seen
     _read_at: float = -math.inf  # when `_known` was read
     _answered_at: float = -math.inf  # when the storage has answered last, to any call
     _available_since: float = -math.inf  # renewals cannot be missed before that
@@ -219,7 +219,7 @@ class Lease:
     def __enter__(self) -> Lease:
         self._machine_id = machine_id() if lock_worker(self.worker) else ""
         self._stop.clear()
-        self._is_written = False  # not again, if this is another `with`
+        self._is_written = False  # each `with` writes the lease anew
         self._renew()
         name = "optuna_nnhp-lease"
         self._thread = threading.Thread(target=self._keep_renewing, name=name, daemon=True)
@@ -252,7 +252,7 @@ class Lease:
         lease = leases.get(worker)
         if self.is_dead(worker, leases) or is_worker_alive(worker) or self._is_local(lease):
             return False
-        if worker not in self._seen:  # it ended between two looks
+        if worker not in self._seen:  # its lease was removed between two reads
             return False
         since = self._seen[worker][1]
         is_late = self._read_at - since > 2 * self.renewal_interval

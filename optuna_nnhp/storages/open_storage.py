@@ -137,7 +137,7 @@ def safe_join(folder: Path, name: object) -> Path:
 
 GRPC_SCHEME = "grpc://"
 NEEDED = ("grpc", "google.protobuf")
-PORT = 13000  # Optuna's
+PORT = 13000  # the default of Optuna's gRPC proxy
 WAIT = 20.0  # seconds for the server to answer
 
 
@@ -176,7 +176,7 @@ def open_grpc_proxy(url: str, wait: float = WAIT) -> BaseStorage:
             name=error.name,
         ) from error
     with warnings.catch_warnings():
-        # A user cannot do anything about it.
+        # The warning needs no action from the user.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         proxy = optuna.storages.GrpcStorageProxy(host=parts.hostname, port=parts.port or PORT)
     try:

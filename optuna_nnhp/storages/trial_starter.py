@@ -229,7 +229,7 @@ class TrialStarter:
             return
         outcomes, _ = buffer.write_once(ops)
         for study_id in {op.study_id for op in ops}:
-            buffer.sync_once(buffer.studies[study_id])  # before they are changed only here
+            buffer.sync_once(buffer.studies[study_id])  # the last owner's values
         for outcome in outcomes:
             if isinstance(outcome, Applied):
                 buffer.own.add(outcome.trial_id)

@@ -260,7 +260,7 @@ class WriteBuffer:
             self.sync(cache)
             self.studies[study_id] = cache
         elif not self.own or time.monotonic() - cache.synced_at > self.sync_every:
-            with suppress(StorageUnavailable):  # then it is as it was
+            with suppress(StorageUnavailable):  # the cache stays as it is
                 self.sync(cache)
         return cache
 
@@ -380,7 +380,7 @@ def adapter_for(storage: BaseStorage) -> StorageAdapter:
     if file is not None and isinstance(storage, JournalStorage):
         return JournalAdapter(storage, file)
     if isinstance(storage, RDBStorage):
-        # Not above: SQLAlchemy takes 0.3 s, and a journal does without.
+        # Imported here: SQLAlchemy takes 0.3 s, and a journal does not need it.
         from optuna_nnhp.storages import rdb_adapter
 
         if storage.engine.name in rdb_adapter.DIALECTS:

@@ -144,7 +144,7 @@ class Admission:
 
     def _asks_ahead(self, run: CohortRun) -> bool:
         """Whether followers are asked for while cohorts train: not where both need Python."""
-        if self.cohort_size is not None:  # somebody wants to know who trains with whom
+        if self.cohort_size is not None:  # the user has fixed the cohort size
             return False
         return run.cohort.compiled_mlp is not None and run.cohort.can_append
 
@@ -210,7 +210,7 @@ class Admission:
             if opener.best is not None and opener.is_better(opener.best, best.best):
                 best, run = opener, other
         self.portfolio_runs, run.slots = [], self._count_slots(run.leader, run.signature)
-        run.quota = -1  # its leader is the first of them
+        run.quota = -1  # the leader itself uses one place of the quota
         self._begin_turn(run, TIME_SLICE_SHARE)
         return run
 
@@ -218,8 +218,8 @@ class Admission:
         """Begin a cohort's turn, of at least this share of the timeout."""
         if self.problem.sequential and run.slots == 1:
             run.quota = 0
-            return  # whom nobody joins, nobody must follow
-        run.quota += max(run.slots, self._limit_generation(QUOTA_PER_SLOT * run.slots))
+            return  # no follower can join, so it needs no quota
+        run.quota += max(run.slots, self._limit_by_generations(QUOTA_PER_SLOT * run.slots))
         if self.budget.timeout is not None:
             turn = max(least * self.budget.timeout, TIME_SLICE_OF_ELAPSED * self.budget.seconds)
             run.deadline = time.monotonic() + min(turn, TIME_SLICE_SHARE * self.budget.timeout)
@@ -325,7 +325,7 @@ class Admission:
             self.problem.sequential and self.queue.n_training_trials
         ):
             return
-        planned = 1 if self.problem.sequential else self._limit_generation(MAX_PLANNED)
+        planned = 1 if self.problem.sequential else self._limit_by_generations(MAX_PLANNED)
         most, left = self.cohort_size or planned, self.source.n_trials_left()
         count = (
             most - self.queue.n_training_trials
@@ -435,7 +435,7 @@ class Admission:
         if self.cohort_size is not None:
             return self.cohort_size
         pace = self._measure_throughput(leader)
-        most = self._limit_generation(pace.size)
+        most = self._limit_by_generations(pace.size)
         if self.budget.timeout is None:
             return most
         rounds = self.problem.rounds_per_epoch * int(leader.params.get("epochs") or 1)
@@ -445,7 +445,7 @@ class Admission:
     def _measure_throughput(self, leader: Member) -> Throughput:
         return measure_throughput(self.problem, leader, self.problem.cohort_size(leader))
 
-    def _limit_generation(self, most: int) -> int:
+    def _limit_by_generations(self, most: int) -> int:
         """Limit a number of trials so that the sampler learns from results in between."""
         trials = self.budget.n_trials
         return most if trials is None else min(most, math.ceil(trials / GENERATIONS))

@@ -35,7 +35,7 @@ from optuna_nnhp.study.autotune import measure_throughput
 from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.outcomes import CAUSE
 from optuna_nnhp.study.outcomes import TrialOutcome
-from optuna_nnhp.study.outcomes import counts
+from optuna_nnhp.study.outcomes import counts_towards_n_trials
 from optuna_nnhp.study.outcomes import retries_grid_point
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
@@ -230,14 +230,16 @@ class GridQueue:
         failed = {
             point_key(grid_point_of(t))
             for t in trials
-            if retries_grid_point(t) and counts(t, on_grid=True)
+            if retries_grid_point(t) and counts_towards_n_trials(t, on_grid=True)
         }
         missing.sort(key=lambda point: point_key(point) in failed)
         fresh = [point for point in missing if point_key(point) not in failed]
         waiting = [
             grid_point_of(t) for t in reversed(owners.values()) if t.state == TrialState.WAITING
         ]
-        ended = sum(t.state.is_finished() and counts(t, on_grid=True) for t in trials)
+        ended = sum(
+            t.state.is_finished() and counts_towards_n_trials(t, on_grid=True) for t in trials
+        )
         running = sum(t.state == TrialState.RUNNING for t in owners.values())
         left = budget.n_trials_left(ended + running)
         _logger.info(f"The grid has {plan.text}{f'; begun before: {begun:,}' if trials else ''}.")

@@ -205,7 +205,7 @@ def _checked_option(name: str, value: Any) -> Any:
     return int(value)
 
 
-def enqueue_source_best(
+def enqueue_best_of_source_study(
     study: Study, space: Mapping[str, BaseDistribution] | None, problem: Problem
 ) -> None:
     """Enqueue the source study's best configuration, if a study is new and its space is zoomed."""

@@ -142,13 +142,16 @@ def outcome_of(trial: FrozenTrial) -> TrialOutcome | None:
     return TrialOutcome.from_cause(trial.user_attrs.get(CAUSE))
 
 
-def counts(trial: FrozenTrial, *, on_grid: bool = False) -> bool:
+def counts_towards_n_trials(trial: FrozenTrial, *, on_grid: bool = False) -> bool:
     """Return whether a trial that has ended counts towards ``n_trials``.
 
     Example:
         >>> from optuna.trial import create_trial
         >>> failed = create_trial(state=TrialState.FAIL, user_attrs={"cause": "timeout"})
-        >>> counts(failed), counts(create_trial(state=TrialState.FAIL))
+        >>> (
+        ...     counts_towards_n_trials(failed),
+        ...     counts_towards_n_trials(create_trial(state=TrialState.FAIL)),
+        ... )
         (False, True)
     """
     outcome = outcome_of(trial)

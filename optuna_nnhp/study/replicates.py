@@ -139,7 +139,9 @@ class ReplicateTrainer:
             for trial in trials:
                 if SCHEDULE in trial.user_attrs and not out_of_time():
                     _store_values(study, seed, _train_along_schedule(problem, trial, out_of_time))
-        except Exception as error:  # no room, or a user's network: the study is complete
+        except (
+            Exception
+        ) as error:  # out of memory, or an error of a user's network; the study itself is complete
             _logger.warning(f"Not all replicates could be trained: {error_line(error)}")
         return not out_of_time()
 
@@ -154,7 +156,9 @@ class ReplicateTrainer:
                 and self._estimate_seconds(trials) > self.budget.seconds_left
             ):
                 trials.pop()
-        except Exception as error:  # no room, or a user's network: the study is complete
+        except (
+            Exception
+        ) as error:  # out of memory, or an error of a user's network; the study itself is complete
             _logger.warning(f"The replicates' time could not be measured: {error_line(error)}")
             return trials[:MIN_CONFIGURATIONS]
         return trials

@@ -33,7 +33,9 @@ from optuna_nnhp.training.cohort import NumericsContext
 from optuna_nnhp.training.cohort import Scores
 from optuna_nnhp.training.retrain import Segment
 
-TRIAL_TIMEOUT = "trial_timeout"  # attribute of a trial that took longer than each may: seconds
+TRIAL_TIMEOUT = (
+    "trial_timeout"  # attribute of a trial that its timeout ended: the timeout in seconds
+)
 # Attributes of a trial whose values change while it trains: the values from which round on, and
 # whether the network began anew then; and the trial whose first weights it descends from.
 SCHEDULE, ROOT = "schedule", "root"
@@ -247,7 +249,9 @@ def params_for_retraining(trial: FrozenTrial) -> dict[str, Any]:
         {'iterations': 90}
     """
     params = dict(trial.params)
-    if steps := trial.user_attrs.get("budget_iterations"):  # of seconds of another machine
+    if steps := trial.user_attrs.get(
+        "budget_iterations"
+    ):  # a budget in seconds that was converted on another machine
         params["iterations"] = steps
     return params
 
@@ -410,7 +414,7 @@ class FairQueue:
                 How much it computed. It is charged for this and not for seconds, so that the
                 same seed gives the same study.
         """
-        # A trial's claim grows with the rounds that it has survived, so that every rung of
+        # A trial's share of time grows with the rounds that it has survived, so that every rung of
         # successive halving has about the same time, and good trials come to their end.
         run.virtual_time += work / sum(1 + done for done in run.cohort.rounds_done)
         run.rounds += 1

@@ -135,7 +135,9 @@ class TrialFinisher:
         """Set the value of a trial to that of its best weights, evaluated alone."""
         try:
             running.exact_value = cohort.evaluate_best(place)
-        except Exception as error:  # no room for one more network, or a user's function
+        except (
+            Exception
+        ) as error:  # out of memory for one more network, or an error of a user's function
             _logger.warning(
                 f"Trial {running.member.number} could not be evaluated alone and keeps its value "
                 f"from its cohort: {error}"

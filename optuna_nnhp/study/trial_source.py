@@ -33,7 +33,7 @@ from optuna_nnhp.study.failures import record_error
 from optuna_nnhp.study.grid import FIXED_PARAMS
 from optuna_nnhp.study.grid import GridQueue
 from optuna_nnhp.study.grid import to_grid_points_sampler
-from optuna_nnhp.study.outcomes import counts
+from optuna_nnhp.study.outcomes import counts_towards_n_trials
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.study.running import RunningTrial
@@ -120,7 +120,8 @@ class TrialSource:
         self.storage.refresh()
         trials = self.study.get_trials(deepcopy=False)
         self.finished = sum(
-            t.state.is_finished() and counts(t, on_grid=self.is_grid) for t in trials
+            t.state.is_finished() and counts_towards_n_trials(t, on_grid=self.is_grid)
+            for t in trials
         )
         running = sum(t.state == TrialState.RUNNING for t in trials)
         released = sum(is_released(t) for t in trials)
@@ -216,7 +217,7 @@ class TrialSource:
             member = self.problem.member(trial.number, suggest(trial, self.problem.space))
             signature = self.problem.signature(member)
         except TrialError as error:
-            self._refuse(trial, error)
+            self._fail_invalid_trial(trial, error)
             return []
         except BaseException as error:
             record_error(trial, error)
@@ -229,7 +230,7 @@ class TrialSource:
         running.is_enqueued = is_enqueued
         return [running]
 
-    def _refuse(self, trial: Trial, error: TrialError) -> None:
+    def _fail_invalid_trial(self, trial: Trial, error: TrialError) -> None:
         """End a trial that cannot be trained as it is proposed.
 
         Raises:

@@ -54,10 +54,11 @@ from optuna_nnhp.training.weight_files import BestWeights
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
-MAX_STORAGE_WAIT = (
-    300.0  # seconds without a storage, after which what it has not got is kept in a file
+# Seconds to wait for an unavailable storage before unwritten operations go to the outbox.
+MAX_STORAGE_WAIT = 300.0
+POLL_INTERVAL = (
+    0.5  # seconds between two checks of other workers' trials while nothing trains here
 )
-POLL_INTERVAL = 0.5  # seconds between two looks at others, when there is nothing else to do
 
 
 class Tuner:
@@ -175,7 +176,9 @@ class Tuner:
                 if not self.budget.released:
                     self.checkpoints.clear()
                     self.recovery.remove_old_checkpoints()
-            except StorageUnavailable:  # what is unwritten is kept, and goes on another time
+            except (
+                StorageUnavailable
+            ):  # unwritten operations are in the outbox; a later call continues
                 raise
             except BaseException:
                 if self.checkpoints.is_enabled:

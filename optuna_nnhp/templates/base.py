@@ -183,7 +183,7 @@ class Template(Problem):
         return str(source) if isinstance(source, str | Path) else {NOT_SAVED: _describe(source)}
 
     @classmethod
-    def user_fixed(
+    def fixed_by_user(
         cls, fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution]
     ) -> dict[str, Value]:
         """Return a study's fixed values without those that have no effect.
@@ -191,7 +191,7 @@ class Template(Problem):
         Users may not give those, so the template can be made again from the rest.
 
         Example:
-            >>> Template.user_fixed({"epochs": 50, "iterations": 300}, {})
+            >>> Template.fixed_by_user({"epochs": 50, "iterations": 300}, {})
             {'iterations': 300}
         """
         without = {"epochs"} if fixed.get("iterations") or "iterations" in space else set[str]()

@@ -150,7 +150,7 @@ class DNNTemplate(SupervisedTemplate):
         portfolio = list[dict[str, Value]]()
         defaults = self.defaults()
         if not (self.space.keys() <= defaults.keys()):
-            return []  # there is no default for them to be cheaper than
+            return []  # some parameter has no default, so their cost cannot be compared
         max_weights = MAX_PORTFOLIO_WEIGHTS_RATIO * self.count_weights(self.member(0, defaults))
         for (width, dropout), rate in product(SHALLOW_WIDTHS.items(), SHALLOW_LEARNING_RATES):
             wanted = {**SHALLOW_PARAMS, "width": width, "dropout": dropout, "learning_rate": rate}

@@ -441,11 +441,11 @@ class GPTTemplate(Template):
         return {NOT_SAVED: f"text of {len(source):,} characters"} if paths is None else paths
 
     @classmethod
-    def user_fixed(
+    def fixed_by_user(
         cls, fixed: Mapping[str, Value], space: Mapping[str, BaseDistribution]
     ) -> dict[str, Value]:
         """Return the fixed values without epochs and vocabulary where these have no effect."""
-        values = super().user_fixed(fixed, space)
+        values = super().fixed_by_user(fixed, space)
         tokens: Any = space.get("tokens")
         kinds = (fixed.get("tokens"),) if tokens is None else tokens.choices
         return values if "bpe" in kinds else {n: v for n, v in values.items() if n != "vocabulary"}

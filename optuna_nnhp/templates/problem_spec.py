@@ -229,7 +229,9 @@ class ProblemSpec:
             raise ValueError(_network_error(saved))
         space = {name: json_to_distribution(d) for name, d in attributes["space"].items()}
         options = {name: saved[name] for name in SAVED_ARGUMENTS}
-        if "task" in template.option_defaults():  # as inferred then
+        if (
+            "task" in template.option_defaults()
+        ):  # the task that was inferred when the study started
             options["task"] = attributes["task"]
         if target is not None:
             options["target"] = target
@@ -244,7 +246,7 @@ class ProblemSpec:
             validation=_given_or_saved("validation", validation, saved["validation"]),
             metric=_given_or_saved("metric", metric, saved["metric"]),
             space=space,
-            fixed=template.user_fixed(attributes["fixed"], space),
+            fixed=template.fixed_by_user(attributes["fixed"], space),
             seed=attributes["seed"],
             device=device,
             compile=compile,

@@ -61,7 +61,7 @@ def retrain(
     planned = sorted({*(evaluation_rounds or ()), *by_begin, best, rounds})
     context_now = SINGLE
     while (done := cohort.rounds_done[0]) < rounds:
-        segment, context = by_begin.get(done), _context_of_round(numerics_context, done)
+        segment, context = by_begin.get(done), _numerics_context_of_round(numerics_context, done)
         if segment is not None and (done or segment.from_scratch):
             cohort.select([0])
             context_now = SINGLE
@@ -81,7 +81,7 @@ def retrain(
     return result
 
 
-def _context_of_round(numerics_context: NumericsContext, done: int) -> int:
+def _numerics_context_of_round(numerics_context: NumericsContext, done: int) -> int:
     """Return the numerics context of the round that follows ``done`` finished rounds."""
     return next((kind for begin, kind in reversed(numerics_context) if begin <= done), SINGLE)
 

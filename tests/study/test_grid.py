@@ -34,7 +34,7 @@ from optuna_nnhp.study.budget import Budget
 from optuna_nnhp.study.grid import GridQueue
 from optuna_nnhp.study.grid import check_grid
 from optuna_nnhp.study.grid import make_grid
-from optuna_nnhp.study.outcomes import counts
+from optuna_nnhp.study.outcomes import counts_towards_n_trials
 from optuna_nnhp.study.outcomes import retries_grid_point
 from optuna_nnhp.study.problem import TrialError
 from optuna_nnhp.templates import CustomNetworkTemplate
@@ -224,7 +224,7 @@ def test_interrupted_points_are_trained_again() -> None:
 
     storage = optuna.storages.InMemoryStorage()
     first = run(storage, pruner=Pressed(), cohort_size=4)
-    cut = [trial for trial in trials(first) if not counts(trial, on_grid=True)]
+    cut = [trial for trial in trials(first) if not counts_towards_n_trials(trial, on_grid=True)]
     assert {trial.state for trial in cut} == {TrialState.PRUNED}
     result = run(storage)
     assert Counter(map(len, finished_by_point(result).values())) == {1: N_POINTS}

@@ -8,7 +8,7 @@ from optuna.trial import create_trial
 import pytest
 
 from optuna_nnhp.study.outcomes import TrialOutcome
-from optuna_nnhp.study.outcomes import counts
+from optuna_nnhp.study.outcomes import counts_towards_n_trials
 from optuna_nnhp.study.outcomes import outcome_of
 from optuna_nnhp.study.outcomes import outcome_table
 from optuna_nnhp.study.outcomes import retries_grid_point
@@ -42,20 +42,22 @@ def test_an_interrupted_trial_is_complete_only_if_it_is_the_best(cause: str) -> 
 
 @pytest.mark.parametrize("cause", ["timeout", "interrupted", "killed", "duplicate"])
 def test_failed_trials_do_not_count_if_they_did_not_cause_the_failure(cause: str) -> None:
-    assert not counts(trial(FAIL, cause))
+    assert not counts_towards_n_trials(trial(FAIL, cause))
 
 
 @pytest.mark.parametrize("cause", ["trial timeout", "error", "out of memory", None])
 def test_all_other_failed_trials_count(cause: str | None) -> None:
-    assert counts(trial(FAIL, cause))
+    assert counts_towards_n_trials(trial(FAIL, cause))
 
 
 @pytest.mark.parametrize("cause", ENDS_EARLY)
 def test_interrupted_trials_with_a_value_count_except_on_a_grid(
     cause: str,
 ) -> None:
-    assert counts(trial(PRUNED, cause)) and not counts(trial(PRUNED, cause), on_grid=True)
-    assert counts(trial(COMPLETE, cause), on_grid=True)
+    assert counts_towards_n_trials(trial(PRUNED, cause)) and not counts_towards_n_trials(
+        trial(PRUNED, cause), on_grid=True
+    )
+    assert counts_towards_n_trials(trial(COMPLETE, cause), on_grid=True)
 
 
 def test_a_grid_point_is_tried_again_unless_it_has_a_result() -> None:
@@ -70,7 +72,7 @@ def test_a_grid_point_is_tried_again_unless_it_has_a_result() -> None:
 def test_trials_of_other_programs_have_no_outcome() -> None:
     assert outcome_of(trial(COMPLETE, None)) is None
     assert outcome_of(trial(COMPLETE, "full moon")) is None
-    assert counts(trial(FAIL, None)) and retries_grid_point(trial(FAIL, None))
+    assert counts_towards_n_trials(trial(FAIL, None)) and retries_grid_point(trial(FAIL, None))
 
 
 def test_the_table_has_a_row_for_each_outcome() -> None:
