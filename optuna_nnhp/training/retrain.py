@@ -17,6 +17,7 @@ from optuna_nnhp.training.cohort import SINGLE
 from optuna_nnhp.training.cohort import Cohort
 from optuna_nnhp.training.cohort import Member
 from optuna_nnhp.training.cohort import NumericsContext
+from optuna_nnhp.training.cohort import run_to_end
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def _train_to_next_evaluation(
     if len(cohort.members) > 1:  # evaluate the copy at the same time
         ahead = cohort.rounds_done[1] - cohort.rounds_done[0]
         cohort.next_evaluations[1] = cohort.next_evaluations[0] + ahead
-    scores = cohort.train_round(lambda: cohort.rounds_done[0] >= stop or out_of_time())
+    evaluations = run_to_end([cohort], lambda: cohort.rounds_done[0] >= stop or out_of_time())
+    _, scores = next(evaluations, (cohort, None))
     if scores is not None and 0 in scores.indices:
         result.values[cohort.rounds_done[0]] = scores.value[scores.indices.index(0)]
     return scores is not None or cohort.rounds_done[0] >= stop
