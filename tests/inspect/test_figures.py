@@ -30,7 +30,7 @@ Direction = Literal["maximize", "minimize"]
 RATE: dict[str, BaseDistribution] = {"learning_rate": FloatDistribution(1e-6, 10.0, log=True)}
 
 
-def study_of(values: dict[float, float], direction: Direction = "minimize") -> optuna.Study:
+def make_rate_study(values: dict[float, float], direction: Direction = "minimize") -> optuna.Study:
     """Make a study with one complete trial per learning rate, from a mapping to values."""
     study = optuna.create_study(direction=direction)
     for rate, value in values.items():
@@ -39,7 +39,7 @@ def study_of(values: dict[float, float], direction: Direction = "minimize") -> o
     return study
 
 
-def named(figure: go.Figure, name: str) -> list[Any]:
+def traces_named(figure: go.Figure, name: str) -> list[Any]:
     return [trace for trace in figure.data if trace.name == name]
 
 
@@ -52,8 +52,8 @@ def test_curves_show_the_best_trials_and_their_best_epochs(direction: Direction)
     names = [trace.name for trace in figure.data if trace.name.startswith("trial")]
     # The best trial is plotted last.
     assert [int(name.split()[1][:-1]) for name in names] == [t.number for t in complete[2::-1]]
-    assert len(named(figure, "pruned")) == 4
-    (stars,) = named(figure, "best epoch")
+    assert len(traces_named(figure, "pruned")) == 4
+    (stars,) = traces_named(figure, "best epoch")
     assert list(stars.x) == [t.user_attrs["best_epoch"] for t in complete[:3]]
     assert np.allclose(stars.y, [t.user_attrs["best_value"] for t in complete[:3]], rtol=1e-4)
     (best,) = [trace for trace in figure.data if trace.name == names[-1]]
@@ -70,7 +70,10 @@ def test_curves_show_the_pruned_trials_with_the_best_values(direction: Direction
     sign = 1.0 if direction == "maximize" else -1.0
     pruned = [t for t in study.trials if t.state == TrialState.PRUNED]
     pruned.sort(key=lambda t: -sign * t.user_attrs["best_value"])
-    shown = [trace.text.split("<br>")[0] for trace in named(plot_learning_curves(study), "pruned")]
+    shown = [
+        trace.text.split("<br>")[0]
+        for trace in traces_named(plot_learning_curves(study), "pruned")
+    ]
     assert shown == [f"<b>trial {t.number}</b>, pruned" for t in pruned[19::-1]]
 
 
@@ -118,7 +121,7 @@ def test_learning_rate_figure_shows_every_trial() -> None:
     expected = {(t.state.name.lower(), float(f"{t.params['learning_rate']:.5g}")) for t in trials}
     assert plotted == expected
     assert {t.name for t in figure.data} == {t.params["optimizer"] for t in trials} | {"diverged"}
-    assert len(named(figure, "diverged")[0].x) == 3
+    assert len(traces_named(figure, "diverged")[0].x) == 3
     assert figure.layout.xaxis.type == "log"
     shown = [trace.legendgroup for trace in figure.data if trace.legendgroup and trace.showlegend]
     assert sorted(shown) == sorted({t.params["optimizer"] for t in trials})
@@ -144,7 +147,7 @@ def test_learning_rate_figure_shows_the_best_value_of_pruned_trials() -> None:
 @pytest.mark.parametrize(("direction", "sign"), [("minimize", 1.0), ("maximize", -1.0)])
 def test_outliers_do_not_stretch_the_y_axis(direction: Direction, sign: float) -> None:
     values = {0.01 * k: sign * (1.0 + 0.1 * k) for k in range(1, 10)} | {1.0: sign * 1e6}
-    figure = plot_learning_rate(study_of(values, direction))
+    figure = plot_learning_rate(make_rate_study(values, direction))
     low, high = figure.layout.yaxis.range
     assert high - low < 10.0
     (trace,) = figure.data
@@ -170,7 +173,7 @@ def test_robust_range_excludes_outliers_only(
 
 
 def test_thinned_trials_include_the_best() -> None:
-    study = study_of({1e-5 * k: float(k) for k in range(1, 301)})
+    study = make_rate_study({1e-5 * k: float(k) for k in range(1, 301)})
     (trace,) = plot_learning_rate(study, max_trials=20, details=False).data
     assert len(trace.x) == 20 and min(trace.y) == 1.0
 
@@ -233,16 +236,16 @@ def test_figures_do_not_change_the_study() -> None:
     assert ([repr(trial) for trial in study.trials], study.user_attrs) == before
 
 
-EVIL = "<script>alert('x')</script>"
+MARKUP = "<script>alert('x')</script>"
 
 
-def evil_study(complete: int = 20) -> optuna.Study:
+def study_with_markup(complete: int = 20) -> optuna.Study:
     space: dict[str, BaseDistribution] = {
-        EVIL: CategoricalDistribution([EVIL, "<b>bold</b>", "a & b"]),
+        MARKUP: CategoricalDistribution([MARKUP, "<b>bold</b>", "a & b"]),
         "optimizer": CategoricalDistribution(["<i>adam</i>", "sgd"]),
         **RATE,
     }
-    study = make_study(complete, 5, name=EVIL, space=space)
+    study = make_study(complete, 5, name=MARKUP, space=space)
     study.set_user_attr("metric", "<u>accuracy</u>")
     return study
 
@@ -258,7 +261,7 @@ def texts(value: object) -> list[str]:
 
 def test_markup_in_names_is_escaped_in_every_figure() -> None:
     seen = set()
-    for name, figure in figures(evil_study()).items():
+    for name, figure in figures(study_with_markup()).items():
         for text in texts(json.loads(figure.to_json())):
             for tag in ("<script", "<b>bold", "<i>adam", "<u>"):
                 assert tag not in text, (name, text)
@@ -267,7 +270,7 @@ def test_markup_in_names_is_escaped_in_every_figure() -> None:
 
 
 def test_saved_pages_are_escaped_and_work_offline(tmp_path: Path) -> None:
-    paths = save_html(evil_study(), tmp_path / "new" / "folder")
+    paths = save_html(study_with_markup(), tmp_path / "new" / "folder")
     index = paths[0].read_text(encoding="utf-8")
     assert paths[0].name == "index.html" and len(paths) == 7
     assert "&lt;script&gt;alert(&#x27;x&#x27;)" in index

@@ -69,60 +69,62 @@ def short_generated_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt, "SAMPLE_TOKENS", 3)
 
 
-def table(data: Callable[[], Any], **options: Any) -> dict[str, Any]:
+def table_study(data: Callable[[], Any], **options: Any) -> dict[str, Any]:
     X, y = data()
     return {"X": X, "y": y, "n_trials": 6, "cohort_size": 3, **options}
 
 
 # One study of each kind: the arguments of `optimize`.
 STUDIES: dict[str, dict[str, Any]] = {
-    "classes": table(classes, fixed=TINY, metric="log_loss"),
-    "numbers": table(numbers, fixed={"epochs": 4}, method="random"),
-    "one after the other": table(numbers, **DIFFERENT_LENGTHS),
-    "pruned": table(numbers, fixed=SHAPE | {"epochs": 9}, n_trials=12, cohort_size=12),
-    "diverged": table(numbers, fixed=DIVERGING, n_trials=2),
-    "early stopping": table(numbers, fixed=SHAPE | {"epochs": 40, "patience": 1}),
-    "rounds": table(lambda: numbers(30_000), fixed=TINY | {"batch_size": 256, "epochs": 2}),
-    "steps": table(classes, fixed=SHAPE | {"iterations": 7}),
-    "population": table(classes, fixed=SHAPE | {"epochs": 8}, cohort_size=None) | POPULATION,
-    "gradient": table(numbers, fixed=SHAPE | {"epochs": 8}, cohort_size=None) | GRADIENT,
+    "classes": table_study(classes, fixed=TINY, metric="log_loss"),
+    "numbers": table_study(numbers, fixed={"epochs": 4}, method="random"),
+    "one after the other": table_study(numbers, **DIFFERENT_LENGTHS),
+    "pruned": table_study(numbers, fixed=SHAPE | {"epochs": 9}, n_trials=12, cohort_size=12),
+    "diverged": table_study(numbers, fixed=DIVERGING, n_trials=2),
+    "early stopping": table_study(numbers, fixed=SHAPE | {"epochs": 40, "patience": 1}),
+    "rounds": table_study(lambda: numbers(30_000), fixed=TINY | {"batch_size": 256, "epochs": 2}),
+    "steps": table_study(classes, fixed=SHAPE | {"iterations": 7}),
+    "population": table_study(classes, fixed=SHAPE | {"epochs": 8}, cohort_size=None) | POPULATION,
+    "gradient": table_study(numbers, fixed=SHAPE | {"epochs": 8}, cohort_size=None) | GRADIENT,
     "text": {**TEXTS, "n_trials": 4, "cohort_size": 2},
     "text, pruned": {**TEXTS, "n_trials": 5, "method": "random"},
     "text, population": {**TEXTS, **POPULATION, "n_trials": 4, "method_options": {"size": 2}},
-    "convolutions": table(
+    "convolutions": table_study(
         images, network=convolutional, space={"channels": CategoricalDistribution((4,))}
     )
     | {"fixed": {"epochs": 3}, "metric": "log_loss", "cohort_size": 1},
-    "alone": table(tokens, network=recurrent, space={"rate": FloatDistribution(0.0, 0.5)})
+    "alone": table_study(tokens, network=recurrent, space={"rate": FloatDistribution(0.0, 0.5)})
     | {"fixed": {"epochs": 2}},
-    "tied": table(tokens, network=token_model, space=UNITS, fixed={"epochs": 3}, cohort_size=1),
+    "tied": table_study(
+        tokens, network=token_model, space=UNITS, fixed={"epochs": 3}, cohort_size=1
+    ),
 }
-LOCKSTEP = ("population", "gradient", "text, population")
+SYNCHRONOUS = ("population", "gradient", "text, population")
 
 
-def study_of(name: str, **more: Any) -> Result:
+def run_study(name: str, **more: Any) -> Result:
     options = {"storage": None, "device": "cpu", **STUDIES[name], **more}
-    if name in LOCKSTEP:
+    if name in SYNCHRONOUS:
         options.pop("cohort_size", None)
     return optimize(options.pop("template", "dnn"), options.pop("X"), **options)
 
 
-def replay_of(name: str, study: Any, number: int, **more: Any) -> Replay:
+def replay_trial(name: str, study: Any, number: int, **more: Any) -> Replay:
     """Replay a trial of one of `STUDIES`."""
     call = STUDIES[name]
     data = call["X"] if call.get("template") == "gpt" else (call["X"], call["y"])
     return replay(study, number, data, network=call.get("network"), **more)
 
 
-def causes(name: str) -> set[str]:
-    return {trial.user_attrs["cause"] for trial in trials(study_of(name))}
+def causes_of_study(name: str) -> set[str]:
+    return {trial.user_attrs["cause"] for trial in trials(run_study(name))}
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_trial_is_reproduced_exactly(name: str) -> None:
-    result = study_of(name)
+    result = run_study(name)
     for trial in trials(result):
-        found = replay_of(name, result.study, trial.number)
+        found = replay_trial(name, result.study, trial.number)
         assert found.differences == []
         assert found.is_reproduced, str(found)
         assert found.is_exact, str(found)
@@ -134,7 +136,7 @@ def test_every_trial_is_reproduced_exactly(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "diverged"])
 def test_stored_weights_have_exactly_the_best_value(name: str) -> None:
-    result = study_of(name)
+    result = run_study(name)
     found = result.replay()
     assert found.number == result.best_trial.number
     assert found.stored_value == found.best_value == result.best_value
@@ -142,10 +144,10 @@ def test_stored_weights_have_exactly_the_best_value(name: str) -> None:
 
 
 def test_studies_include_all_kinds_of_trial_end() -> None:
-    assert causes("diverged") == {"diverged"}
-    assert "early stopping" in causes("early stopping")
-    assert "pruned" in causes("pruned")
-    assert "pruned" in causes("text, pruned")
+    assert causes_of_study("diverged") == {"diverged"}
+    assert "early stopping" in causes_of_study("early stopping")
+    assert "pruned" in causes_of_study("pruned")
+    assert "pruned" in causes_of_study("text, pruned")
 
 
 def test_trial_stopped_by_the_timeout_is_reproduced() -> None:
@@ -175,7 +177,7 @@ def test_trial_without_a_value_is_reproduced() -> None:
 # --- Storages ---
 
 
-def ways_to_pass(path: Path) -> list[Any]:
+def references_to_study(path: Path) -> list[Any]:
     """Return all ways to pass the study "s" of a journal file."""
     backend = optuna.storages.journal.JournalFileBackend(str(path))
     storage = optuna.storages.JournalStorage(backend)
@@ -190,7 +192,7 @@ def ways_to_pass(path: Path) -> list[Any]:
 def test_weights_beside_a_journal_file_are_found(tmp_path: Path) -> None:
     path = tmp_path / "a.journal"
     result = tune(storage=path, study_name="s")
-    for study in ways_to_pass(path):
+    for study in references_to_study(path):
         found = replay(study, result.best_trial.number, classes())
         assert found.stored_value == result.best_value
         assert found.is_exact
@@ -213,7 +215,7 @@ def test_weights_of_a_user_storage_are_found(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "deep" / "a.journal"))
     )
     result = tune(storage=storage, study_name="s")
-    for study in (*ways_to_pass(tmp_path / "deep" / "a.journal"), result.study):
+    for study in (*references_to_study(tmp_path / "deep" / "a.journal"), result.study):
         assert replay(study, result.best_trial.number, classes()).stored_value is not None
 
 
@@ -301,7 +303,7 @@ def test_changed_data_are_rejected(name: str) -> None:
 
 
 def test_network_function_must_be_given() -> None:
-    result = study_of("tied")
+    result = run_study("tied")
 
     def deeper(params: Mapping[str, Any]) -> nn.Module:
         return TokenModel(int(params["units"]))
@@ -381,7 +383,7 @@ def test_missing_study_or_storage_is_rejected(tmp_path: Path) -> None:
 # --- Missing and changed weights ---
 
 
-def weights_of(result: Result, folder: Path) -> Path:
+def weights_file(result: Result, folder: Path) -> Path:
     (path,) = folder.rglob("trial-*.safetensors")
     assert path.stem == f"trial-{result.best_trial.number}"
     return path
@@ -389,7 +391,7 @@ def weights_of(result: Result, folder: Path) -> Path:
 
 def test_replay_works_without_stored_weights(tmp_path: Path) -> None:
     result = tune(storage=tmp_path / "a.journal")
-    weights_of(result, tmp_path).unlink()
+    weights_file(result, tmp_path).unlink()
     found = replay(result.study, result.best_trial.number, classes())
     assert found.stored_value is None
     assert found.is_exact and found.is_reproduced
@@ -400,7 +402,7 @@ def test_replay_works_without_stored_weights(tmp_path: Path) -> None:
 
 def test_folder_of_weights_can_be_given(tmp_path: Path) -> None:
     result = tune(storage=tmp_path / "a.journal")
-    folder = weights_of(result, tmp_path).parent.rename(tmp_path / "elsewhere")
+    folder = weights_file(result, tmp_path).parent.rename(tmp_path / "elsewhere")
     number = result.best_trial.number
     assert replay(result.study, number, classes()).stored_value is None
     assert replay(result.study, number, classes(), weights=folder).stored_value is not None
@@ -409,7 +411,7 @@ def test_folder_of_weights_can_be_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 def test_damaged_weights_are_rejected(share: float, tmp_path: Path) -> None:
     result = tune(storage=tmp_path / "a.journal")
-    path = weights_of(result, tmp_path)
+    path = weights_file(result, tmp_path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     number = result.best_trial.number
     for call in (
@@ -423,7 +425,7 @@ def test_damaged_weights_are_rejected(share: float, tmp_path: Path) -> None:
 
 def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
     result = tune(storage=tmp_path / "a.journal")
-    path = weights_of(result, tmp_path)
+    path = weights_file(result, tmp_path)
     save_file({"0.weight": torch.zeros(2, 2)}, path)
     with pytest.raises(ValueError, match=rf"{path.name} must hold this network's weights"):
         replay(result.study, result.best_trial.number, classes())
@@ -431,7 +433,7 @@ def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
 
 def test_changed_weights_are_not_exact(tmp_path: Path) -> None:
     result = tune(*numbers(), storage=tmp_path / "a.journal")
-    path = weights_of(result, tmp_path)
+    path = weights_file(result, tmp_path)
     changed = load_file(path)
     changed["0.weight"][0] += 0.1
     BestWeights(path.parent)

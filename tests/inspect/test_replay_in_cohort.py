@@ -37,29 +37,29 @@ def perceptron(params: Mapping[str, Any]) -> nn.Module:
     return nn.Sequential(nn.Linear(3, units), nn.ReLU(), nn.Linear(units, 1))
 
 
-def own(network: Any, data: Any, **options: Any) -> Result:
+def tune_network(network: Any, data: Any, **options: Any) -> Result:
     X, y = data
     usual = {"n_trials": 8, "storage": None, "cohort_size": 4, "device": "cpu"}
     return optimize(network=network, X=X, y=y, **(usual | options))
 
 
 STUDIES = {
-    "convolutions": lambda: own(
+    "convolutions": lambda: tune_network(
         *(convolutional, images()), metric="log_loss", space=CHANNELS, fixed={"epochs": 8}
     ),
-    "come and go": lambda: own(
+    "members come and leave": lambda: tune_network(
         *(convolutional, images()),
         **{"metric": "log_loss", "space": CHANNELS | LENGTHS, "method": "random"},
     ),
-    "one output": lambda: own(
+    "one output": lambda: tune_network(
         *(perceptron, numbers()), space=LENGTHS, fixed={"width": 16}, method="random"
     ),
-    "population": lambda: own(
+    "population": lambda: tune_network(
         *(perceptron, numbers()),
         **{"fixed": {"width": 16, "epochs": 6, "batch_size": 16}, "cohort_size": None},
         **{"method": "population", "method_options": {"size": 3, "generations": 3}},
     ),
-    "gradient": lambda: own(
+    "gradient": lambda: tune_network(
         *(perceptron, numbers()),
         **{"fixed": {"width": 16, "epochs": 6, "batch_size": 16}, "cohort_size": None},
         **{"method": "gradient", "method_options": {"starts": 2}, "n_trials": 3},

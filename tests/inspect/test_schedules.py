@@ -37,7 +37,7 @@ SPACE: dict[str, BaseDistribution] = {
 Stages = list[tuple[int, float, float, bool]]  # round, learning rate, dropout, restarts
 
 
-def add(study: optuna.Study, value: float, stages: Stages, epochs: int = 9) -> None:
+def add_trial(study: optuna.Study, value: float, stages: Stages, epochs: int = 9) -> None:
     schedule = [
         [at, {"learning_rate": rate, "dropout": drop}, new] for at, rate, drop, new in stages
     ]
@@ -56,13 +56,13 @@ def study() -> optuna.Study:
     """Make a study with three trials, the last of them the best, and one without a schedule."""
     study = optuna.create_study(study_name="schedules")
     study.add_trial(create_trial(value=0.05))
-    add(study, 0.3, [(0, 0.1, 0.6, False)])
-    add(study, 0.2, [(0, 0.1, 0.5, False), (3, 0.01, 0.5, True), (6, 0.01, 0.4, False)])
-    add(study, 0.1, [(0, 0.2, 0.5, False), (4, 0.04, 0.5, False)], epochs=8)
+    add_trial(study, 0.3, [(0, 0.1, 0.6, False)])
+    add_trial(study, 0.2, [(0, 0.1, 0.5, False), (3, 0.01, 0.5, True), (6, 0.01, 0.4, False)])
+    add_trial(study, 0.1, [(0, 0.2, 0.5, False), (4, 0.04, 0.5, False)], epochs=8)
     return study
 
 
-def lines(figure: go.Figure) -> dict[tuple[str, str], go.Scatter]:
+def step_lines(figure: go.Figure) -> dict[tuple[str, str], go.Scatter]:
     """Return the step lines by panel and trial."""
     titles = {f"x{i or ''}".replace("x1", "x"): a.text for i, a in panels(figure)}
     return {
@@ -79,7 +79,7 @@ def test_changed_parameters_have_a_panel_with_a_line_per_trial(
 ) -> None:
     figure = plot_schedules(study)
     assert [title.text for _, title in panels(figure)] == ["learning_rate", "dropout"]
-    drawn = lines(figure)
+    drawn = step_lines(figure)
     assert len(drawn) == 6
     rate = drawn["learning_rate", "trial 3: 0.1"]
     assert (list(rate.x), list(rate.y)) == ([0, 4, 8], [0.2, 0.04, 0.04])
@@ -115,7 +115,7 @@ def test_restarts_are_marked(study: optuna.Study) -> None:
 
 def test_rounds_are_shown_as_epochs(study: optuna.Study) -> None:
     study.set_user_attr("rounds_per_epoch", 3)
-    rate = lines(plot_schedules(study))["learning_rate", "trial 3: 0.1"]
+    rate = step_lines(plot_schedules(study))["learning_rate", "trial 3: 0.1"]
     assert list(rate.x) == [0, pytest.approx(4 / 3, abs=1e-3), 8]
     assert schedule_of(study, study.trials[2]).restarts == [1]
     assert schedule_dataframe(study, study.trials[2])["epoch"].tolist() == [0, 1, 2]
@@ -124,10 +124,10 @@ def test_rounds_are_shown_as_epochs(study: optuna.Study) -> None:
 def test_schedule_that_begins_a_better_one_is_left_out() -> None:
     study = optuna.create_study()
     stages: Stages = [(0, 0.2, 0.5, False), (4, 0.04, 0.5, False)]
-    add(study, 0.3, stages[:1])
-    add(study, 0.2, [*stages, (6, 0.02, 0.5, False)])
-    add(study, 0.1, stages)
-    add(study, 0.4, stages)
+    add_trial(study, 0.3, stages[:1])
+    add_trial(study, 0.2, [*stages, (6, 0.02, 0.5, False)])
+    add_trial(study, 0.1, stages)
+    add_trial(study, 0.4, stages)
     names = {trace.name for trace in plot_schedules(study).data}
     assert names == {"trial 2: 0.1", "trial 1: 0.2"}
 
@@ -140,10 +140,10 @@ def test_n_best_limits_the_trials(study: optuna.Study) -> None:
 
 def test_panels_show_only_trials_with_the_parameter() -> None:
     study = optuna.create_study()
-    add(study, 0.2, [(0, 0.1, 0.5, False), (3, 0.01, 0.5, False)])
+    add_trial(study, 0.2, [(0, 0.1, 0.5, False), (3, 0.01, 0.5, False)])
     schedule = [[0, {"l1": 0.1}, False], [2, {"l1": 0.2}, True]]
     study.add_trial(create_trial(value=0.1, user_attrs={"schedule": schedule, "epochs": 4}))
-    drawn = lines(plot_schedules(study))
+    drawn = step_lines(plot_schedules(study))
     assert set(drawn) == {("l1", "trial 1: 0.1"), ("learning_rate", "trial 0: 0.2")}
 
 
@@ -151,7 +151,7 @@ def test_parameters_of_any_type_and_name_are_drawn() -> None:
     study = optuna.create_study()
     schedule = [[0, {"<b>": "<i>", "on": True}, False], [1, {"<b>": "relu", "on": False}, False]]
     study.add_trial(create_trial(value=0.1, user_attrs={"schedule": schedule, "epochs": 2}))
-    drawn = lines(plot_schedules(study))
+    drawn = step_lines(plot_schedules(study))
     assert list(drawn["&lt;b&gt;", "trial 0: 0.1"].y) == ["&lt;i&gt;", "relu", "relu"]
     assert list(drawn["on", "trial 0: 0.1"].y) == ["True", "False", "False"]
 
@@ -196,7 +196,7 @@ def test_figure_without_changes_is_empty(stages: list[Any]) -> None:
 
 
 def test_summary_notes_and_figures_show_changes(study: optuna.Study, tmp_path: Path) -> None:
-    add(study, 0.01, [(0, 0.1, 0.1, False), (1, 0.2, 0.1, False), (2, 0.3, 0.1, False)])
+    add_trial(study, 0.01, [(0, 0.1, 0.1, False), (1, 0.2, 0.1, False), (2, 0.3, 0.1, False)])
     words = "changed 2 times during training"
     assert summary(study)["best trial's values"].startswith(words)
     assert words in study_note(study)

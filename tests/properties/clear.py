@@ -14,7 +14,7 @@ import optuna_nnhp
 
 EXAMPLES, THOROUGH = 50, 2000
 PACKAGE = str(Path(optuna_nnhp.__file__).parent)
-CLEAR = (ValueError, TypeError, FileNotFoundError, NotADirectoryError)
+CLEAR_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError)
 # The rule, then the value.
 RULE = re.compile(r"\b(must|needs?|is not|are not|does not exist|cannot|is empty|has|was made)\b")
 LONGEST = 2000
@@ -22,7 +22,7 @@ LONGEST = 2000
 T = TypeVar("T")
 
 
-def some(share: float) -> settings:
+def example_share(share: float) -> settings:
     """Return settings with a fraction of the profile's examples, for slow tests."""
     return settings(max_examples=max(1, round(share * settings.default.max_examples)))
 
@@ -31,7 +31,7 @@ def outcome(call: Callable[[], T]) -> T | None:
     """Return a call's result, or None after a clear error; raise any other error."""
     try:
         result = call()
-    except CLEAR as error:
+    except CLEAR_ERRORS as error:
         check_clear(error)
         event(f"refused: {str(error)[:40]}")
         return None

@@ -1,4 +1,4 @@
-"""Strategies for tables and labels, most of them unusual in one way."""
+"""Strategies for tables and labels, most of which are unusual in one way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged: the trials come to the same curves from whatever is whole."""
+"""A study whose checkpoints are damaged continues to the same results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import optuna
 import pytest
 
 from optuna_nnhp import optimize
-from tests.properties.clear import some
+from tests.properties.clear import example_share
 from tests.study.test_recovery import TRIALS
-from tests.study.test_recovery import courses_of
+from tests.study.test_recovery import records_without_kill
 from tests.study.test_recovery import run
-from tests.study.test_recovery import whole
+from tests.study.test_recovery import trial_records
 from tests.tiny import SHAPE
 from tests.tiny import numbers
 
@@ -66,7 +66,7 @@ damages = st.one_of(
 )
 
 
-@some(0.5)
+@example_share(0.5)
 @given(harms=st.dictionaries(st.integers(0, 3), damages, min_size=1))
 def test_damaged_checkpoint_is_ignored_or_rejected(
     harms: dict[int, Damage], killed: Path, folder: Path
@@ -78,7 +78,7 @@ def test_damaged_checkpoint_is_ignored_or_rejected(
     for place, damage in harms.items():
         paths[place].write_bytes(damage(paths[place].read_bytes()))
     finish()
-    assert courses_of("s.journal") == whole(KIND)
+    assert trial_records("s.journal") == records_without_kill(KIND)
 
 
 def finish() -> Any:

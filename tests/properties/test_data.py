@@ -1,4 +1,4 @@
-"""Data that are no table at all, arrays of any type, and files that are hardly CSV."""
+"""Any object, array and file is rejected by a one-line error, or read correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved models that were damaged: refused with the file's name, or the same model."""
+"""A damaged model is rejected with the file's name, or is still the same model."""
 
 from __future__ import annotations
 

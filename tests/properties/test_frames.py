@@ -1,4 +1,4 @@
-"""Tables of any kind: refused in one line, or made into numbers that mean the table."""
+"""Any table is rejected by a one-line error, or encoded correctly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from optuna_nnhp.data.frames import as_frame
 from optuna_nnhp.data.preprocessor import Preprocessor
 from optuna_nnhp.data.target import Target
 from optuna_nnhp.templates import DNNTemplate
+from tests.properties.clear import example_share
 from tests.properties.clear import outcome
-from tests.properties.clear import some
 from tests.properties.tables import frames
 from tests.properties.tables import tables
 
@@ -97,7 +97,7 @@ def test_numbers_keep_their_order_and_texts_stay_distinct(
         check_meaning(frame, preprocessor)
 
 
-@some(0.15)
+@example_share(0.15)
 @given(tables())
 def test_network_trains_on_any_accepted_table(table: tuple[pd.DataFrame, Any]) -> None:
     frame, y = table

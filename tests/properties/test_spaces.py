@@ -1,4 +1,4 @@
-"""What is tuned and how: wishes of any kind are refused in one line, or trials keep to them."""
+"""Any search space is rejected by a one-line error, or trials keep to it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.tiny import numbers
 
 X, LABELS = classes()
 TEXT = "to be or not to be\n" * 99
-MOST_WEIGHTS = 50_000  # of a network that is trained here
+MAX_WEIGHTS = 50_000  # weights of a network that is trained here
 TABLE, LANGUAGE = [*specs("binary")], [*specs("language")]
 numerals = st.one_of(
     st.sampled_from([0, 1, 2, 3, 16, 64, 1.0, 0.5, 1e-3, 0.1, 16.0, -1, 1e9, 10**400, 2**63]),
@@ -54,7 +54,7 @@ values = st.one_of(numerals, numerals, words, odd)
 
 @st.composite
 def distributions(draw: Draw) -> Any:
-    """A distribution such as Optuna makes, or something else."""
+    """Draw a distribution of Optuna, or something else."""
     kind = draw(st.sampled_from(["float", "int", "choices", "choices", "other"]))
     if kind == "other":
         return draw(values)
@@ -68,7 +68,7 @@ def distributions(draw: Draw) -> Any:
             if kind == "float":
                 return FloatDistribution(low, high, log=log, step=step)
             return IntDistribution(low, high, log=log, step=step or 1)
-        except Exception:  # what Optuna itself refuses
+        except Exception:  # Optuna itself rejects it
             return FloatDistribution(0.0, 0.5)
 
 
@@ -83,8 +83,8 @@ def names(known: list[str]) -> st.SearchStrategy[Any]:
     )
 
 
-def settings(known: list[str]) -> st.SearchStrategy[Any]:
-    """Arguments `space` and `fixed`."""
+def space_and_fixed(known: list[str]) -> st.SearchStrategy[Any]:
+    """Draw the arguments `space` and `fixed`."""
     spaces = st.dictionaries(names(known), distributions(), max_size=2)
     pins = st.dictionaries(names(known), values, max_size=2)
     return st.tuples(mostly(spaces, odd), mostly(pins, odd))
@@ -99,7 +99,7 @@ def quiet() -> Iterator[None]:
 
 
 def check_problem(problem: Any, space: Any, fixed: Any) -> None:
-    """Every trial has all parameters, keeps to the wishes, and can be trained or says why not."""
+    """Check that trials have all parameters, keep to `space` and `fixed`, and can be trained."""
     for name, value in (fixed or {}).items():
         assert problem.fixed[name] == value and name not in problem.space
     for name, distribution in (space or {}).items():
@@ -117,23 +117,23 @@ def check_problem(problem: Any, space: Any, fixed: Any) -> None:
         assert set(member.params) >= set(problem.space) | set(problem.fixed)
         with contextlib.suppress(TrialError):
             problem.signature(member)
-            if problem.count_weights(member) < MOST_WEIGHTS and problem.cohort_size(member) > 0:
+            if problem.count_weights(member) < MAX_WEIGHTS and problem.cohort_size(member) > 0:
                 cohort = problem.cohort([member])
                 assert cohort.train_round() is not None
 
 
-@given(settings=settings(TABLE), regression=st.booleans())
-def test_any_space_for_tables_is_rejected_or_used(settings: Any, regression: bool) -> None:
-    space, fixed = settings
+@given(space_and_fixed=space_and_fixed(TABLE), regression=st.booleans())
+def test_any_space_for_tables_is_rejected_or_used(space_and_fixed: Any, regression: bool) -> None:
+    space, fixed = space_and_fixed
     y = numbers()[1] if regression else LABELS
     problem = outcome(lambda: DNNTemplate(X, y, space=space, fixed=fixed, device="cpu"))
     if problem is not None:
         check_problem(problem, space, fixed)
 
 
-@given(settings=settings(TABLE))
-def test_any_space_for_own_networks_is_rejected_or_used(settings: Any) -> None:
-    space, fixed = settings
+@given(space_and_fixed=space_and_fixed(TABLE))
+def test_any_space_for_own_networks_is_rejected_or_used(space_and_fixed: Any) -> None:
+    space, fixed = space_and_fixed
 
     def network(params: Any) -> nn.Module:
         for name in {*(space or {}), *(fixed or {})}:
@@ -146,11 +146,11 @@ def test_any_space_for_own_networks_is_rejected_or_used(settings: Any) -> None:
 
 
 @given(
-    settings=settings(LANGUAGE),
+    space_and_fixed=space_and_fixed(LANGUAGE),
     budget=st.sampled_from([{}, {"iterations": 9}, {"train_tokens": 5000}, {"seconds": 0.1}]),
 )
-def test_any_space_for_texts_is_rejected_or_used(settings: Any, budget: Any) -> None:
-    space, fixed = settings
+def test_any_space_for_texts_is_rejected_or_used(space_and_fixed: Any, budget: Any) -> None:
+    space, fixed = space_and_fixed
     if isinstance(fixed, dict):
         fixed = {**budget, **fixed}
     problem = outcome(lambda: GPTTemplate(TEXT, space=space, fixed=fixed, device="cpu"))

@@ -1,4 +1,4 @@
-"""Texts of any kind: refused in one line, or kept whole, byte for byte."""
+"""Any text is rejected by a one-line error, or kept byte for byte."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from optuna_nnhp.data.text import prepare_text
 from optuna_nnhp.data.tokenizers import tokenizer_from_json
 from optuna_nnhp.templates import GPTTemplate
+from tests.properties.clear import example_share
 from tests.properties.clear import outcome
-from tests.properties.clear import some
 from tests.properties.tables import odd
 
 letters = st.one_of(st.text("ab \n", max_size=200), st.text(max_size=200))
@@ -61,7 +61,7 @@ def test_any_object_is_rejected_or_a_text(source: Any, validation: Any) -> None:
         assert data.train and data.valid
 
 
-@some(0.5)
+@example_share(0.5)
 @given(text=letters, times=st.sampled_from([1, 9, 99]))
 def test_any_text_is_rejected_or_prepared_for_a_study(text: str, times: int) -> None:
     problem = outcome(lambda: GPTTemplate(text * times + "\n", fixed=SHORT, device="cpu"))

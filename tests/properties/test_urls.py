@@ -1,4 +1,4 @@
-"""Where a study is kept: any text is a storage, or refused without a word of its password."""
+"""Any text is a storage or is rejected, and no error shows a password."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from optuna_nnhp.study.environment import trial_environments
 from optuna_nnhp.study.open_study import open_study
 from optuna_nnhp.templates import DNNTemplate
 from optuna_nnhp.templates import GPTTemplate
-from tests.templates.test_custom_network import problem as own_problem
+from tests.templates.test_custom_network import make_problem as own_problem
 from tests.tiny import TINY
 from tests.tiny import classes
 from tests.tiny import trials

@@ -1,4 +1,4 @@
-"""A user's own network is tuned like ours."""
+"""A user's network is tuned like the networks of the package."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHANNELS = {"channels": IntDistribution(2, 8, log=True)}
 
 
 def images(rows: int = 80) -> tuple[Array, Array]:
-    """Two classes by the brighter half of a picture."""
+    """Return pictures whose class is their brighter half."""
     X = np.random.default_rng(0).normal(size=(rows, 1, 4, 4))
     return X, np.where(X[:, 0, :2].sum((1, 2)) > X[:, 0, 2:].sum((1, 2)), "top", "bottom")
 
@@ -53,13 +53,13 @@ def convolutional(params: Params) -> nn.Module:
 
 
 def tokens(rows: int = 80) -> tuple[Array, Array]:
-    """Numbers that depend on how often a token occurs."""
+    """Return token ids, and numbers that depend on how often a token occurs."""
     X = np.random.default_rng(0).integers(0, 5, size=(rows, 6))
     return X, 100.5 + 10.0 * (X == 3).sum(1)
 
 
 class TokenModel(nn.Module):
-    """Tied weights, and an output without a column."""
+    """A network with tied weights and an output of one dimension."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def recurrent(params: Params) -> nn.Module:
     return Recurrent()
 
 
-def problem(network: Any = convolutional, **options: Any) -> CustomNetworkTemplate:
+def make_problem(network: Any = convolutional, **options: Any) -> CustomNetworkTemplate:
     X, y = images()
     usual = {"space": CHANNELS, "fixed": TINY, "device": "cpu"}
     return CustomNetworkTemplate(network, X, y, **(usual | options))
@@ -191,12 +191,12 @@ def test_predictions_have_the_targets_unit() -> None:
 
 
 def test_catalogue_parameters_that_the_function_reads_are_tuned() -> None:
-    own = problem()
+    own = make_problem()
     assert next(iter(own.space)) == "channels" and {"optimizer", "l1"} <= own.space.keys()
     assert [n for n in STRUCTURAL_PARAMS if n in {*own.space, *own.fixed}] == ["dropout"]
     assert own.fixed["epochs"] == 3
     assert own.defaults()["channels"] == 4 and own.defaults()["learning_rate"] == 2e-3
-    narrow = problem(space=CHANNELS | {"learning_rate": FloatDistribution(0.1, 0.2)})
+    narrow = make_problem(space=CHANNELS | {"learning_rate": FloatDistribution(0.1, 0.2)})
     assert narrow.defaults()["learning_rate"] == 0.1
     assert "width" not in own.fixed and own.member(0, own.defaults()).params["width"] == 256
 
@@ -209,7 +209,7 @@ def test_all_parameters_reach_the_function() -> None:
         seen["other"] = params.get("other", 5)
         return convolutional(params)
 
-    own = problem(network, fixed=TINY | {"channels": 3, "width": 9}, space={})
+    own = make_problem(network, fixed=TINY | {"channels": 3, "width": 9}, space={})
     own.network(own.member(0, own.defaults() | {"learning_rate": 0.5}))
     assert seen == {"learning_rate": 0.5, "width": 9, "epochs": 3, "channels": 3, "other": 5}
 
@@ -221,7 +221,7 @@ def test_conditionally_read_parameters_are_found() -> None:
         return convolutional(params)
 
     space = CHANNELS | {"kind": CategoricalDistribution(["narrow", "wide"])}
-    own = problem(network, space=space)
+    own = make_problem(network, space=space)
     assert {"kind", "channels", "dropout"} <= own.space.keys()
 
 
@@ -237,8 +237,8 @@ def test_conditionally_read_parameters_are_found() -> None:
     ],
 )
 def test_study_names_depend_on_the_function(options: dict[str, Any], is_equal: bool) -> None:
-    other = problem(**options)
-    assert (other.name == problem().name) is is_equal
+    other = make_problem(**options)
+    assert (other.name == make_problem().name) is is_equal
     assert other.name.startswith("own-")
     expected = "lambda" if "network" in options else "convolutional"
     assert expected in other.description["network"]
@@ -255,7 +255,7 @@ def test_study_names_depend_on_the_function(options: dict[str, Any], is_equal: b
 def test_networks_of_one_structure_share_a_signature(
     changed: dict[str, Any], is_equal: bool
 ) -> None:
-    own = problem(fixed={"epochs": 3})
+    own = make_problem(fixed={"epochs": 3})
     usual = own.defaults() | {"batch_size": 64}
     one, two = own.member(0, usual), own.member(1, usual | changed)
     assert (own.signature(one) == own.signature(two)) is is_equal
@@ -278,7 +278,7 @@ def test_a_pinned_proposal_can_join_its_leader() -> None:
         "batch_size": CategoricalDistribution([16, 32]),
     }
     with pytest.raises(TrialError, match="ValueError: seven"):
-        own = problem(network, space=space, fixed={"epochs": 2})
+        own = make_problem(network, space=space, fixed={"epochs": 2})
         own.signature(own.member(0, own.defaults() | {"channels": 7}))
     leader = own.member(0, own.defaults() | {"channels": 4, "slope": 0.25, "batch_size": 16})
     pin = own.pin_to_leader(leader)
@@ -303,14 +303,14 @@ def test_networks_that_cannot_be_stacked_train_alone() -> None:
 def test_cohorts_fit_in_their_share_of_memory() -> None:
     sizes = []
     for channels in (2, 2**16):
-        own = problem(fixed={"channels": channels}, space={})
+        own = make_problem(fixed={"channels": channels}, space={})
         sizes.append(own.cohort_size(own.member(0, own.defaults())))
     assert 1 <= sizes[1] < sizes[0] == MAX_COHORT_SIZE
 
 
 def test_first_weights_depend_on_seed_and_number() -> None:
     def first(seed: int, number: int) -> Tensor:
-        own = problem(seed=seed)
+        own = make_problem(seed=seed)
         network = own.network(own.member(number, own.defaults()))
         return next(network.parameters()).detach()
 
@@ -319,7 +319,7 @@ def test_first_weights_depend_on_seed_and_number() -> None:
     assert not torch.equal(first(0, 1), first(1, 1))
 
 
-def test_lazy_layers() -> None:
+def test_networks_with_lazy_layers_are_tuned() -> None:
     def network(params: Params) -> nn.Module:
         layers = [nn.LazyConv2d(params["channels"], 3), nn.Flatten(), nn.LazyLinear(2)]
         return nn.Sequential(*layers)
@@ -328,7 +328,7 @@ def test_lazy_layers() -> None:
     assert causes(result) == ["finished"] * 2
 
 
-def without(name: str) -> Callable[[Params], nn.Module]:
+def network_without(name: str) -> Callable[[Params], nn.Module]:
     def network(params: Params) -> nn.Module:
         params[name]
         return convolutional(params)
@@ -336,11 +336,11 @@ def without(name: str) -> Callable[[Params], nn.Module]:
     return network
 
 
-def plain(*layers: nn.Module) -> Callable[[Params], nn.Module]:
+def network_of(*layers: nn.Module) -> Callable[[Params], nn.Module]:
     return lambda params: nn.Sequential(*layers)
 
 
-def failing(params: Params) -> nn.Module:
+def failing_network(params: Params) -> nn.Module:
     raise ZeroDivisionError("not today")
 
 
@@ -353,20 +353,24 @@ X, Y = images()
         ({"network": nn.Linear(2, 2)}, ValueError, "a function that makes a module, but got Lin"),
         ({"network": 3}, ValueError, "a function that makes a module, but got int"),
         ({"network": lambda params: 3}, ValueError, "must return a torch.nn.Module, but returned"),
-        ({"network": failing}, ZeroDivisionError, "not today"),
-        ({"network": without("chanels")}, ValueError, "'chanels' is not.*did you mean 'channels'"),
+        ({"network": failing_network}, ZeroDivisionError, "not today"),
         (
-            {"network": plain(nn.Flatten(), nn.Linear(16, 3)), "space": {}},
+            {"network": network_without("chanels")},
+            ValueError,
+            "'chanels' is not.*did you mean 'channels'",
+        ),
+        (
+            {"network": network_of(nn.Flatten(), nn.Linear(16, 3)), "space": {}},
             ValueError,
             r"`network` must give \(batch, 2\) logits, but gave \(batch, 3\)",
         ),
         (
-            {"network": plain(nn.Linear(9, 2)), "space": {}},
+            {"network": network_of(nn.Linear(9, 2)), "space": {}},
             ValueError,
             r"`network` must take X of shape \(batch, 1, 4, 4\), torch.float32, but: mat1 and",
         ),
         (
-            {"network": plain(nn.Conv2d(1, 2, 4)), "y": np.arange(80) / 3, "space": {}},
+            {"network": network_of(nn.Conv2d(1, 2, 4)), "y": np.arange(80) / 3, "space": {}},
             ValueError,
             r"`network` must give \(batch, 1\) numbers, but gave \(batch, 2, 1, 1\)",
         ),
@@ -425,7 +429,7 @@ def test_integer_inputs_must_stay_integers() -> None:
         result.predict(np.full((1, 6), 0.5))
 
 
-def test_a_network_that_cannot_be_built_fails_its_own_trial() -> None:
+def test_a_network_that_cannot_be_built_fails_only_its_own_trial() -> None:
     def network(params: Params) -> nn.Module:
         if params["channels"] in (5, 6, 7):
             raise ValueError(f"{params['channels']} channels")

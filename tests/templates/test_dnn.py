@@ -1,4 +1,4 @@
-"""What the template says of itself, and how it groups trials."""
+"""The template describes its problem and groups trials by network shape."""
 
 from __future__ import annotations
 

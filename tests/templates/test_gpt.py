@@ -1,3 +1,5 @@
+"""The template for texts tunes language models in budgets of steps, tokens or seconds."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -54,8 +56,8 @@ def test_a_study_finds_saves_and_loads_a_model(tmp_path: Path) -> None:
     assert model.best_params == result.best_params
 
 
-def bits_by_counting(train: str, valid: str, length: int) -> float:
-    """Bits for each character of a text, by how often it follows the ``length`` before it."""
+def bits_per_character_by_counting(train: str, valid: str, length: int) -> float:
+    """Return the bits per character of a model that counts what follows ``length`` characters."""
     pieces = [Counter(train[i : i + n] for i in range(len(train))) for n in (length, length + 1)]
     bits, places = 0.0, range(length, len(valid))
     for i in places:
@@ -68,7 +70,9 @@ def bits_by_counting(train: str, valid: str, length: int) -> float:
 def test_training_lowers_bits_per_byte() -> None:
     result = tune(n_trials=1, fixed=SMALL | {"iterations": 300})
     text = GPTTemplate(TEXT).text
-    counted = min(bits_by_counting(text.train, text.valid, length) for length in range(5))
+    counted = min(
+        bits_per_character_by_counting(text.train, text.valid, length) for length in range(5)
+    )
     assert 0.5 < result.best_value < 0.85 * counted  # three digits of ten can be no surprise
     written = result.generate("12 and", tokens=60, temperature=0)  # far beyond the context
     lines = written.split("\n")[:-1]
@@ -106,13 +110,13 @@ def test_tokenizers_are_compared_in_bits_per_byte() -> None:
         assert 0.5 < trial.value < untrained
 
 
-def test_a_budget_in_tokens() -> None:
+def test_a_budget_in_tokens_is_converted_to_steps() -> None:
     result = tune(n_trials=1, fixed=SMALL | {"train_tokens": 1000})
     assert result.best_trial.user_attrs["iterations"] == 16
     assert result.best_trial.user_attrs["tokens_per_step"] == 64
 
 
-def test_a_budget_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_in_seconds_is_converted_to_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template, "measure_seconds_per_step", lambda key, make: 0.01)
     problem = GPTTemplate(TEXT, fixed=SMALL | {"seconds": 0.5})
     assert problem._iterations(problem.member(0, problem.defaults())) == 50
@@ -123,7 +127,7 @@ def test_without_a_budget_a_trial_gets_a_tenth_of_the_timeout() -> None:
     assert GPTTemplate(TEXT).fixed["seconds"] == 30.0
 
 
-def test_the_default_is_chosen_by_text_and_budget() -> None:
+def test_the_default_configuration_depends_on_text_and_budget() -> None:
     short, long = (GPTTemplate(bundled_text(), timeout=t).defaults() for t in (20.0, 900.0))
     assert short["layers"] < long["layers"]
     assert short["context"] < long["context"]
@@ -194,7 +198,7 @@ def test_invalid_arguments_are_rejected_before_training(
         tune(X=X, **settings)
 
 
-def test_a_vocabulary_larger_than_the_text_supports() -> None:
+def test_a_vocabulary_larger_than_the_text_supports_is_rejected() -> None:
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match="vocabulary"):
         tune(fixed=SMALL | {"tokens": "bpe", "vocabulary": 50_000, "iterations": 9})
@@ -265,7 +269,7 @@ def test_stored_weights_are_those_of_the_best_value() -> None:
     assert logits.shape == (1, 4, GPTTemplate(TEXT).text.alphabet_size)
 
 
-def test_a_text_without_a_new_line_has_a_sample_too() -> None:
+def test_a_text_without_line_ends_has_a_generated_sample() -> None:
     result = tune(X="to be or not to be " * 99, n_trials=1)
     assert result.study.user_attrs["generated_text"]["text"]
     with pytest.raises(
@@ -282,7 +286,7 @@ def test_trials_longer_than_the_timeout_are_rejected() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_study_begins_with_all_of_a_preset(name: str) -> None:
+def test_a_study_starts_with_all_values_of_a_preset(name: str) -> None:
     problem, wanted = GPTTemplate(bundled_text(), preset=name), preset(name, scale="cpu").params
     begun = problem.member(0, problem.defaults()).params
     assert problem.defaults().keys() == problem.space.keys()
@@ -291,13 +295,13 @@ def test_a_study_begins_with_all_of_a_preset(name: str) -> None:
     assert differ <= {"min_lr_ratio"}  # the range ends at a thousandth
 
 
-def test_the_width_beside_a_preset_is_the_width() -> None:
+def test_a_fixed_width_overrides_that_of_a_preset() -> None:
     problem = GPTTemplate(bundled_text(), preset="gpt2", fixed={"width": 64})
     params = problem.member(0, problem.defaults()).params
     assert int(params["heads"] or 0) * int(params["head_size"] or 0) == 64
 
 
-def test_the_default_fits_a_short_text() -> None:
+def test_the_default_context_fits_a_short_text() -> None:
     problem = GPTTemplate("to be or not to be\n" * 53)  # a hundred characters of it judge
     assert problem.defaults()["context"] == 64
     problem.signature(problem.member(0, problem.defaults()))
@@ -316,7 +320,7 @@ def test_trials_at_different_steps_are_not_evaluated_together() -> None:
     assert not problem.cohort([problem.member(0, problem.defaults())]).can_append
 
 
-def test_retrained_models_have_as_many_steps() -> None:
+def test_retraining_takes_as_many_steps_as_the_trial() -> None:
     result = tune(n_trials=1, fixed=SMALL | {"seconds": 0.05, "dropout": 0.3})
     elsewhere = GPTTemplate(TEXT, fixed=SMALL | {"seconds": 9.0, "dropout": 0.3})
     again = Result(result.study, elsewhere, BestWeights(None))

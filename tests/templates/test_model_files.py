@@ -1,4 +1,4 @@
-"""A model's files are those that were written, or they are refused."""
+"""A model's files are read as they were written, or rejected."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def folder(tmp_path: Path) -> Path:
     )
 
 
-def flip(path: Path, place: int) -> None:
-    """One bit of a file becomes another."""
+def flip_bit(path: Path, place: int) -> None:
+    """Flip one bit of a file."""
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
@@ -55,7 +55,7 @@ def test_metadata_layout_does_not_matter(folder: Path) -> None:
 
 
 def test_changed_weights_are_rejected(folder: Path) -> None:
-    flip(folder / WEIGHTS_FILE, -3)
+    flip_bit(folder / WEIGHTS_FILE, -3)
     with pytest.raises(ValueError, match=r"model\.safetensors must hold .* damaged") as error:
         read_metadata(folder)
     assert "\n" not in str(error.value)
@@ -87,7 +87,7 @@ def test_models_of_versions_without_checksums_are_read(tmp_path: Path) -> None:
 def test_damaged_language_models_are_rejected(name: str, place: int, tmp_path: Path) -> None:
     folder = tune_text(n_trials=1).save(tmp_path)
     assert isinstance(load(folder), LanguageModel)
-    flip(folder / name, place)
+    flip_bit(folder / name, place)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
         load(folder)
     assert "\n" not in str(error.value)

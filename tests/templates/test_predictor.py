@@ -1,4 +1,4 @@
-"""A saved model is the same model, and a damaged one is said to be."""
+"""A saved model predicts the same, and a damaged one is rejected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny import numbers
 from tests.tiny import tune
 
 
-def mixed() -> tuple[pd.DataFrame, Array]:
+def mixed_table() -> tuple[pd.DataFrame, Array]:
     X, y = classes()
     source = np.random.default_rng(1)
     frame = pd.DataFrame(
@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tune(n_trials=1).save(tmp_path_factory.mktemp("saved") / "model")
 
 
-@pytest.mark.parametrize("make", [classes, numbers, mixed])
+@pytest.mark.parametrize("make", [classes, numbers, mixed_table])
 @pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
 def test_loaded_models_predict_the_same(
     make: Callable[[], Any], normalization: str, tmp_path: Path
@@ -86,7 +86,7 @@ def test_a_function_as_metric_is_not_saved(tmp_path: Path) -> None:
         loaded.score(X, y)
 
 
-def copy(saved: Path, to: Path) -> Path:
+def copy_model(saved: Path, to: Path) -> Path:
     to.mkdir()
     for path in saved.iterdir():
         (to / path.name).write_bytes(path.read_bytes())
@@ -95,7 +95,7 @@ def copy(saved: Path, to: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
 def test_missing_files_are_reported(name: str, saved: Path, tmp_path: Path) -> None:
-    folder = copy(saved, tmp_path / "m")
+    folder = copy_model(saved, tmp_path / "m")
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"m must hold a saved model, but has no {name}"):
         load(folder)
@@ -125,7 +125,7 @@ def test_missing_folders_are_reported(tmp_path: Path) -> None:
 def test_damaged_files_are_rejected(
     name: str, damage: Callable[[bytes], bytes], saved: Path, tmp_path: Path
 ) -> None:
-    folder = copy(saved, tmp_path / "m")
+    folder = copy_model(saved, tmp_path / "m")
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
         load(folder)
@@ -154,7 +154,7 @@ def test_damaged_files_are_rejected(
 def test_edited_metadata_is_rejected(
     path: tuple[str, ...], value: Any, saved: Path, tmp_path: Path
 ) -> None:
-    folder = copy(saved, tmp_path / "m")
+    folder = copy_model(saved, tmp_path / "m")
     record = json.loads((folder / "model.json").read_text())
     del record["checksum"]  # as versions before it wrote them
     place = record
@@ -171,7 +171,7 @@ def test_edited_metadata_is_rejected(
 
 
 def test_weights_of_another_network_are_rejected(saved: Path, tmp_path: Path) -> None:
-    folder = copy(saved, tmp_path / "m")
+    folder = copy_model(saved, tmp_path / "m")
     other = tune(n_trials=1, fixed={"width": 20, "epochs": 1}).save(tmp_path / "other")
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"model\.safetensors must hold this network's weights"):

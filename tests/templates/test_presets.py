@@ -1,4 +1,4 @@
-"""Presets have the published sizes, and shrink to networks that fit together."""
+"""Presets have the published sizes, and can be shrunk for a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: a problem made again, in another process or from a study."""
+"""A problem can be made again in another process or from a study."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def noted(problem_spec: ProblemSpec) -> tuple[optuna.Study, Template]:
-    """A study as `optimize` opens it."""
+def open_study_with_problem(problem_spec: ProblemSpec) -> tuple[optuna.Study, Template]:
+    """Return a study as `optimize` opens it, and its problem."""
     problem = problem_spec.problem()
     study = open_study(
         problem,
@@ -91,7 +91,7 @@ def noted(problem_spec: ProblemSpec) -> tuple[optuna.Study, Template]:
 @pytest.mark.parametrize("case", CASES)
 def test_from_study_makes_the_same_problem(case: str) -> None:
     settings = CASES[case]
-    study, problem = noted(ProblemSpec(**settings))
+    study, problem = open_study_with_problem(ProblemSpec(**settings))
     needed = {n: settings[n] for n in ("X", "y", "network", "validation") if n in settings}
     if callable(settings.get("metric")):
         needed["metric"] = settings["metric"]
@@ -102,7 +102,7 @@ def test_from_study_makes_the_same_problem(case: str) -> None:
         assert again.defaults() == problem.defaults()
 
 
-def test_attributes_hold_no_data_and_no_code() -> None:
+def test_attributes_contain_no_data_and_no_code() -> None:
     problem_spec = ProblemSpec(**CASES["own and metric"], validation=(X, Y))
     attributes = problem_spec.attributes()
     assert json.loads(json.dumps(attributes)) == attributes
@@ -118,7 +118,7 @@ def test_attributes_hold_no_data_and_no_code() -> None:
 def test_paths_are_stored(folder: Path) -> None:
     frame = pd.DataFrame(X, columns=list("abc")).assign(label=Y)
     frame.to_csv("data.csv", index=False)
-    study, problem = noted(ProblemSpec(X="data.csv", target="label", fixed=TINY))
+    study, problem = open_study_with_problem(ProblemSpec(X="data.csv", target="label", fixed=TINY))
     assert ProblemSpec.from_study(study).problem().name == problem.name
     (folder / "data.csv").rename("moved.csv")
     with pytest.raises(FileNotFoundError, match=r"data\.csv"):
@@ -130,7 +130,9 @@ def test_paths_are_stored(folder: Path) -> None:
     for name in ("one.txt", "two.txt"):
         Path(name).write_text(TEXT)
     for source in ("one.txt", Path("one.txt"), ["one.txt", Path("two.txt")]):
-        study, problem = noted(ProblemSpec("gpt", source, validation="two.txt", fixed=SHORT))
+        study, problem = open_study_with_problem(
+            ProblemSpec("gpt", source, validation="two.txt", fixed=SHORT)
+        )
         assert ProblemSpec.from_study(study).problem().name == problem.name
 
 
@@ -143,25 +145,25 @@ def test_the_default_text_needs_no_path() -> None:
 
 
 def test_other_data_are_rejected() -> None:
-    study, _ = noted(ProblemSpec(X=X, y=Y))
+    study, _ = open_study_with_problem(ProblemSpec(X=X, y=Y))
     with pytest.raises(ValueError, match=r"The data must be the study's, with the fingerprint "):
         ProblemSpec.from_study(study, X + 1, Y).problem()
     with pytest.raises(ValueError, match=r"must have 2 classes for the task .binary."):
         ProblemSpec.from_study(study, X, X[:, 0]).problem()
-    study, _ = noted(ProblemSpec(**CASES["own and metric"]))
+    study, _ = open_study_with_problem(ProblemSpec(**CASES["own and metric"]))
     with pytest.raises(ValueError, match="The metric must be the study's, with 'error_rate'"):
         ProblemSpec.from_study(study, X, Y, network=build, metric=lambda y, p: 0.0).problem()
 
 
 def test_arguments_that_are_not_stored_must_be_given() -> None:
-    study, _ = noted(ProblemSpec(**CASES["own and metric"], validation=(X, Y)))
+    study, _ = open_study_with_problem(ProblemSpec(**CASES["own and metric"], validation=(X, Y)))
     given = {"X": X, "y": Y, "network": build, "metric": error_rate, "validation": (X, Y)}
     ProblemSpec.from_study(study, **given).problem()
     for name in ("X", "network", "metric", "validation"):
         less: dict[str, Any] = {n: value for n, value in given.items() if n != name}
         with pytest.raises(ValueError, match=f"^`{name}` must be given: the study does not"):
             ProblemSpec.from_study(study, **less)
-    study, _ = noted(ProblemSpec(X=X, y=Y))
+    study, _ = open_study_with_problem(ProblemSpec(X=X, y=Y))
     with pytest.raises(ValueError, match=r"`network` must be given only for .* 'dnn'"):
         ProblemSpec.from_study(study, X, Y, network=build)
     with pytest.raises(ValueError, match="`X` and `y` must both be given"):

@@ -1,4 +1,4 @@
-"""A template in one file is all that `optimize` and what comes after it need."""
+"""A registered template works with `optimize` and everything else, without other changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Y = np.where(X @ [2.0, -1.0, 0.5] > 0, "up", "down")
 
 @pytest.fixture(autouse=True)
 def linear() -> Iterator[type[Template]]:
-    """The toy template, registered for this test only."""
+    """Register the toy template for one test."""
     before = dict(TEMPLATES)
     from tests.templates.toy_template import LinearTemplate
 
@@ -71,7 +71,7 @@ def test_a_new_template_can_be_made_again_from_its_study() -> None:
     assert spec.problem().fixed["epochs"] == 8
 
 
-def test_an_option_that_a_template_lacks_is_refused() -> None:
+def test_an_option_that_a_template_does_not_have_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"^`preset` must not be given here: it is for .*'gpt'"):
         optimize("linear", X, Y, n_trials=1, storage=None, preset="gpt2")
     with pytest.raises(ValueError, match=r"^`metric` must not be given here: it is for .*'dnn'"):
@@ -81,7 +81,7 @@ def test_an_option_that_a_template_lacks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["lineal", "own", 3, None])
-def test_an_unknown_template_is_refused(name: str) -> None:
+def test_an_unknown_template_is_rejected(name: str) -> None:
     with pytest.raises(ValueError, match=r"template"):
         optimize(name, X, Y, n_trials=1, storage=None)
 

@@ -44,10 +44,10 @@ from tests.tiny import trials
 from tests.tiny import tune
 
 X, Y = numbers()
-FREE = {name: value for name, value in TINY.items() if name != "epochs"}
+TINY_WITHOUT_EPOCHS = {name: value for name, value in TINY.items() if name != "epochs"}
 
 
-class Note:
+class EndedTrialsFile:
     """A callback that records in a file which process finished which trial.
 
     Each process waits after its first trial until ``processes`` processes have finished one.
@@ -70,9 +70,9 @@ class Note:
         return [(int(process), int(number)) for process, number in map(str.split, lines)]
 
 
-def check_once(result: Result, note: Note, wanted: int) -> None:
+def check_once(result: Result, ended_trials: EndedTrialsFile, wanted: int) -> None:
     """Check that other processes have trained each trial once, and the number of trials."""
-    ended = note.ended()
+    ended = ended_trials.ended()
     assert Counter(number for _, number in ended) == Counter(t.number for t in trials(result))
     assert os.getpid() not in {process for process, _ in ended}
     assert set(states(result)) <= {TrialState.COMPLETE, TrialState.PRUNED}
@@ -83,12 +83,19 @@ def check_once(result: Result, note: Note, wanted: int) -> None:
 def test_two_processes_share_a_study(
     storage: str, folder: Path, pool: ProcessPoolExecutor
 ) -> None:
-    note, options = Note(folder, 2), {"cohort_size": 2}
+    ended_trials, options = EndedTrialsFile(folder, 2), {"cohort_size": 2}
     result = tune(
-        X, Y, storage=storage, n_trials=13, workers=2, executor=pool, callbacks=[note], **options
+        X,
+        Y,
+        storage=storage,
+        n_trials=13,
+        workers=2,
+        executor=pool,
+        callbacks=[ended_trials],
+        **options,
     )
-    check_once(result, note, 13)
-    assert len({process for process, _ in note.ended()}) == 2
+    check_once(result, ended_trials, 13)
+    assert len({process for process, _ in ended_trials.ended()}) == 2
     assert len({trial.user_attrs["worker"] for trial in trials(result)}) == 2
     assert trials(result)[0].user_attrs["baseline"]
     # No two of them proposed the same.
@@ -105,18 +112,18 @@ def test_two_processes_share_a_study(
 
 
 def test_two_workers_try_each_grid_point_once(folder: Path, pool: ProcessPoolExecutor) -> None:
-    note, levels = (
-        Note(folder, 2),
+    ended_trials, levels = (
+        EndedTrialsFile(folder, 2),
         {"dropout": [0.0, 0.1, 0.2], "momentum": [0.8, 0.9, 0.95, 0.99]},
     )
     options: dict[str, Any] = {"method": "grid", "levels": levels, "n_trials": None}
     fixed = TINY | {"optimizer": "sgd"}
-    result = tune(X, Y, storage="g.journal", workers=2, executor=pool, callbacks=[note],
+    result = tune(X, Y, storage="g.journal", workers=2, executor=pool, callbacks=[ended_trials],
                   fixed=fixed, timeout=100.0, cohort_size=3, **options)  # fmt: skip
-    check_once(result, note, 12)
+    check_once(result, ended_trials, 12)
     points = {(t.params["dropout"], t.params["momentum"]) for t in trials(result)}
     assert len(points) == 12
-    assert len({process for process, _ in note.ended()}) == 2
+    assert len({process for process, _ in ended_trials.ended()}) == 2
 
 
 @pytest.mark.parametrize(
@@ -131,11 +138,11 @@ def test_two_workers_try_each_grid_point_once(folder: Path, pool: ProcessPoolExe
 def test_two_workers_share_a_study_with_every_method(
     method: str, options: dict[str, Any], folder: Path, pool: ProcessPoolExecutor
 ) -> None:
-    note = Note(folder)
+    ended_trials = EndedTrialsFile(folder)
     own = {"pruner": None} if method in ("population", "gradient") else {}
-    options = {"method": method, "method_options": options, "callbacks": [note], **own}
+    options = {"method": method, "method_options": options, "callbacks": [ended_trials], **own}
     result = tune(X, Y, storage="m.journal", n_trials=8, workers=2, executor=pool, **options)
-    check_once(result, note, 8)
+    check_once(result, ended_trials, 8)
     tuned = [name for name in ("learning_rate", "dropout") if name in result.best_params]
     assert len({tuple(t.params[n] for n in tuned) for t in trials(result)}) >= 6
     assert result.predict(X).shape == (80,)
@@ -196,7 +203,7 @@ def test_study_stop_in_one_worker_stops_all(folder: Path, pool: ProcessPoolExecu
     assert len(trials(more)) == count + 3
 
 
-class Fault:
+class RaisingCallback:
     """A callback that raises an error, in all processes or only in the first."""
 
     def __init__(self, path: Path | None = None) -> None:
@@ -214,14 +221,22 @@ class Fault:
 
 def test_error_of_all_remote_workers_is_raised(folder: Path, pool: ProcessPoolExecutor) -> None:
     with pytest.raises(ArithmeticError, match=r"trial \d is odd") as caught:
-        tune(X, Y, storage="e.journal", workers=2, executor=pool, callbacks=[Fault()], n_trials=9)
+        tune(
+            X,
+            Y,
+            storage="e.journal",
+            workers=2,
+            executor=pool,
+            callbacks=[RaisingCallback()],
+            n_trials=9,
+        )
     assert "in __call__" in caught.value.__notes__[0]  # where it was raised
 
 
 def test_other_workers_continue_when_one_fails(
     folder: Path, pool: ProcessPoolExecutor, log: pytest.LogCaptureFixture
 ) -> None:
-    fault = Fault(folder / "done")
+    fault = RaisingCallback(folder / "done")
     options: dict[str, Any] = {"callbacks": [fault], "cohort_size": 1, "n_trials": 7}
     result = tune(X, Y, storage="f.journal", workers=2, executor=pool, **options)
     assert TrialState.RUNNING not in states(result)
@@ -229,24 +244,24 @@ def test_other_workers_continue_when_one_fails(
     assert any("failed, the others continue: trial" in line for line in log.messages)
 
 
-def later(function: Any, seconds: float, *args: Any) -> Any:
+def call_later(function: Any, seconds: float, *args: Any) -> Any:
     time.sleep(seconds)
     return function(*args)
 
 
-class Queue:
-    """An executor with a queue, as on a cluster: the second worker starts later."""
+class DelayedExecutor:
+    """An executor that starts the second worker later, like the queue of a cluster."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self.pool = pool
 
     def submit(self, function: Any, /, *args: Any) -> Any:
-        return self.pool.submit(later, function, 2.0 * args[0].worker, *args)
+        return self.pool.submit(call_later, function, 2.0 * args[0].worker, *args)
 
 
 def test_timeout_starts_when_each_worker_starts(folder: Path, pool: ProcessPoolExecutor) -> None:
     options: dict[str, Any] = {"n_trials": None, "timeout": 1.5, "workers": 2}
-    result = tune(X, Y, storage="t.journal", executor=Queue(pool), **options)
+    result = tune(X, Y, storage="t.journal", executor=DelayedExecutor(pool), **options)
     started = [trial for trial in trials(result) if trial.state != TrialState.WAITING]
     assert len({trial.user_attrs["worker"] for trial in started}) == 2
     begun = [trial.datetime_start for trial in started]
@@ -258,10 +273,13 @@ def test_timeout_starts_when_each_worker_starts(folder: Path, pool: ProcessPoolE
 def test_postgresql_restarts_under_four_workers(
     postgresql: Database, folder: Path, pool: ProcessPoolExecutor
 ) -> None:
-    note = Note(folder, 4)
+    ended_trials = EndedTrialsFile(folder, 4)
 
     def restart() -> None:
-        while not note.path.exists() or len({process for process, _ in note.ended()}) < 4:
+        while (
+            not ended_trials.path.exists()
+            or len({process for process, _ in ended_trials.ended()}) < 4
+        ):
             time.sleep(0.05)
         postgresql.restart()
 
@@ -269,10 +287,10 @@ def test_postgresql_restarts_under_four_workers(
     thread.start()
     options: dict[str, Any] = {"fixed": TINY | {"epochs": 150}, "cohort_size": 2}
     result = tune(X, Y, storage=postgresql.url, n_trials=40, workers=4, executor=pool,
-                  callbacks=[note], **options)  # fmt: skip
+                  callbacks=[ended_trials], **options)  # fmt: skip
     thread.join(60)
-    check_once(result, note, 40)
-    assert len({process for process, _ in note.ended()}) == 4
+    check_once(result, ended_trials, 40)
+    assert len({process for process, _ in ended_trials.ended()}) == 4
 
 
 @pytest.fixture
@@ -295,46 +313,55 @@ def proxy(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def test_through_a_grpc_proxy(proxy: str, folder: Path, pool: ProcessPoolExecutor) -> None:
-    note = Note(folder)
-    options: dict[str, Any] = {"callbacks": [note], "n_trials": 8, "cohort_size": 2}
+def test_two_workers_share_a_study_through_a_grpc_proxy(
+    proxy: str, folder: Path, pool: ProcessPoolExecutor
+) -> None:
+    ended_trials = EndedTrialsFile(folder)
+    options: dict[str, Any] = {"callbacks": [ended_trials], "n_trials": 8, "cohort_size": 2}
     result = tune(X, Y, storage=proxy, workers=2, executor=pool, **options)
-    check_once(result, note, 8)
+    check_once(result, ended_trials, 8)
 
 
-def test_dask(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_share_a_study_with_dask(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     distributed = pytest.importorskip("distributed", reason="Dask is not installed")
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    note = Note(folder, 2)
+    ended_trials = EndedTrialsFile(folder, 2)
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
     with (
         distributed.LocalCluster(processes=True, **options) as cluster,
         distributed.Client(cluster) as client,
     ):
         executor = client.get_executor()
-        result = tune(X, Y, storage="sqlite:///d.db", n_trials=8, workers=2, callbacks=[note],
-                      executor=executor, cohort_size=1)  # fmt: skip
-    check_once(result, note, 8)
-    assert len({process for process, _ in note.ended()}) == 2
+        options = {"n_trials": 8, "workers": 2, "cohort_size": 1, "callbacks": [ended_trials]}
+        result = tune(X, Y, storage="sqlite:///d.db", executor=executor, **options)
+    check_once(result, ended_trials, 8)
+    assert len({process for process, _ in ended_trials.ended()}) == 2
 
 
-def test_submitit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_share_a_study_with_submitit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     submitit = pytest.importorskip("submitit", reason="submitit is not installed")
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    note, executor = Note(folder, 2), submitit.AutoExecutor(folder="jobs", cluster="local")
+    ended_trials, executor = (
+        EndedTrialsFile(folder, 2),
+        submitit.AutoExecutor(folder="jobs", cluster="local"),
+    )
     executor.update_parameters(timeout_min=5)
-    result = tune(X, Y, storage="j.journal", n_trials=8, workers=2, callbacks=[note],
+    result = tune(X, Y, storage="j.journal", n_trials=8, workers=2, callbacks=[ended_trials],
                   executor=executor, cohort_size=1)  # fmt: skip
-    check_once(result, note, 8)
-    assert len({process for process, _ in note.ended()}) == 2
+    check_once(result, ended_trials, 8)
+    assert len({process for process, _ in ended_trials.ended()}) == 2
 
 
 # --- Executors that fail ---
 
 
-class Inline:
+class InlineExecutor:
     """An executor that runs calls at once in this process."""
 
     def submit(self, function: Any, /, *args: Any) -> Future[Any]:
@@ -343,7 +370,7 @@ class Inline:
         return future
 
 
-class Dying(Inline):
+class DyingExecutor(InlineExecutor):
     """An executor whose first processes die; later ones finish at once."""
 
     def __init__(self, deaths: int) -> None:
@@ -363,11 +390,11 @@ def test_executor_must_not_run_calls_in_the_callers_process(folder: Path) -> Non
     with pytest.raises(
         ValueError, match="in other processes, but this one runs them in the caller"
     ):
-        tune(X, Y, storage="i.journal", executor=Inline())
+        tune(X, Y, storage="i.journal", executor=InlineExecutor())
 
 
 def test_dead_worker_is_replaced(folder: Path, log: pytest.LogCaptureFixture) -> None:
-    executor = Dying(3)
+    executor = DyingExecutor(3)
     tune(X, Y, storage="d.journal", executor=executor)
     assert executor.calls == 4
     lines = [line for line in log.messages if "Worker 0 died" in line]
@@ -375,7 +402,7 @@ def test_dead_worker_is_replaced(folder: Path, log: pytest.LogCaptureFixture) ->
     assert all("killed by the system (a new worker takes over its trials)" in x for x in lines)
 
 
-class RemoteExecutor(Inline):
+class RemoteExecutor(InlineExecutor):
     """An executor whose only worker waits for a control message."""
 
     def __init__(self) -> None:
@@ -414,7 +441,7 @@ def test_signal_to_the_caller_is_sent_to_remote_workers(
 
 
 def test_remote_workers_are_replaced_after_the_callers_timeout(folder: Path) -> None:
-    executor = Dying(100)
+    executor = DyingExecutor(100)
     with pytest.raises(RuntimeError, match="but all have died"):
         tune(X, Y, storage="n.journal", executor=executor, n_trials=None, timeout=1e-6)
     assert executor.calls == 4
@@ -423,7 +450,7 @@ def test_remote_workers_are_replaced_after_the_callers_timeout(folder: Path) -> 
 def test_worker_is_not_replaced_after_too_many_deaths(
     folder: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    executor = Dying(100)
+    executor = DyingExecutor(100)
     text = "At least one worker must finish, but all have died"
     with pytest.raises(RuntimeError, match=text) as caught:
         tune(X, Y, storage="n.journal", executor=executor, workers=2)

@@ -1,3 +1,5 @@
+"""Test the configuration of workers, control messages and checks before workers start."""
+
 from __future__ import annotations
 
 import os
