@@ -131,10 +131,10 @@ def deferred(study: Study) -> BufferedStorage:
 def writings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A text for every append to a journal and every commit of a database."""
     counted: list[str] = []
-    append_lines = journal_file.append
+    append_lines = journal_file.append_lines
     monkeypatch.setattr(
         journal_file,
-        "append",
+        "append_lines",
         lambda path, lines: (counted.append("append"), append_lines(path, lines))[1],
     )
     commit = Connection._commit_impl
