@@ -77,7 +77,7 @@ class BeforeSecondRound:
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Count the rounds, and call the function before the second one."""
-        original = Tuner._train
+        original = Tuner._train_cohort
 
         def train(tuner: Tuner, run: CohortRun) -> None:
             self.seen += 1
