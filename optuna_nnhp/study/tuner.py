@@ -202,7 +202,7 @@ class Tuner:
             return None
         kept = self.storage.save_outbox(self.folder or Path())
         if kept is not None:
-            _logger.warning(f"What the storage has not got is kept in {kept}.")
+            _logger.warning(f"Saved the unwritten changes in {kept}.")
         return kept
 
     def _flush_or_save_outbox(self) -> None:
@@ -224,8 +224,10 @@ class Tuner:
         if self.storage.is_available:
             return
         kept = self._save_outbox()
-        what = "" if kept is None else f"What it has not got is kept in {kept}: "
-        raise StorageUnavailable(f"The storage does not answer. {what}the same call goes on.")
+        saved = "" if kept is None else f" The unwritten changes are in {kept}."
+        raise StorageUnavailable(
+            f"The storage does not answer.{saved} Repeat the same call to continue the study."
+        )
 
     def _train_all(self, progress: ProgressBar) -> None:
         """Ask for trials and train them until there are no more."""
@@ -274,7 +276,9 @@ class Tuner:
             if not self.storage.is_available:
                 self.storage.save_outbox(self.folder or Path())
         except OSError as error:
-            _logger.warning(f"No checkpoint is written, nor what the storage has not got: {error}")
+            _logger.warning(
+                f"Neither a checkpoint nor the unwritten changes could be saved: {error}"
+            )
             return False
         return self.checkpoints.write(self.queue.training, self.policy.state_dict())
 

@@ -85,7 +85,7 @@ def test_only_the_trial_that_raises_an_error_fails(
     assert trial.user_attrs["error"] == f"ZeroDivisionError: the fault of {bad}"
     assert "in fault\n" in trial.user_attrs["traceback"]
     assert len(trial.user_attrs["traceback"]) <= MAX_TRACEBACK_LENGTH
-    assert "6 trials raised an error together; they go on as 3 and 3" in log.text
+    assert "6 trials raised an error together; they continue as cohorts of 3 and 3" in log.text
     assert len(trials(result)) == 6
 
 
@@ -165,7 +165,9 @@ def test_a_cohort_that_does_not_fit_into_memory_is_halved_and_repeated(
     call_before_rounds(fault)
     result = run(12)
     assert learning_curves(result) == expected
-    assert "6 trials do not fit into memory together; they go on as 3 and 3" in log.text
+    assert (
+        "6 trials do not fit into memory together; they continue as cohorts of 3 and 3" in log.text
+    )
     assert causes(result) == ["finished"] * 12
 
 

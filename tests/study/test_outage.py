@@ -80,7 +80,7 @@ def test_unwritten_results_are_written_by_the_next_run(
 ) -> None:
     expected, database_lock = run(storage=None), DatabaseLock(None)
     monkeypatch.setattr(tuner, "MAX_STORAGE_WAIT", 0.5)
-    with pytest.raises(StorageUnavailable, match="the same call goes on") as error:
+    with pytest.raises(StorageUnavailable, match="Repeat the same call") as error:
         run(callbacks=[database_lock])
     (outbox,) = folder.rglob("outbox-*.json")
     assert outbox.name in str(error.value)

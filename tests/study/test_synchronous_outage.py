@@ -155,7 +155,7 @@ def test_unwritten_results_are_kept_if_the_storage_stays_unavailable(
     )
     before_second_round.patch(monkeypatch)
     before_second_round.call(database_lock.lock)  # the ends of those in training are not written
-    with pytest.raises(StorageUnavailable, match="the same call goes on") as error:
+    with pytest.raises(StorageUnavailable, match="Repeat the same call") as error:
         run(method, STORAGE)
     (outbox,) = folder.rglob("outbox-*.json")
     assert outbox.name in str(error.value)
