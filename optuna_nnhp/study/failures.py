@@ -140,7 +140,8 @@ class FailureBisector:
             what, self.memory_limits[part[0].signature] = "do not fit into memory", most
         sizes = " and ".join(str(len(piece)) for piece in pieces)
         _logger.warning(
-            f"{len(part)} trials {what} together; they continue as cohorts of {sizes}: {error_line(error)}"
+            f"{len(part)} trials {what} together; they continue as cohorts of {sizes}: "
+            f"{error_line(error)}"
         )
 
 
