@@ -104,7 +104,7 @@ class Preprocessor:
         return names
 
     @cached_property
-    def _encoder(self) -> OneHotEncoder:
+    def _category_encoder(self) -> OneHotEncoder:
         """The encoder of category codes as 0/1 columns; -1 (unseen) becomes zeros."""
         from sklearn.preprocessing import OneHotEncoder  # slow to import
 
@@ -154,7 +154,7 @@ class Preprocessor:
                 features[rows, :first] = self.scaler.transform(values[rows])
             if codes:
                 block = np.column_stack([column[rows] for column in codes])
-                features[rows, second:] = self._encoder.transform(block)
+                features[rows, second:] = self._category_encoder.transform(block)
         return features
 
     def describe(self) -> str:

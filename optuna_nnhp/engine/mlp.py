@@ -201,7 +201,7 @@ class CompiledMLP:
             IndexError: If a row number is not that of an example.
         """
         x, y, rates = x.contiguous(), y.contiguous(), rates.T.contiguous()
-        self._check_round(x, y, rows, size, rates)
+        self._check_training_arguments(x, y, rows, size, rates)
         network = self._with_data(x, y)
         network.training, network.batch = 1, size
         network.steps, network.examples = rates.shape[1], len(rows[0])
@@ -233,7 +233,7 @@ class CompiledMLP:
         self._run(network, tasks, lambda: False)
         return outputs
 
-    def _check_round(
+    def _check_training_arguments(
         self, x: Tensor, y: Tensor, rows: Sequence[Tensor], size: int, rates: Tensor
     ) -> None:
         """Check all sizes and indices that the C code relies on."""

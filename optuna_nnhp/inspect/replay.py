@@ -349,7 +349,7 @@ def retrain_trial(
     """
     return retrain(
         problem.cohort,
-        _segments(problem, trial),
+        _schedule_segments(problem, trial),
         rounds,
         best_round(problem, trial),
         trial.user_attrs.get(NUMERICS_CONTEXT_KEY, ()),
@@ -381,12 +381,13 @@ def _to_rounds(problem: Template, epochs: float) -> int:
 def _score_stored_weights(problem: Template, trial: FrozenTrial, weights: BestWeights) -> float:
     """Return the metric of a trial's stored weights, computed as the study did."""
     end = max(best_round(problem, trial), 1)
-    segment = [segment for segment in _segments(problem, trial) if segment.begin < end][-1]
+    segments = _schedule_segments(problem, trial)
+    segment = [segment for segment in segments if segment.begin < end][-1]
     network = weights.load_into(trial.number, problem.network(segment.member))
     return evaluate_network(problem.cohort, segment.member, network)
 
 
-def _segments(problem: Template, trial: FrozenTrial) -> list[Segment]:
+def _schedule_segments(problem: Template, trial: FrozenTrial) -> list[Segment]:
     """Return the segments of a trial's schedule; one if its parameters did not change."""
     segments = schedule_of(problem, trial)
     return segments or [Segment(0, problem.member(trial.number, params_for_retraining(trial)))]

@@ -46,7 +46,7 @@ def _tensor_pairs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each tensor of a member with its counterpart in the plain network."""
     if isinstance(stack, StackedMLP):
-        yield from _mlp_tensor_pairs(stack, i, network)
+        yield from _pair_stacked_and_plain_tensors(stack, i, network)
         return
     plain, stacked = tensors_of(network), stack.state_dict()
     if isinstance(stack, ModuleStack):
@@ -62,7 +62,7 @@ def _tensor_pairs(
         yield stacked[key][i], plain[name]
 
 
-def _mlp_tensor_pairs(
+def _pair_stacked_and_plain_tensors(
     stack: StackedMLP, i: int, network: nn.Module
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the tensor pairs of a multilayer perceptron, without the padding."""

@@ -239,11 +239,11 @@ class _TrialHistory:
         for number in ended:
             trial = self.trials[number]
             if trial.state != TrialState.FAIL:
-                self._intersect(trial.distributions)
+                self._keep_common_params(trial.distributions)
                 insort(self._finished_numbers, number)
                 insort(self._ranked, (*sort_key(trial, sign), number))
 
-    def _intersect(self, distributions: Space) -> None:
+    def _keep_common_params(self, distributions: Space) -> None:
         """Keep the parameters of the space that another trial has with the same distribution."""
         if self.space is None:
             self.space = dict(distributions)

@@ -240,14 +240,14 @@ def _propose_distribution(
     part = narrow(axis, whole, best, positions, NARROWING)
     new = restrict_distribution(axis, part)
     if isinstance(part, Choices):
-        return new, _explain_choices(axis, part, len(best))
+        return new, _reason_for_dropped_choices(axis, part, len(best))
     there = sum(part.low <= position <= part.high for position in best)
     found = f"{there} of the best {len(best)} trials lie there"
     reason = found if new != axis.distribution else NO_EFFECT
-    return new, reason + _edge_hint(axis, best)
+    return new, reason + _warn_of_best_at_range_end(axis, best)
 
 
-def _explain_choices(axis: ParameterAxis, part: Choices, count: int) -> str:
+def _reason_for_dropped_choices(axis: ParameterAxis, part: Choices, count: int) -> str:
     """Return the reason for the choices that are left."""
     assert isinstance(axis.distribution, CategoricalDistribution)
     choices = axis.distribution.choices
@@ -257,7 +257,7 @@ def _explain_choices(axis: ParameterAxis, part: Choices, count: int) -> str:
     return f"dropped {', '.join(dropped)}: none of the best {count} trials, and clearly worse"
 
 
-def _edge_hint(axis: ParameterAxis, best: Sequence[float]) -> str:
+def _warn_of_best_at_range_end(axis: ParameterAxis, best: Sequence[float]) -> str:
     """Return a hint if many of the best trials lie near an end of the whole range."""
     for end, side in ((0.0, "lower"), (1.0, "upper")):
         crowd = sum(abs(position - end) <= EDGE_DISTANCE for position in best)

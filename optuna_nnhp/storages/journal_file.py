@@ -37,12 +37,12 @@ from optuna_nnhp.storages.operations import Applied
 from optuna_nnhp.storages.operations import Op
 from optuna_nnhp.storages.operations import Operation
 from optuna_nnhp.storages.operations import Outcome
-from optuna_nnhp.storages.operations import Plan
+from optuna_nnhp.storages.operations import PlannedWrites
 from optuna_nnhp.storages.operations import StudyCounts
 from optuna_nnhp.storages.operations import TrialChange
 from optuna_nnhp.storages.operations import TrialStatus
 from optuna_nnhp.storages.operations import json_round_trip
-from optuna_nnhp.storages.operations import plan_operations
+from optuna_nnhp.storages.operations import plan_writes
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -412,14 +412,14 @@ class JournalAdapter:
                 self._journal.sync()  # with it what an attempt that failed has left
                 planned = self._plan_operations(ops)
                 first_id = len(self._journal.trials)
-                lines = encode_logs(self._journal.with_worker_id(_logs_of_plan(planned)))
+                lines = encode_logs(self._journal.with_worker_id(_journal_entries(planned)))
                 if lines:
                     append_lines(self._path, lines)
             errors = self._journal.sync()
         planned.set_ids(range(first_id, first_id + len(planned.new)))
         return [_error_or_outcome(outcome, errors) for outcome in planned.outcomes]
 
-    def _plan_operations(self, ops: Sequence[Operation]) -> Plan:
+    def _plan_operations(self, ops: Sequence[Operation]) -> PlannedWrites:
         trials, studies = dict[int, TrialStatus](), dict[int, StudyCounts]()
         for op in ops:
             if isinstance(op, Op) and op.trial_id in self._journal.trials:
@@ -429,7 +429,7 @@ class JournalAdapter:
                 known = self._journal.trials_of(op.study_id)
                 if known is not None:
                     studies[op.study_id] = StudyCounts.of(known)
-        return plan_operations(ops, trials, studies)
+        return plan_writes(ops, trials, studies)
 
     def read(self, study_id: int, unfinished: set[int], last_trial_id: int) -> list[FrozenTrial]:
         """Return all trials: a journal is kept in memory."""
@@ -445,7 +445,7 @@ def _error_or_outcome(outcome: Outcome, errors: Mapping[int, Exception]) -> Outc
     return errors.get(outcome.trial_id, outcome) if isinstance(outcome, Applied) else outcome
 
 
-def _logs_of_plan(planned: Plan) -> Iterator[Log]:
+def _journal_entries(planned: PlannedWrites) -> Iterator[Log]:
     """Return the journal's entries for planned operations."""
     for trial_id, change in planned.changes.items():
         yield from _trial_logs(trial_id, change)

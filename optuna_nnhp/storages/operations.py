@@ -248,7 +248,7 @@ class StudyCounts:
 
 
 @dataclass
-class Plan:
+class PlannedWrites:
     """What a storage is to write for a list of operations.
 
     Args:
@@ -274,11 +274,11 @@ class Plan:
             outcome.trial_id = trial_id
 
 
-def plan_operations(
+def plan_writes(
     ops: Sequence[Operation],
     trials: dict[int, TrialStatus],
     studies: Mapping[int, StudyCounts],
-) -> Plan:
+) -> PlannedWrites:
     """Check operations in their order against a storage that nobody else can change meanwhile.
 
     Args:
@@ -290,7 +290,7 @@ def plan_operations(
             The studies of which the operations create trials, limit their number, or set
             attributes, as far as they exist.
     """
-    planned = Plan()
+    planned = PlannedWrites()
     for op in ops:
         outcome: Outcome | None = None
         study = studies.get(op.study_id)
@@ -309,7 +309,7 @@ def plan_operations(
 
 
 def _add_to_plan(
-    op: Op, planned: Plan, trials: dict[int, TrialStatus], study: StudyCounts | None
+    op: Op, planned: PlannedWrites, trials: dict[int, TrialStatus], study: StudyCounts | None
 ) -> Applied:
     """Add an operation to a plan; later operations depend on it."""
     study = study or StudyCounts()

@@ -41,13 +41,13 @@ from optuna_nnhp.storages.operations import Applied
 from optuna_nnhp.storages.operations import Op
 from optuna_nnhp.storages.operations import Operation
 from optuna_nnhp.storages.operations import Outcome
-from optuna_nnhp.storages.operations import Plan
+from optuna_nnhp.storages.operations import PlannedWrites
 from optuna_nnhp.storages.operations import StudyAttr
 from optuna_nnhp.storages.operations import StudyCounts
 from optuna_nnhp.storages.operations import TrialChange
 from optuna_nnhp.storages.operations import TrialStatus
 from optuna_nnhp.storages.operations import json_round_trip
-from optuna_nnhp.storages.operations import plan_operations
+from optuna_nnhp.storages.operations import plan_writes
 
 Row = dict[str, Any]
 DIALECTS = ("sqlite", "postgresql", "mysql", "mariadb")
@@ -105,7 +105,7 @@ class RdbAdapter:
     def _apply(self, connection: Connection, ops: Sequence[Operation]) -> list[Outcome]:
         # Studies are always locked before trials, so that no two transactions wait for each other.
         studies = _lock_studies(connection, ops)
-        planned = plan_operations(ops, _lock_trials(connection, ops), studies)
+        planned = plan_writes(ops, _lock_trials(connection, ops), studies)
         rows: dict[Table, list[Row]] = defaultdict(list)
         for attr in planned.study_attrs:
             row = {"study_id": attr.study_id, "key": attr.key}
@@ -236,7 +236,7 @@ def _split_ids(ids: Sequence[int]) -> Iterator[Sequence[int]]:
         yield ids[start : start + MAX_IDS]
 
 
-def _create_trials(connection: Connection, planned: Plan) -> list[int]:
+def _create_trials(connection: Connection, planned: PlannedWrites) -> list[int]:
     """Insert trials into a study that is locked; return their ids."""
     numbers = [o.number for o in planned.outcomes if isinstance(o, Applied) and o.number >= 0]
     rows = [

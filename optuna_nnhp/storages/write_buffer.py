@@ -212,7 +212,7 @@ class WriteBuffer:
             The outcomes of the others, and the rejections of pending operations.
         """
         if _seconds_since(self._written_at) > MAX_SILENCE:  # others may take this worker for dead
-            self._require_ownership()
+            self._require_this_worker()
         pending = dict(self.pending)
         outcomes = self.adapter.apply([*pending.values(), *ops])
         self.pending, self.pending_since, self.has_ends = {}, math.inf, False
@@ -226,7 +226,7 @@ class WriteBuffer:
                 self._note_rejection(op, outcome)
         return outcomes[len(pending) :], rejections
 
-    def _require_ownership(self) -> None:
+    def _require_this_worker(self) -> None:
         worker = self._worker()
         for op in self.pending.values() if worker is not None else ():
             if isinstance(op, Op):

@@ -17,8 +17,8 @@ class TrialOutcome(Enum):
     Attributes:
         state: Optuna's state of a trial that has a value.
         counts: Whether a failed trial counts towards ``n_trials``; all others do.
-        cuts_short: Whether the trial ended before its time: `state_of` then depends on its value,
-            and on a grid it does not count.
+        cuts_short: Whether the trial ended before its time: `final_state` then depends on its
+            value, and on a grid it does not count.
         retries_grid_point: Whether a grid point is tried again by the next call.
         meaning: A sentence for the documentation.
 
@@ -115,7 +115,7 @@ class TrialOutcome(Enum):
         "counts retries",
     )
 
-    def state_of(self, *, has_value: bool, is_best: bool) -> TrialState:
+    def final_state(self, *, has_value: bool, is_best: bool) -> TrialState:
         """Return the state that Optuna is told.
 
         Args:

@@ -145,7 +145,7 @@ class TrialFinisher:
 
     def _final_state(self, running: RunningTrial, outcome: TrialOutcome) -> TrialState:
         """Return the state that Optuna is told."""
-        return outcome.state_of(
+        return outcome.final_state(
             has_value=running.best_so_far is not None,
             is_best=self.best_trials.is_better(running.best, self.best_trials.best),
         )

@@ -240,11 +240,11 @@ class CustomNetworkTemplate(SupervisedTemplate):
         Its dropout may if it is that of layers which are there at any rate.
         """
         free = super().mutable_names()
-        if "dropout" in self._read_names and not self._has_lasting_dropout():
+        if "dropout" in self._read_names and not self._dropout_only_sets_rates():
             return free - self._read_names
         return free - (self._read_names - {"dropout"})
 
-    def _has_lasting_dropout(self) -> bool:
+    def _dropout_only_sets_rates(self) -> bool:
         """Return whether the dropout rate only sets the rate of `nn.Dropout` layers."""
         networks = [
             self.network(self.member(0, {**self.defaults(), "dropout": rate}))

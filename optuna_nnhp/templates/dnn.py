@@ -194,7 +194,7 @@ class DNNTemplate(SupervisedTemplate):
 
     def cohort_size(self, leader: Member) -> int:
         """Return a size that fits in memory and keeps a round of the cohort short."""
-        flops = 6.0 * self._padded_weights(leader) * len(self.data.train_X)
+        flops = 6.0 * self._count_padded_weights(leader) * len(self.data.train_X)
         return bounded_cohort_size(self.memory(leader), flops / self.rounds_per_epoch, self.device)
 
     def memory(self, member: Member) -> int:
@@ -207,10 +207,10 @@ class DNNTemplate(SupervisedTemplate):
         params = member.params
         padded, depth = padded_width(int(params["width"] or 1)), int(params["hidden_layers"] or 1)
         batch = min(int(params["batch_size"] or 1), len(self.data.train_X))
-        bytes_each = 4 * (5 * self._padded_weights(member) + 5 * depth * padded * batch)
+        bytes_each = 4 * (5 * self._count_padded_weights(member) + 5 * depth * padded * batch)
         return bytes_each + 24 * len(self.data.valid_X) * self.outputs
 
-    def _padded_weights(self, member: Member) -> int:
+    def _count_padded_weights(self, member: Member) -> int:
         padded = padded_width(int(member.params["width"] or 1))
         depth = int(member.params["hidden_layers"] or 1)
         return (self.inputs + (depth - 1) * padded + self.outputs) * padded

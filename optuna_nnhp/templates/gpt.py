@@ -53,8 +53,8 @@ from optuna_nnhp.templates.gpt_defaults import expected_trial_seconds
 from optuna_nnhp.templates.gpt_defaults import preset_params
 from optuna_nnhp.templates.language_model import LanguageModel
 from optuna_nnhp.templates.language_model import count_predicted_bytes
+from optuna_nnhp.templates.language_model import language_model_rows
 from optuna_nnhp.templates.language_model import restore_language_model
-from optuna_nnhp.templates.language_model import rows_of_trial
 from optuna_nnhp.templates.supervised import bounded_cohort_size
 from optuna_nnhp.templates.supervised import check_fits_in_memory
 from optuna_nnhp.templates.supervised import describe_budget as describe_epochs
@@ -150,7 +150,7 @@ class GPTTemplate(Template):
         self._corpora: dict[tuple[str, int | None], Corpus] = {}
         preset_values = {} if preset is None else preset_params(preset)
         space, fixed = as_plain_dict("space", space), as_plain_dict("fixed", fixed)
-        given = _width_to_heads(fixed, space, preset_values)
+        given = _heads_for_width(fixed, space, preset_values)
         resolve_space("language", space, given)  # checks them before use
         seconds = expected_trial_seconds(given, space, timeout)
         if timeout is not None and given.get("seconds") and seconds > timeout:
@@ -430,7 +430,7 @@ class GPTTemplate(Template):
     @classmethod
     def trial_rows(cls, trial: FrozenTrial) -> dict[str, str]:
         """Return perplexity, loss, tokens and speed of a trial, for reports."""
-        return rows_of_trial(trial)
+        return language_model_rows(trial)
 
     @classmethod
     def describe_source(cls, source: Any) -> Any:
@@ -480,7 +480,7 @@ def _static_names() -> frozenset[str]:
     return frozenset(name for name, h in specs("language").items() if h.static)
 
 
-def _width_to_heads(
+def _heads_for_width(
     fixed: dict[str, Value],
     space: Mapping[str, BaseDistribution],
     preset_values: Mapping[str, Value],

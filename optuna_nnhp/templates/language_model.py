@@ -164,7 +164,7 @@ def count_predicted_bytes(tokenizer: Tokenizer, ids: Tensor, text: str) -> int:
     return max(1, whole - len(encode_utf8(tokenizer.decode(ids[:1].numpy()))))
 
 
-def rows_of_trial(trial: FrozenTrial) -> dict[str, str]:
+def language_model_rows(trial: FrozenTrial) -> dict[str, str]:
     """Return perplexity, loss, tokens and speed of a language model's trial, for reports.
 
     Args:
@@ -178,7 +178,7 @@ def rows_of_trial(trial: FrozenTrial) -> dict[str, str]:
         >>> import optuna
         >>> attrs = {"tokens_per_step": 768, "iterations": 100, "validation_loss": [2.0, 1.0]}
         >>> trial = optuna.trial.create_trial(value=1.4, user_attrs=attrs | {"seconds": 2.0})
-        >>> rows = rows_of_trial(trial)
+        >>> rows = language_model_rows(trial)
         >>> rows["perplexity"], rows["speed"]
         ('2.718 per token', '38,400 tokens per second')
     """

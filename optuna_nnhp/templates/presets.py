@@ -96,7 +96,7 @@ class Preset:
     @property
     def width(self) -> int:
         """The width of the residual stream: heads times head size."""
-        return self._int_param("heads") * self._int_param("head_size")
+        return self._param_as_int("heads") * self._param_as_int("head_size")
 
     @property
     def non_embedding_parameters(self) -> int:
@@ -107,15 +107,15 @@ class Preset:
         layer), and two normalizations. Biases are not counted; in publications that have them
         they are about 0.1 % of the parameters.
         """
-        layers, width = self._int_param("layers"), self.width
+        layers, width = self._param_as_int("layers"), self.width
         return layers * (12 * width**2 + 2 * width) + width
 
     @property
     def parameters(self) -> int:
         """The number of all parameters: embeddings, blocks, head."""
-        tables = (1 if self.params["tied_head"] else 2) * self._int_param("vocabulary")
+        tables = (1 if self.params["tied_head"] else 2) * self._param_as_int("vocabulary")
         if self.params["positions"] == "learned":
-            tables += self._int_param("context")
+            tables += self._param_as_int("context")
         return self.non_embedding_parameters + tables * self.width
 
     @property
@@ -130,8 +130,8 @@ class Preset:
             Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; Chowdhery et al. 2022
             (arXiv:2204.02311), appendix B.
         """
-        attention = 12 * self._int_param("layers") * self.width * self._int_param("context")
-        head = 6 * self.width * self._int_param("vocabulary")
+        attention = 12 * self._param_as_int("layers") * self.width * self._param_as_int("context")
+        head = 6 * self.width * self._param_as_int("vocabulary")
         return 6 * self.non_embedding_parameters + attention + head
 
     @property
@@ -154,9 +154,9 @@ class Preset:
             Korthikanti et al. 2022 (arXiv:2205.05198), section 4: the formula for activations,
             in single precision and without masks and scores.
         """
-        per_token = (16 * self._int_param("layers") + 2) * self.width
-        per_token += 3 * self._int_param("vocabulary")
-        return 16 * self.parameters + 4 * self._int_param("batch_tokens") * per_token
+        per_token = (16 * self._param_as_int("layers") + 2) * self.width
+        per_token += 3 * self._param_as_int("vocabulary")
+        return 16 * self.parameters + 4 * self._param_as_int("batch_tokens") * per_token
 
     def describe(self) -> str:
         """Describe the configuration in a few lines.
@@ -165,7 +165,7 @@ class Preset:
             >>> print(preset("nanogpt-cpu").describe().splitlines()[0])
             nanogpt-cpu: 4 layers of width 128, 4 heads of 32; context 64, vocabulary 65
         """
-        p, number = self.params, self._int_param
+        p, number = self.params, self._param_as_int
 
         def percent(name: str) -> str:
             return f"{100 * float(p[name] or 0):.3g} %"
@@ -190,7 +190,7 @@ class Preset:
             )
         )
 
-    def _int_param(self, name: str) -> int:
+    def _param_as_int(self, name: str) -> int:
         return int(self.params[name] or 0)
 
 

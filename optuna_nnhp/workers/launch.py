@@ -146,7 +146,7 @@ def run_workers(
         Exception: The error of a worker of this machine, or of a remote one if none finished.
         RuntimeError: If all workers died and none could be replaced.
     """
-    config = _complete_config(config, study, budget, executor)
+    config = _add_runtime_settings(config, study, budget, executor)
     _check_picklable(config)
 
     def make_config(worker: int, is_replacement: bool) -> WorkerConfig:
@@ -178,7 +178,7 @@ def without_grid_points(sampler: BaseSampler) -> BaseSampler:
     return sampler
 
 
-def _complete_config(
+def _add_runtime_settings(
     config: WorkerConfig, study: Study, budget: Budget, executor: Executor | None
 ) -> WorkerConfig:
     """Add what only the process that starts the workers knows."""

@@ -74,7 +74,7 @@ def _train_until_stopped(config: WorkerConfig, problem: Template | None) -> str 
     with _unblocked_signals(config, budget):
         with _only_warnings():
             study, problem = _open_study_and_problem(config, problem)
-        weights = _WorkerWeights(config.weights_folder)
+        weights = _WeightsOfThisWorker(config.weights_folder)
         watcher = ShutdownWatcher(
             study, budget, config.last_message_id, config.n_workers, config.parent
         )
@@ -173,7 +173,7 @@ def _picklable_error(error: Exception) -> Exception:
     raise AssertionError("a RuntimeError with a text can be pickled")
 
 
-class _WorkerWeights(BestWeights):
+class _WeightsOfThisWorker(BestWeights):
     """Best weights that delete only files of this process.
 
     Other files in the folder may be the best weights of another worker.

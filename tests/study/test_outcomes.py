@@ -27,7 +27,7 @@ def test_each_cause_that_training_reports_is_an_outcome(cause: str) -> None:
     outcome = TrialOutcome.from_cause(cause)
     assert outcome is not None and outcome.value == cause
     for has_value in (False, True):
-        assert outcome.state_of(has_value=has_value, is_best=has_value) == outcome.state
+        assert outcome.final_state(has_value=has_value, is_best=has_value) == outcome.state
     assert TrialOutcome.from_cause(None) is None
 
 
@@ -35,9 +35,9 @@ def test_each_cause_that_training_reports_is_an_outcome(cause: str) -> None:
 def test_an_interrupted_trial_is_complete_only_if_it_is_the_best(cause: str) -> None:
     outcome = TrialOutcome.from_cause(cause)
     assert outcome is not None
-    assert outcome.state_of(has_value=False, is_best=False) == FAIL
-    assert outcome.state_of(has_value=True, is_best=False) == PRUNED
-    assert outcome.state_of(has_value=True, is_best=True) == COMPLETE
+    assert outcome.final_state(has_value=False, is_best=False) == FAIL
+    assert outcome.final_state(has_value=True, is_best=False) == PRUNED
+    assert outcome.final_state(has_value=True, is_best=True) == COMPLETE
 
 
 @pytest.mark.parametrize("cause", ["timeout", "interrupted", "killed", "duplicate"])

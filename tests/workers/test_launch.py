@@ -262,7 +262,7 @@ def test_only_weights_of_best_and_unfinished_trials_are_kept(folder: Path) -> No
 def test_worker_does_not_delete_weights_of_other_workers(folder: Path) -> None:
     network = torch.nn.Linear(1, 1)
     BestWeights(folder).save(7, network)
-    mine = worker_module._WorkerWeights(folder)
+    mine = worker_module._WeightsOfThisWorker(folder)
     for number in (8, 9):
         mine.save(number, network)
     mine.delete_others([9])

@@ -245,7 +245,7 @@ class HypergradientPolicy(SynchronousPolicy):
         members = [member for start in self.group for member in start.members(self.problem)]
         if (run := self._build_cohort(trials, members)) is None:
             return None
-        untrained = _losses(run.cohort)
+        untrained = _validation_losses(run.cohort)
         for start in self.group:
             start.loss, start.trial.root = untrained[start.number], start.number
         return self._begin_step(run)
@@ -386,7 +386,7 @@ def loss_of_best_constant(target: Tensor) -> float:
 
 
 @torch.no_grad()
-def _losses(cohort: Cohort) -> dict[int, float]:
+def _validation_losses(cohort: Cohort) -> dict[int, float]:
     """Return the validation loss of every member, by its number."""
     everybody = torch.arange(len(cohort.members))
     loss, _, _ = cohort.task.evaluate(cohort.apply(everybody), cohort.members, True)

@@ -179,7 +179,7 @@ class HypergradientSampler(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Choose the trial's path, and store it as the trial's attribute ``origin``."""
         self._base.before_trial(study, trial)
-        path = self._finished_path(study, trial.number)
+        path = self._finished_trials_of_path(study, trial.number)
         origin = path[0].number if path else trial.number
         set_user_attr(study, trial, ORIGIN, origin)
         if path:
@@ -221,7 +221,7 @@ class HypergradientSampler(BaseSampler):
         self._values.pop(trial_id(trial), None)
         self._base.after_trial(study, trial, state, values)
 
-    def _finished_path(self, study: Study, number: int) -> list[FrozenTrial]:
+    def _finished_trials_of_path(self, study: Study, number: int) -> list[FrozenTrial]:
         """Return the finished trials of the path whose turn it is; none for a new path."""
         paths: dict[int, list[FrozenTrial]] = {}
         busy, ended = set[int](), set[int]()
