@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from optuna_nnhp.search._optuna_internals import ParzenEstimator
 from optuna_nnhp.search._optuna_internals import TPESamplerHooks
 from optuna_nnhp.search._optuna_internals import all_trials
+from optuna_nnhp.search._optuna_internals import hides_trials
 from optuna_nnhp.search._optuna_internals import study_key
 from optuna_nnhp.search.ordering import sort_key
 from optuna_nnhp.search.parzen import VectorizedParzenEstimator
@@ -79,7 +80,7 @@ class BoundedTPESampler(TPESamplerHooks):
 
         Optuna's own method compares all trials since the oldest running one, at every proposal.
         """
-        if type(study) is not Study or not self.is_joint(study):
+        if hides_trials(study) or not self.is_joint(study):
             return super().infer_relative_search_space(study, trial)
         space = self._trial_history.refresh(study).space or {}
         self._trial_history.last_asked = trial.number
@@ -123,7 +124,7 @@ class BoundedTPESampler(TPESamplerHooks):
 
         The values of finished and running trials are computed once and kept.
         """
-        if type(study) is not Study:
+        if hides_trials(study):
             return super().internal_values(study, trials, space)
         known = self._trial_history.encoded_rows(space)
         rows = [known.get(trial.number) for trial in trials]
@@ -143,7 +144,7 @@ class BoundedTPESampler(TPESamplerHooks):
 
 def _is_single_objective_study(study: Study) -> bool:
     """Return whether a study has one objective and is not a view made by `HyperbandPruner`."""
-    return type(study) is Study and len(study.directions) == 1
+    return not hides_trials(study) and len(study.directions) == 1
 
 
 @dataclass

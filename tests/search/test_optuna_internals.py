@@ -135,6 +135,13 @@ def test_all_trials_sees_those_that_a_hyperband_bracket_hides() -> None:
     assert max(seen) > 0
 
 
+def test_a_hyperband_bracket_hides_trials_and_a_study_does_not() -> None:
+    study = optuna.create_study(study_name="brackets")
+    pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=9)
+    assert not internals.hides_trials(study)
+    assert internals.hides_trials(pruner._create_bracket_study(study, 0))
+
+
 def test_study_key_is_the_same_for_the_same_study_only() -> None:
     storage = optuna.storages.InMemoryStorage()
     first, second = (optuna.create_study(storage=storage, study_name=n) for n in "ab")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import optuna
 import pytest
 
+from optuna_nnhp.search.bounded_tpe import BoundedTPESampler
 from optuna_nnhp.storages._optuna_internals import id_of
 from optuna_nnhp.study import _optuna_internals as internals
 
@@ -50,6 +51,22 @@ def test_study_stop_is_allowed_in_the_context_and_a_view_stops_its_study(
         assert internals.is_stopped(study)
     with pytest.raises(RuntimeError, match="inside an objective function"):
         study.stop()
+
+
+def test_a_view_proposes_from_the_bounded_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna's own step reads all trials at every proposal."""
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("Optuna's own step was called.")
+
+    monkeypatch.setattr(optuna.samplers.TPESampler, "_get_internal_repr", fail)
+    sampler = BoundedTPESampler(seed=0, n_startup_trials=3, multivariate=True)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    view = internals.with_sampler(study, sampler)
+    for _ in range(6):
+        trial = view.ask()
+        study.tell(trial, trial.suggest_float("x", 0, 1))
+    assert len(sampler._trial_history.trials) == 6
 
 
 def test_a_study_is_stopped_by_its_flag(study: optuna.Study) -> None:
