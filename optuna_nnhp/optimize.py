@@ -313,8 +313,7 @@ def _run_study(
     if trainer is not None:
         trainer.run(study, is_late=executor is not None)
     result = Result(without_cache(study), problem, weights)
-    if problem.samples_text:
-        result.store_generated_text()
+    result.store_generated_text()
     return result
 
 

@@ -250,8 +250,10 @@ def run_on_threads(
 def _wait_for_all(futures: Sequence[Future[None]]) -> None:
     """Wait until no thread uses memory any more that the caller frees; Ctrl-C is raised then."""
     interrupt: BaseException | None = None
-    while not all(future.done() for future in futures):
+    while True:
         try:
+            if all(future.done() for future in futures):
+                break
             wait(futures)
         except BaseException as error:
             interrupt = error

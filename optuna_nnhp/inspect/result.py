@@ -205,8 +205,10 @@ class Result:
     def store_generated_text(self) -> None:
         """Store a text that the best model writes in the study, unless it is there already.
 
-        Notes and dashboards show it. Only for templates whose models write text.
+        Notes and dashboards show it. Does nothing if the template's models write no text.
         """
+        if not self._problem.samples_text:
+            return
         best = find_best_trial(self.study)
         stored = self.study.user_attrs.get(GENERATED_TEXT, {})
         if best is not None and stored.get("trial") != best.number:

@@ -112,9 +112,11 @@ class BufferedStorage(GuardedStorage):
 
     def set_trial_attr(self, key: str, value: Any) -> None:
         """Set a user attribute of the trials that start from now on; None removes it."""
-        self.trial_attrs[key] = value
-        if value is None:
-            del self.trial_attrs[key]
+        with self._lock:
+            if value is None:
+                self.trial_attrs.pop(key, None)
+            else:
+                self.trial_attrs[key] = value
 
     # --- Writing and waiting ---
 

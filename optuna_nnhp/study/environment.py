@@ -17,6 +17,7 @@ import torch
 
 from optuna_nnhp.engine.library import available_threads
 from optuna_nnhp.storages.buffered import BufferedStorage
+from optuna_nnhp.storages.operations import WORKER
 from optuna_nnhp.study._optuna_internals import storage_of
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.version import __version__
@@ -89,7 +90,7 @@ def record_environment(study: Study, problem: Problem) -> str:
     if f"{ENVIRONMENT}:{key}" not in known:
         study.set_user_attr(f"{ENVIRONMENT}:{key}", environment)
     storage = storage_of(study)
-    if isinstance(storage, BufferedStorage):
+    if isinstance(storage, BufferedStorage) and WORKER in storage.trial_attrs:  # of one study
         is_other_seed = known.get(SEED, problem.seed) != problem.seed
         storage.set_trial_attr(ENVIRONMENT, key)
         storage.set_trial_attr(SEED, problem.seed if is_other_seed else None)

@@ -33,6 +33,7 @@ from optuna_nnhp.study.failures import record_error
 from optuna_nnhp.study.grid import FIXED_PARAMS
 from optuna_nnhp.study.grid import GridQueue
 from optuna_nnhp.study.grid import to_grid_points_sampler
+from optuna_nnhp.study.outcomes import CAUSE
 from optuna_nnhp.study.outcomes import counts_towards_n_trials
 from optuna_nnhp.study.problem import Problem
 from optuna_nnhp.study.problem import TrialError
@@ -42,6 +43,7 @@ from optuna_nnhp.training.cohort import Member
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
+EVALUATED = (TrialState.COMPLETE, TrialState.PRUNED)  # states of trials that trained
 # These samplers choose every value themselves, so they cannot propose followers.
 PLANNERS = (QMCSampler, BruteForceSampler, PartialFixedSampler)
 BASELINE = "baseline"  # attribute of the trial with the default configuration
@@ -251,8 +253,8 @@ class TrialSource:
         if any(running.values for running in self.running.values()):
             return True
         return any(
-            trial.intermediate_values or trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-            for trial in self.study.get_trials(deepcopy=False)
+            trial.intermediate_values or (CAUSE in trial.user_attrs and trial.state in EVALUATED)
+            for trial in self.study.get_trials(deepcopy=False)  # others may have been added
         )
 
 

@@ -30,7 +30,7 @@ from torch.nn import functional
 from optuna_nnhp import optimize
 from optuna_nnhp.networks.transformer import Architecture
 from optuna_nnhp.networks.transformer import count_parameters
-from optuna_nnhp.templates.gpt import GPT
+from optuna_nnhp.templates.gpt import GPTTemplate
 from optuna_nnhp.training.cohort import Member
 from tests.benchmarks.common import gemm_peak
 from tests.benchmarks.common import paired
@@ -56,12 +56,12 @@ MUP_STEPS, MUP_SEEDS = 300, 3
 Figures = dict[str, Any]
 
 
-def problem_of(text: Path, seconds: float, seed: int = 0, **fixed: Any) -> GPT:
+def problem_of(text: Path, seconds: float, seed: int = 0, **fixed: Any) -> GPTTemplate:
     """The template, with nothing tuned: its default configuration for a trial of so long."""
-    return GPT(text, fixed={"seconds": seconds, **fixed}, seed=seed)
+    return GPTTemplate(text, fixed={"seconds": seconds, **fixed}, seed=seed)
 
 
-def train(problem: GPT, params: dict[str, Any], number: int = 0) -> Figures:
+def train(problem: GPTTemplate, params: dict[str, Any], number: int = 0) -> Figures:
     """Train one trial to its end; seconds of training and the loss in nats per token."""
     cohort = problem.cohort([problem.member(number, params)])
     judged, score = 0.0, cohort._score
@@ -87,7 +87,7 @@ def train(problem: GPT, params: dict[str, Any], number: int = 0) -> Figures:
 
 def nanogpt(text: Path) -> Baseline:
     """The baseline on the same characters and split."""
-    tokens = GPT(text, fixed={"tokens": "char"}).text.tokens("char")
+    tokens = GPTTemplate(text, fixed={"tokens": "char"}).text.tokens("char")
     return train_nanogpt(tokens.train, tokens.valid, tokens.tokenizer.size)
 
 
@@ -190,7 +190,7 @@ def _mean_loss(text: Path, kind: str, width: int, rate: float) -> float:
     losses = []
     for seed in range(MUP_SEEDS):
         settings = {"layers": 2, "context": 64, "batch_tokens": 768, "optimizer": "adamw"}
-        problem = GPT(
+        problem = GPTTemplate(
             text,
             fixed={
                 **settings,
@@ -205,11 +205,13 @@ def _mean_loss(text: Path, kind: str, width: int, rate: float) -> float:
     return statistics.mean(losses)
 
 
-def _with(problem: GPT, member: Member, **changes: Any) -> Member:
+def _with(problem: GPTTemplate, member: Member, **changes: Any) -> Member:
     return Member(member.number, member.seed, {**member.params, **changes})
 
 
-def cohort_steps(problem: GPT, members: list[Member], count: int = 10) -> Callable[[], float]:
+def cohort_steps(
+    problem: GPTTemplate, members: list[Member], count: int = 10
+) -> Callable[[], float]:
     """Seconds of a step of all members, by the training loop itself."""
     cohort = problem._cohort(members, iterations=9000)
 
@@ -224,7 +226,7 @@ def cohort_steps(problem: GPT, members: list[Member], count: int = 10) -> Callab
     return run
 
 
-def plain_steps(problem: GPT, member: Member, count: int = 10) -> Callable[[], float]:
+def plain_steps(problem: GPTTemplate, member: Member, count: int = 10) -> Callable[[], float]:
     """The same network and steps as one writes them: a module, autograd, torch's fused AdamW."""
     cohort = problem._cohort([member], iterations=10**7)
     network, data = cohort.network.member(0).train(), cohort.task.arrays
@@ -252,7 +254,7 @@ def plain_steps(problem: GPT, member: Member, count: int = 10) -> Callable[[], f
     return run
 
 
-def step_flops(problem: GPT, member: Member) -> float:
+def step_flops(problem: GPTTemplate, member: Member) -> float:
     """Operations of a step's products: six for each matrix weight and token, and attention's."""
     a = Architecture.from_params(member.params, problem._tokens(member).tokenizer.size)
     tokens = problem._sequences(member) * a.context

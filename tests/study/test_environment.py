@@ -151,3 +151,16 @@ def test_differences_between_environments_are_listed() -> None:
         *("torch 1 then, 2 now", "new unknown then, y now", "old x then, unknown now")
     ]
     assert differences(now, now) == []
+
+
+def test_a_users_own_buffered_storage_keeps_its_attributes() -> None:
+    storage = BufferedStorage(InMemoryStorage(), trial_attrs={"seed": 7})
+    study = optuna.create_study(storage=storage)
+    record_environment(study, problem())
+    assert study.ask().user_attrs == {"seed": 7}
+
+
+def test_an_attribute_of_trials_that_is_missing_can_be_removed() -> None:
+    storage = BufferedStorage(InMemoryStorage(), trial_attrs={"worker": "me"})
+    storage.set_trial_attr("seed", None)
+    assert storage.trial_attrs == {"worker": "me"}

@@ -105,6 +105,24 @@ def test_the_study_ends_with_the_error_if_its_first_trials_fail_alike(
     assert len(study.trials) == 6
 
 
+def test_trials_that_were_only_added_do_not_hide_that_all_fail_alike(
+    call_before_rounds: Any,
+) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    study = run(n_trials=1, storage=storage, study_name="s").study
+    copied = optuna.create_study(study_name="copy", storage=storage, direction="minimize")
+    for name, value in study.user_attrs.items():
+        copied.set_user_attr(name, value)
+    copied.add_trial(optuna.trial.create_trial(value=1.0))
+
+    def fault(cohort: Cohort) -> None:
+        raise KeyError("always")
+
+    call_before_rounds(fault)
+    with pytest.raises(KeyError, match="always"):
+        run(n_trials=50, storage=storage, study_name="copy")
+
+
 def test_different_or_late_failures_do_not_end_the_study(call_before_rounds: Any) -> None:
     def fault(cohort: Cohort) -> None:
         if any(m.number < 4 for m in cohort.members):
