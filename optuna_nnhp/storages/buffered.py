@@ -131,13 +131,19 @@ class BufferedStorage(GuardedStorage):
                     self._buffer.resolve_doubts()
                     if not self._starter.is_prefetching and self._starter.requeue_prefetched():
                         self._buffer.write()
+            self._delete_written_outbox()
+        return rejections
+
+    def _delete_written_outbox(self) -> None:
+        """Delete the outbox file once the storage has its operations."""
+        with self._lock:
             if self._outbox is not None and not self._buffer.pending:
                 self._outbox.unlink(missing_ok=True)
                 self._outbox = None
-        return rejections
 
     def flush_if_due(self) -> None:
         """Write everything if the oldest change is older than ``flush_every``."""
+        self._delete_written_outbox()
         is_late = time.monotonic() - self._buffer.pending_since > self.flush_every
         may_write = self._breaker.allows_call and not self._batch_depth
         if may_write and (is_late or not self._breaker.is_available):
@@ -320,12 +326,6 @@ class BufferedStorage(GuardedStorage):
 
     def create_new_trials(self, study_id: int, templates: Sequence[FrozenTrial]) -> list[int]:
         """Add many trials as they are, with one write if none has parameters or values.
-
-        Args:
-            study_id:
-                The study.
-            templates:
-                The trials, for instance WAITING ones.
 
         Returns:
             Their ids.

@@ -295,3 +295,16 @@ def test_a_worker_without_name_can_save_and_replay_an_outbox(
         assert deferred(study).save_outbox(box) is not None
     assert replay_outbox(deferred(place.worker("other")), box) == 1
     assert place.read().best_value == 1.0
+
+
+def test_the_file_is_deleted_by_the_end_that_writes_its_operations(
+    place: Place, box: Path
+) -> None:
+    study = place.worker("host:17:ab")
+    trial = study.ask(SPACE)
+    trial.report(0.5, 1)
+    path = deferred(study).save_outbox(box)
+    assert path is not None and path.exists()
+    study.tell(trial, 0.1)
+    study.get_trials()
+    assert not path.exists()
