@@ -34,6 +34,7 @@ __all__ = [
     "all_trials",
     "check_single_objective",
     "contains",
+    "hides_trials",
     "is_categorical_kernel",
     "kernels_of",
     "set_user_attr",
@@ -58,6 +59,11 @@ def all_trials(
             Whether the trials that Optuna read when the trial was asked are recent enough.
     """
     return study._get_trials(deepcopy=False, states=states, use_cache=cached)
+
+
+def hides_trials(study: Study) -> bool:
+    """Return whether a study is a `HyperbandPruner`'s view of it, which has not all trials."""
+    return hasattr(study, "_bracket_id")
 
 
 def study_key(study: Study) -> tuple[BaseStorage, int]:
