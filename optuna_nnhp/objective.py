@@ -128,10 +128,8 @@ class Objective:
     def _keep_if_best(self, trial: Trial, value: float, cohort: Cohort) -> None:
         """Keep the weights of a trial if it is the best of its study so far."""
         with self._lock:
-            best, number = (
-                self._best.setdefault(storage_of(trial.study), {}),
-                study_id(trial.study),
-            )
+            best = self._best.setdefault(storage_of(trial.study), {})
+            number = study_id(trial.study)
             is_better = operator.gt if self._problem.maximize else operator.lt
             if number not in best or is_better(value, best[number][0]):
                 weights = BestWeights(None)

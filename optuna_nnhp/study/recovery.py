@@ -50,9 +50,8 @@ from optuna_nnhp.training.cohort_state import select_state
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 CHECKPOINT = "checkpoint"  # attribute of a trial: the worker whose checkpoint had it last
-TAKEN_OVER = (
-    "taken_over"  # attribute: takeovers without progress, and the steps done at the last one
-)
+# Attribute: takeovers without progress, and the steps done at the last one.
+TAKEN_OVER = "taken_over"
 Broken = Callable[[list[RunningTrial], Exception, Checkpoint | None], list[CohortRun]]
 # A trial is trained alone after so many takeovers without progress, and ends after so many.
 QUARANTINE_DEATHS, MAX_WORKER_DEATHS = 3, 10
@@ -86,12 +85,10 @@ class Recovery:
 
     def __post_init__(self) -> None:
         self._found: dict[str, Checkpoint | None] = {}
-        self._unsure: dict[
-            str, list[FrozenTrial]
-        ] = {}  # by worker, while it is unknown whether they were taken over
-        self.has_postponed = (
-            False  # trials are left to claim once a quarantined one has been trained
-        )
+        # Trials by worker, while it is unknown whether this worker has taken them over.
+        self._unsure: dict[str, list[FrozenTrial]] = {}
+        # Trials are left to claim once a quarantined one has been trained.
+        self.has_postponed = False
 
     def claim(self, *, separable: bool = True) -> dict[str, list[FrozenTrial]]:
         """Take over abandoned and released trials.

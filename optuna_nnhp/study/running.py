@@ -33,9 +33,8 @@ from optuna_nnhp.training.cohort import NumericsContext
 from optuna_nnhp.training.cohort import Scores
 from optuna_nnhp.training.retrain import Segment
 
-TRIAL_TIMEOUT = (
-    "trial_timeout"  # attribute of a trial that its timeout ended: the timeout in seconds
-)
+# Attribute of a trial that its timeout ended: the timeout in seconds.
+TRIAL_TIMEOUT = "trial_timeout"
 # Attributes of a trial whose values change while it trains: the values from which round on, and
 # whether the network began anew then; and the trial whose first weights it descends from.
 SCHEDULE, ROOT = "schedule", "root"

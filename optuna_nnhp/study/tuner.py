@@ -56,9 +56,8 @@ _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 # Seconds to wait for an unavailable storage before unwritten operations go to the outbox.
 MAX_STORAGE_WAIT = 300.0
-POLL_INTERVAL = (
-    0.5  # seconds between two checks of other workers' trials while nothing trains here
-)
+# Seconds between two checks of other workers' trials while nothing trains here.
+POLL_INTERVAL = 0.5
 
 
 class Tuner:
